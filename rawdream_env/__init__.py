@@ -1,0 +1,1 @@
+"""RAW-Dream as Gymnasium environments."""

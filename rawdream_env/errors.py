@@ -1,0 +1,54 @@
+"""Named errors. Each says what happened, with the numbers, and what to do next.
+
+Errors a user can cause derive from ``ValueError`` or ``RuntimeError`` so that ordinary handlers see them.
+"""
+
+from __future__ import annotations
+
+
+class RawDreamError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class InvalidActionError(RawDreamError, ValueError):
+    """Actions of the wrong shape, dtype or range, or not finite."""
+
+
+class InvalidOptionError(RawDreamError, ValueError):
+    """An environment or wrapper option that does not exist or does not fit the others."""
+
+
+class ResetNeededError(RawDreamError, RuntimeError):
+    """``step`` was called before ``reset``, or on an episode that is over while autoreset is disabled."""
+
+
+class ClosedEnvironmentError(RawDreamError, RuntimeError):
+    """A closed environment was used."""
+
+
+class CheckpointError(RawDreamError, ValueError):
+    """A checkpoint is missing, damaged, of the wrong kind, or does not match its configuration."""
+
+
+class DatasetError(RawDreamError, ValueError):
+    """A data set folder is missing, damaged or lacks what is asked of it."""
+
+
+class RendererError(RawDreamError, RuntimeError):
+    """No working OpenGL renderer for the simulator."""
+
+
+class SimulatorError(RawDreamError, RuntimeError):
+    """The simulator or one of its worker processes failed."""
+
+
+class MissingDependencyError(RawDreamError, ImportError):
+    """An optional package is not installed."""
+
+
+class RunDirError(RawDreamError, ValueError):
+    """A run directory cannot be resumed: other configuration, damaged or locked."""
+
+
+class JudgeUnavailableError(RawDreamError, RuntimeError):
+    """The judge cannot be reached at all."""

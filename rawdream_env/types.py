@@ -1,0 +1,139 @@
+"""Shared value types and the three protocols everything plugs into.
+
+Shape letters used across the package: B envs, G group, T chunks in an episode, K actions in a chunk, F frames,
+H W height and width, C channels, L tokens, D width, A action dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rawdream_env.seeding import NoiseKey
+
+UInt8Array = NDArray[np.uint8]
+Float32Array = NDArray[np.float32]
+
+ACTION_DIM = 7
+"""End-effector delta xyz, delta rotation (axis-angle), gripper (-1 open, +1 close)."""
+
+
+class Outcome(IntEnum):
+    """What a judge concluded. INVALID never becomes a reward."""
+
+    INVALID = -1
+    FAILURE = 0
+    SUCCESS = 1
+
+
+@dataclass(frozen=True)
+class Video:
+    """Frames to be judged: ``frames`` uint8 (F, H, W, 3), the start frame first; ``fps`` in Hz."""
+
+    frames: UInt8Array
+    fps: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A judge's answer about one video.
+
+    ``reason`` says why (always set for INVALID); ``probability`` is the success probability in [0, 1] where the judge
+    has one; ``votes`` are the individual outcomes where it samples several; ``latency_s`` in seconds.
+    """
+
+    outcome: Outcome
+    reason: str = ""
+    probability: float | None = None
+    votes: tuple[Outcome, ...] = ()
+    latency_s: float = 0.0
+    raw: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where an episode begins.
+
+    ``frame`` uint8 (H, W, 3); ``proprio`` float32 (P,) or None: for the Piper the commanded tool pose, xyz in metres,
+    roll/pitch/yaw in radians, gripper command in [-1, 1]. ``seed`` resets the matching simulator to the same scene.
+    """
+
+    frame: UInt8Array
+    instruction: str
+    task_id: int = -1
+    proprio: Float32Array | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """All that is needed to imagine an episode again: start, noise identity and actions.
+
+    ``actions`` float32 (T, K, A) as executed; ``noise_key`` is the episode's key at chunk 0, draw 0.
+    """
+
+    start: Start
+    noise_key: NoiseKey
+    actions: Float32Array
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PolicyOutput:
+    """``actions`` (B, K, A) in environment units; ``tokens`` int64 (B, K*A) in [0, num_bins); ``logprobs`` fp32 (B, K*A)."""
+
+    actions: Tensor
+    tokens: Tensor
+    logprobs: Tensor
+
+
+@runtime_checkable
+class WorldModel(Protocol):
+    """Imagines what the camera sees after a chunk of actions."""
+
+    chunk_len: int
+    frame_shape: tuple[int, int, int]
+    fps: float
+
+    def start(self, frames: Tensor, keys: Sequence[NoiseKey], proprio: Tensor | None = None) -> Any:
+        """Begin B episodes from ``frames`` uint8 (B, H, W, 3). Returns a ``DreamState`` batched along dim 0.
+
+        The state supports ``state[rows]`` and ``type(state).where(mask, a, b)``, and ``len(state)``.
+        """
+        ...
+
+    def imagine(self, state: Any, actions: Tensor) -> tuple[Any, Tensor]:
+        """Advance every row by one chunk: ``actions`` (B, K, A) -> next state, frames uint8 (B, K, H, W, 3)."""
+        ...
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """Says whether an instruction was carried out in a video."""
+
+    def __call__(self, videos: Sequence[Video], instructions: Sequence[str]) -> list[Verdict]:
+        """One verdict per video. Never raises for a bad reply or a bad video: INVALID with its reason."""
+        ...
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """A vision-language-action policy with categorical action tokens."""
+
+    def act(
+        self, images: Any, instructions: Sequence[str], *, temperature: float, keys: Sequence[NoiseKey]
+    ) -> PolicyOutput:
+        """Sample a chunk per row; ``temperature`` 0 is greedy. ``images`` uint8 (B, H, W, 3), numpy or torch."""
+        ...
+
+    def logprobs(self, images: Any, instructions: Sequence[str], tokens: Tensor, *, temperature: float) -> Tensor:
+        """Log-probabilities (B, K*A) of given tokens, differentiable."""
+        ...

@@ -1,1 +1,99 @@
-"""RAW-Dream as Gymnasium environments."""
+"""RAW-Dream as Gymnasium environments: train robot policies inside a video world model.
+
+Importing this package registers the environments and imports neither torch nor mujoco. Everything named in ``__all__``
+is loaded when it is first used.
+
+    rawdream/PiperDream-v0   the Piper tabletop, imagined by the embedded world model and decided by the embedded judge
+    rawdream/PiperSim-v0     the same tabletop in the simulator: same spaces, same infos, ground truth
+    rawdream/Dream-v0        your own ``world_model=``, ``judge=`` and ``starts=``
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import gymnasium as gym
+
+if TYPE_CHECKING:
+    from rawdream_env.envs.base import ChunkVectorEnv
+    from rawdream_env.envs.dream import DreamVectorEnv, PiperDreamVectorEnv
+    from rawdream_env.envs.imagination import Replay
+    from rawdream_env.envs.sim import PiperSimVectorEnv
+    from rawdream_env.envs.single import DreamEnv, PiperDreamEnv, PiperSimEnv
+    from rawdream_env.errors import RawDreamError
+    from rawdream_env.seeding import NoiseKey
+    from rawdream_env.testing.check_vector_env import check_vector_env
+    from rawdream_env.types import Outcome, Start, Trajectory, Verdict, Video
+
+__all__ = [
+    "ChunkVectorEnv",
+    "DreamEnv",
+    "DreamVectorEnv",
+    "NoiseKey",
+    "Outcome",
+    "PiperDreamEnv",
+    "PiperDreamVectorEnv",
+    "PiperSimEnv",
+    "PiperSimVectorEnv",
+    "RawDreamError",
+    "Replay",
+    "Start",
+    "Trajectory",
+    "Verdict",
+    "Video",
+    "__version__",
+    "check_vector_env",
+]
+
+_HOMES = {
+    "ChunkVectorEnv": "envs.base",
+    "DreamEnv": "envs.single",
+    "DreamVectorEnv": "envs.dream",
+    "NoiseKey": "seeding",
+    "Outcome": "types",
+    "PiperDreamEnv": "envs.single",
+    "PiperDreamVectorEnv": "envs.dream",
+    "PiperSimEnv": "envs.single",
+    "PiperSimVectorEnv": "envs.sim",
+    "RawDreamError": "errors",
+    "Replay": "envs.imagination",
+    "Start": "types",
+    "Trajectory": "types",
+    "Verdict": "types",
+    "Video": "types",
+    "check_vector_env": "testing.check_vector_env",
+}
+
+# No max_episode_steps here: gym.make would add a TimeLimit on top of the environments' own horizon, and a success
+# at the horizon would then count as truncated too. The environments truncate themselves.
+for _name, _single, _vector in (
+    ("PiperDream", "single:PiperDreamEnv", "dream:PiperDreamVectorEnv"),
+    ("PiperSim", "single:PiperSimEnv", "sim:PiperSimVectorEnv"),
+    ("Dream", "single:DreamEnv", "dream:DreamVectorEnv"),
+):
+    gym.register(
+        id=f"rawdream/{_name}-v0",
+        entry_point=f"rawdream_env.envs.{_single}",
+        vector_entry_point=f"rawdream_env.envs.{_vector}",
+    )
+del _name, _single, _vector
+
+
+def __getattr__(name: str) -> Any:
+    """Public names, imported when first asked for."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: Any = version("rawdream-env")
+    elif name in _HOMES:
+        value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Submodules already imported and all public names."""
+    return sorted({*globals(), *__all__})

@@ -1,1 +1,53 @@
+"""Wrappers around the vector environments, imported as ``rawdream_env.wrappers``.
 
+| wrapper | what it does | needs |
+|---|---|---|
+| `DualNoiseVerification` | dreams every success again with fresh noise and flags what does not repeat | a dream |
+| `Record` | one gif or mp4 per episode: dream, second dream, actions, verdict | - |
+| `InstructionObservation` | puts the instruction into the observation | - |
+| `TorchIO` | torch tensors in and out | torch |
+| `SB3VecEnv` | a stable-baselines3 ``VecEnv`` | stable-baselines3 |
+
+Order matters in one place: `Record` goes outside `DualNoiseVerification` to see the second dream. Nothing heavy is
+imported until a name is used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rawdream_env.wrappers.dual_noise import DualNoiseStatistics, DualNoiseVerification
+    from rawdream_env.wrappers.instruction import InstructionObservation
+    from rawdream_env.wrappers.record import Record
+    from rawdream_env.wrappers.sb3 import SB3VecEnv
+    from rawdream_env.wrappers.torch_io import TorchIO
+
+__all__ = [
+    "DualNoiseStatistics",
+    "DualNoiseVerification",
+    "InstructionObservation",
+    "Record",
+    "SB3VecEnv",
+    "TorchIO",
+]
+
+_HOME = {
+    "DualNoiseStatistics": "dual_noise",
+    "DualNoiseVerification": "dual_noise",
+    "InstructionObservation": "instruction",
+    "Record": "record",
+    "SB3VecEnv": "sb3",
+    "TorchIO": "torch_io",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"rawdream_env.wrappers.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'rawdream_env.wrappers' has no attribute {name!r}; it has {', '.join(__all__)}.")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,1 +1,1 @@
-
+"""Checks that others can run on their own environments."""

@@ -1,0 +1,135 @@
+"""What every benchmark shares: interleaved timing, a result that says whether the goal was met, the models to time.
+
+Timing rules: both sides run in the same process, turn about (A B, B A, A B, ...), at least 7 rounds after a warm-up, so
+that a machine that slows down slows both. The minimum is the best guess of the cost itself, the median of what a user
+sees; ratios are taken of both, and of each round, so that their spread is known.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+ROUNDS = 7
+
+
+@dataclass
+class Result:
+    """``lines``: what to print; ``numbers``: for JSON; ``passed``: goal met, None when there is no goal to meet."""
+
+    name: str
+    goal: str
+    passed: bool | None
+    lines: list[str]
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of every round."""
+
+    seconds: np.ndarray
+
+    @property
+    def best(self) -> float:
+        """Minimum over rounds."""
+        return float(self.seconds.min())
+
+    @property
+    def median(self) -> float:
+        """Median over rounds."""
+        return float(np.median(self.seconds))
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {"min_s": self.best, "median_s": self.median, "rounds": len(self.seconds)}
+
+
+def interleave(sides: Mapping[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, Times]:
+    """Time every function once a round, in alternating order, after one untimed call of each."""
+    if rounds < ROUNDS:
+        raise ValueError(f"{rounds} rounds are too few to tell signal from noise; use at least {ROUNDS}")
+    for function in sides.values():
+        function()
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(rounds):
+        for name in list(sides) if turn % 2 == 0 else list(sides)[::-1]:
+            begin = time.perf_counter()
+            sides[name]()
+            seconds[name].append(time.perf_counter() - begin)
+    return {name: Times(np.array(values)) for name, values in seconds.items()}
+
+
+def ratio(slow: Times, fast: Times) -> dict[str, float]:
+    """How many times faster: of the minima, of the medians, and the range over rounds."""
+    each = slow.seconds / fast.seconds
+    return {
+        "min": slow.best / fast.best,
+        "median": slow.median / fast.median,
+        "lowest_round": float(each.min()),
+        "highest_round": float(each.max()),
+    }
+
+
+def milliseconds(times: Times) -> str:
+    """ "12.3 / 12.9 ms" (min / median)."""
+    return f"{1e3 * times.best:.2f} / {1e3 * times.median:.2f} ms"
+
+
+def embedded_models() -> tuple[Any, Any, Any, bool]:
+    """(world model, judge, policy, trained): the shipped ones, or the same sizes with random weights when not shipped.
+
+    Speed does not depend on the weights; anything about success does, so only timings use these.
+    """
+    from rawdream_env.errors import CheckpointError
+
+    try:
+        from rawdream_env.judges import load_judge
+        from rawdream_env.policies import load_policy
+        from rawdream_env.world_models.embedded import load_world_model
+
+        return load_world_model("embedded"), load_judge("embedded"), load_policy("embedded"), True
+    except CheckpointError:
+        return random_world_model(), random_judge(), random_policy(), False
+
+
+def random_world_model() -> Any:
+    """The embedded configuration with random weights."""
+    import torch
+
+    from rawdream_env.world_models.autoencoders import AutoencoderConfig, PackedFrameAutoencoder
+    from rawdream_env.world_models.rollout import RolloutConfig, WanWorldModel
+    from rawdream_env.world_models.wan import WanConfig, WanWorldModelTransformer
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        rollout = RolloutConfig()
+        channels = WanConfig().arm_map_channels
+        if rollout.arm_map is not None and not channels:
+            from rawdream_env.world_models.arm_map import ArmMap
+
+            channels = int(ArmMap(rollout.arm_map).draw(torch.zeros(1, 1, 4, 7), (8, 8)).shape[2])
+        transformer = WanWorldModelTransformer(WanConfig(arm_map_channels=channels))
+        for parameter in transformer.parameters():  # heads that start at zero would make every output equal
+            if not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.02)
+        return WanWorldModel(transformer, PackedFrameAutoencoder(AutoencoderConfig()), rollout)
+
+
+def random_judge() -> Any:
+    """The embedded judge's size with random weights."""
+    from rawdream_env.judges.embedded import EmbeddedJudge
+    from rawdream_env.judges.embedded_network import EmbeddedJudgeConfig, JudgeNetwork
+
+    return EmbeddedJudge(JudgeNetwork(EmbeddedJudgeConfig()))
+
+
+def random_policy() -> Any:
+    """The embedded policy's size with random weights."""
+    from rawdream_env.policies.tiny_vla import TinyVLA
+
+    return TinyVLA()

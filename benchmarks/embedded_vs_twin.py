@@ -1,0 +1,93 @@
+"""Imagined frames per second of the embedded world model against its MuJoCo twin on the same cores, and who takes the time.
+
+Both produce every camera frame (64x64) for the same actions. The dream's stages (policy, denoiser, decoder, judge) are
+timed inside the same episodes. No goal: a world model on a CPU need not beat the simulator it imitates; say what is so.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from benchmarks.common import ROUNDS, Result, embedded_models, interleave
+
+BATCH, CHUNKS = 8, 8
+
+
+class Stopwatch:
+    """Adds up the seconds spent in functions it wraps."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def wrap(self, name: str, function: Any) -> Any:
+        """``function`` with its time added to ``name``."""
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+        return timed
+
+
+def run(quick: bool = False) -> Result:
+    """Episodes of 8 chunks, 8 environments: dream with policy and judge, twin with as many workers as cores."""
+    import numpy as np
+
+    from rawdream_env.envs.dream import DreamVectorEnv
+    from rawdream_env.evaluation.provenance import usable_cores
+    from rawdream_env.evaluation.rollouts import run_in_dream
+    from rawdream_env.relations import TASKS
+    from rawdream_env.sims.workers import PiperWorkers
+    from rawdream_env.types import Start
+
+    model, judge, policy, trained = embedded_models()
+    watch, workers = Stopwatch(), usable_cores()
+    twin = PiperWorkers(BATCH, 0 if workers == 1 else workers, image_size=model.frame_shape[0])
+    tasks = [TASKS[i % len(TASKS)].name for i in range(BATCH)]
+    seeds = list(range(BATCH))
+    frames, proprio = twin.reset(range(BATCH), seeds, tasks), twin.proprio(range(BATCH))
+    starts = [
+        Start(frames[i], TASKS[i % len(TASKS)].instruction, i % len(TASKS), proprio[i], seeds[i]) for i in range(BATCH)
+    ]
+    env = DreamVectorEnv(BATCH, world_model=model, judge=judge, starts="null", autoreset_mode="Disabled")
+    env.judge = watch.wrap("judge", env.judge)
+    policy.act = watch.wrap("policy", policy.act)
+    model.autoencoder.decode_frames = watch.wrap("decoder", model.autoencoder.decode_frames)
+    model.imagine = watch.wrap("imagine", model.imagine)
+    model.start = watch.wrap("start", model.start)
+    total = {"episodes": 0.0}
+    actions = np.random.default_rng(0).uniform(-0.5, 0.5, (CHUNKS, BATCH, model.chunk_len, 7)).astype(np.float32)
+
+    def dream() -> None:
+        begin = time.perf_counter()
+        run_in_dream(env, starts, policy)
+        total["episodes"] += time.perf_counter() - begin
+
+    def simulate() -> None:
+        twin.reset(range(BATCH), seeds, tasks)
+        for chunk in actions:
+            twin.step(range(BATCH), chunk)
+
+    try:
+        times = interleave({"dream": dream, "twin": simulate}, ROUNDS)
+    finally:
+        twin.close()
+        env.close()
+    count = BATCH * CHUNKS * model.chunk_len
+    fps = {name: {"best": count / t.best, "median": count / t.median} for name, t in times.items()}
+    spent = dict(watch.seconds)
+    spent["denoiser"] = spent.pop("imagine") - spent["decoder"]
+    spent["environment"] = total["episodes"] - sum(spent.values())
+    share = {name: seconds / total["episodes"] for name, seconds in spent.items()}
+    lines = [
+        f"dream {fps['dream']['best']:.0f} / {fps['dream']['median']:.0f} frames/s (best / median, policy and judge included), "
+        f"twin {fps['twin']['best']:.0f} / {fps['twin']['median']:.0f} with {workers} workers: {fps['dream']['median'] / fps['twin']['median']:.2f}x",
+        "share of the dream: "
+        + ", ".join(f"{name} {100 * part:.0f} %" for name, part in sorted(share.items(), key=lambda x: -x[1])),
+    ]
+    numbers = {"trained_weights": trained, "frames_per_s": fps, "share": share, "batch": BATCH, "workers": workers}
+    return Result("embedded_vs_twin", "report", None, lines, numbers)

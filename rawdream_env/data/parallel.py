@@ -1,0 +1,126 @@
+"""Do numbered pieces of work in this process or in several, interruptible and with a running count."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from multiprocessing.util import Finalize
+from typing import Any, Protocol
+
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "LP_NUM_THREADS")
+
+
+class Worker(Protocol):
+    """Does one piece of work after the other; made once in every process."""
+
+    def __call__(self, piece: int, tick: Callable[[], None], stopped: Callable[[], bool]) -> None:
+        """Do piece ``piece``: call ``tick`` after every small step, and return early when ``stopped()``."""
+        ...
+
+    def close(self) -> None:
+        """Free what the worker holds."""
+        ...
+
+
+WorkerFactory = Callable[[], Worker]
+
+
+def run_pieces(
+    pieces: Sequence[int], factory: WorkerFactory, *, workers: int, count: Callable[[int], Any]
+) -> Iterator[int]:
+    """Do all pieces and yield how many are finished, each time one is.
+
+    Args:
+        pieces: numbers of the pieces; started in this order.
+        factory: makes a ``Worker``; must be picklable when ``workers`` > 0.
+        workers: processes; 0 works here.
+        count: called now and then with the number of ticks since the last time.
+
+    Raises:
+        BrokenProcessPool: a process died. Other errors of a worker are raised as they are.
+
+    When the caller is interrupted or closes the iterator, workers return at their next look at ``stopped``.
+    """
+    if not pieces:
+        return
+    yield from _run_here(pieces, factory, count) if workers == 0 else _run_processes(pieces, factory, workers, count)
+
+
+def _run_here(pieces: Sequence[int], factory: WorkerFactory, count: Callable[[int], Any]) -> Iterator[int]:
+    worker = factory()
+    try:
+        for finished, piece in enumerate(pieces, start=1):
+            worker(piece, lambda: count(1), lambda: False)
+            yield finished
+    finally:
+        worker.close()
+
+
+def _run_processes(
+    pieces: Sequence[int], factory: WorkerFactory, workers: int, count: Callable[[int], Any]
+) -> Iterator[int]:
+    context = mp.get_context("spawn")  # a forked OpenGL context or thread pool does not work in the child
+    stop, ticks = context.Event(), context.Value("q", 0)
+    with _single_threaded_children():
+        pool = ProcessPoolExecutor(
+            max_workers=min(workers, len(pieces)),
+            mp_context=context,
+            initializer=_start_process,
+            initargs=(factory, stop, ticks),
+        )
+        try:
+            running: set[Future[None]] = {pool.submit(_do_piece, piece) for piece in pieces}
+            finished = shown = 0
+            while running:
+                ready, running = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
+                now = ticks.value
+                count(now - shown)
+                shown = now
+                for future in ready:
+                    future.result()
+                    finished += 1
+                    yield finished
+        finally:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+# One per worker process, set by _start_process.
+_PROCESS: dict[str, Any] = {}
+
+
+def _start_process(factory: WorkerFactory, stop: Any, ticks: Any) -> None:
+    # The parent alone reacts to Ctrl-C: it asks the workers to stop at their next step.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _PROCESS.update(factory=factory, stop=stop, ticks=ticks)
+
+
+def _do_piece(piece: int) -> None:
+    if "worker" not in _PROCESS:  # here and not in _start_process, so that "no renderer" reaches the user as it is
+        worker = _PROCESS["worker"] = _PROCESS["factory"]()
+        Finalize(None, worker.close, exitpriority=10)  # an OpenGL context left open complains when the process ends
+
+    def tick() -> None:
+        with _PROCESS["ticks"].get_lock():
+            _PROCESS["ticks"].value += 1
+
+    _PROCESS["worker"](piece, tick, _PROCESS["stop"].is_set)
+
+
+@contextmanager
+def _single_threaded_children() -> Iterator[None]:
+    """One thread a process, the software renderer's included: several workers already fill the cores."""
+    before = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
+    os.environ.update(dict.fromkeys(_THREAD_VARIABLES, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

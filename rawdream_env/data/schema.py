@@ -1,0 +1,212 @@
+"""What the LeRobotDataset v3.0 layout calls things: paths, default columns, statistics.
+
+The layout, as written by ``lerobot`` from its 3.0 data sets on::
+
+    meta/info.json                                  fps, features, totals, path templates
+    meta/stats.json                                 per feature: min max mean std count and quantiles
+    meta/tasks.parquet                              task (pandas index), task_index
+    meta/episodes/chunk-000/file-000.parquet        one row an episode: where its rows and its video are
+    data/chunk-000/file-000.parquet                 one row a frame, many episodes a file
+    videos/<feature>/chunk-000/file-000.mp4         the same episodes one after the other
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from rawdream_env.errors import DatasetError
+from rawdream_env.types import UInt8Array
+
+CODEBASE_VERSION = "v3.0"
+CHUNKS_SIZE = 1000
+DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+TASKS_PATH = "meta/tasks.parquet"
+INFO_PATH = "meta/info.json"
+STATS_PATH = "meta/stats.json"
+
+IMAGE_KEY = "observation.image"
+STATE_KEY = "observation.state"
+ACTION_KEY = "action"
+PRIVILEGED_PREFIX = "privileged."
+
+QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
+
+Features = Mapping[str, Mapping[str, Any]]
+"""Feature name -> {"dtype", "shape", "names"}, exactly as in ``info.json``."""
+
+Stats = dict[str, dict[str, NDArray[np.float64]]]
+"""Feature name -> statistic name -> array of the feature's shape (``count``: shape (1,))."""
+
+DEFAULT_FEATURES: dict[str, dict[str, Any]] = {
+    "timestamp": {"dtype": "float32", "shape": [1], "names": None},
+    "frame_index": {"dtype": "int64", "shape": [1], "names": None},
+    "episode_index": {"dtype": "int64", "shape": [1], "names": None},
+    "index": {"dtype": "int64", "shape": [1], "names": None},
+    "task_index": {"dtype": "int64", "shape": [1], "names": None},
+}
+
+
+def numeric_feature(dim: int, names: Sequence[str] | None = None) -> dict[str, Any]:
+    """A float32 vector column."""
+    return {"dtype": "float32", "shape": [dim], "names": None if names is None else list(names)}
+
+
+def video_feature(image_shape: tuple[int, int, int], fps: float, codec: str, pix_fmt: str) -> dict[str, Any]:
+    """The entry of an RGB camera; ``image_shape`` is (H, W, 3)."""
+    height, width, channels = image_shape
+    return {
+        "dtype": "video",
+        "shape": [height, width, channels],
+        "names": ["height", "width", "channels"],
+        "info": {
+            "video.height": height,
+            "video.width": width,
+            "video.codec": codec,
+            "video.pix_fmt": pix_fmt,
+            "video.is_depth_map": False,
+            "video.fps": fps,
+            "video.channels": channels,
+            "has_audio": False,
+        },
+    }
+
+
+def to_column(values: NDArray[Any], feature: Mapping[str, Any]) -> pa.Array:
+    """An array (rows, ...) as one Parquet column: a plain value for shape [1], a fixed-size list otherwise."""
+    flat = np.ascontiguousarray(values, dtype=feature["dtype"]).reshape(len(values), -1)
+    column = pa.array(flat.ravel())
+    return column if flat.shape[1] == 1 else pa.FixedSizeListArray.from_arrays(column, flat.shape[1])
+
+
+def from_column(column: pa.ChunkedArray, rows: int) -> NDArray[Any]:
+    """The inverse of ``to_column``: (rows, dim). Nested lists of any kind are flattened."""
+    array = column.combine_chunks()
+    if isinstance(array, pa.ChunkedArray):
+        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], column.type)
+    while pa.types.is_nested(array.type):
+        array = array.flatten()
+    return np.asarray(array.to_numpy(zero_copy_only=False)).reshape(rows, -1)
+
+
+def numeric_stats(values: NDArray[Any], *, quantiles: bool = True) -> dict[str, NDArray[np.float64]]:
+    """Statistics over the rows of (rows, dim). NaN (an object that is not in the scene) is left out.
+
+    A column without a single finite value has statistics 0: JSON knows no NaN.
+    """
+    values = values.astype(np.float64)
+    gone = np.isnan(values)
+    if gone.any():
+        values = np.where(gone.all(0), 0.0, values)
+        reduce: Any = {"min": np.nanmin, "max": np.nanmax, "mean": np.nanmean, "std": np.nanstd, "q": np.nanquantile}
+    else:
+        reduce = {"min": np.min, "max": np.max, "mean": np.mean, "std": np.std, "q": np.quantile}
+    stats = {name: reduce[name](values, axis=0) for name in ("min", "max", "mean", "std")}
+    stats["count"] = np.array([len(values)], dtype=np.float64)
+    if quantiles:
+        stats |= dict(zip(QUANTILES, reduce["q"](values, list(QUANTILES.values()), axis=0), strict=True))
+    return stats
+
+
+def image_stats(frames: UInt8Array) -> dict[str, NDArray[np.float64]]:
+    """Statistics of frames (F, H, W, 3) per channel, scaled to [0, 1], shape (3, 1, 1) as LeRobot keeps them.
+
+    From a histogram of the 256 levels: exact, and far cheaper than a float copy of the frames.
+    """
+    levels = np.arange(256) / 255.0
+    columns = []
+    for channel in range(3):
+        histogram = np.bincount(frames[..., channel].ravel(), minlength=256)
+        seen = np.flatnonzero(histogram)
+        mean = float(histogram @ levels / histogram.sum())
+        variance = float(histogram @ (levels - mean) ** 2 / histogram.sum())
+        columns.append((levels[seen[0]], levels[seen[-1]], mean, variance**0.5))
+    table = np.array(columns).T[:, :, None, None]
+    stats = dict(zip(("min", "max", "mean", "std"), table, strict=True))
+    return stats | {"count": np.array([len(frames)], dtype=np.float64)}
+
+
+def merge_stats(parts: Sequence[Mapping[str, NDArray[np.float64]]]) -> dict[str, NDArray[np.float64]]:
+    """Exact min, max, mean, std and count of a whole from those of its parts."""
+    counts = np.array([float(part["count"][0]) for part in parts])
+    weights = (counts / counts.sum()).reshape(-1, *[1] * parts[0]["mean"].ndim)
+    means = np.stack([part["mean"] for part in parts])
+    mean = (weights * means).sum(0)
+    second = np.stack([part["std"] ** 2 for part in parts]) + (means - mean) ** 2
+    return {
+        "min": np.stack([part["min"] for part in parts]).min(0),
+        "max": np.stack([part["max"] for part in parts]).max(0),
+        "mean": mean,
+        "std": np.sqrt((weights * second).sum(0)),
+        "count": np.array([counts.sum()]),
+    }
+
+
+def stats_to_json(stats: Stats) -> dict[str, dict[str, Any]]:
+    """Nested lists, ``count`` as integers."""
+    return {
+        feature: {name: value.astype(np.int64).tolist() if name == "count" else value.tolist()
+                  for name, value in entry.items()}
+        for feature, entry in stats.items()
+    }  # fmt: skip
+
+
+def tasks_table(tasks: Sequence[str]) -> pa.Table:
+    """``tasks.parquet`` with the pandas metadata that makes ``task`` the index, as LeRobot expects."""
+    column = {"pandas_type": "unicode", "numpy_type": "object", "metadata": None}
+    pandas = {
+        "index_columns": ["task"],
+        "column_indexes": [],
+        "columns": [
+            {"name": "task_index", "field_name": "task_index", **column, "pandas_type": "int64", "numpy_type": "int64"},
+            {"name": "task", "field_name": "task", **column},
+        ],
+        "creator": {"library": "pyarrow", "version": pa.__version__},
+        "pandas_version": "2.2.0",
+    }
+    table = pa.table({"task_index": pa.array(range(len(tasks)), pa.int64()), "task": pa.array(tasks, pa.string())})
+    return table.replace_schema_metadata({"pandas": json.dumps(pandas)})
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """A Parquet file in memory, so that it can be written in one atomic step."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return bytes(sink.getvalue())
+
+
+def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read one Parquet file, as a ``DatasetError`` naming the file when it is missing or damaged."""
+    try:
+        return pq.ParquetFile(path).read(columns=None if columns is None else list(columns))
+    except (OSError, pa.ArrowException) as error:
+        what = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
+        raise DatasetError(
+            f"{path}: {what}. Copy the file again from its source; in a data set collected here, delete the three "
+            "files of that number (data, videos, meta/episodes) and run the same collection command again."
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object, as a ``DatasetError`` naming the file when it is missing or damaged."""
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise DatasetError(
+            f"{path} is missing, so {path.parent.parent} is no LeRobotDataset v3.0 folder. Check the path; a data set "
+            "still being collected gets the file with its first finished part."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"{path}: damaged JSON ({error}). Copy the file again from its source.") from error
+    if not isinstance(value, dict):
+        raise DatasetError(f"{path}: expected a JSON object, found {type(value).__name__}. Copy the file again.")
+    return value

@@ -1,0 +1,306 @@
+"""Episodes imagined by a world model and decided by a judge (paper sections 3.2 and 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from gymnasium.vector import AutoresetMode
+from numpy.typing import NDArray
+
+from rawdream_env.config import parse_choice, parse_positive_int
+from rawdream_env.envs.base import ChunkResult, ChunkVectorEnv, Rows
+from rawdream_env.envs.imagination import (
+    Episode,
+    Replay,
+    begin_states,
+    imagine,
+    load_judge,
+    load_world_model,
+    scatter,
+    select,
+)
+from rawdream_env.errors import InvalidActionError, InvalidOptionError, RawDreamError
+from rawdream_env.seeding import NoiseKey
+from rawdream_env.starts import load_starts
+from rawdream_env.starts.base import TaskLike
+from rawdream_env.types import Float32Array, Outcome, Start, Trajectory, UInt8Array, Verdict, Video
+
+_BROKEN = Verdict(Outcome.INVALID, "the world model returned frames that are not finite")
+
+
+class DreamVectorEnv(ChunkVectorEnv):
+    """``num_envs`` episodes in one world model, one action chunk a step.
+
+    Spaces, infos, autoreset and seeds are those of :class:`ChunkVectorEnv`. An episode's chunk c is imagined with the
+    noise ``NoiseKey(seed=row's seed, env=0, episode=row's episode count, chunk=c, draw=0)``. Only running rows are
+    passed to the world model; rows that are over leave the batch.
+
+    The judge sees the episode's whole video, start frame first: once at the horizon (``judge_every="episode"``), or
+    after every chunk (``"chunk"``: the episode ends at the first success). An INVALID verdict (outage, unreadable reply,
+    frames that are not finite) gives reward 0, ``verdict`` -1 and ``valid`` False; at the horizon it truncates. Frames
+    that are not finite are never shown to the judge and truncate at once. A judge that raises leaves the environment as
+    it was: the same step can be tried again.
+
+    Raises on construction:
+        InvalidOptionError: an option is unknown or does not fit the others.
+        CheckpointError: world model, judge or start pack is missing or damaged.
+    """
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        *,
+        world_model: Any = "embedded",
+        judge: Any = "embedded",
+        starts: Any = "pack",
+        task: TaskLike = None,
+        layout: str = "narrow",
+        max_episode_steps: int = 8,
+        autoreset_mode: str | AutoresetMode = "NextStep",
+        judge_every: str = "episode",
+        device: str = "cpu",
+        dtype: str | None = None,
+        output: str = "numpy",
+        render_mode: str | None = None,
+        return_frames: bool = False,
+        num_inference_steps: int | None = None,
+    ) -> None:
+        """Load the parts and set the spaces up.
+
+        Args:
+            num_envs: number of rows.
+            world_model: "embedded", "null" (random frames, for tests), a folder, or a ``WorldModel``.
+            judge: "embedded", "scripted" (hash of the frames, for tests), "none", a folder, or a ``Judge``.
+            starts: "pack", "sim", "null", a folder of images, a ``.safetensors`` pack, a list of ``Start``, or an
+                object with ``sample(key, task)``.
+            task: name, instruction or id to keep to; None draws one per episode.
+            layout: "narrow" or "wide": how far objects are scattered in "pack" and "sim" starts.
+            max_episode_steps: horizon in chunks.
+            autoreset_mode: "NextStep", "SameStep" or "Disabled".
+            judge_every: "episode" or "chunk".
+            device: where the world model and the judge run, and torch observations live.
+            dtype: of the world model's weights, e.g. "bfloat16"; None: as shipped.
+            output: "numpy" or "torch" observations.
+            render_mode: None, "rgb_array" or "rgb_tiles".
+            return_frames: put every chunk's frames into ``infos["frames"]``.
+            num_inference_steps: denoising steps; None: the model's own.
+        """
+        self.world_model = load_world_model(
+            world_model, device=device, dtype=dtype, num_inference_steps=num_inference_steps
+        )
+        self.judge = load_judge(judge, device=device)
+        self.judge_every = parse_choice("judge_every", judge_every, ("episode", "chunk"))
+        self.layout = parse_choice("layout", layout, ("narrow", "wide"))
+        self.task = task
+        shape = self.world_model.frame_shape
+        self.starts = load_starts(starts, frame_shape=shape, layout=layout)
+        super().__init__(
+            num_envs,
+            frame_shape=shape,
+            chunk_len=self.world_model.chunk_len,
+            fps=self.world_model.fps,
+            max_episode_steps=max_episode_steps,
+            autoreset_mode=autoreset_mode,
+            output=output,
+            device=device,
+            render_mode=render_mode,
+            return_frames=return_frames,
+        )
+        self._state: Any = None
+        self._current: list[Episode | None] = [None] * self.num_envs
+        self._finished: list[Episode | None] = [None] * self.num_envs
+
+    # ---- recorded episodes -------------------------------------------------------------------------------------
+
+    def trajectories(self, rows: Sequence[int] | None = None, *, which: str = "finished") -> list[Trajectory | None]:
+        """Recorded episodes of ``rows`` (None: all), one per row.
+
+        Args:
+            rows: row indices.
+            which: "finished": the row's last episode that is over; "current": the running one (or the one just over,
+                until the row is reset), with the actions so far.
+
+        Returns:
+            ``Trajectory`` per row, None where there is none yet. ``extra["verdict"]`` is the last ``Verdict`` or None,
+            ``extra["valid"]`` False for an invalid episode.
+        """
+        shape = (self.chunk_len, self.single_action_space.shape[1])  # type: ignore[index]
+        return [None if e is None else e.trajectory(shape) for e in self._episodes_of(rows, which)]
+
+    def videos(self, rows: Sequence[int] | None = None, *, which: str = "finished") -> list[Video | None]:
+        """What the judge saw, or would see: recorded frames of ``rows``, as in :meth:`trajectories`."""
+        return [None if e is None else e.video(self.fps) for e in self._episodes_of(rows, which)]
+
+    def _episodes_of(self, rows: Sequence[int] | None, which: str) -> list[Episode | None]:
+        parse_choice("which", which, ("finished", "current"))
+        source = self._finished if which == "finished" else self._current
+        chosen = range(self.num_envs) if rows is None else rows
+        if any(not 0 <= row < self.num_envs for row in chosen):
+            raise InvalidOptionError(f"rows={list(chosen)} must lie between 0 and {self.num_envs - 1}.")
+        return [source[row] for row in chosen]
+
+    def replay(
+        self,
+        trajectories: Sequence[Trajectory],
+        *,
+        draw: int = 1,
+        return_frames: bool = False,
+        judge: bool = True,
+        batch_size: int | None = None,
+    ) -> list[Replay]:
+        """Imagine recorded episodes again, with the same actions and the noise of ``draw``; the environment is untouched.
+
+        ``draw=0`` gives back the very frames of the recording, ``draw=1`` is the second draw of dual-noise verification
+        (paper section 3.3). Equal draws give bit-identical frames, whatever else is in the batch.
+
+        Args:
+            trajectories: any number, of any lengths.
+            draw: index of the noise draw.
+            return_frames: keep the frames in the result.
+            judge: ask the judge; without it (or without a judge) ``verdict`` is None.
+            batch_size: most episodes imagined at once; None: all.
+
+        Raises:
+            InvalidActionError: a trajectory's actions do not fit. InvalidOptionError: bad arguments or start frames.
+            ClosedEnvironmentError: the environment is closed.
+        """
+        self._require_open("replay")
+        draw = parse_positive_int("draw", draw, minimum=0)
+        size = len(trajectories) if batch_size is None else parse_positive_int("batch_size", batch_size)
+        for index, trajectory in enumerate(trajectories):
+            self._check_trajectory(index, trajectory)
+        replays: list[Replay] = []
+        for first in range(0, len(trajectories), max(size, 1)):
+            episodes = self._imagine_again(trajectories[first : first + size], draw)
+            verdicts: list[Verdict | None] = [None] * len(episodes)
+            if judge and self.judge is not None:
+                verdicts = list(self._judge(episodes, [e.valid for e in episodes]))
+            for episode, verdict in zip(episodes, verdicts, strict=True):
+                frames = np.concatenate(episode.frames) if return_frames else None
+                replays.append(Replay(frames, verdict if episode.valid else _BROKEN))
+        return replays
+
+    def _check_trajectory(self, index: int, trajectory: Trajectory) -> None:
+        if not isinstance(trajectory, Trajectory):
+            raise InvalidOptionError(f"trajectories[{index}] is a {type(trajectory).__name__}; a Trajectory is needed.")
+        shape, actions = self.single_action_space.shape, np.asarray(trajectory.actions)
+        fits = actions.ndim == 3 and actions.shape[1:] == shape and actions.dtype.kind == "f"
+        if not fits or not np.isfinite(actions).all():
+            raise InvalidActionError(
+                f"trajectories[{index}].actions has shape {actions.shape} and dtype {actions.dtype}; "
+                f"finite float32 (T, {', '.join(map(str, shape or ()))}) is needed."
+            )
+
+    def _imagine_again(self, trajectories: Sequence[Trajectory], draw: int) -> list[Episode]:
+        keys = [t.noise_key.at(draw=draw) for t in trajectories]
+        episodes = [Episode(t.start, key, [t.start.frame[None]]) for t, key in zip(trajectories, keys, strict=True)]
+        state = begin_states(self.world_model, [t.start for t in trajectories], keys)
+        rows = list(range(len(trajectories)))
+        for chunk in range(max(len(t.actions) for t in trajectories)):
+            keep = [i for i, row in enumerate(rows) if chunk < len(trajectories[row].actions) and episodes[row].valid]
+            if not keep:
+                break
+            if len(keep) < len(rows):
+                state, rows = select(state, keep), [rows[i] for i in keep]
+            actions = np.stack([trajectories[row].actions[chunk] for row in rows]).astype(np.float32)
+            state, frames, finite = imagine(self.world_model, state, actions)
+            for i, row in enumerate(rows):
+                episodes[row].actions.append(actions[i])
+                episodes[row].valid = bool(finite[i])
+                if finite[i]:
+                    episodes[row].frames.append(frames[i].copy())
+        return episodes
+
+    # ---- hooks of the base class -------------------------------------------------------------------------------
+
+    def _begin(self, rows: Rows, keys: Sequence[NoiseKey], given: Sequence[Start | None]) -> list[Start]:
+        starts = [
+            self.starts.sample(key, self.task) if start is None else start
+            for key, start in zip(keys, given, strict=True)
+        ]
+        state = begin_states(self.world_model, starts, keys)
+        whole = len(rows) == self.num_envs
+        self._state = state if whole else scatter(self._state, rows, state)
+        for row, start, key in zip(rows.tolist(), starts, keys, strict=True):
+            self._current[row] = Episode(start, key, [start.frame[None].copy()])
+        return starts
+
+    def _advance(self, rows: Rows, actions: Float32Array, last: NDArray[np.bool_]) -> ChunkResult:
+        whole = len(rows) == self.num_envs
+        state = self._state if whole else select(self._state, rows)
+        state, frames, finite = imagine(self.world_model, state, actions)
+        episodes = [self._extended(row, actions[i], frames[i], bool(finite[i])) for i, row in enumerate(rows.tolist())]
+        ask = finite & (last | (self.judge_every == "chunk"))
+        verdicts = self._judge(episodes, ask.tolist())
+        # Everything that may raise is behind us: from here on the step has happened.
+        self._state = state if whole else scatter(self._state, rows, state)
+        for i, row in enumerate(rows.tolist()):
+            verdict = verdicts[i] if finite[i] else _BROKEN
+            if not finite[i]:
+                frames[i] = episodes[i].frames[-1][-1]
+            if verdict is not None:
+                episodes[i].verdict = verdict
+            episodes[i].valid = verdict is None or verdict.outcome != Outcome.INVALID
+            self._current[row] = episodes[i]
+            if last[i] or not finite[i] or (verdict is not None and verdict.outcome == Outcome.SUCCESS):
+                self._finished[row] = episodes[i]
+        return self._result(frames, episodes, verdicts, ~finite)
+
+    def _extended(self, row: int, actions: Float32Array, frames: UInt8Array, finite: bool) -> Episode:
+        """Row's episode with one chunk more; the recorded one stays as it is until the step is certain."""
+        old = self._current[row]
+        assert old is not None
+        new_frames = [*old.frames, frames.copy()] if finite else old.frames
+        return Episode(old.start, old.key, new_frames, [*old.actions, actions.copy()], old.verdict)
+
+    def _judge(self, episodes: Sequence[Episode], ask: Sequence[bool]) -> list[Verdict | None]:
+        """Verdicts of the episodes to ask about, None for the others."""
+        verdicts: list[Verdict | None] = [None] * len(episodes)
+        chosen = [i for i, wanted in enumerate(ask) if wanted]
+        if self.judge is None or not chosen:
+            return verdicts
+        answers = self.judge(
+            [episodes[i].video(self.fps) for i in chosen], [episodes[i].start.instruction for i in chosen]
+        )
+        if len(answers) != len(chosen):
+            raise RawDreamError(
+                f"{type(self.judge).__name__} gave {len(answers)} verdicts for {len(chosen)} videos; one each is needed."
+            )
+        for i, answer in zip(chosen, answers, strict=True):
+            verdicts[i] = answer
+        return verdicts
+
+    def _result(
+        self,
+        frames: UInt8Array,
+        episodes: Sequence[Episode],
+        verdicts: Sequence[Verdict | None],
+        broken: NDArray[np.bool_],
+    ) -> ChunkResult:
+        outcome = np.array([-1 if v is None else int(v.outcome) for v in verdicts], dtype=np.int8)
+        valid = np.array([episode.valid for episode in episodes], dtype=np.bool_)
+        probability = None
+        if any(v is not None and v.probability is not None for v in verdicts):
+            values = [np.nan if v is None or v.probability is None else v.probability for v in verdicts]
+            probability = np.array(values, dtype=np.float64)
+        return ChunkResult(frames, outcome, valid, broken, probability)
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Let the state and the recordings go; close starts and judge where they can be closed."""
+        self._state = None
+        self._current = [None] * self.num_envs
+        for part in (self.starts, self.judge):
+            close = getattr(part, "close", None)
+            if callable(close):
+                close()
+
+
+class PiperDreamVectorEnv(DreamVectorEnv):
+    """The Piper tabletop in the embedded world model: what ``gym.make_vec("rawdream/PiperDream-v0")`` makes.
+
+    Four tasks (stack block, place pot, put spoon, place cup), 64x64 pixels at 10 Hz, 8 actions a chunk, 8 chunks an
+    episode; everything ships with the package and runs on a CPU. ``PiperSimVectorEnv`` has the same spaces and infos.
+    Options are those of :class:`DreamVectorEnv`.
+    """

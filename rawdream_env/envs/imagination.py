@@ -1,0 +1,154 @@
+"""What a dream is made of: loading its parts, checking what they return, and the record of an episode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rawdream_env.errors import InvalidOptionError, RawDreamError
+from rawdream_env.seeding import NoiseKey
+from rawdream_env.types import Float32Array, Judge, Start, Trajectory, UInt8Array, Verdict, Video, WorldModel
+
+
+@dataclass
+class Episode:
+    """The record of one imagined episode; ``frames`` uint8 (F, H, W, 3) pieces, the start frame first."""
+
+    start: Start
+    key: NoiseKey
+    frames: list[UInt8Array]
+    actions: list[Float32Array] = field(default_factory=list)
+    verdict: Verdict | None = None
+    valid: bool = True
+
+    def video(self, fps: float) -> Video:
+        """All frames so far."""
+        return Video(np.concatenate(self.frames), fps)
+
+    def trajectory(self, action_shape: tuple[int, int]) -> Trajectory:
+        """The episode as something to imagine again; ``extra`` has ``verdict`` (or None) and ``valid``."""
+        actions = np.stack(self.actions) if self.actions else np.zeros((0, *action_shape), dtype=np.float32)
+        return Trajectory(self.start, self.key, actions, {"verdict": self.verdict, "valid": self.valid})
+
+
+@dataclass(frozen=True)
+class Replay:
+    """An episode imagined again: ``frames`` uint8 (1 + T*K, H, W, 3) or None; ``verdict`` None when nobody judged."""
+
+    frames: UInt8Array | None
+    verdict: Verdict | None
+
+
+def load_world_model(
+    world_model: Any, *, device: str, dtype: str | None, num_inference_steps: int | None
+) -> WorldModel:
+    """The ``world_model`` option as an object: "embedded", "null", a folder, or an object of that kind already."""
+    if isinstance(world_model, str) and world_model == "null":
+        from rawdream_env.world_models.null import NullWorldModel
+
+        return NullWorldModel()
+    if isinstance(world_model, str) or hasattr(world_model, "__fspath__"):
+        from rawdream_env.world_models.embedded import load_world_model as load
+
+        kwargs: dict[str, Any] = {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
+        if dtype is not None:
+            kwargs["dtype"] = dtype
+        loaded: WorldModel = load(str(world_model), device=device, **kwargs)
+        return loaded
+    if num_inference_steps is not None or dtype is not None:
+        raise InvalidOptionError(
+            "num_inference_steps and dtype apply when the world model is loaded here; set them on the object you pass."
+        )
+    model: WorldModel = _require(world_model, "world_model", ("start", "imagine", "chunk_len", "frame_shape", "fps"))
+    return model
+
+
+def load_judge(judge: Any, *, device: str) -> Judge | None:
+    """The ``judge`` option as an object: "embedded", "scripted", "none" or None, a folder, or a callable."""
+    if judge is None or (isinstance(judge, str) and judge == "none"):
+        return None
+    if isinstance(judge, str) and judge == "scripted":
+        from rawdream_env.judges.scripted import ScriptedJudge
+
+        return ScriptedJudge()
+    if isinstance(judge, str) or hasattr(judge, "__fspath__"):
+        from rawdream_env.judges import load_judge as load
+
+        loaded: Judge = load(str(judge), device=device)
+        return loaded
+    given: Judge = _require(judge, "judge", ("__call__",))
+    return given
+
+
+def _require(thing: Any, option: str, names: Sequence[str]) -> Any:
+    missing = [name for name in names if not hasattr(thing, name)]
+    if missing:
+        raise InvalidOptionError(f"{option} is a {type(thing).__name__} without {', '.join(missing)}.")
+    return thing
+
+
+def begin_states(model: WorldModel, starts: Sequence[Start], keys: Sequence[NoiseKey]) -> Any:
+    """The world model's state for new episodes, batched.
+
+    Raises:
+        InvalidOptionError: a start's frame does not fit the model, or only some starts have a proprio.
+    """
+    shape = tuple(model.frame_shape)
+    for index, start in enumerate(starts):
+        if start.frame.shape != shape or start.frame.dtype != np.uint8:
+            raise InvalidOptionError(
+                f"start {index} ({start.instruction!r}) has a frame of shape {start.frame.shape} and dtype "
+                f"{start.frame.dtype}; the world model needs uint8 {shape}."
+            )
+    proprios = [start.proprio for start in starts if start.proprio is not None]
+    if proprios and len(proprios) != len(starts):
+        raise InvalidOptionError(
+            f"{len(proprios)} of {len(starts)} starts have a proprio; give it for all or for none."
+        )
+    frames = torch.from_numpy(np.stack([start.frame for start in starts]))
+    proprio = torch.from_numpy(np.stack(proprios).astype(np.float32)) if proprios else None
+    with torch.no_grad():
+        return model.start(frames, list(keys), proprio)
+
+
+def imagine(model: WorldModel, state: Any, actions: Float32Array) -> tuple[Any, UInt8Array, NDArray[np.bool_]]:
+    """One chunk: (next state, frames uint8 (n, K, H, W, 3), finite (n,)).
+
+    A row is not finite when the model returns floating frames with NaN or infinity, or says so by an attribute
+    ``finite`` (n,) of the next state. Finite floating frames are taken as 0 to 255.
+    """
+    with torch.no_grad():
+        state, frames = model.imagine(state, torch.from_numpy(actions))
+    expected = (len(actions), model.chunk_len, *model.frame_shape)
+    if not isinstance(frames, Tensor) or tuple(frames.shape) != expected:
+        got = tuple(frames.shape) if hasattr(frames, "shape") else type(frames).__name__
+        raise RawDreamError(f"{type(model).__name__}.imagine returned frames {got}; {expected} is needed.")
+    finite = torch.ones(len(frames), dtype=torch.bool)
+    flag = getattr(state, "finite", None)
+    if isinstance(flag, Tensor):
+        finite &= flag.detach().cpu().bool()
+    if frames.dtype.is_floating_point:
+        finite &= torch.isfinite(frames).flatten(1).all(dim=1).cpu()
+        frames = torch.nan_to_num(frames).round().clamp(0, 255)
+    return state, frames.detach().to(device="cpu", dtype=torch.uint8).numpy().copy(), finite.numpy()
+
+
+def select(state: Any, rows: Sequence[int] | NDArray[np.intp]) -> Any:
+    """``state`` at ``rows``, given as an int64 CPU tensor."""
+    return state[torch.as_tensor(np.asarray(rows, dtype=np.int64))]
+
+
+def scatter(state: Any, rows: NDArray[np.intp], part: Any) -> Any:
+    """``state`` with ``rows`` replaced by ``part`` (one entry per row)."""
+    size = len(state)
+    source = np.zeros(size, dtype=np.int64)
+    source[rows] = np.arange(len(rows))
+    mask = np.zeros(size, dtype=np.bool_)
+    mask[rows] = True
+    return type(state).where(torch.from_numpy(mask), select(part, source), state)

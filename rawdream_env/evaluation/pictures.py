@@ -1,0 +1,108 @@
+"""Frames to PNG, GIF and MP4 bytes, borders and tiles: what the fidelity grid and the report are drawn with.
+
+Shapes: F frames, H W height and width; all pictures uint8 RGB.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+
+from rawdream_env.types import UInt8Array
+
+GREEN, RED, GREY, AMBER = (46, 160, 67), (218, 54, 51), (139, 148, 158), (210, 153, 34)
+"""Border colours: success, failure, no verdict, flagged by dual-noise verification."""
+
+
+def upscale(frames: UInt8Array, factor: int) -> UInt8Array:
+    """Nearest-neighbour enlargement of (..., H, W, 3) by a whole ``factor``."""
+    return frames.repeat(factor, axis=-3).repeat(factor, axis=-2)
+
+
+def border(frames: UInt8Array, colour: tuple[int, int, int], width: int = 4) -> UInt8Array:
+    """Frames (..., H, W, 3) with a coloured frame of ``width`` pixels around them (the picture grows)."""
+    *lead, h, w, c = frames.shape
+    out = np.empty((*lead, h + 2 * width, w + 2 * width, c), dtype=np.uint8)
+    out[...] = np.array(colour, dtype=np.uint8)
+    out[..., width : width + h, width : width + w, :] = frames
+    return out
+
+
+def pad_time(frames: UInt8Array, length: int) -> UInt8Array:
+    """Repeat the last frame of (F, H, W, 3) up to ``length`` frames."""
+    missing = length - len(frames)
+    return frames if missing <= 0 else np.concatenate([frames, frames[-1:].repeat(missing, axis=0)])
+
+
+def beside(left: UInt8Array, right: UInt8Array, gap: int = 4, gap_level: int = 255) -> UInt8Array:
+    """Two clips (F, H, W, 3) side by side; the shorter one holds its last frame."""
+    length = max(len(left), len(right))
+    a, b = pad_time(left, length), pad_time(right, length)
+    gutter = np.full((length, a.shape[1], gap, 3), gap_level, dtype=np.uint8)
+    return np.concatenate([a, gutter, b], axis=2)
+
+
+def grid(cells: Sequence[Sequence[UInt8Array]], gap: int = 2, gap_level: int = 255) -> UInt8Array:
+    """Tile rows of equally sized cells (..., H, W, 3) into one picture or clip with ``gap`` pixels between them."""
+    rows = []
+    for row in cells:
+        parts: list[UInt8Array] = []
+        for cell in row:
+            if parts:
+                parts.append(np.full((*cell.shape[:-2], gap, 3), gap_level, dtype=np.uint8))
+            parts.append(cell)
+        rows.append(np.concatenate(parts, axis=-2))
+    stack: list[UInt8Array] = []
+    for line in rows:
+        if stack:
+            stack.append(np.full((*line.shape[:-3], gap, line.shape[-2], 3), gap_level, dtype=np.uint8))
+        stack.append(line)
+    return np.concatenate(stack, axis=-3)
+
+
+def png_bytes(picture: UInt8Array) -> bytes:
+    """One picture (H, W, 3) as PNG."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(picture)).save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def gif_bytes(frames: UInt8Array, fps: float) -> bytes:
+    """A clip (F, H, W, 3) as a looping GIF with one palette for all frames (no flicker)."""
+    from PIL import Image
+
+    # A palette per frame flickers; one learned from a strip of sample frames does not.
+    sample = frames[:: max(1, len(frames) // 8)]
+    strip = Image.fromarray(np.ascontiguousarray(np.concatenate(list(sample), axis=0)))
+    palette = strip.quantize(colors=255, dither=Image.Dither.NONE)
+    pictures = [
+        Image.fromarray(np.ascontiguousarray(frame)).quantize(palette=palette, dither=Image.Dither.NONE)
+        for frame in frames
+    ]
+    buffer = io.BytesIO()
+    duration_ms = round(1000 / fps)
+    pictures[0].save(buffer, format="GIF", save_all=True, append_images=pictures[1:], duration=duration_ms, loop=0)
+    return buffer.getvalue()
+
+
+def mp4_bytes(frames: UInt8Array, fps: float) -> bytes:
+    """A clip (F, H, W, 3) as H.264 MP4 that every browser plays; odd sizes are padded to even."""
+    import av
+
+    pad = [(0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)]
+    padded = np.pad(frames, pad, mode="edge")
+    buffer = io.BytesIO()
+    with av.open(buffer, mode="w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
+        stream.width, stream.height, stream.pix_fmt = padded.shape[2], padded.shape[1], "yuv420p"
+        # Fixed quality and one thread: the same frames give the same bytes.
+        stream.options = {"crf": "20", "preset": "medium", "threads": "1"}
+        for frame in padded:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        container.mux(stream.encode())
+    return buffer.getvalue()

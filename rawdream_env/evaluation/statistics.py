@@ -1,0 +1,388 @@
+"""Small-sample statistics for success rates and gains, so that no number is reported without its interval.
+
+Only numpy and the standard library. What is here, and when to use it:
+
+- one success rate: :class:`Rate` (Wilson score interval);
+- before and after on *different* episodes: :func:`difference_interval` (Newcombe's hybrid score interval);
+- before and after on the *same* episodes, seeds or tasks: :func:`paired_bootstrap`;
+- do two evaluations order policies alike: :func:`spearman`, :func:`kendall_tau`, :func:`rank_correlation`;
+- two binary raters of the same episodes: :class:`Confusion` (agreement, Cohen's kappa, precision, recall).
+
+References: Wilson 1927; Newcombe 1998 (Statistics in Medicine 17:873, method 10); Kendall 1945 (tau-b);
+Cohen 1960; Fleiss, Cohen and Everitt 1969 (large-sample error of kappa); Hanley and Lippman-Hand 1983 (rule of three).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Float64Array = NDArray[np.float64]
+
+
+def _z(confidence: float) -> float:
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence must lie strictly between 0 and 1, got {confidence}; use for example 0.95")
+    return NormalDist().inv_cdf(0.5 + confidence / 2.0)
+
+
+def _check_counts(successes: int, n: int) -> None:
+    if n < 0 or not 0 <= successes <= n:
+        raise ValueError(f"need 0 <= successes <= n, got successes={successes}, n={n}")
+
+
+def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson score interval of a proportion, both ends in [0, 1]; (0, 1) when ``n`` is 0: nothing is known."""
+    _check_counts(successes, n)
+    z = _z(confidence)
+    if n == 0:
+        return 0.0, 1.0
+    p = successes / n
+    centre = p + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    # The ends are exactly 0 and 1 at 0 and n successes; rounding must not move them.
+    low = 0.0 if successes == 0 else max(0.0, (centre - half) / scale)
+    high = 1.0 if successes == n else min(1.0, (centre + half) / scale)
+    return low, high
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A success rate with its Wilson interval. Build it with :meth:`of` or :meth:`over`.
+
+    >>> print(Rate.of(108, 200))
+    54.0 % [47.1, 60.8], n=200
+    """
+
+    successes: int
+    n: int
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, successes: int, n: int, confidence: float = 0.95) -> Rate:
+        """Rate from counts."""
+        low, high = wilson_interval(int(successes), int(n), confidence)
+        return cls(int(successes), int(n), low, high)
+
+    @classmethod
+    def over(cls, outcomes: Iterable[bool], confidence: float = 0.95) -> Rate:
+        """Rate from individual outcomes."""
+        values = [bool(x) for x in outcomes]
+        return cls.of(sum(values), len(values), confidence)
+
+    @property
+    def value(self) -> float:
+        """successes / n; NaN when n is 0."""
+        return self.successes / self.n if self.n else math.nan
+
+    def __str__(self) -> str:
+        if self.n == 0:
+            return "not measured, n=0"
+        return f"{100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}], n={self.n}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form; ``value`` is None when n is 0."""
+        value = self.value if self.n else None
+        return {"successes": self.successes, "n": self.n, "value": value, "low": self.low, "high": self.high}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its interval; NaN anywhere means that part could not be computed. ``n`` is what was resampled."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        if not math.isfinite(self.value):
+            return f"not measured, n={self.n}"
+        if not (math.isfinite(self.low) and math.isfinite(self.high)):
+            return f"{self.value:.3f} [no interval], n={self.n}"
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}], n={self.n}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form with None for NaN."""
+        ends = {"value": self.value, "low": self.low, "high": self.high}
+        return {**{k: v if math.isfinite(v) else None for k, v in ends.items()}, "n": self.n}
+
+
+def difference_interval(
+    successes_a: int, n_a: int, successes_b: int, n_b: int, confidence: float = 0.95
+) -> tuple[float, float, float]:
+    """(p_b - p_a, low, high) for two independent proportions, Newcombe's hybrid score interval (method 10)."""
+    if n_a == 0 or n_b == 0:
+        raise ValueError(f"a difference needs episodes on both sides, got n_a={n_a}, n_b={n_b}")
+    low_a, high_a = wilson_interval(successes_a, n_a, confidence)
+    low_b, high_b = wilson_interval(successes_b, n_b, confidence)
+    a, b = successes_a / n_a, successes_b / n_b
+    gain = b - a
+    return gain, gain - math.hypot(b - low_b, high_a - a), gain + math.hypot(high_b - b, a - low_a)
+
+
+def rule_of_three(n: int) -> float:
+    """Upper 95 % bound of a rate after 0 events in ``n`` trials, 3/n (at most 1)."""
+    if n < 1:
+        raise ValueError(f"the rule of three needs n >= 1 trials, got {n}")
+    return min(1.0, 3.0 / n)
+
+
+def _percentile(value: float, draws: Float64Array, n: int, confidence: float) -> Estimate:
+    """Interval from resampled values; those that are NaN (say, a correlation of constants) are left out."""
+    usable = draws[np.isfinite(draws)]
+    if len(usable) < 10:
+        return Estimate(value, math.nan, math.nan, n)
+    tail = 50.0 * (1.0 - confidence)
+    low, high = np.percentile(usable, [tail, 100.0 - tail])
+    return Estimate(value, float(low), float(high), n)
+
+
+def bootstrap(
+    statistic: Callable[[NDArray[np.int64]], float],
+    n: int,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Estimate:
+    """Percentile bootstrap of ``statistic(rows)`` over ``n`` units; ``rows`` are indices drawn with replacement.
+
+    Resamples on which the statistic is NaN are left out of the interval; fewer than ten usable ones give NaN ends.
+    """
+    _z(confidence)
+    if n == 0:
+        return Estimate(math.nan, math.nan, math.nan, 0)
+    rng = np.random.default_rng(seed)
+    draws = np.array([statistic(rng.integers(0, n, n)) for _ in range(resamples)], dtype=np.float64)
+    return _percentile(statistic(np.arange(n)), draws, n, confidence)
+
+
+def bootstrap_ratio(
+    numerator: ArrayLike,
+    denominator: ArrayLike | None = None,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Estimate:
+    """sum(numerator) / sum(denominator) with a percentile bootstrap over paired units; a mean without ``denominator``."""
+    _z(confidence)
+    top = np.asarray(numerator, dtype=np.float64).ravel()
+    bottom = np.ones(len(top)) if denominator is None else np.asarray(denominator, dtype=np.float64).ravel()
+    if top.shape != bottom.shape:
+        raise ValueError(f"a ratio needs pairs, got {top.size} numerators and {bottom.size} denominators")
+    n = len(top)
+    if n == 0:
+        return Estimate(math.nan, math.nan, math.nan, 0)
+    rng = np.random.default_rng(seed)
+    block = max(1, 1_000_000 // n)  # bounds the memory of one block of resamples
+    tops, bottoms = np.empty(resamples), np.empty(resamples)
+    for first in range(0, resamples, block):
+        rows = rng.integers(0, n, (min(block, resamples - first), n))
+        tops[first : first + block], bottoms[first : first + block] = top[rows].sum(1), bottom[rows].sum(1)
+    draws = np.where(bottoms != 0, tops / np.where(bottoms != 0, bottoms, 1.0), np.nan)
+    value = float(top.sum() / bottom.sum()) if bottom.sum() else math.nan
+    return _percentile(value, draws, n, confidence)
+
+
+def paired_bootstrap(
+    before: ArrayLike,
+    after: ArrayLike,
+    *,
+    clusters: Sequence[Any] | None = None,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Estimate:
+    """Mean of ``after - before`` over paired units (episodes of one start, training seeds, tasks) with its interval.
+
+    ``clusters`` (one label per unit) resamples whole groups together, for instance the training seed an episode
+    belongs to: episodes of one trained policy are not independent evidence about training. With fewer than about six
+    clusters a percentile bootstrap is too narrow; quote the individual values beside it.
+    """
+    a, b = np.asarray(before, dtype=np.float64).ravel(), np.asarray(after, dtype=np.float64).ravel()
+    if a.shape != b.shape:
+        raise ValueError(f"paired values must match: before has {a.size}, after has {b.size}")
+    diff = b - a
+    if clusters is None:
+        return bootstrap_ratio(diff, confidence=confidence, resamples=resamples, seed=seed)
+    if len(clusters) != len(diff):
+        raise ValueError(f"clusters has {len(clusters)} labels for {len(diff)} pairs")
+    labels = list(dict.fromkeys(clusters))
+    index = np.array([labels.index(c) for c in clusters], dtype=np.int64)
+    sums = np.bincount(index, weights=diff, minlength=len(labels))
+    sizes = np.bincount(index, minlength=len(labels))
+    return bootstrap_ratio(sums, sizes, confidence=confidence, resamples=resamples, seed=seed)
+
+
+def ranks(values: ArrayLike) -> Float64Array:
+    """Ranks from 1, ties share their mean rank."""
+    x = np.asarray(values, dtype=np.float64).ravel()
+    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    mean_rank: Float64Array = (last - (counts - 1) / 2.0)[inverse]
+    return mean_rank
+
+
+def _pairs(x: ArrayLike, y: ArrayLike) -> tuple[Float64Array, Float64Array]:
+    a, b = np.asarray(x, dtype=np.float64).ravel(), np.asarray(y, dtype=np.float64).ravel()
+    if a.shape != b.shape:
+        raise ValueError(f"correlation needs equally many values, got {a.size} and {b.size}")
+    return a, b
+
+
+def pearson(x: ArrayLike, y: ArrayLike) -> float:
+    """Pearson correlation; NaN when either side is constant or has fewer than two values."""
+    a, b = _pairs(x, y)
+    if len(a) < 2:
+        return math.nan
+    a, b = a - a.mean(), b - b.mean()
+    scale = math.sqrt(float(a @ a) * float(b @ b))
+    return float(a @ b) / scale if scale > 0 else math.nan
+
+
+def spearman(x: ArrayLike, y: ArrayLike) -> float:
+    """Spearman's rho: Pearson correlation of the ranks; NaN when either side is constant."""
+    a, b = _pairs(x, y)
+    return pearson(ranks(a), ranks(b))
+
+
+def kendall_tau(x: ArrayLike, y: ArrayLike) -> float:
+    """Kendall's tau-b, which corrects for ties; NaN when either side is constant."""
+    a, b = _pairs(x, y)
+    upper = np.triu_indices(len(a), 1)
+    sign_a = np.sign(a[:, None] - a[None, :])[upper]
+    sign_b = np.sign(b[:, None] - b[None, :])[upper]
+    scale = math.sqrt(float(sign_a @ sign_a) * float(sign_b @ sign_b))
+    return float(sign_a @ sign_b) / scale if scale > 0 else math.nan
+
+
+def rank_correlation(
+    x: ArrayLike,
+    y: ArrayLike,
+    *,
+    method: str = "spearman",
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Estimate:
+    """Rank correlation (``method`` "spearman" or "kendall") with a bootstrap interval over the compared items.
+
+    With a handful of items (three or four policies) the interval says little; it is reported so that nobody
+    mistakes rho = 1 on three policies for evidence.
+    """
+    methods = {"spearman": spearman, "kendall": kendall_tau}
+    if method not in methods:
+        raise ValueError(f'method must be "spearman" or "kendall", got {method!r}')
+    a, b = _pairs(x, y)
+    measure = methods[method]
+    return bootstrap(
+        lambda rows: measure(a[rows], b[rows]), len(a), confidence=confidence, resamples=resamples, seed=seed
+    )
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Two binary raters over the same episodes: ``predicted`` (a judge, the dream) against ``actual`` (the truth)."""
+
+    true_positive: int
+    false_positive: int
+    false_negative: int
+    true_negative: int
+
+    @classmethod
+    def over(cls, predicted: ArrayLike, actual: ArrayLike) -> Confusion:
+        """Count two boolean sequences of one length."""
+        p, a = np.asarray(predicted, dtype=bool).ravel(), np.asarray(actual, dtype=bool).ravel()
+        if p.shape != a.shape:
+            raise ValueError(f"confusion needs equally many labels, got {p.size} predicted and {a.size} actual")
+        return cls(int((p & a).sum()), int((p & ~a).sum()), int((~p & a).sum()), int((~p & ~a).sum()))
+
+    @property
+    def n(self) -> int:
+        """Number of episodes."""
+        return self.true_positive + self.false_positive + self.false_negative + self.true_negative
+
+    @property
+    def agreement(self) -> Rate:
+        """Share of equal answers."""
+        return Rate.of(self.true_positive + self.true_negative, self.n)
+
+    @property
+    def precision(self) -> Rate:
+        """Share of predicted successes that are successes."""
+        return Rate.of(self.true_positive, self.true_positive + self.false_positive)
+
+    @property
+    def recall(self) -> Rate:
+        """Share of successes that were predicted."""
+        return Rate.of(self.true_positive, self.true_positive + self.false_negative)
+
+    @property
+    def false_positive_rate(self) -> Rate:
+        """Share of failures that were predicted to be successes."""
+        return Rate.of(self.false_positive, self.false_positive + self.true_negative)
+
+    @property
+    def f1(self) -> float:
+        """Harmonic mean of precision and recall; NaN when there is no positive on either side."""
+        total = 2 * self.true_positive + self.false_positive + self.false_negative
+        return 2 * self.true_positive / total if total else math.nan
+
+    @property
+    def kappa(self) -> Estimate:
+        """Cohen's kappa, see :func:`cohen_kappa`."""
+        return cohen_kappa(self)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form: counts, rates with intervals, F1 and kappa."""
+        counts = {
+            "true_positive": self.true_positive,
+            "false_positive": self.false_positive,
+            "false_negative": self.false_negative,
+            "true_negative": self.true_negative,
+        }
+        names = ("agreement", "precision", "recall", "false_positive_rate")
+        rates = {name: getattr(self, name).as_dict() for name in names}
+        f1 = self.f1
+        return {**counts, **rates, "f1": f1 if math.isfinite(f1) else None, "kappa": self.kappa.as_dict(), "n": self.n}
+
+
+def cohen_kappa(confusion: Confusion, confidence: float = 0.95) -> Estimate:
+    """Cohen's kappa with the large-sample interval of Fleiss, Cohen and Everitt; NaN when both raters are constant.
+
+    Kappa is agreement beyond chance: a judge that always says "failure" on a task that always fails agrees 100 % and
+    has no kappa, which is why both are reported.
+    """
+    n, z = confusion.n, _z(confidence)
+    if n == 0:
+        return Estimate(math.nan, math.nan, math.nan, 0)
+    p = (
+        np.array(
+            [
+                [confusion.true_positive, confusion.false_positive],
+                [confusion.false_negative, confusion.true_negative],
+            ],
+            dtype=np.float64,
+        )
+        / n
+    )
+    row, col = p.sum(1), p.sum(0)
+    observed, chance = float(np.trace(p)), float(row @ col)
+    if chance >= 1.0:
+        return Estimate(math.nan, math.nan, math.nan, n)
+    kappa = (observed - chance) / (1 - chance)
+    diagonal = sum(p[i, i] * (1 - (row[i] + col[i]) * (1 - kappa)) ** 2 for i in range(2))
+    off = (1 - kappa) ** 2 * sum(p[i, j] * (col[i] + row[j]) ** 2 for i in range(2) for j in range(2) if i != j)
+    variance = (diagonal + off - (kappa - chance * (1 - kappa)) ** 2) / (n * (1 - chance) ** 2)
+    half = z * math.sqrt(max(0.0, float(variance)))
+    return Estimate(kappa, max(-1.0, kappa - half), min(1.0, kappa + half), n)

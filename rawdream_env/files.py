@@ -1,0 +1,139 @@
+"""Files that are either whole or absent: atomic writes, and safetensors without surprises.
+
+A write goes to a temporary file in the same folder, is synced, renamed over its target, and the folder is synced: after
+a crash or a full disk at any moment the target holds the old content or the new one, never a part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rawdream_env.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PathLike = str | os.PathLike[str]
+
+
+def fsync_folder(path: PathLike) -> None:
+    """Make renames and removals inside a folder durable."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes_synced(path: PathLike, data: bytes) -> None:
+    """Write a new file and sync it. Not atomic: for files inside a folder that is renamed into place as a whole."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(descriptor, view) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def atomic_write_bytes(path: PathLike, data: bytes) -> None:
+    """Replace ``path`` by ``data``, wholly or not at all. Raises ``OSError`` (disk full, ...) with the target untouched."""
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        write_bytes_synced(temporary, data)
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    fsync_folder(target.parent)
+
+
+def atomic_write_text(path: PathLike, text: str) -> None:
+    """``atomic_write_bytes`` in UTF-8."""
+    atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def atomic_write_json(path: PathLike, value: Any) -> None:
+    """Write indented JSON with a final newline; NaN and infinity are refused (``ValueError``)."""
+    atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def sha256_file(path: PathLike) -> str:
+    """Hex SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def serialize_safetensors(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, *, where: PathLike = "the checkpoint"
+) -> bytes:
+    """The bytes of a safetensors file; ``CheckpointError`` names non-finite tensors (what ``load`` refuses, ``save`` refuses)."""
+    from safetensors.torch import save
+
+    _refuse_non_finite(tensors.items(), f"Will not write {where}")
+    storages: set[int] = set()
+    plain: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        storage = value.untyped_storage()
+        if storage.data_ptr() in storages or storage.nbytes() != value.nbytes:  # safetensors refuses shared memory
+            value = value.clone()
+        storages.add(value.untyped_storage().data_ptr())
+        plain[name] = value
+    return save(plain, metadata=dict(metadata) if metadata else None)
+
+
+def save_safetensors(path: PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors atomically. Any device; shared or non-contiguous tensors are copied. Values must be finite."""
+    atomic_write_bytes(path, serialize_safetensors(tensors, metadata, where=path))
+
+
+def load_safetensors(path: PathLike) -> dict[str, Tensor]:
+    """Read every tensor onto the CPU. ``CheckpointError`` names the file when it is missing, damaged or not finite."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not Path(path).is_file():
+        raise CheckpointError(f"There is no file {path}. Check the path, or save or download the checkpoint first.")
+    try:
+        tensors: dict[str, Tensor] = load_file(os.fspath(path))
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is damaged or no safetensors file ({error}). Restore it from a copy.") from error
+    _refuse_non_finite(tensors.items(), f"Will not load {path}")
+    return tensors
+
+
+def load_safetensors_metadata(path: PathLike) -> dict[str, str]:
+    """The string metadata of a safetensors file (empty when it has none); errors as ``load_safetensors``."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(os.fspath(path), framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is missing, damaged or no safetensors file ({error}).") from error
+
+
+def _refuse_non_finite(tensors: Iterable[tuple[str, Tensor]], what: str) -> None:
+    for name, tensor in tensors:
+        if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.numel() == 0:
+            continue
+        values = tensor.detach()
+        if values.element_size() == 1:  # float8 has no isfinite kernel
+            values = values.float()
+        bad = int((~values.isfinite()).sum())
+        if bad:
+            raise CheckpointError(
+                f"{what}: tensor {name!r} holds {bad} non-finite of {tensor.numel()} values. "
+                "The training diverged or the file was altered; use an earlier checkpoint."
+            )

@@ -1,0 +1,94 @@
+"""What every judge shares: checking a video before it is judged, picking its frames, and timing.
+
+A judge never raises because of one bad item. ``checked_frames`` says in words what is wrong with it, and the judge
+turns those words into ``Verdict(Outcome.INVALID, reason)``; an INVALID verdict is masked, it never becomes a reward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from rawdream_env.types import Outcome, UInt8Array, Verdict, Video
+
+MIN_FRAMES = 2
+"""A start frame and one more: with fewer nothing can have been carried out."""
+
+MAX_FRAMES = 100_000
+"""Longer than any episode; guards against a transposed or corrupt array."""
+
+
+class Timer:
+    """Wall-clock seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._start = perf_counter()
+
+    def seconds(self) -> float:
+        """Seconds since the timer was made."""
+        return perf_counter() - self._start
+
+
+def invalid(reason: str, latency_s: float = 0.0) -> Verdict:
+    """An INVALID verdict with its (required) reason."""
+    return Verdict(Outcome.INVALID, reason=reason, latency_s=latency_s)
+
+
+def check_pairs(videos: Sequence[Video], instructions: Sequence[str]) -> None:
+    """One instruction per video. A wrong count is a mistake of the caller, not a bad item: ``ValueError``."""
+    if len(videos) != len(instructions):
+        raise ValueError(
+            f"{len(videos)} videos but {len(instructions)} instructions; give a judge exactly one instruction per video"
+        )
+
+
+def checked_frames(video: Any) -> tuple[UInt8Array | None, str]:
+    """The frames of a video that can be judged, or None and the reason why it cannot.
+
+    Accepts numpy arrays and torch tensors, uint8 (F, H, W, 3) with F >= 2. Values that are not finite and every other
+    dtype are refused rather than cast: a float video of unknown range would be judged as a black one.
+    """
+    if not isinstance(video, Video):
+        return None, f"not a Video but {type(video).__name__}"
+    frames: Any = video.frames
+    if hasattr(frames, "detach"):  # a torch tensor, without importing torch here
+        frames = frames.detach().cpu().numpy()
+    if not isinstance(frames, np.ndarray):
+        return None, f"frames are {type(frames).__name__}, expected a uint8 array (F, H, W, 3)"
+    if frames.ndim != 4 or frames.shape[-1] != 3:
+        return None, f"frames have shape {frames.shape}, expected (F, H, W, 3)"
+    if not MIN_FRAMES <= frames.shape[0] <= MAX_FRAMES:
+        return None, f"the video has {frames.shape[0]} frames, expected {MIN_FRAMES} to {MAX_FRAMES}"
+    if min(frames.shape[1:3]) < 1:
+        return None, f"frames are empty, shape {frames.shape}"
+    if np.issubdtype(frames.dtype, np.floating) and not np.isfinite(frames).all():
+        bad = int(np.flatnonzero(~np.isfinite(frames).all(axis=(1, 2, 3)))[0])
+        return None, f"frame {bad} has values that are not finite"
+    if frames.dtype != np.uint8:
+        return None, f"frames are {frames.dtype}, expected uint8"
+    if not (isinstance(video.fps, (int, float)) and np.isfinite(video.fps) and video.fps > 0):
+        return None, f"fps is {video.fps!r}, expected a positive number"
+    return frames, ""
+
+
+def checked_instruction(instruction: Any) -> str:
+    """Why an instruction cannot be judged; the empty string when it can."""
+    if not isinstance(instruction, str):
+        return f"the instruction is {type(instruction).__name__}, expected text"
+    if not any(character.isalnum() for character in instruction):
+        return "the instruction is empty"
+    return ""
+
+
+def spread_indices(num_frames: int, spread: Sequence[float], tail: Sequence[int]) -> list[int]:
+    """Frame indices for a video of any length, in time order.
+
+    ``spread`` are places in [0, 1] along the video (0 is the start frame), ``tail`` are distances from its last frame
+    in frames. Short videos repeat frames, so that the count is always ``len(spread) + len(tail)``.
+    """
+    last = num_frames - 1
+    picked = [int(place * last) for place in spread] + [max(0, last - distance) for distance in tail]
+    return sorted(picked)

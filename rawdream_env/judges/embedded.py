@@ -1,0 +1,173 @@
+"""The embedded judge behind the ``Judge`` protocol: checking, sampling, batching, deciding, saving and loading.
+
+The network and how it looks at a clip are in ``embedded_network``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rawdream_env.errors import CheckpointError
+from rawdream_env.files import atomic_write_json, load_safetensors, save_safetensors
+from rawdream_env.judges.base import Timer, check_pairs, checked_frames, checked_instruction, invalid
+from rawdream_env.judges.embedded_network import EmbeddedJudgeConfig, JudgeNetwork, frame_indices
+from rawdream_env.text import clean_instruction, tokenize
+from rawdream_env.types import Outcome, UInt8Array, Verdict, Video
+
+KIND = "rawdream.judge.embedded"
+FORMAT = 1
+
+
+class EmbeddedJudge:
+    """The embedded classifier behind the ``Judge`` protocol. Deterministic; runs on the CPU in float32 by default.
+
+    Args:
+        network: the network, moved to ``device`` and put in evaluation mode.
+        metadata: anything worth keeping in config.json beside the configuration (data, steps, metrics).
+        device: torch device.
+        batch_size: clips per pass.
+    """
+
+    def __init__(
+        self,
+        network: JudgeNetwork,
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        device: str | torch.device = "cpu",
+        batch_size: int = 32,
+    ) -> None:
+        self.network = network.to(device).eval().requires_grad_(False)
+        self.metadata = dict(metadata or {})
+        self.device = torch.device(device)
+        self.batch_size = batch_size
+
+    @property
+    def threshold(self) -> float:
+        """Probability from which a clip counts as a success."""
+        return self.network.config.threshold
+
+    def __call__(self, videos: Sequence[Video], instructions: Sequence[str]) -> list[Verdict]:
+        """One verdict per video, in order.
+
+        A video with fewer than 2 frames, of the wrong dtype or shape or with values that are not finite, and an empty
+        instruction, are INVALID with their reason. Only unequal lengths raise (``ValueError``).
+        """
+        check_pairs(videos, instructions)
+        timer = Timer()
+        verdicts: list[Verdict | None] = [None] * len(videos)
+        clips: list[UInt8Array] = []
+        texts: list[str] = []
+        rows: list[int] = []
+        for row, (video, instruction) in enumerate(zip(videos, instructions, strict=True)):
+            frames, reason = checked_frames(video)
+            reason = reason or checked_instruction(instruction)
+            if frames is None or reason:
+                verdicts[row] = invalid(reason, timer.seconds())
+                continue
+            clips.append(frames[frame_indices(len(frames))])
+            texts.append(clean_instruction(instruction))
+            rows.append(row)
+        probabilities = self._probabilities(clips, texts)
+        for row, probability in zip(rows, probabilities, strict=True):
+            verdicts[row] = self._verdict(probability, timer.seconds())
+        return [verdict if verdict is not None else invalid("not judged") for verdict in verdicts]
+
+    @torch.inference_mode()
+    def _probabilities(self, clips: Sequence[UInt8Array], texts: Sequence[str]) -> list[float]:
+        size = self.network.config.frame_size
+        found: list[float] = []
+        for begin in range(0, len(clips), self.batch_size):
+            part = slice(begin, begin + self.batch_size)
+            frames = torch.stack([resize_frames(clip, size) for clip in clips[part]]).to(self.device)
+            tokens = np.stack([tokenize(text, max_len=self.network.config.text_len) for text in texts[part]])
+            logits, _ = self.network(frames, torch.from_numpy(tokens).to(self.device)[:, None])
+            found += torch.sigmoid(logits[:, 0].double()).tolist()
+        return found
+
+    def _verdict(self, probability: float, latency_s: float) -> Verdict:
+        if not np.isfinite(probability):
+            return invalid("the network's output is not finite", latency_s)
+        success = probability >= self.threshold
+        sign = ">=" if success else "<"
+        reason = f"success probability {probability:.3f} {sign} threshold {self.threshold:.3f}"
+        outcome = Outcome.SUCCESS if success else Outcome.FAILURE
+        return Verdict(outcome, reason=reason, probability=probability, latency_s=latency_s)
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write ``config.json`` and ``model.safetensors`` (each atomically) and return the folder."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in self.network.state_dict().items()}
+        save_safetensors(path / "model.safetensors", tensors, {"kind": KIND, "format": str(FORMAT)})
+        config = {"kind": KIND, "format": FORMAT, "model": asdict(self.network.config), "metadata": self.metadata}
+        atomic_write_json(path / "config.json", config)
+        return path
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> EmbeddedJudge:
+        """Load a folder written by ``save_pretrained``.
+
+        Raises:
+            CheckpointError: a file is missing or damaged, the kind or a field is unknown, or a tensor's name, shape or
+                values do not fit.
+        """
+        path = Path(folder)
+        content = _read_config(path / "config.json")
+        network = JudgeNetwork(_model_config(content.get("model"), path / "config.json"))
+        weights = load_safetensors(path / "model.safetensors")
+        _check_weights(weights, network.state_dict(), path / "model.safetensors")
+        network.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+        metadata = content.get("metadata")
+        return cls(network, metadata=metadata if isinstance(metadata, dict) else {}, device=device)
+
+
+def resize_frames(frames: UInt8Array, size: int) -> Tensor:
+    """Frames (F, H, W, 3) uint8 -> (F, size, size, 3) uint8 by area interpolation."""
+    tensor = torch.from_numpy(np.ascontiguousarray(frames))
+    if tensor.shape[1:3] == (size, size):
+        return tensor
+    scaled = F.interpolate(tensor.permute(0, 3, 1, 2).float(), size=(size, size), mode="area")
+    return scaled.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); give a folder written by save_pretrained") from error
+    if not isinstance(content, dict) or content.get("kind") != KIND or content.get("format") != FORMAT:
+        found = {key: content.get(key) for key in ("kind", "format")} if isinstance(content, dict) else content
+        raise CheckpointError(f"{path} says {found}, expected kind {KIND!r} and format {FORMAT}")
+    return content
+
+
+def _model_config(content: object, path: Path) -> EmbeddedJudgeConfig:
+    known = {field.name: float if field.name == "threshold" else int for field in fields(EmbeddedJudgeConfig)}
+    if not isinstance(content, dict) or set(content) != set(known):
+        found = sorted(content) if isinstance(content, dict) else type(content).__name__
+        raise CheckpointError(f"{path}: 'model' has {found}, expected exactly {sorted(known)}")
+    for name, kind in known.items():
+        value = content[name]
+        if type(value) is not kind or not 0 < value <= 4096:
+            raise CheckpointError(f"{path}: {name} is {value!r}, expected a positive {kind.__name__} of at most 4096")
+    return EmbeddedJudgeConfig(**{name: kind(content[name]) for name, kind in known.items()})
+
+
+def _check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
+    missing, extra = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
+    if missing or extra:
+        raise CheckpointError(f"{path} does not fit config.json: missing {missing[:5]}, unknown {extra[:5]}")
+    for name, tensor in weights.items():
+        if tensor.shape != expected[name].shape:
+            raise CheckpointError(f"{path}: {name} is {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}")
+        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{path}: {name} ({tensor.dtype}) has values that are not finite numbers")

@@ -1,0 +1,218 @@
+"""The AgileX Piper on its table, as numbers: limits, kinematics, commanded pose and camera.
+
+Pure numpy, no simulator. The MuJoCo twin, the real arm and the world model's arm map all use these functions, so a
+commanded pose means the same thing everywhere. World frame: x away from the base, y to the right *in the picture*
+(the camera looks back at the arm), z up; metres and radians. The origin lies on the table under the base axis.
+
+A commanded pose is ``(..., 7)``: tool x, y, z (m), roll, pitch, yaw (rad, zero = gripper pointing straight down,
+fingers opening along y), gripper command in [-1, 1] (-1 open, +1 closed).
+
+Joint conventions and link lengths are those of the manufacturer's forward kinematics (modified DH).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.floating[Any]]
+
+# --- the arm -------------------------------------------------------------------------------------------------------
+BASE_HEIGHT: Final = 0.1
+"""Riser under the arm (m). Without it joint 5 (+-70 degrees) cannot point the gripper down above z = 0.15."""
+DH_A: Final = (0.0, 0.0, 0.28503, -0.02198, 0.0, 0.0)
+DH_ALPHA: Final = (0.0, -np.pi / 2, 0.0, np.pi / 2, -np.pi / 2, np.pi / 2)
+DH_THETA: Final = (0.0, np.deg2rad(-172.22), np.deg2rad(-102.78), 0.0, 0.0, 0.0)
+DH_D: Final = (0.123, 0.0, 0.0, 0.25075, 0.0, 0.091)
+JOINT_LOW: Final[NDArray[np.float64]] = np.array([-2.6179, 0.0, -2.967, -1.745, -1.22, -2.0944])
+JOINT_HIGH: Final[NDArray[np.float64]] = np.array([2.6179, 3.14, 0.0, 1.745, 1.22, 2.0944])
+TCP_OFFSET: Final = 0.125
+"""Tool point past the flange along the tool axis (m)."""
+FINGER_OVERHANG: Final = 0.008
+"""The fingertips reach this far beyond the tool point (m)."""
+MAX_OPENING: Final = 0.072
+"""Widest distance between the finger faces (m)."""
+
+# --- what an action does -------------------------------------------------------------------------------------------
+CONTROL_HZ: Final = 10.0
+DPOS: Final = 0.015
+"""Metres per control step at action 1."""
+DROT: Final = 0.15
+"""Radians per control step at action 1."""
+WORKSPACE_LOW: Final[NDArray[np.float64]] = np.array([0.17, -0.20, 0.010])
+WORKSPACE_HIGH: Final[NDArray[np.float64]] = np.array([0.40, 0.20, 0.20])
+RPY_LOW: Final[NDArray[np.float64]] = np.array([-0.3, -0.3, -1.6])
+RPY_HIGH: Final[NDArray[np.float64]] = np.array([0.3, 0.3, 1.6])
+HOME_POSE: Final[NDArray[np.float64]] = np.array([0.26, 0.0, 0.16, 0.0, 0.0, 0.0, -1.0])
+
+# --- the camera ----------------------------------------------------------------------------------------------------
+CAMERA_POSITION: Final[NDArray[np.float64]] = np.array([0.80, 0.0, 0.50])
+CAMERA_XYAXES: Final = (0.0, 1.0, 0.0, -0.66, 0.0, 0.75)
+"""Camera right and up axes in the world (up not normalised), as MuJoCo takes them."""
+CAMERA_FOVY: Final = 33.0
+"""Vertical field of view in degrees."""
+
+ARM_POINT_NAMES: Final = ("base", "shoulder", "elbow", "wrist", "flange", "tool", "finger_left", "finger_right")
+"""What ``arm_points`` returns along its second-last axis."""
+
+_SHOULDER_Z = BASE_HEIGHT + DH_D[0]
+_UPPER = DH_A[2]
+_FOREARM = float(np.hypot(DH_A[3], DH_D[3]))
+_FOREARM_BEND = float(np.arctan2(-DH_A[3], DH_D[3]))
+_TOOL_LENGTH = DH_D[5] + TCP_OFFSET
+_DOWN = np.diag([-1.0, 1.0, -1.0])  # tool frame at rpy 0; the other choice, diag(1, -1, -1), saturates joint 6
+
+
+def integrate_action(pose: FloatArray, action: FloatArray) -> FloatArray:
+    """Move a commanded pose by one action.
+
+    Args:
+        pose: ``(..., 7)`` commanded pose.
+        action: ``(..., 7)`` in [-1, 1] (clipped): delta xyz, delta roll/pitch/yaw, gripper command (absolute).
+
+    Returns:
+        The next commanded pose ``(..., 7)`` inside the workspace, in the wider of the two dtypes.
+    """
+    act = np.clip(action, -1.0, 1.0)
+    xyz = np.clip(pose[..., :3] + DPOS * act[..., :3], WORKSPACE_LOW, WORKSPACE_HIGH)
+    rpy = np.clip(pose[..., 3:6] + DROT * act[..., 3:6], RPY_LOW, RPY_HIGH)
+    moved = np.concatenate([xyz, rpy, np.broadcast_to(act[..., 6:7], (*xyz.shape[:-1], 1))], axis=-1)
+    return moved.astype(np.result_type(pose, action), copy=False)
+
+
+def integrate_actions(pose: FloatArray, actions: FloatArray) -> FloatArray:
+    """Poses after each of K actions: ``pose`` (..., 7), ``actions`` (..., K, 7) -> (..., K, 7)."""
+    poses = []
+    for k in range(actions.shape[-2]):
+        pose = integrate_action(pose, actions[..., k, :])
+        poses.append(pose)
+    return np.stack(poses, axis=-2)
+
+
+def rotation_from_rpy(rpy: FloatArray) -> FloatArray:
+    """Rotation matrices ``(..., 3, 3)`` = Rz(yaw) Ry(pitch) Rx(roll) of ``rpy`` (..., 3)."""
+    (cr, cp, cy), (sr, sp, sy) = (np.moveaxis(f(rpy), -1, 0) for f in (np.cos, np.sin))
+    rows = [
+        [cy * cp, cy * sp * sr - sy * cr, cy * sp * cr + sy * sr],
+        [sy * cp, sy * sp * sr + cy * cr, sy * sp * cr - cy * sr],
+        [-sp, cp * sr, cp * cr],
+    ]
+    return np.stack([np.stack(row, axis=-1) for row in rows], axis=-2)
+
+
+def tool_rotation(pose: FloatArray) -> FloatArray:
+    """World rotation ``(..., 3, 3)`` of the tool frame: z along the fingers, y the direction they open in."""
+    return np.asarray(rotation_from_rpy(pose[..., 3:6]) @ _DOWN)
+
+
+def finger_opening(command: FloatArray) -> FloatArray:
+    """Distance (m) between the finger faces that a gripper command asks for, once settled and with nothing held."""
+    return np.clip(-0.01 + (1.0 - command) / 2.0 * (MAX_OPENING + 0.01), 0.0, MAX_OPENING)
+
+
+def _arm_plane(pose: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
+    """Yaw of the arm's plane, elevations of upper arm and forearm, and the wrist centre, from the commanded pose."""
+    wrist = pose[..., :3] - _TOOL_LENGTH * tool_rotation(pose)[..., :, 2]
+    yaw = np.arctan2(wrist[..., 1], wrist[..., 0])
+    r, z = np.hypot(wrist[..., 0], wrist[..., 1]), wrist[..., 2] - _SHOULDER_Z
+    reach = np.clip(np.hypot(r, z), abs(_UPPER - _FOREARM) + 1e-6, _UPPER + _FOREARM - 1e-6)
+    inner = np.arccos(np.clip((_UPPER**2 + reach**2 - _FOREARM**2) / (2 * _UPPER * reach), -1.0, 1.0))
+    upper = np.arctan2(z, r) + inner  # elbow up
+    fore = np.arctan2(z - _UPPER * np.sin(upper), r - _UPPER * np.cos(upper))
+    return yaw, upper, fore, wrist
+
+
+def joint_angles(pose: FloatArray, *, clip: bool = True) -> FloatArray:
+    """Closed-form inverse kinematics: joints ``(..., 6)`` in radians for a commanded pose ``(..., 7)``.
+
+    Elbow up, joint 5 positive: one continuous branch over the whole workspace (the last three axes meet in a point).
+    ``clip`` keeps the result within the joint limits; where that bites the pose is met only approximately.
+    """
+    yaw, upper, fore, _ = _arm_plane(pose)
+    theta23 = np.pi / 2 + _FOREARM_BEND - fore
+    q2 = -upper - DH_THETA[1]
+    q3 = theta23 + upper - DH_THETA[2]
+    cos1, sin1, c, s, zero = np.cos(yaw), np.sin(yaw), np.cos(theta23), np.sin(theta23), np.zeros_like(yaw)
+    forearm = np.stack(
+        [
+            np.stack([cos1 * c, -cos1 * s, -sin1], axis=-1),
+            np.stack([sin1 * c, -sin1 * s, cos1], axis=-1),
+            np.stack([-s, -c, zero], axis=-1),
+        ],
+        axis=-2,
+    )
+    hand = np.swapaxes(forearm, -1, -2) @ tool_rotation(pose)
+    # hand @ Rx(-90 deg) = Ry(-q4) Rz(q5) Ry(-q6); the product moves columns 1, 2 of ``hand`` to -2, 1.
+    q5 = np.arccos(np.clip(-hand[..., 1, 2], -1.0, 1.0))
+    q4 = np.arctan2(hand[..., 2, 2], hand[..., 0, 2])
+    q6 = np.arctan2(-hand[..., 1, 1], hand[..., 1, 0])
+    joints = np.stack([yaw, q2, q3, q4, q5, q6], axis=-1)
+    joints = (joints + np.pi) % (2 * np.pi) - np.pi
+    return np.clip(joints, JOINT_LOW, JOINT_HIGH) if clip else joints
+
+
+def forward_kinematics(joints: FloatArray) -> FloatArray:
+    """Homogeneous world transform ``(..., 4, 4)`` of the tool for joints ``(..., 6)``."""
+    total: FloatArray = np.eye(4)
+    total[2, 3] = BASE_HEIGHT
+    for i in range(6):
+        ca, sa = np.cos(DH_ALPHA[i]), np.sin(DH_ALPHA[i])
+        t = joints[..., i] + DH_THETA[i]
+        c, s, one = np.cos(t), np.sin(t), np.ones_like(t)
+        link = [
+            [c, -s, 0 * one, DH_A[i] * one],
+            [s * ca, c * ca, -sa * one, -sa * DH_D[i] * one],
+            [s * sa, c * sa, ca * one, ca * DH_D[i] * one],
+            [0 * one, 0 * one, 0 * one, one],
+        ]
+        total = total @ np.stack([np.stack(row, axis=-1) for row in link], axis=-2)
+    tool = np.eye(4)
+    tool[2, 3] = TCP_OFFSET
+    return total @ tool
+
+
+def arm_points(pose: FloatArray) -> FloatArray:
+    """Skeleton of the arm for a commanded pose, to be drawn: ``(..., 7)`` -> ``(..., 8, 3)`` world points (m).
+
+    Order: ``ARM_POINT_NAMES``. The fingertips stand where the command sends them; a held object keeps them wider.
+    """
+    yaw, upper, _, wrist = _arm_plane(pose)
+    rotation = tool_rotation(pose)
+    axis, side = rotation[..., :, 2], rotation[..., :, 1]
+    tool = pose[..., :3]
+    zero = np.zeros_like(yaw)
+    base = np.stack([zero, zero, zero], axis=-1)
+    shoulder = np.stack([zero, zero, zero + _SHOULDER_Z], axis=-1)
+    flat = _UPPER * np.cos(upper)
+    elbow = np.stack([flat * np.cos(yaw), flat * np.sin(yaw), _SHOULDER_Z + _UPPER * np.sin(upper)], axis=-1)
+    flange = tool - TCP_OFFSET * axis
+    tip = tool + FINGER_OVERHANG * axis
+    half = finger_opening(pose[..., 6:7]) / 2
+    return np.stack([base, shoulder, elbow, wrist, flange, tool, tip + half * side, tip - half * side], axis=-2)
+
+
+def camera_rotation() -> NDArray[np.float64]:
+    """``(3, 3)`` matrix whose columns are the camera's right, up and backward axes in the world."""
+    right, up = np.array(CAMERA_XYAXES[:3]), np.array(CAMERA_XYAXES[3:])
+    right = right / np.linalg.norm(right)
+    up = up - right * (up @ right)
+    up = up / np.linalg.norm(up)
+    return np.stack([right, up, np.cross(right, up)], axis=1)
+
+
+def project(points: FloatArray, image_size: int) -> tuple[FloatArray, FloatArray]:
+    """Where world points ``(..., 3)`` appear in a square picture of ``image_size`` pixels.
+
+    Returns:
+        pixels ``(..., 2)``: u to the right, v down, (0, 0) the outer corner of the first pixel (its centre is 0.5);
+        depth ``(...)`` in metres along the viewing axis; negative is behind the camera.
+    """
+    local = (points - CAMERA_POSITION) @ camera_rotation()
+    depth = -local[..., 2]
+    focal = image_size / 2 / np.tan(np.deg2rad(CAMERA_FOVY) / 2)
+    safe = np.where(np.abs(depth) < 1e-6, 1e-6, depth)
+    u = image_size / 2 + focal * local[..., 0] / safe
+    v = image_size / 2 - focal * local[..., 1] / safe
+    return np.stack([u, v], axis=-1), depth

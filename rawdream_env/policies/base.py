@@ -1,0 +1,110 @@
+"""What every token policy shares: checks, keyed sampling, log-probabilities. A subclass brings ``logits``.
+
+Shape letters: B rows, H W image, K actions in a chunk, A action dimensions, L = K*A tokens.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rawdream_env.errors import InvalidOptionError
+from rawdream_env.policies import action_tokens
+from rawdream_env.seeding import NoiseKey
+from rawdream_env.types import PolicyOutput
+
+
+class TokenPolicy(nn.Module):
+    """Base of policies that emit L = K*A categorical tokens in one parallel pass (paper section 3.2).
+
+    A subclass sets ``chunk_len`` K, ``action_dim`` A, ``image_size`` (H, W) and defines ``logits``. ``act_batch`` is the
+    fixed number of rows in one forward pass of ``act``: a batch is cut into blocks of exactly that many rows, the last
+    one padded, because matrix kernels choose their blocking by shape and would otherwise let the batch size change a
+    row's last bits. On CPU in float32 row i is then bit-identical whatever its batch and neighbours.
+    """
+
+    chunk_len: int
+    action_dim: int
+    image_size: tuple[int, int]
+    act_batch: int = 8
+
+    @abstractmethod
+    def logits(self, images: Any, instructions: Sequence[str]) -> Tensor:
+        """Unnormalised scores (B, L, 256) in token order; differentiable; any B."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters live."""
+        return next(self.parameters()).device
+
+    @property
+    def num_action_tokens(self) -> int:
+        """L = K*A."""
+        return self.chunk_len * self.action_dim
+
+    @torch.no_grad()
+    def act(
+        self, images: Any, instructions: Sequence[str], *, temperature: float, keys: Sequence[NoiseKey]
+    ) -> PolicyOutput:
+        """Sample a chunk per row. ``images`` uint8 (B, H, W, 3), numpy or torch; ``temperature`` 0 is greedy.
+
+        Returns actions float32 (B, K, A) in [-1, 1], tokens int64 and log-probabilities fp32 (B, K*A), the latter at
+        ``temperature`` (at T = 1 when greedy). Row i depends on its image, instruction and key alone.
+        """
+        frames = self.check_images(images, instructions)
+        logits = self._blocked_logits(frames, list(instructions))
+        tokens = action_tokens.sample_tokens(logits, temperature, keys)
+        logprobs = action_tokens.token_logprobs(logits, tokens, temperature)
+        actions = action_tokens.decode(tokens).reshape(-1, self.chunk_len, self.action_dim)
+        return PolicyOutput(actions=actions, tokens=tokens, logprobs=logprobs)
+
+    def logprobs(self, images: Any, instructions: Sequence[str], tokens: Tensor, *, temperature: float) -> Tensor:
+        """Log-probabilities fp32 (B, K*A) of ``tokens`` int64 (B, K*A) at ``temperature``; differentiable."""
+        return self.logprobs_and_entropy(images, instructions, tokens, temperature=temperature)[0]
+
+    def logprobs_and_entropy(
+        self, images: Any, instructions: Sequence[str], tokens: Tensor, *, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """As ``logprobs``, with the entropy (B, K*A) of each token in nats from the same pass; both differentiable."""
+        frames = self.check_images(images, instructions)
+        expected = (frames.shape[0], self.num_action_tokens)
+        if tuple(tokens.shape) != expected:
+            raise InvalidOptionError(f"tokens have shape {tuple(tokens.shape)}, expected {expected} = (rows, K*A).")
+        logits = self.logits(frames, instructions)
+        return (
+            action_tokens.token_logprobs(logits, tokens, temperature),
+            action_tokens.token_entropy(logits, temperature),
+        )
+
+    @torch.no_grad()
+    def entropy(self, images: Any, instructions: Sequence[str], *, temperature: float) -> Tensor:
+        """Entropy (B, K*A) in nats of every token's distribution, at most ln 256 = 5.545."""
+        return action_tokens.token_entropy(self.logits(images, instructions), temperature)
+
+    def check_images(self, images: Any, instructions: Sequence[str]) -> Tensor:
+        """Images as a uint8 tensor (B, H, W, 3) on the policy's device, or ``InvalidOptionError`` with the numbers."""
+        tensor = torch.as_tensor(np.ascontiguousarray(images) if isinstance(images, np.ndarray) else images)
+        expected = (len(instructions), *self.image_size, 3)
+        if tensor.dtype != torch.uint8 or tuple(tensor.shape) != expected:
+            raise InvalidOptionError(
+                f"images are {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}, expected uint8 "
+                f"{expected} = (one per instruction, H, W, 3); resize or re-batch them."
+            )
+        return tensor.to(self.device)
+
+    def _blocked_logits(self, frames: Tensor, instructions: list[str]) -> Tensor:
+        """``logits`` in blocks of exactly ``act_batch`` rows; the last block repeats its first row to fill up."""
+        num_rows, block = frames.shape[0], self.act_batch
+        if num_rows == 0:
+            return torch.zeros(0, self.num_action_tokens, action_tokens.NUM_TOKENS, device=self.device)
+        rows = list(range(num_rows)) + [num_rows - 1] * (-num_rows % block)
+        parts = [
+            self.logits(frames[rows[i : i + block]], [instructions[r] for r in rows[i : i + block]])
+            for i in range(0, len(rows), block)
+        ]
+        return torch.cat(parts)[:num_rows]

@@ -1,0 +1,314 @@
+"""TinyVLA: a vision-language-action policy small enough for a laptop CPU, with OpenVLA's action tokens.
+
+One 64x64 RGB frame and one sentence in, a chunk of 8 x 7 categorical tokens out, all decoded in one parallel pass
+(paper section 3.2; method page part 5). No proprioception: where the gripper is, the policy must see.
+
+How it is built, and why. The precision a grasp needs is about 1 cm, 1.3 pixels here, so the trunk keeps resolution: a
+stride-2 stem with coordinate channels, then stride 4 (16x16 cells), residual blocks modulated by the sentence (FiLM).
+A small decoder then runs over 3 registers and 8 step queries: attention over the words and each other tells the
+registers which word is what, attention over the 256 cells reads places out of the image, and each step query emits its
+7 tokens.
+The three registers (gripper, the thing to move, where to) carry an auxiliary read-out of positions, used in training
+only: it teaches the attention to localise with far fewer demonstrations than action labels alone.
+
+Shape letters: B rows, H W image, C channels, N = cells of the trunk, S decoder tokens, D width, K actions in a chunk,
+A action dimensions, L = K*A action tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from rawdream_env import text
+from rawdream_env.errors import CheckpointError, InvalidOptionError
+from rawdream_env.files import atomic_write_json, load_safetensors, save_safetensors
+from rawdream_env.policies.action_tokens import NUM_TOKENS
+from rawdream_env.policies.base import TokenPolicy
+from rawdream_env.types import ACTION_DIM
+
+KIND = "tiny_vla"
+AUXILIARY_DIM = 13
+"""Read-out of the registers: commanded pose and gripper (7), xyz of the thing to move (3), xyz of where to (3)."""
+MAX_WORDS = 16
+
+
+@dataclass(frozen=True)
+class TinyVLAConfig:
+    """Sizes of a ``TinyVLA``."""
+
+    image_size: int = 64
+    """Height and width of the frame in pixels; a multiple of 4."""
+    chunk_len: int = 8
+    """Actions per chunk (K)."""
+    stem_channels: int = 32
+    """Channels at stride 2."""
+    trunk_channels: int = 64
+    """Channels at stride 4."""
+    trunk_blocks: int = 3
+    """Residual blocks at stride 4."""
+    width: int = 128
+    """Width of the decoder (D)."""
+    heads: int = 4
+    """Attention heads; divides ``width``."""
+    text_layers: int = 1
+    """Self-attention layers over the words alone."""
+    decoder_layers: int = 2
+    """Layers over registers and step queries."""
+    bin_rank: int = 96
+    """Rank of the map from a step's features to its 256 scores per dimension."""
+
+    def __post_init__(self) -> None:
+        """Reject sizes that cannot be built, with the numbers."""
+        if self.image_size % 4 or self.image_size < 16:
+            raise InvalidOptionError(f"image_size must be a multiple of 4 and >= 16, got {self.image_size}.")
+        if self.width % self.heads:
+            raise InvalidOptionError(f"width {self.width} is not divisible by heads {self.heads}.")
+        if self.stem_channels % 8 or self.trunk_channels % 8:
+            raise InvalidOptionError("stem_channels and trunk_channels must be multiples of 8 (group norm).")
+
+
+@lru_cache(maxsize=65536)
+def _word_ids(instruction: str) -> NDArray[np.int64]:
+    ids: NDArray[np.int64] = text.tokenize(instruction, MAX_WORDS)
+    return ids
+
+
+class FilmBlock(nn.Module):
+    """Residual block (B, C, h, w); its one normalisation (they are dear on a CPU) is modulated by the sentence."""
+
+    def __init__(self, channels: int, text_width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm = nn.GroupNorm(8, channels, affine=False)
+        self.film = nn.Linear(text_width, 2 * channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        nn.init.zeros_(self.film.weight)
+        nn.init.zeros_(self.film.bias)
+
+    def forward(self, x: Tensor, sentence: Tensor) -> Tensor:
+        """``sentence`` (B, D)."""
+        scale, shift = self.film(sentence)[:, :, None, None].chunk(2, dim=1)
+        hidden = self.conv1(F.silu(x))
+        hidden = self.conv2(F.silu(self.norm(hidden) * (1 + scale) + shift))
+        return x + hidden  # type: ignore[no-any-return]
+
+
+class Attention(nn.Module):
+    """Multi-head attention of ``x`` (B, S, D) over ``context`` (B, N, D_c), optionally masked (B, N) bool."""
+
+    def __init__(self, width: int, heads: int, context_width: int | None = None) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(context_width or width, 2 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Returns (B, S, D)."""
+        b, s, d = x.shape
+        q = self.query(x).view(b, s, self.heads, -1).transpose(1, 2)
+        k, v = self.key_value(context).view(b, context.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        # Written out: with a dozen queries the fused CPU kernel is slower, several times so in the backward pass.
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None, None, :], float("-inf"))
+        mixed = scores.softmax(-1).to(v.dtype) @ v
+        return self.out(mixed.transpose(1, 2).reshape(b, s, d))  # type: ignore[no-any-return]
+
+
+class DecoderLayer(nn.Module):
+    """Attention over words and peers, attention over the trunk's cells, MLP; all pre-norm."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm_self = nn.LayerNorm(width)
+        self.self_attention = Attention(width, heads)
+        self.norm_cross = nn.LayerNorm(width)
+        self.cross_attention = Attention(width, heads)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor, sentence: Tensor, mask: Tensor, cells: Tensor) -> Tensor:
+        """``x`` (B, S, D), ``sentence`` (B, words, D), ``mask`` (B, words + S) True where readable, ``cells`` (B, N, D)."""
+        h = self.norm_self(x)
+        x = x + self.self_attention(h, torch.cat([sentence, h], dim=1), mask)
+        x = x + self.cross_attention(self.norm_cross(x), cells)
+        return x + self.mlp(self.norm_mlp(x))  # type: ignore[no-any-return]
+
+
+class TextLayer(nn.Module):
+    """One pre-norm self-attention layer over the words."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm_self = nn.LayerNorm(width)
+        self.self_attention = Attention(width, heads)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """``x`` (B, words, D), ``mask`` (B, words) True where there is a word."""
+        h = self.norm_self(x)
+        x = x + self.self_attention(h, h, mask)
+        return x + self.mlp(self.norm_mlp(x))  # type: ignore[no-any-return]
+
+
+class TinyVLA(TokenPolicy):
+    """The embedded policy. See the module's docstring for the architecture and ``TokenPolicy`` for acting.
+
+    Checkpoints are a folder with ``config.json`` and ``model.safetensors``. New weights are drawn from ``seed`` without
+    touching the global generator.
+    """
+
+    action_dim = ACTION_DIM
+
+    def __init__(self, config: TinyVLAConfig | None = None, *, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config = config or TinyVLAConfig()
+        self.chunk_len = config.chunk_len
+        self.image_size = (config.image_size, config.image_size)
+        d, stem, trunk = config.width, config.stem_channels, config.trunk_channels
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.words = nn.Embedding(text.VOCAB_SIZE, d, padding_idx=0)
+            self.word_places = nn.Parameter(torch.randn(MAX_WORDS, d) * 0.5)
+            self.text_layers = nn.ModuleList(TextLayer(d, config.heads) for _ in range(config.text_layers))
+            self.text_norm = nn.LayerNorm(d)
+            self.stem = nn.Conv2d(3 * 4 + 2, stem, 3, padding=1)
+            self.stem_block = FilmBlock(stem, d)
+            self.down = nn.Conv2d(stem, trunk, 3, stride=2, padding=1)
+            self.trunk = nn.ModuleList(FilmBlock(trunk, d) for _ in range(config.trunk_blocks))
+            self.trunk_norm = nn.GroupNorm(8, trunk)
+            self.to_cells = nn.Linear(trunk, d)
+            self.cell_places = nn.Parameter(torch.randn((config.image_size // 4) ** 2, d) * 0.5)
+            self.cell_norm = nn.LayerNorm(d)
+            self.registers = nn.Parameter(torch.randn(3, d) * 0.5)
+            self.steps = nn.Parameter(torch.randn(config.chunk_len, d) * 0.5)
+            self.decoder = nn.ModuleList(DecoderLayer(d, config.heads) for _ in range(config.decoder_layers))
+            self.head_norm = nn.LayerNorm(d)
+            self.head = nn.Linear(d, ACTION_DIM * config.bin_rank)
+            self.bins = nn.Parameter(_smooth_bins(config.bin_rank))
+            self.bin_bias = nn.Parameter(torch.zeros(ACTION_DIM, NUM_TOKENS))
+            self.auxiliary_head = nn.Linear(3 * d, AUXILIARY_DIM)
+        self.register_buffer("coordinates", _coordinates(config.image_size // 2), persistent=False)
+        self.to(memory_format=torch.channels_last)
+
+    def logits(self, images: Any, instructions: Sequence[str]) -> Tensor:
+        """Token scores (B, K*A, 256); see ``forward_train`` for the auxiliary read-out as well."""
+        return self.forward_train(self.check_images(images, instructions), self.word_ids(instructions))[0]
+
+    def word_ids(self, instructions: Sequence[str]) -> Tensor:
+        """Instructions -> int64 word ids (B, 16) on the policy's device."""
+        return torch.from_numpy(np.stack([_word_ids(i) for i in instructions])).to(self.device)
+
+    def forward_train(self, frames: Tensor, word_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """``frames`` uint8 (B, H, W, 3), ``word_ids`` int64 (B, 16) -> logits (B, K*A, 256), read-out (B, 13)."""
+        b = frames.shape[0]
+        present = word_ids != 0
+        # A sentence of no words would leave attention nothing to read.
+        present = present | (torch.arange(MAX_WORDS, device=present.device) == 0)
+        sentence = self.words(word_ids) + self.word_places
+        for layer in self.text_layers:
+            sentence = layer(sentence, present)
+        weight = present.unsqueeze(-1).to(sentence.dtype)
+        pooled = (sentence * weight).sum(1) / weight.sum(1)
+        cells = self._cells(frames, pooled)
+        sentence = self.text_norm(sentence)
+        x = torch.cat([self.registers, self.steps]).expand(b, -1, -1)
+        mask = F.pad(present, (0, x.shape[1]), value=True)
+        for layer in self.decoder:
+            x = layer(x, sentence, mask, cells)
+        x = self.head_norm(x)
+        features = self.head(x[:, 3:]).view(b, self.chunk_len, ACTION_DIM, -1)
+        with torch.autocast(frames.device.type, enabled=False):  # scores keep float32: bfloat16 has 2-3 digits
+            logits = features.float() @ self.bins + self.bin_bias
+        return logits.reshape(b, self.num_action_tokens, NUM_TOKENS), self.auxiliary_head(x[:, :3].flatten(1))
+
+    def _cells(self, frames: Tensor, pooled: Tensor) -> Tensor:
+        """Frames uint8 (B, H, W, 3) and the pooled sentence (B, D) -> cells (B, N, D)."""
+        image = frames.permute(0, 3, 1, 2).to(self.stem.weight.dtype) / 127.5 - 1.0
+        image = F.pixel_unshuffle(image, 2)
+        x = torch.cat([image, self.coordinates.expand(len(frames), -1, -1, -1)], dim=1)  # type: ignore[operator]
+        x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        x = self.down(self.stem_block(x, pooled))
+        for block in self.trunk:
+            x = block(x, pooled)
+        x = F.silu(self.trunk_norm(x)).permute(0, 2, 3, 1).flatten(1, 2)
+        return self.cell_norm(self.to_cells(x) + self.cell_places)  # type: ignore[no-any-return]
+
+    def save_pretrained(self, folder: str | Path, *, metadata: Mapping[str, Any] | None = None) -> None:
+        """Write ``model.safetensors`` (fp32) and ``config.json`` into ``folder``, each atomically."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
+        save_safetensors(path / "model.safetensors", tensors, {"kind": KIND})
+        atomic_write_json(path / "config.json", {"kind": KIND, **asdict(self.config), "metadata": dict(metadata or {})})
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> TinyVLA:
+        """Load a folder written by ``save_pretrained``; names, shapes and finiteness are checked (``CheckpointError``)."""
+        path = Path(folder)
+        config = _read_config(path / "config.json")
+        policy = cls(config)
+        tensors = load_safetensors(path / "model.safetensors")
+        expected = policy.state_dict()
+        missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+        if missing or extra:
+            raise CheckpointError(
+                f"{path / 'model.safetensors'} does not match its config.json: {len(missing)} tensors missing "
+                f"{missing[:3]}, {len(extra)} unknown {extra[:3]}. Save it again with the matching version."
+            )
+        for name, tensor in tensors.items():
+            if tensor.shape != expected[name].shape:
+                raise CheckpointError(
+                    f"{path / 'model.safetensors'}: {name} has shape {tuple(tensor.shape)}, config.json asks for "
+                    f"{tuple(expected[name].shape)}."
+                )
+            if not torch.isfinite(tensor).all():
+                raise CheckpointError(f"{path / 'model.safetensors'}: {name} holds NaN or infinite values.")
+        policy.load_state_dict(tensors)
+        return policy.to(device).eval()
+
+
+def _read_config(path: Path) -> TinyVLAConfig:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist; give a folder written by save_pretrained.") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is not readable JSON ({error}).") from error
+    if not isinstance(raw, dict) or raw.get("kind") != KIND:
+        kind = raw.get("kind") if isinstance(raw, dict) else type(raw).__name__
+        raise CheckpointError(f"{path} describes {kind!r}, not {KIND!r}; this folder holds another model.")
+    known = {f.name for f in fields(TinyVLAConfig)}
+    sizes = {k: v for k, v in raw.items() if k not in ("kind", "metadata")}
+    if sizes.keys() != known or not all(isinstance(v, int) and not isinstance(v, bool) for v in sizes.values()):
+        raise CheckpointError(f"{path} has fields {sorted(sizes)}, expected integers for {sorted(known)}.")
+    try:
+        return TinyVLAConfig(**sizes)
+    except InvalidOptionError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _coordinates(size: int) -> Tensor:
+    """Two channels (1, 2, size, size) with x and y in [-1, 1]."""
+    axis = torch.linspace(-1.0, 1.0, size)
+    return torch.stack(torch.meshgrid(axis, axis, indexing="xy")).unsqueeze(0)
+
+
+def _smooth_bins(rank: int) -> Tensor:
+    """Cosines over the 256 bins (rank, 256): neighbouring bins start with nearly the same scores, as they should."""
+    place = (torch.arange(NUM_TOKENS) + 0.5) / NUM_TOKENS
+    return torch.cos(math.pi * torch.arange(rank)[:, None] * place) * (2.0 / rank) ** 0.5

@@ -1,0 +1,160 @@
+"""Start packs: many starts in one safetensors file, so that an environment needs no simulator and no renderer.
+
+Tensors (N starts): ``frames`` uint8 (N, H, W, 3), ``task_id`` int64 (N,), ``seed`` int64 (N,) (-1: unknown) and, when
+the starts have one, ``proprio`` float32 (N, P). Metadata: ``format``, ``layout``, and ``tasks``, a JSON list of
+``{"name", "instruction"}`` in the order of the task ids.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rawdream_env.config import parse_choice, parse_positive_int
+from rawdream_env.errors import CheckpointError, InvalidOptionError
+from rawdream_env.files import load_safetensors, load_safetensors_metadata, save_safetensors
+from rawdream_env.seeding import NoiseKey
+from rawdream_env.starts.base import TaskLike, draw_index, find_task
+from rawdream_env.types import Start
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT = "rawdream start pack 1"
+
+
+def default_pack_path(layout: str) -> Path:
+    """The pack shipped with the package for a layout, "narrow" or "wide"."""
+    parse_choice("layout", layout, ("narrow", "wide"))
+    return Path(__file__).parent.parent / "assets" / f"starts_{layout}.safetensors"
+
+
+class PackStarts:
+    """Draws from a start pack; keeps the frames as one uint8 array (12 kB per 64x64 start)."""
+
+    def __init__(self, path: str | PathLike[str]) -> None:
+        """Read a pack.
+
+        Raises:
+            CheckpointError: missing, damaged, or not a start pack.
+        """
+        if not Path(path).is_file():
+            raise CheckpointError(
+                f"there is no start pack {path}. Give another one (starts='my_pack.safetensors'), make one with "
+                "rawdream_env.starts.pack.make_start_pack, or render starts as they are needed (starts='sim')."
+            )
+        metadata = load_safetensors_metadata(path)
+        if metadata.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{path} is not a start pack: its format is {metadata.get('format')!r}, not {FORMAT!r}."
+            )
+        tensors = load_safetensors(path)
+        _check_tensors(path, tensors)
+        try:
+            tasks = json.loads(metadata["tasks"])
+            self.task_names = tuple(str(task["name"]) for task in tasks)
+            self.instructions = tuple(str(task["instruction"]) for task in tasks)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} has no readable list of tasks in its metadata ({error!r}).") from error
+        self.layout = metadata.get("layout", "")
+        self.frames = tensors["frames"].numpy()
+        self.task_ids = tensors["task_id"].numpy()
+        self.seeds = tensors["seed"].numpy()
+        self.proprio = tensors["proprio"].numpy() if "proprio" in tensors else None
+        if len(self.task_ids) and not (0 <= self.task_ids.min() and self.task_ids.max() < len(self.task_names)):
+            raise CheckpointError(f"{path} has task ids outside its list of {len(self.task_names)} tasks.")
+
+    def __len__(self) -> int:
+        """Number of starts."""
+        return len(self.frames)
+
+    def __getitem__(self, index: int) -> Start:
+        """Start number ``index``, with its own copies of frame and proprio."""
+        task_id, seed = int(self.task_ids[index]), int(self.seeds[index])
+        proprio = None if self.proprio is None else self.proprio[index].copy()
+        frame = self.frames[index].copy()
+        return Start(frame, self.instructions[task_id], task_id, proprio, None if seed < 0 else seed)
+
+    def sample(self, key: NoiseKey, task: TaskLike = None) -> Start:
+        """See :class:`StartSource`."""
+        if task is None:
+            chosen = np.arange(len(self))
+        else:
+            chosen = np.flatnonzero(self.task_ids == find_task(task, self.task_names, self.instructions))
+        if not len(chosen):
+            raise InvalidOptionError(f"the start pack has no start for task={task!r}.")
+        return self[int(chosen[draw_index(key, len(chosen))])]
+
+
+def _check_tensors(path: str | PathLike[str], tensors: dict[str, Tensor]) -> None:
+    wanted = {"frames": ("uint8", 4), "task_id": ("int64", 1), "seed": ("int64", 1)}
+    if "proprio" in tensors:
+        wanted["proprio"] = ("float32", 2)
+    for name, (dtype, ndim) in wanted.items():
+        tensor = tensors.get(name)
+        if tensor is None or str(tensor.dtype) != f"torch.{dtype}" or tensor.ndim != ndim:
+            got = "missing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
+            raise CheckpointError(f"{path}: tensor {name!r} is {got}; {dtype} with {ndim} dimensions is needed.")
+    sizes = {len(tensors[name]) for name in wanted}
+    if len(sizes) != 1 or 0 in sizes or tensors["frames"].shape[-1] != 3:
+        shapes = {name: tuple(tensors[name].shape) for name in wanted}
+        raise CheckpointError(f"{path}: tensors do not fit together: {shapes}.")
+
+
+def save_start_pack(
+    path: str | PathLike[str], starts: Sequence[Start], tasks: Sequence[tuple[str, str]], *, layout: str = ""
+) -> None:
+    """Write a pack; ``tasks`` are (name, instruction) pairs in the order of the starts' task ids.
+
+    Raises:
+        InvalidOptionError: no starts, frames of different sizes, unknown task ids, or proprio on some starts only.
+    """
+    import torch
+
+    with_proprio = [start.proprio for start in starts if start.proprio is not None]
+    if not starts or len({start.frame.shape for start in starts}) != 1 or len(with_proprio) not in (0, len(starts)):
+        raise InvalidOptionError(
+            "a pack needs at least one start, equal frame shapes, and proprio for all or for none."
+        )
+    for index, start in enumerate(starts):
+        if not 0 <= start.task_id < len(tasks) or tasks[start.task_id][1] != start.instruction:
+            raise InvalidOptionError(
+                f"start {index} has task_id {start.task_id} and instruction {start.instruction!r}, which is not in tasks."
+            )
+    tensors = {
+        "frames": torch.from_numpy(np.stack([start.frame for start in starts])),
+        "task_id": torch.tensor([start.task_id for start in starts], dtype=torch.int64),
+        "seed": torch.tensor([-1 if s.seed is None else s.seed for s in starts], dtype=torch.int64),
+    }
+    if with_proprio:
+        tensors["proprio"] = torch.from_numpy(np.stack(with_proprio).astype(np.float32))
+    listed = json.dumps([{"name": name, "instruction": instruction} for name, instruction in tasks])
+    save_safetensors(path, tensors, {"format": FORMAT, "layout": layout, "tasks": listed})
+
+
+def make_start_pack(
+    path: str | PathLike[str], n_per_task: int = 64, layout: str = "narrow", seed: int = 0, *, image_size: int = 64
+) -> int:
+    """Render ``n_per_task`` starts of each Piper task in the simulator and write them to ``path``; returns their number.
+
+    Start i of task t is the scene of row seed ``seed``, episode ``t * n_per_task + i``: other seeds, other scenes.
+    """
+    from rawdream_env.starts.sim import INSTRUCTIONS, TASK_NAMES, SimStarts
+
+    count = parse_positive_int("n_per_task", n_per_task)
+    source = SimStarts(image_size=image_size, layout=parse_choice("layout", layout, ("narrow", "wide")))
+    try:
+        starts = [
+            source.sample(NoiseKey(seed, episode=task * count + i), task)
+            for task in range(len(TASK_NAMES))
+            for i in range(count)
+        ]
+    finally:
+        source.close()
+    save_start_pack(path, starts, list(zip(TASK_NAMES, INSTRUCTIONS, strict=True)), layout=layout)
+    return len(starts)

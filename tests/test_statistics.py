@@ -1,0 +1,166 @@
+"""Statistics against published or independently computed numbers."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rawdream_env.evaluation.statistics import (
+    Confusion,
+    Estimate,
+    Rate,
+    cohen_kappa,
+    difference_interval,
+    kendall_tau,
+    paired_bootstrap,
+    pearson,
+    rank_correlation,
+    ranks,
+    rule_of_three,
+    spearman,
+    wilson_interval,
+)
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    [
+        # Newcombe 1998 (Statistics in Medicine 17:857), Table I, method 3 (score without continuity correction).
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_interval_is_newcombes_published_one(successes: int, n: int, low: float, high: float) -> None:
+    assert wilson_interval(successes, n) == pytest.approx((low, high), abs=5e-5)
+
+
+@given(st.integers(0, 300), st.integers(1, 300), st.floats(0.5, 0.999))
+def test_wilson_interval_holds_its_rate_and_mirrors(successes: int, n: int, confidence: float) -> None:
+    successes = min(successes, n)
+    low, high = wilson_interval(successes, n, confidence)
+    assert 0.0 <= low <= successes / n <= high <= 1.0
+    mirrored = wilson_interval(n - successes, n, confidence)
+    assert (1 - mirrored[1], 1 - mirrored[0]) == pytest.approx((low, high), abs=1e-12)
+
+
+def test_wilson_interval_of_nothing_and_of_impossible_counts() -> None:
+    assert wilson_interval(0, 0) == (0.0, 1.0)
+    with pytest.raises(ValueError, match="successes=5, n=4"):
+        wilson_interval(5, 4)
+    with pytest.raises(ValueError, match=r"got 95.*0\.95"):
+        wilson_interval(1, 2, 95)
+
+
+def test_rate_reads_well() -> None:
+    assert str(Rate.of(108, 200)) == "54.0 % [47.1, 60.8], n=200"
+    assert str(Rate.of(0, 0)) == "not measured, n=0"
+    assert Rate.over([True, False, True]).value == pytest.approx(2 / 3)
+    assert Rate.of(0, 0).as_dict()["value"] is None
+
+
+@pytest.mark.parametrize(
+    ("a", "m", "b", "n", "low", "high"),
+    [
+        # Newcombe 1998 (Statistics in Medicine 17:873), Table II, method 10: 56/70-48/80, 9/10-3/10, 10/10-0/10.
+        (48, 80, 56, 70, 0.0524, 0.3339),
+        (3, 10, 9, 10, 0.1705, 0.8090),
+        (0, 10, 10, 10, 0.6075, 1.0),
+    ],
+)
+def test_difference_interval_is_newcombes_method_10(a: int, m: int, b: int, n: int, low: float, high: float) -> None:
+    gain, *ends = difference_interval(a, m, b, n)
+    assert gain == pytest.approx(b / n - a / m)
+    assert ends == pytest.approx([low, high], abs=5e-5)
+
+
+def test_difference_needs_both_sides() -> None:
+    with pytest.raises(ValueError, match="n_a=0"):
+        difference_interval(0, 0, 1, 2)
+
+
+def test_paired_bootstrap_covers_the_true_gain_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    hits = 0
+    for trial in range(100):
+        before = rng.random(60) < 0.4
+        gain = paired_bootstrap(before, before | (rng.random(60) < 0.25), resamples=400, seed=trial)
+        hits += gain.low <= 0.6 * 0.25 <= gain.high
+    assert 87 <= hits <= 100
+
+
+def test_paired_bootstrap_is_wider_over_clusters() -> None:
+    before = np.zeros(90)
+    after = np.repeat([0.0, 0.3, 0.6], 30)
+    seeds = np.repeat([1, 2, 3], 30).tolist()
+    alone, grouped = paired_bootstrap(before, after), paired_bootstrap(before, after, clusters=seeds)
+    assert (alone.value, grouped.value) == pytest.approx((0.3, 0.3))
+    assert grouped.n == 3 and alone.n == 90
+    assert grouped.high - grouped.low > 3 * (alone.high - alone.low)
+    with pytest.raises(ValueError, match="before has 90, after has 2"):
+        paired_bootstrap(before, [1, 2])
+
+
+def test_correlations_are_scipys() -> None:
+    scipy_stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(1)
+    for size in (5, 40):
+        x, y = rng.integers(0, 6, size).astype(float), rng.integers(0, 6, size).astype(float)
+        assert ranks(x) == pytest.approx(scipy_stats.rankdata(x))
+        assert spearman(x, y) == pytest.approx(scipy_stats.spearmanr(x, y).statistic)
+        assert kendall_tau(x, y) == pytest.approx(scipy_stats.kendalltau(x, y).statistic)
+        assert pearson(x, y) == pytest.approx(scipy_stats.pearsonr(x, y).statistic)
+
+
+def test_correlations_by_hand_and_of_constants() -> None:
+    # One swapped neighbour among four: rho = 1 - 6 * 2 / (4 * 15) = 0.8, tau = (5 - 1) / 6.
+    assert spearman([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(0.8)
+    assert kendall_tau([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(4 / 6)
+    assert math.isnan(spearman([1, 1, 1], [1, 2, 3])) and math.isnan(kendall_tau([1], [1]))
+    few = rank_correlation([0.1, 0.5, 0.9], [0.2, 0.4, 0.8])
+    assert few.value == 1.0 and few.n == 3
+    assert str(rank_correlation([1, 1], [1, 2])) == "not measured, n=2"
+    with pytest.raises(ValueError, match="pearsons"):
+        rank_correlation([1, 2], [1, 2], method="pearsons")
+
+
+def test_kappa_of_a_textbook_table() -> None:
+    # 20 both yes, 15 both no, 5 and 10 apart: observed 0.7, by chance 0.5, kappa 0.4.
+    confusion = Confusion(20, 5, 10, 15)
+    assert confusion.kappa.value == pytest.approx(0.4)
+    # The large-sample error of Fleiss, Cohen and Everitt, term by term.
+    p, row, col, k = np.array([[20, 5], [10, 15]]) / 50, [0.5, 0.5], [0.6, 0.4], 0.4
+    a = sum(p[i, i] * (1 - (row[i] + col[i]) * (1 - k)) ** 2 for i in (0, 1))
+    b = (1 - k) ** 2 * (p[0, 1] * (col[0] + row[1]) ** 2 + p[1, 0] * (col[1] + row[0]) ** 2)
+    error = math.sqrt((a + b - (k - 0.5 * (1 - k)) ** 2) / 50) / 0.5
+    assert confusion.kappa.high - confusion.kappa.value == pytest.approx(1.959964 * error, rel=1e-6)
+    assert cohen_kappa(Confusion(30, 0, 0, 20)).low == 1.0
+
+
+def test_confusion_counts_and_rates() -> None:
+    confusion = Confusion.over([1, 1, 0, 0, 1], [1, 0, 1, 0, 1])
+    assert confusion == Confusion(2, 1, 1, 1)
+    assert (confusion.precision.value, confusion.recall.value) == pytest.approx((2 / 3, 2 / 3))
+    assert confusion.f1 == pytest.approx(2 / 3) and confusion.false_positive_rate.value == 0.5
+    assert confusion.as_dict()["agreement"]["successes"] == 3
+    with pytest.raises(ValueError, match="2 predicted and 3 actual"):
+        Confusion.over([1, 0], [1, 0, 1])
+
+
+def test_agreement_of_two_constant_raters_has_no_kappa() -> None:
+    always_no = Confusion.over([0] * 10, [0] * 10)
+    assert always_no.agreement.value == 1.0
+    assert always_no.kappa.as_dict() == {"value": None, "low": None, "high": None, "n": 10}
+
+
+def test_rule_of_three_is_close_to_wilson() -> None:
+    assert rule_of_three(100) == 0.03
+    assert rule_of_three(2) == 1.0
+    with pytest.raises(ValueError, match="n >= 1"):
+        rule_of_three(0)
+    assert str(Estimate(0.5, 0.25, 0.75, 4)) == "0.500 [0.250, 0.750], n=4"

@@ -1,0 +1,193 @@
+"""The numbers GRPO is made of, as pure functions (RAW-Dream section 3.3, Eq. 2 and 3, appendix A.2).
+
+Shape letters: G members of a group, N rows (trajectories, or chunks of them), S tokens in a row. Names that TRL has
+keep their TRL meaning: ``clip_eps_low`` is TRL's ``epsilon``, ``clip_eps_high`` its ``epsilon_high``, ``group_size``
+its ``num_generations``; ``scale_rewards`` and ``loss_type`` are called the same (``"trajectory"`` is TRL's ``"grpo"``,
+``"token"`` its ``"dapo"`` over one update). TRL's ``beta``, a KL term, does not exist here: the paper has none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rawdream_env.errors import InvalidOptionError
+
+LossType = Literal["trajectory", "token"]
+ScaleRewards = Literal["group", "none"]
+DropReason = Literal["", "untrustworthy", "all_success", "all_failure", "all_equal"]
+
+DROP_REASONS: tuple[DropReason, ...] = (
+    "untrustworthy",
+    "all_success",
+    "all_failure",
+    "all_equal",
+)
+"""Why a group gives nothing: too many flagged or invalid members, or no difference between its rewards."""
+
+STD_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class GroupAdvantages:
+    """``advantages`` (G,), 0 for members not ``trustworthy`` (G,) bool; ``dropped`` says why the group gives nothing."""
+
+    advantages: Tensor
+    trustworthy: Tensor
+    dropped: DropReason = ""
+
+
+def group_advantages(
+    rewards: Tensor,
+    valid: Tensor | None = None,
+    flagged: Tensor | None = None,
+    *,
+    max_flagged: int = 2,
+    scale_rewards: ScaleRewards = "group",
+) -> GroupAdvantages:
+    """Advantages of one group over its trustworthy members R (Eq. 3): (R_i - mean_R) / (std_R + 1e-6), unbiased std.
+
+    Args:
+        rewards: floating (G,), finite where trustworthy.
+        valid: bool (G,), False for members whose verdict is INVALID; None: all are valid.
+        flagged: bool (G,), True where dual-noise verification disagreed; None: none is.
+        max_flagged: with more untrustworthy members than this the group is dropped. An INVALID member counts like a
+            flagged one: both leave the statistics on fewer members.
+        scale_rewards: "group" divides by the standard deviation, "none" only subtracts the mean.
+
+    A flagged or invalid member's reward is replaced by the mean of the others (appendix A.2), so its advantage is
+    exactly 0. Groups with fewer than two trustworthy members, or with equal trustworthy rewards, are dropped: all
+    advantages 0. ``InvalidOptionError`` for shapes that do not fit.
+    """
+    if rewards.ndim != 1 or not rewards.is_floating_point():
+        raise InvalidOptionError(f"rewards must be floating (G,), got {rewards.dtype} {tuple(rewards.shape)}.")
+    trustworthy = torch.ones_like(rewards, dtype=torch.bool)
+    for name, mask, wanted in (("valid", valid, True), ("flagged", flagged, False)):
+        if mask is None:
+            continue
+        if mask.shape != rewards.shape or mask.dtype != torch.bool:
+            raise InvalidOptionError(
+                f"{name} must be bool {tuple(rewards.shape)}, got {mask.dtype} {tuple(mask.shape)}."
+            )
+        trustworthy = trustworthy & (mask == wanted)
+    nothing = torch.zeros_like(rewards)
+    chosen = rewards[trustworthy]
+    if len(rewards) - len(chosen) > max_flagged or len(chosen) < 2:
+        return GroupAdvantages(nothing, trustworthy, "untrustworthy")
+    if bool((chosen == chosen[0]).all()):
+        value = float(chosen[0])
+        return GroupAdvantages(
+            nothing,
+            trustworthy,
+            "all_success" if value == 1 else "all_failure" if value == 0 else "all_equal",
+        )
+    centred = rewards - chosen.mean()
+    scale = chosen.std(correction=1) + STD_EPS if scale_rewards == "group" else torch.ones_like(chosen[0])
+    return GroupAdvantages(torch.where(trustworthy, centred / scale, nothing), trustworthy)
+
+
+def token_weights(mask: Tensor, loss_type: LossType = "trajectory", row_weights: Tensor | None = None) -> Tensor:
+    """How much each of (N, S) tokens counts; sums to 1, so that a batch may be cut into pieces and the losses added.
+
+    "trajectory" (paper, Eq. 2): mean over a row's tokens, then over rows in proportion to ``row_weights`` (N,) (default
+    equal; 1/G_R per row gives Eq. 2 for groups of different trustworthy sizes). "token": every token counts alike, times
+    its row's weight. Rows whose ``mask`` (N, S) is False throughout count for nothing.
+    """
+    if loss_type not in ("trajectory", "token"):
+        raise InvalidOptionError(f"loss_type={loss_type!r} is not known; choose 'trajectory' or 'token'.")
+    weights = mask.to(torch.get_default_dtype() if row_weights is None else row_weights.dtype)
+    if loss_type == "trajectory":
+        weights = weights / weights.sum(-1, keepdim=True).clamp(min=1)
+    if row_weights is not None:
+        weights = weights * row_weights[:, None]
+    total = weights.sum()
+    if not bool(total > 0):
+        raise InvalidOptionError("mask leaves no token to train on.")
+    return weights / total
+
+
+def clipped_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    *,
+    clip_eps_low: float = 0.2,
+    clip_eps_high: float = 0.28,
+    entropy: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Minus the clipped objective of Eq. 2, weighted: ``-sum(w * min(r A, clip(r, 1-eps_low, 1+eps_high) A))``.
+
+    Args:
+        logprobs: (N, S) under the current policy, differentiable. old_logprobs: (N, S), recorded when sampling.
+        advantages: (N,), one per row. weights: (N, S) from :func:`token_weights`; 0 masks a token out.
+        entropy: (N, S) in nats, for the metric only; without it the metric is the sampled estimate ``-logprobs``.
+
+    Returns:
+        The scalar loss and detached metrics over the tokens with weight > 0: ``approx_kl`` (the estimate
+        (r - 1) - ln r, never negative), ``clip_frac`` (tokens whose gradient the clip cuts off), ``ratio_mean``,
+        ``entropy``: plain means; ``ratio_max``, ``ratio_deviation`` (largest |r - 1|); ``num_tokens``.
+    """
+    counted = weights > 0
+    # Masked tokens may hold anything, -inf and NaN included, and must not reach the gradient: 0 * inf is NaN.
+    log_ratio = torch.where(counted, logprobs - old_logprobs.detach(), torch.zeros_like(logprobs))
+    ratio = log_ratio.exp()
+    signed = advantages.detach()[:, None]
+    clipped = ratio.clamp(1 - clip_eps_low, 1 + clip_eps_high)
+    loss = -(weights * torch.minimum(ratio * signed, clipped * signed)).sum()
+    with torch.no_grad():
+        r, log_r = ratio[counted], log_ratio[counted]
+        sign = signed.expand_as(ratio)[counted]
+        cut = ((r > 1 + clip_eps_high) & (sign > 0)) | ((r < 1 - clip_eps_low) & (sign < 0))
+        metrics = {
+            "approx_kl": (r - 1 - log_r).mean(),
+            "clip_frac": cut.to(r.dtype).mean(),
+            "ratio_mean": r.mean(),
+            "entropy": (-logprobs if entropy is None else entropy)[counted].mean(),
+            "ratio_max": r.max(),
+            "ratio_deviation": (r - 1).abs().max(),
+            "num_tokens": counted.sum(),
+        }
+    return loss, metrics
+
+
+def grpo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_eps_low: float = 0.2,
+    clip_eps_high: float = 0.28,
+    loss_type: LossType = "trajectory",
+    *,
+    entropy: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Eq. 2 for N trajectories of S padded tokens: ``mask`` (N, S) bool marks the real ones; else as ``clipped_loss``."""
+    weights = token_weights(mask, loss_type, torch.ones_like(logprobs[:, 0]).detach())
+    return clipped_loss(
+        logprobs,
+        old_logprobs,
+        advantages,
+        weights,
+        clip_eps_low=clip_eps_low,
+        clip_eps_high=clip_eps_high,
+        entropy=entropy,
+    )
+
+
+def merge_metrics(parts: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Metrics of several ``clipped_loss`` calls as those of one call on all their tokens."""
+    counts = torch.stack([part["num_tokens"] for part in parts]).double()
+    merged: dict[str, float] = {}
+    for name in parts[0]:
+        values = torch.stack([part[name] for part in parts]).double()
+        if name == "num_tokens":
+            merged[name] = float(values.sum())
+        elif name in ("ratio_max", "ratio_deviation"):
+            merged[name] = float(values.max())
+        else:
+            merged[name] = float((values * counts).sum() / counts.sum())
+    return merged

@@ -1,0 +1,347 @@
+"""Groups of rollouts from a vector environment, with finished rows refilled at once.
+
+All members of a group begin from one start and differ in their sampling and in the environment's noise. Rows of the
+environment carry members, not groups: a row whose episode is over takes the next member waiting, whichever group that
+belongs to (continuous batching), and rows that are over cost nothing. The environment runs in DISABLED autoreset mode,
+so no chunk is spent on a dead action. Dream, simulator and null environments are all driven by this one loop.
+
+Which groups are trained on never depends on ``num_envs`` or on which finish first: groups are numbered, a new one is
+opened only to replace one that was dropped, and so those kept are the first that are any good. Taking the first to
+*finish* would favour quick successes.
+
+Shape letters: T chunks in an episode, K actions in a chunk, A action dimensions, L = K*A tokens, H W image.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode, VectorEnv
+from torch import Tensor
+
+from rawdream_env.errors import InvalidOptionError, RawDreamError
+from rawdream_env.seeding import NoiseKey, mix
+from rawdream_env.trainers.losses import DropReason, GroupAdvantages, group_advantages
+from rawdream_env.types import Outcome, Policy, Start, UInt8Array
+
+_STREAM_MEMBER, _STREAM_SAMPLING = 11, 12
+
+
+class NoUsableGroupError(RawDreamError, RuntimeError):
+    """Every group of a step was dropped; ``dropped`` counts them by reason."""
+
+    def __init__(self, message: str, dropped: Counter[DropReason]) -> None:
+        super().__init__(message)
+        self.dropped = dropped
+
+
+class RolloutInterrupted(RawDreamError, RuntimeError):
+    """Collection was stopped from outside, between two steps of the environment."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One episode: ``images`` uint8 (T, H, W, 3), what the policy saw before each chunk; ``tokens`` int64 (T, L);
+    ``logprobs`` fp32 (T, L) at the sampling temperature; ``reward`` summed over the episode.
+
+    ``verdict`` of the episode's end; ``valid`` False where nothing trustworthy is known; ``flagged`` by dual-noise
+    verification. ``seed`` is the environment row's seed: with the start it names the episode's noise.
+    """
+
+    images: UInt8Array
+    tokens: Tensor
+    logprobs: Tensor
+    reward: float
+    verdict: Outcome
+    valid: bool
+    flagged: bool
+    seed: int
+
+    def __len__(self) -> int:
+        """Chunks T."""
+        return len(self.images)
+
+
+@dataclass(frozen=True)
+class Group:
+    """G rollouts of one ``start``, with their advantages; ``index`` counts the groups of the step."""
+
+    index: int
+    start: Start
+    members: tuple[Rollout, ...]
+    result: GroupAdvantages
+
+
+@dataclass
+class RolloutCounts:
+    """Counts over *all* rollouts of a step, also those of dropped groups."""
+
+    rollouts: int = 0
+    successes: int = 0
+    flagged: int = 0
+    invalid: int = 0
+    chunks: int = 0
+    groups: int = 0
+    dropped: Counter[DropReason] = field(default_factory=Counter)
+    task_rollouts: Counter[int] = field(default_factory=Counter)
+    task_successes: Counter[int] = field(default_factory=Counter)
+
+    def add(self, group: Group) -> None:
+        """Count a finished group."""
+        self.groups += 1
+        if group.result.dropped:
+            self.dropped[group.result.dropped] += 1
+        for member in group.members:
+            success = member.verdict == Outcome.SUCCESS
+            self.rollouts += 1
+            self.successes += success
+            self.flagged += member.flagged
+            self.invalid += not member.valid and not member.flagged
+            self.chunks += len(member)
+            self.task_rollouts[group.start.task_id] += 1
+            self.task_successes[group.start.task_id] += success
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """The ``groups`` to train on, in order of their index, and the counts over everything that was rolled out."""
+
+    groups: tuple[Group, ...]
+    counts: RolloutCounts
+
+
+@dataclass
+class _Member:
+    """A rollout waiting or running."""
+
+    group: _OpenGroup
+    index: int
+    seed: int
+    images: list[UInt8Array] = field(default_factory=list)
+    tokens: list[Tensor] = field(default_factory=list)
+    logprobs: list[Tensor] = field(default_factory=list)
+    reward: float = 0.0
+
+    def key(self) -> NoiseKey:
+        """Names the sampling of the next chunk; apart from the environment's own noise."""
+        return NoiseKey(mix(self.seed, _STREAM_SAMPLING), chunk=len(self.tokens))
+
+
+@dataclass
+class _OpenGroup:
+    index: int
+    start: Start | None = None
+    finished: dict[int, Rollout] = field(default_factory=dict)
+
+
+class GroupCollector:
+    """Collects groups for one policy update after another.
+
+    Args:
+        env: a vector environment of this package in DISABLED autoreset mode, or wrappers around one.
+        policy: samples the actions; its parameters may change between calls of ``collect``.
+        group_size: members of a group (TRL: ``num_generations``), at least 2.
+        num_groups: groups wanted per step.
+        max_groups: most groups to open for a step; the rest is made up of replacements for dropped ones.
+        temperature: of sampling. max_flagged, scale_rewards: see ``losses.group_advantages``.
+        seed: with the step, group and member it names every start and every draw: nothing else is random.
+        should_stop: asked before every environment step; True raises ``RolloutInterrupted``.
+        on_group: called with the counts so far after each finished group.
+
+    Raises:
+        InvalidOptionError: sizes that do not fit, or another autoreset mode.
+    """
+
+    def __init__(
+        self,
+        env: VectorEnv[Any, Any, Any],
+        policy: Policy,
+        *,
+        group_size: int = 8,
+        num_groups: int = 8,
+        max_groups: int = 64,
+        temperature: float = 1.6,
+        max_flagged: int = 2,
+        scale_rewards: Any = "group",
+        seed: int = 0,
+        should_stop: Callable[[], bool] = lambda: False,
+        on_group: Callable[[RolloutCounts], None] = lambda counts: None,
+    ) -> None:
+        mode = getattr(env, "autoreset_mode", None) or env.metadata.get("autoreset_mode")
+        if mode != AutoresetMode.DISABLED:
+            raise InvalidOptionError(f"groups need autoreset_mode='Disabled', but the environment has {mode}.")
+        if group_size < 2 or num_groups < 1 or max_groups < num_groups:
+            raise InvalidOptionError(
+                f"group_size={group_size} must be at least 2, num_groups={num_groups} at least 1 and "
+                f"max_groups={max_groups} at least num_groups."
+            )
+        self.env, self.policy = env, policy
+        self.group_size, self.num_groups, self.max_groups = (
+            group_size,
+            num_groups,
+            max_groups,
+        )
+        self.temperature, self.max_flagged, self.scale_rewards = (
+            temperature,
+            max_flagged,
+            scale_rewards,
+        )
+        self.seed = seed
+        self._should_stop, self._on_group = should_stop, on_group
+        self._rows: list[_Member | None] = [None] * env.num_envs
+        self._images: UInt8Array | None = None
+        self._started = False
+
+    def collect(self, step: int) -> Rollouts:
+        """Roll out until ``num_groups`` groups are kept or ``max_groups`` were opened; at least one is returned.
+
+        Raises ``NoUsableGroupError`` when every group was dropped, ``RolloutInterrupted`` when asked to stop.
+        """
+        self._rows = [None] * self.env.num_envs
+        waiting: deque[_Member] = deque()
+        kept: list[Group] = []
+        counts = RolloutCounts()
+        opened = running = 0
+        while True:
+            while len(kept) + running < self.num_groups and opened < self.max_groups:
+                waiting.extend(self._open(step, opened))
+                opened, running = opened + 1, running + 1
+            self._fill(waiting)
+            if not any(self._rows):
+                break
+            if self._should_stop():
+                raise RolloutInterrupted(f"stopped while collecting step {step}, with {len(kept)} groups kept.")
+            for group in self._advance():
+                running -= 1
+                counts.add(group)
+                if not group.result.dropped:
+                    kept.append(group)
+                self._on_group(counts)
+        if not kept:
+            raise NoUsableGroupError(_why_none(counts, self.max_flagged), counts.dropped)
+        return Rollouts(tuple(sorted(kept, key=lambda group: group.index)), counts)
+
+    def _open(self, step: int, index: int) -> list[_Member]:
+        group = _OpenGroup(index)
+        return [
+            _Member(group, member, mix(self.seed, step, index, member, _STREAM_MEMBER))
+            for member in range(self.group_size)
+        ]
+
+    def _fill(self, waiting: deque[_Member]) -> None:
+        """Give free rows to waiting members. A group's first member draws the start that the others share."""
+        free = [row for row, member in enumerate(self._rows) if member is None]
+        taken = {row: waiting.popleft() for row in free[: len(waiting)]}
+        if not taken:
+            return
+        if not self._started:  # an environment's first reset must be of all its rows
+            self.env.reset(seed=0)
+            self._started = True
+        self._reset({row: member for row, member in taken.items() if member.group.start is None and member.index == 0})
+        self._reset({row: member for row, member in taken.items() if member.index > 0})
+        self._rows = [taken.get(row, member) for row, member in enumerate(self._rows)]
+
+    def _reset(self, members: dict[int, _Member]) -> None:
+        if not members:
+            return
+        num_envs = self.env.num_envs
+        mask = np.zeros(num_envs, dtype=np.bool_)
+        mask[list(members)] = True
+        seeds: list[int | None] = [members[row].seed if row in members else None for row in range(num_envs)]
+        starts = [members[row].group.start if row in members else None for row in range(num_envs)]
+        observation, _ = self.env.reset(seed=seeds, options={"reset_mask": mask, "starts": starts})  # type: ignore[arg-type]
+        self._images = _as_uint8(observation["image"])
+        base: Any = self.env.unwrapped
+        for row, member in members.items():
+            if member.group.start is None:
+                member.group.start = base.start_of(row)
+
+    @torch.no_grad()
+    def _advance(self) -> list[Group]:
+        """One chunk on every running row; returns the groups this completes."""
+        running = {row: member for row, member in enumerate(self._rows) if member is not None}
+        rows = list(running)
+        assert self._images is not None
+        images = self._images[rows]
+        instructions = [_start(member).instruction for member in running.values()]
+        keys = [member.key() for member in running.values()]
+        output = self.policy.act(images, instructions, temperature=self.temperature, keys=keys)
+        actions = np.zeros((self.env.num_envs, *output.actions.shape[1:]), dtype=np.float32)
+        actions[rows] = output.actions.detach().float().cpu().numpy()
+        tokens, logprobs = output.tokens.cpu(), output.logprobs.detach().float().cpu()
+        observation, rewards, terminations, truncations, infos = self.env.step(actions)
+        self._images = _as_uint8(observation["image"])
+        completed = []
+        for i, (row, member) in enumerate(running.items()):
+            member.images.append(images[i])
+            member.tokens.append(tokens[i])
+            member.logprobs.append(logprobs[i])
+            member.reward += float(rewards[row])
+            if terminations[row] or truncations[row]:
+                self._rows[row] = None
+                member.group.finished[member.index] = _finish(member, infos, row)
+                if len(member.group.finished) == self.group_size:
+                    completed.append(self._close(member.group))
+        return completed
+
+    def _close(self, group: _OpenGroup) -> Group:
+        members = tuple(group.finished[index] for index in range(self.group_size))
+        assert group.start is not None
+        result = group_advantages(
+            torch.tensor([member.reward for member in members], dtype=torch.float64),
+            torch.tensor([member.valid for member in members]),
+            torch.tensor([member.flagged for member in members]),
+            max_flagged=self.max_flagged,
+            scale_rewards=self.scale_rewards,
+        )
+        return Group(group.index, group.start, members, result)
+
+
+def _start(member: _Member) -> Start:
+    assert member.group.start is not None
+    return member.group.start
+
+
+def _finish(member: _Member, infos: dict[str, Any], row: int) -> Rollout:
+    verdict = Outcome(int(infos["verdict"][row]))
+    flagged = bool(infos["flagged"][row]) if "flagged" in infos and infos["_flagged"][row] else False
+    return Rollout(
+        images=np.stack(member.images),
+        tokens=torch.stack(member.tokens),
+        logprobs=torch.stack(member.logprobs),
+        reward=member.reward,
+        verdict=verdict,
+        # Without a verdict at its end an episode's reward of 0 means "not known", which must not become a failure.
+        valid=bool(infos["valid"][row]) and verdict != Outcome.INVALID,
+        flagged=flagged,
+        seed=member.seed,
+    )
+
+
+def _as_uint8(images: Any) -> UInt8Array:
+    return images.cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)  # type: ignore[no-any-return]
+
+
+def _why_none(counts: RolloutCounts, max_flagged: int) -> str:
+    reasons = ", ".join(f"{count} {name}" for name, count in sorted(counts.dropped.items()))
+    rate = f"{counts.successes} of {counts.rollouts} rollouts succeeded"
+    most = counts.dropped.most_common(1)[0][0]
+    advice = {
+        "all_success": "the policy solves these starts: stop here, choose harder ones (layout, task), or raise temperature",
+        "all_failure": "the policy never succeeds: give it more demonstrations first, choose easier starts (layout, task), "
+        "change temperature, or raise group_size or max_groups",
+        "untrustworthy": f"more than max_flagged={max_flagged} members of a group were flagged or invalid: look at the "
+        "judge, train the world model longer, or raise max_flagged",
+        "all_equal": "all rewards of a group are the same: raise temperature or group_size",
+    }
+    return f"None of {counts.groups} groups can be trained on ({reasons}; {rate}); {advice.get(most, '')}."
+
+
+def rollout_steps(groups: Sequence[Group]) -> int:
+    """Chunks in all members of ``groups``."""
+    return sum(len(member) for group in groups for member in group.members)

@@ -30,9 +30,13 @@ class Result:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of every round."""
+    """Seconds of every round: on the wall (``seconds``) and of processor time of this process (``processor``).
+
+    Processor time adds up threads, but is not inflated by other programs on a busy machine.
+    """
 
     seconds: np.ndarray
+    processor: np.ndarray
 
     @property
     def best(self) -> float:
@@ -46,7 +50,12 @@ class Times:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form."""
-        return {"min_s": self.best, "median_s": self.median, "rounds": len(self.seconds)}
+        return {
+            "min_s": self.best,
+            "median_s": self.median,
+            "processor_median_s": float(np.median(self.processor)),
+            "rounds": len(self.seconds),
+        }
 
 
 def interleave(sides: Mapping[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, Times]:
@@ -55,28 +64,29 @@ def interleave(sides: Mapping[str, Callable[[], Any]], rounds: int = ROUNDS) -> 
         raise ValueError(f"{rounds} rounds are too few to tell signal from noise; use at least {ROUNDS}")
     for function in sides.values():
         function()
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    spent: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for turn in range(rounds):
         for name in list(sides) if turn % 2 == 0 else list(sides)[::-1]:
-            begin = time.perf_counter()
+            wall, processor = time.perf_counter(), time.process_time()
             sides[name]()
-            seconds[name].append(time.perf_counter() - begin)
-    return {name: Times(np.array(values)) for name, values in seconds.items()}
+            spent[name].append((time.perf_counter() - wall, time.process_time() - processor))
+    return {name: Times(*np.array(values).T) for name, values in spent.items()}
 
 
 def ratio(slow: Times, fast: Times) -> dict[str, float]:
-    """How many times faster: of the minima, of the medians, and the range over rounds."""
+    """How many times faster: of minima, of medians, the range over rounds, of processor time."""
     each = slow.seconds / fast.seconds
     return {
         "min": slow.best / fast.best,
         "median": slow.median / fast.median,
         "lowest_round": float(each.min()),
         "highest_round": float(each.max()),
+        "processor_median": float(np.median(slow.processor) / np.median(fast.processor)),
     }
 
 
 def milliseconds(times: Times) -> str:
-    """ "12.3 / 12.9 ms" (min / median)."""
+    """Minimum and median as "12.3 / 12.9 ms"."""
     return f"{1e3 * times.best:.2f} / {1e3 * times.median:.2f} ms"
 
 

@@ -1,7 +1,9 @@
-"""One autoregressive step with the context's keys and values computed once, against recomputing them at each evaluation.
+"""One autoregressive step with the context's keys and values computed once, against recomputing them at each
+evaluation.
 
-The outputs must be bit-identical (fp32, CPU): the saving is not an approximation. Timed twice: the denoiser alone and the
-whole ``imagine`` with the decoder, which both sides pay. State: far enough into an episode for the context to be full.
+The outputs must be bit-identical (fp32, CPU): the saving is not an approximation. Timed twice: the denoiser alone and
+the whole ``imagine`` with the decoder, which both sides pay. State: far enough into an episode for the context to be
+full.
 """
 
 from __future__ import annotations
@@ -72,12 +74,15 @@ def run(quick: bool = False) -> Result:
             model.autoencoder.decode_frames = decode
         gain, whole_gain = ratio(denoiser["recompute"], denoiser["reuse"]), ratio(whole["recompute"], whole["reuse"])
         fps = batch * model.chunk_len / whole["reuse"].best
-        ok = identical and gain["median"] >= goal
+        ok = bool(identical and gain["median"] >= goal)
         passed &= ok
         lines.append(
-            f"B={batch}: denoiser {gain['min']:.2f}x min, {gain['median']:.2f}x median (rounds {gain['lowest_round']:.2f} to "
-            f"{gain['highest_round']:.2f}; goal {goal}x): {milliseconds(denoiser['recompute'])} -> {milliseconds(denoiser['reuse'])}; "
-            f"whole step {whole_gain['median']:.2f}x, {fps:.0f} frames/s; {'bit-identical' if identical else 'NOT IDENTICAL'}"
+            f"B={batch}: denoiser {gain['min']:.2f}x min, {gain['median']:.2f}x median, goal {goal}x "
+            f"(rounds {gain['lowest_round']:.2f} to {gain['highest_round']:.2f}; "
+            f"processor time {gain['processor_median']:.2f}x): "
+            f"{milliseconds(denoiser['recompute'])} -> {milliseconds(denoiser['reuse'])}; "
+            f"whole step {whole_gain['median']:.2f}x, {fps:.0f} frames/s; "
+            f"{'bit-identical' if identical else 'NOT IDENTICAL'}"
         )
         numbers[f"B={batch}"] = {
             "bit_identical": identical,

@@ -16,11 +16,11 @@ GOAL = 1.05
 def run(quick: bool = False) -> Result:
     """Count over 400 episodes (100 when ``quick``)."""
     import numpy as np
-    from rawdream_env.wrappers.dual_noise import DualNoiseVerification
 
     from rawdream_env.envs.dream import DreamVectorEnv
     from rawdream_env.judges.scripted import ScriptedJudge
     from rawdream_env.world_models.null import NullWorldModel
+    from rawdream_env.wrappers.dual_noise import DualNoiseVerification
 
     class Counting(NullWorldModel):
         """Counts the rows it imagines."""
@@ -63,4 +63,4 @@ def run(quick: bool = False) -> Result:
         "over_ideal": over,
         "rows": {"without": counts[False], "with": counts[True]},
     }
-    return Result("dual_noise", f"<= {GOAL}x of 1 + p world-model rows", over <= GOAL, lines, numbers)
+    return Result("dual_noise", f"<= {GOAL}x of 1 + p world-model rows", bool(over <= GOAL), lines, numbers)

@@ -1,4 +1,5 @@
-"""Imagined frames per second of the embedded world model against its MuJoCo twin on the same cores, and who takes the time.
+"""Imagined frames per second of the embedded world model against its MuJoCo twin on the same cores, and who takes the
+time.
 
 Both produce every camera frame (64x64) for the same actions. The dream's stages (policy, denoiser, decoder, judge) are
 timed inside the same episodes. No goal: a world model on a CPU need not beat the simulator it imitates; say what is so.
@@ -83,11 +84,13 @@ def run(quick: bool = False) -> Result:
     spent["denoiser"] = spent.pop("imagine") - spent["decoder"]
     spent["environment"] = total["episodes"] - sum(spent.values())
     share = {name: seconds / total["episodes"] for name, seconds in spent.items()}
+    dream_fps, twin_fps = fps["dream"], fps["twin"]
+    parts = sorted(share.items(), key=lambda item: -item[1])
     lines = [
-        f"dream {fps['dream']['best']:.0f} / {fps['dream']['median']:.0f} frames/s (best / median, policy and judge included), "
-        f"twin {fps['twin']['best']:.0f} / {fps['twin']['median']:.0f} with {workers} workers: {fps['dream']['median'] / fps['twin']['median']:.2f}x",
-        "share of the dream: "
-        + ", ".join(f"{name} {100 * part:.0f} %" for name, part in sorted(share.items(), key=lambda x: -x[1])),
+        f"dream {dream_fps['best']:.0f} / {dream_fps['median']:.0f} frames/s (best / median, with policy and judge), "
+        f"twin {twin_fps['best']:.0f} / {twin_fps['median']:.0f} with {workers} workers: "
+        f"{dream_fps['median'] / twin_fps['median']:.2f}x",
+        "share of the dream: " + ", ".join(f"{name} {100 * part:.0f} %" for name, part in parts),
     ]
     numbers = {"trained_weights": trained, "frames_per_s": fps, "share": share, "batch": BATCH, "workers": workers}
     return Result("embedded_vs_twin", "report", None, lines, numbers)

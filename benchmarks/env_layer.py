@@ -1,6 +1,7 @@
 """What the environment itself costs: a world model that answers at once, so that the rest of ``step`` is all there is.
 
-Milliseconds per environment and chunk, with the judge asked at the end of every episode and frames returned or not.
+Milliseconds of processor time per environment and chunk: on a free core that is what a clock on the wall shows,
+on a busy machine others do not inflate it. The judge is asked at the end of every episode; frames are returned or not.
 """
 
 from __future__ import annotations
@@ -83,15 +84,16 @@ def run(quick: bool = False) -> Result:
         for label, t in times.items():
             unit = 1e3 / (num_envs * episodes * chunks)
             numbers[f"{num_envs} envs, {label}"] = {
-                "min_ms": t.best * unit,
-                "median_ms": t.median * unit,
+                "min_ms": float(t.processor.min()) * unit,
+                "median_ms": float(np.median(t.processor)) * unit,
+                "wall_median_ms": t.median * unit,
                 "rounds": ROUNDS,
             }
         plain, full = (numbers[f"{num_envs} envs, {label}"] for label in ("plain", "frames"))
-        passed &= plain["median_ms"] <= GOAL_MS
+        passed &= bool(plain["median_ms"] <= GOAL_MS)
         lines.append(
-            f"{num_envs:2d} envs: {plain['min_ms']:.3f} / {plain['median_ms']:.3f} ms per environment and chunk (min / median), "
-            f"with return_frames {full['min_ms']:.3f} / {full['median_ms']:.3f}"
+            f"{num_envs:2d} envs: {plain['min_ms']:.3f} / {plain['median_ms']:.3f} ms per environment and chunk "
+            f"(min / median), with return_frames {full['min_ms']:.3f} / {full['median_ms']:.3f}"
         )
         for env in envs.values():
             env.close()

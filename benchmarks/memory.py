@@ -27,10 +27,10 @@ def measure(episodes: int) -> list[tuple[int, float]]:
     import gc
 
     import numpy as np
-    from rawdream_env.wrappers.dual_noise import DualNoiseVerification
 
     from rawdream_env.envs.dream import DreamVectorEnv
     from rawdream_env.judges.scripted import ScriptedJudge
+    from rawdream_env.wrappers.dual_noise import DualNoiseVerification
 
     num_envs = 10
     env = DualNoiseVerification(
@@ -62,14 +62,15 @@ def run(quick: bool = False) -> Result:
 
     episodes = 300 if quick else 1000
     code = f"import json; from benchmarks.memory import measure; print(json.dumps(measure({episodes})))"
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    root = Path(__file__).resolve().parent.parent
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root).stdout
     curve = json.loads(output.strip().splitlines()[-1])
     later = np.array([point for point in curve if point[0] > (100 if quick else 200)])
     slope = float(np.polyfit(later[:, 0], later[:, 1], 1)[0])
-    growth = slope * (later[-1, 0] - later[0, 0])
+    growth = float(slope * (later[-1, 0] - later[0, 0]))
     lines = [
         f"{later[0, 1]:.1f} MB after {later[0, 0]:.0f} episodes, {later[-1, 1]:.1f} MB after {later[-1, 0]:.0f}: "
         f"fitted growth {growth:+.2f} MB"
     ]
     numbers = {"curve": curve, "fitted_growth_mb": growth, "mb_per_100_episodes": 100 * slope}
-    return Result("memory", f"fitted growth <= {GOAL_MB} MB after warm-up", growth <= GOAL_MB, lines, numbers)
+    return Result("memory", f"fitted growth <= {GOAL_MB} MB after warm-up", bool(growth <= GOAL_MB), lines, numbers)

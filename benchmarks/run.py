@@ -47,9 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results.append(result)
     run = provenance(load_average=os.getloadavg()[0])
     hardware = run["hardware"]
-    print(
-        f"on {hardware['cpu']}, {hardware['cores']} cores, {torch.get_num_threads()} threads, load {run['load_average']:.1f}"
-    )
+    machine = f"{hardware['cpu']}, {hardware['cores']} cores"
+    print(f"on {machine}, {torch.get_num_threads()} threads, load {run['load_average']:.1f}")
     if options.json is not None:
         options.json.write_text(json.dumps({"run": run, "results": [asdict(r) for r in results]}, indent=2) + "\n")
     return int(any(r.passed is False for r in results))

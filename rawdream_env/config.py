@@ -23,7 +23,7 @@ RESET_OPTIONS = ("reset_mask", "starts", "seed")
 
 
 def parse_autoreset_mode(mode: str | AutoresetMode) -> AutoresetMode:
-    """An ``AutoresetMode`` from itself or from "NextStep", "SAME_STEP", "disabled", ... (case and underscores ignored)."""
+    """An ``AutoresetMode`` from itself or from its name: "NextStep", "SAME_STEP", "disabled", ..."""
     if isinstance(mode, AutoresetMode):
         return mode
     wanted = str(mode).replace("_", "").replace("-", "").lower()

@@ -45,7 +45,7 @@ def write_bytes_synced(path: PathLike, data: bytes) -> None:
 
 
 def atomic_write_bytes(path: PathLike, data: bytes) -> None:
-    """Replace ``path`` by ``data``, wholly or not at all. Raises ``OSError`` (disk full, ...) with the target untouched."""
+    """Replace ``path`` by ``data``, wholly or not at all: ``OSError`` (disk full, ...) leaves the target untouched."""
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
@@ -77,7 +77,7 @@ def sha256_file(path: PathLike) -> str:
 def serialize_safetensors(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, *, where: PathLike = "the checkpoint"
 ) -> bytes:
-    """The bytes of a safetensors file; ``CheckpointError`` names non-finite tensors (what ``load`` refuses, ``save`` refuses)."""
+    """The bytes of a safetensors file. ``CheckpointError`` names a non-finite tensor: what loading refuses, saving does."""
     from safetensors.torch import save
 
     _refuse_non_finite(tensors.items(), f"Will not write {where}")

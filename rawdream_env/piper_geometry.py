@@ -109,7 +109,7 @@ def tool_rotation(pose: FloatArray) -> FloatArray:
 
 def finger_opening(command: FloatArray) -> FloatArray:
     """Distance (m) between the finger faces that a gripper command asks for, once settled and with nothing held."""
-    return np.clip(-0.01 + (1.0 - command) / 2.0 * (MAX_OPENING + 0.01), 0.0, MAX_OPENING)
+    return np.asarray(np.clip(-0.01 + (1.0 - command) / 2.0 * (MAX_OPENING + 0.01), 0.0, MAX_OPENING))
 
 
 def _arm_plane(pose: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:

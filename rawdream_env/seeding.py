@@ -48,9 +48,7 @@ class NoiseKey:
 
     def at(self, *, chunk: int | None = None, draw: int | None = None) -> NoiseKey:
         """The same episode at another chunk or draw."""
-        return replace(
-            self, chunk=self.chunk if chunk is None else chunk, draw=self.draw if draw is None else draw
-        )
+        return replace(self, chunk=self.chunk if chunk is None else chunk, draw=self.draw if draw is None else draw)
 
     def entropy(self, *stream: int) -> int:
         """A 63-bit seed; ``stream`` separates independent uses of one key (latent noise, context noise, sampling)."""

@@ -2,7 +2,7 @@
 
 A word is hashed rather than looked up, so there is no vocabulary file to ship and a new word needs no new table:
 id = 2 + crc32(word) % 1022, with 0 for padding and 1 free for a model's own use. Two words may collide (1022 slots);
-the words of this package's own grammar do not.
+the words of this package's own grammar do not: "stove" would fall on "bowl" and is hashed with a suffix instead.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ PAD_ID = 0
 MAX_INSTRUCTION_LENGTH = 200
 """Characters kept by ``clean_instruction``."""
 
+_REHASHED = {"stove": "stove#2"}
 _WORD = re.compile(r"[^\W_]+")
 
 
@@ -38,7 +39,8 @@ def clean_instruction(instruction: str) -> str:
 
 def word_id(word: str) -> int:
     """The id of one word, case-insensitive, in [2, VOCAB_SIZE)."""
-    return 2 + zlib.crc32(word.lower().encode()) % (VOCAB_SIZE - 2)
+    word = word.lower()
+    return 2 + zlib.crc32(_REHASHED.get(word, word).encode()) % (VOCAB_SIZE - 2)
 
 
 def tokenize(instruction: str, max_len: int = 16) -> NDArray[np.int64]:

@@ -88,7 +88,9 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class PolicyOutput:
-    """``actions`` (B, K, A) in environment units; ``tokens`` int64 (B, K*A) in [0, num_bins); ``logprobs`` fp32 (B, K*A)."""
+    """``actions`` (B, K, A) in environment units; ``tokens`` int64 (B, K*A) in [0, num_bins); ``logprobs`` fp32 (B,
+    K*A).
+    """
 
     actions: Tensor
     tokens: Tensor

@@ -163,7 +163,7 @@ class LooksAtNeighbours(Good):
 
 class SizeDependent(Good):
     def _begin(self, rows, keys, given):
-        return super()._begin(rows, [type(key)(key.seed * self.num_envs, episode=key.episode) for key in keys], given)
+        return super()._begin(rows, [type(key)(key.seed + self.num_envs, episode=key.episode) for key in keys], given)
 
 
 class IgnoresMask(Good):
@@ -204,13 +204,13 @@ BROKEN = [
     (NanRewards, "NextStep", "results", "must be finite"),
     (NoMask, "NextStep", "infos", "'_verdict'"),
     (GlobalNoise, "NextStep", "seeding", "never from numpy's"),
-    (SharedBuffer, "NextStep", "aliasing", "shares memory"),
+    (SharedBuffer, "NextStep", "aliasing", "changed after they were returned"),
     (SharedRewards, "NextStep", "aliasing", "rewards of call 2 shares memory with rewards of call 1"),
     (ChangesActions, "NextStep", "actions_untouched", "Copy before"),
     (NeverResets, "NextStep", "autoreset", "NextStep"),
     (NoFinalObs, "SameStep", "autoreset", "final_obs"),
     (FinalObsReturned, "SameStep", "autoreset", "next episode's first observation"),
-    (Immortal, "Disabled", "autoreset", "alive again"),
+    (Immortal, "Disabled", "autoreset", "A row that is over earns 0"),
     (LooksAtNeighbours, "NextStep", "neighbours", "other seeds and actions"),
     (SizeDependent, "NextStep", "row_independence", "between num_envs=1 and num_envs=2"),
     (IgnoresMask, "NextStep", "partial_reset", "reset_mask was False"),

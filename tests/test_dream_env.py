@@ -223,6 +223,7 @@ def test_broken_imagination_is_invalid_and_never_judged(how):
     env = dream(world_model=Breaking(), judge=judge, autoreset_mode="Disabled")
     results = run(env, 3)
     first, _, terminations, truncations, infos = results[1]
+    assert not terminations.any()
     assert truncations.tolist() == [False, True, False, False]
     assert infos["valid"].tolist() == [True, False, True, True]
     assert np.array_equal(first["image"][1], results[0][0]["image"][1]), "the last good frame stays"
@@ -260,6 +261,7 @@ def test_unreachable_judge_loses_nothing():
 def test_no_judge_gives_no_verdicts():
     env = dream(judge="none")
     _, rewards, _, truncations, infos = run(env, 3)[-1]
+    assert not rewards.any()
     assert truncations.all()
     assert infos["valid"].all()
     assert (infos["verdict"] == -1).all()
@@ -377,6 +379,7 @@ def test_dead_rows_actions_are_not_looked_at():
     env = dream(max_episode_steps=1)
     run(env, 1)
     _, rewards, terminations, truncations, infos = env.step(np.full(env.action_space.shape, np.nan))
+    assert not rewards.any()
     assert not (terminations | truncations).any()
     assert env.elapsed_steps == (0,) * 4
     assert infos["_instruction"].all()
@@ -624,8 +627,8 @@ def test_only_documented_errors(mode, every, calls):
     for number, name in enumerate(calls):
         try:
             env = _do(env, name, number)
-        except RawDreamError as error:
-            assert len(str(error)) > 20
+        except RawDreamError:
+            continue  # documented; anything else fails the test
 
 
 def _do(env, name, number):

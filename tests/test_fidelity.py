@@ -84,7 +84,9 @@ def test_psnr_and_ssim_are_scikit_images() -> None:
         for i in range(len(truth)):
             pair = (truth[i], prediction[i])
             if not np.array_equal(*pair):
-                assert ours_psnr[i] == pytest.approx(skimage_metrics.peak_signal_noise_ratio(*pair, data_range=255), abs=1e-6)
+                assert ours_psnr[i] == pytest.approx(
+                    skimage_metrics.peak_signal_noise_ratio(*pair, data_range=255), abs=1e-6
+                )
             reference = skimage_metrics.structural_similarity(*pair, data_range=255, channel_axis=-1)
             assert ours_ssim[i] == pytest.approx(reference, abs=1e-6)
     assert np.isinf(metrics.psnr(truth, truth)).all() and metrics.ssim(truth, truth) == pytest.approx(1.0)

@@ -24,7 +24,8 @@ from rawdream_env.errors import CheckpointError, InvalidOptionError, RunDirError
 from rawdream_env.judges.scripted import ScriptedJudge
 from rawdream_env.seeding import NoiseKey
 from rawdream_env.starts.memory import NullStarts
-from rawdream_env.trainers.grpo import Batch, GRPOConfig, GRPOResult, TrainingDivergedError, train_grpo
+from rawdream_env.trainers.batch import Batch
+from rawdream_env.trainers.grpo import GRPOConfig, GRPOResult, TrainingDivergedError, train_grpo
 from rawdream_env.trainers.losses import group_advantages
 from rawdream_env.trainers.rollout import (
     Group,
@@ -62,7 +63,7 @@ class ShowActions(NullWorldModel):
 
 
 def bright(video: Video, instruction: str) -> bool:
-    """"left" and "up" want the gripper closed at the end, "right" and "down" open."""
+    """ "left" and "up" want the gripper closed at the end, "right" and "down" open."""
     closed = video.frames[-1].mean() > 200
     opened = video.frames[-1].mean() < 55
     return bool(closed if instruction.endswith(("left", "up")) else opened)
@@ -93,7 +94,10 @@ class TinyPolicy(nn.Module):
         self.acted += len(keys)
         log_p = self._log_p(images, instructions, temperature)
         tokens = torch.stack(
-            [torch.multinomial(p, 1, generator=k.generator(3)).squeeze(1) for p, k in zip(log_p.exp(), keys, strict=True)]
+            [
+                torch.multinomial(p, 1, generator=k.generator(3)).squeeze(1)
+                for p, k in zip(log_p.exp(), keys, strict=True)
+            ]
         )
         actions = (tokens / (BINS - 1) * 2 - 1).reshape(-1, K, A)
         return PolicyOutput(actions, tokens, log_p.gather(-1, tokens[..., None]).squeeze(-1))
@@ -229,7 +233,7 @@ def test_an_environment_without_a_judge_gives_no_rewards() -> None:
         4, world_model=ShowActions(), judge="none", starts="null", max_episode_steps=1, autoreset_mode="Disabled"
     )
     env.starts = NullStarts((SIDE, SIDE, 3))
-    with pytest.raises(NoUsableGroupError, match="untrustworthy.*look at the judge"):
+    with pytest.raises(NoUsableGroupError, match=r"untrustworthy.*look at the judge"):
         collector(4, env=env, max_groups=3).collect(0)
 
 
@@ -263,10 +267,14 @@ def test_batch_weights_are_equation_2() -> None:
         return Rollout(images, tokens, tokens.float(), reward, Outcome(int(reward)), not flagged, flagged, 0)
 
     def group(index: int, *members: Rollout) -> Group:
-        result = group_advantages(torch.tensor([m.reward for m in members]), None, torch.tensor([m.flagged for m in members]))
+        rewards = torch.tensor([float(m.reward) for m in members])
+        result = group_advantages(rewards, None, torch.tensor([m.flagged for m in members]))
         return Group(index, Start(np.zeros((SIDE, SIDE, 3), np.uint8), f"group {index}"), members, result)
 
-    groups = (group(0, rollout(3, 1), rollout(1, 0)), group(1, rollout(2, 1), rollout(2, 1, True), rollout(2, 0), rollout(2, 0)))
+    groups = (
+        group(0, rollout(3, 1), rollout(1, 0)),
+        group(1, rollout(2, 1), rollout(2, 1, True), rollout(2, 0), rollout(2, 0)),
+    )
     batch = Batch.of(Rollouts(groups, RolloutCounts()))
     assert batch.trajectory.tolist() == [0, 0, 0, 1, 2, 2, 3, 3, 4, 4]
     assert batch.instructions == ["group 0"] * 4 + ["group 1"] * 6
@@ -279,7 +287,7 @@ def test_batch_weights_are_equation_2() -> None:
 
 
 def test_it_learns_from_chance_to_nearly_always(tmp_path: Path) -> None:
-    begun = time.monotonic()
+    begun = time.process_time()
     env = toy_env(64, chunks=1)
     result = train(
         tmp_path, env, steps=25, group_size=8, groups_per_step=8, lr=0.1, save_every=25, dual_noise_verification=False
@@ -288,10 +296,20 @@ def test_it_learns_from_chance_to_nearly_always(tmp_path: Path) -> None:
     assert lines[0]["success_rate"] < 0.35
     last = lines[-1]["success_rate"] if result.stopped == "steps" else 1.0
     assert last > 0.9, [round(line["success_rate"], 2) for line in lines]
-    assert time.monotonic() - begun < 60
+    assert time.process_time() - begun < 30
     first = lines[0]
-    assert first["first_ratio_deviation"] < 1e-5 and first["success_low"] < first["success_rate"] < first["success_high"]
-    assert {"approx_kl", "clip_frac", "entropy", "grad_norm", "flagged_rate", "invalid_rate", "dropped_all_failure"} <= {*first}
+    assert (
+        first["first_ratio_deviation"] < 1e-5 and first["success_low"] < first["success_rate"] < first["success_high"]
+    )
+    assert {
+        "approx_kl",
+        "clip_frac",
+        "entropy",
+        "grad_norm",
+        "flagged_rate",
+        "invalid_rate",
+        "dropped_all_failure",
+    } <= {*first}
     assert lines[-1]["entropy"] < first["entropy"]
     timings = read_jsonl(tmp_path / "timings.jsonl")[0]
     assert timings["frames"] == first["n"] * K and timings["rollout_s"] > 0 and timings["frames_per_s"] > 0
@@ -357,7 +375,7 @@ def test_a_checkpoint_of_another_policy_is_refused(tmp_path: Path) -> None:
     train(tmp_path, steps=1)
     other = TinyPolicy()
     other.extra = nn.Parameter(torch.zeros(1))
-    with pytest.raises(CheckpointError, match="another policy: 1 parameters differ.*'extra'"):
+    with pytest.raises(CheckpointError, match=r"another policy: 1 parameters differ.*'extra'"):
         train(tmp_path, policy=other, steps=2)
 
 
@@ -381,7 +399,7 @@ while True:
         run()
         os._exit(0)
     if killed < kills:
-        time.sleep(rng.uniform(0.02, 0.5))
+        time.sleep(rng.uniform(0.02, 0.3))
         os.kill(child, signal.SIGKILL)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     killed += status == -9
@@ -395,14 +413,18 @@ def test_killed_at_random_moments_it_ends_bit_identical(quick_disk: Path) -> Non
     torch.set_num_threads(1)
     env = toy_env(12, hallucinate=0.1, judge_every="chunk")
     unbroken = train(quick_disk / "unbroken", env, steps=12, save_every=1, epochs=2)
-    command = [sys.executable, "-c", KILLED_RUN, str(Path(__file__).parent), str(quick_disk / "killed"), "12"]
+    command = [sys.executable, "-c", KILLED_RUN, str(Path(__file__).parent), str(quick_disk / "killed"), "8"]
     output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     killed, status = map(int, output.stdout.split())
-    assert killed >= 3 and status == 0, output.stderr
+    assert killed >= 2 and status == 0, output.stderr
     # config.json of the two differs in run_dir alone
-    assert (quick_disk / "killed" / "metrics.jsonl").read_bytes() == (quick_disk / "unbroken" / "metrics.jsonl").read_bytes()
+    assert (quick_disk / "killed" / "metrics.jsonl").read_bytes() == (
+        quick_disk / "unbroken" / "metrics.jsonl"
+    ).read_bytes()
     last = "checkpoints/step_00000012"
-    manifests = [json.loads((quick_disk / run / last / "manifest.json").read_text())["files"] for run in ("killed", "unbroken")]
+    manifests = [
+        json.loads((quick_disk / run / last / "manifest.json").read_text())["files"] for run in ("killed", "unbroken")
+    ]
     assert manifests[0] == manifests[1]
     resumed = train(quick_disk / "killed", steps=12, save_every=1, epochs=2)
     assert torch.equal(weights(resumed), weights(unbroken))
@@ -411,20 +433,18 @@ def test_killed_at_random_moments_it_ends_bit_identical(quick_disk: Path) -> Non
 def test_ctrl_c_saves_and_says_so(quick_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
     unbroken = train(quick_disk / "unbroken", steps=6)
     env = toy_env()
-    steps = [0]
     step = env.step
 
     def stepping(actions: Any) -> Any:
-        steps[0] += 1
-        if steps[0] == 12:
+        if len(read_jsonl(quick_disk / "run" / "metrics.jsonl")) == 2:
             os.kill(os.getpid(), signal.SIGINT)
         return step(actions)
 
     env.step = stepping  # type: ignore[method-assign]
     before = signal.getsignal(signal.SIGINT)
     result = train(quick_disk / "run", env, steps=6, save_every=100)
-    assert result.stopped == "interrupted" and 0 < result.step < 6
-    assert result.message.startswith(f"Stopped on request: {result.step} of 6 steps are done and saved")
+    assert (result.stopped, result.step) == ("interrupted", 2)
+    assert result.message.startswith("Stopped on request: 2 of 6 steps are done and saved")
     assert result.message in caplog.messages
     assert signal.getsignal(signal.SIGINT) is before
     again = train(quick_disk / "run", steps=6, save_every=100)
@@ -443,19 +463,18 @@ def test_it_stops_when_the_minutes_are_up_and_when_everything_is_solved(tmp_path
 
 
 def test_a_failure_between_updates_loses_no_finished_step(tmp_path: Path) -> None:
-    env, calls = toy_env(), [0]
+    env = toy_env()
     step = env.step
 
     def failing(actions: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == 14:
+        if len(read_jsonl(tmp_path / "metrics.jsonl")) == 3:
             raise RuntimeError("judge is gone")
         return step(actions)
 
     env.step = failing  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="judge is gone"):
         train(tmp_path, env, steps=6, save_every=100)
-    assert len(list((tmp_path / "checkpoints").iterdir())) == 1
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000003"]
     unbroken = train(tmp_path / "unbroken", steps=6)
     assert torch.equal(weights(train(tmp_path, steps=6, save_every=100)), weights(unbroken))
 
@@ -466,5 +485,3 @@ def test_it_runs_outside_the_main_thread(tmp_path: Path) -> None:
     thread.start()
     thread.join()
     assert results[0].step == 1
-
-

@@ -1,10 +1,9 @@
-"""Training a judge: windows, balance, held-out pairs, imagined clips, and a run on drawn scenes that learns and resumes."""
+"""Training a judge: windows, balance, held-out pairs, imagined clips, and a run on drawn scenes: it learns, it resumes."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from rawdream_env.files import load_safetensors, save_safetensors
 from rawdream_env.judges import load_judge
 from rawdream_env.judges.embedded_network import EmbeddedJudgeConfig
 from rawdream_env.relations import OBJECTS, RELATION_NAMES, SHAPES, relations
-from rawdream_env.trainers.judge import JudgeTrainConfig, learning_rate, look_imagined, train_judge
+from rawdream_env.trainers.judge import JudgeTrainConfig, learning_rate, train_judge
 from rawdream_env.trainers.judge_clips import (
     UNKNOWN,
     ClipSet,
@@ -35,6 +34,7 @@ from rawdream_env.trainers.judge_clips import (
     recorded_clips,
     split,
 )
+from rawdream_env.trainers.judge_losses import answer_loss, look_imagined, place_loss
 
 MODEL = EmbeddedJudgeConfig(frame_size=32, stem=16, mid=16, deep=24, width=32, heads=2, layers=2, text_layers=1)
 COLOURS = np.array(
@@ -257,6 +257,16 @@ def test_look_imagined_is_keyed_and_keeps_the_start_sharp() -> None:
     assert (roughness[:, 0] > 1.15 * roughness[:, 1:].mean(1)).float().mean() > 0.7
     plain = look_imagined(frames, 0.0, torch.Generator().manual_seed(3))
     assert (plain - frames).abs().mean() < 15
+
+
+def test_losses_by_hand() -> None:
+    logits, labels = torch.tensor([[0.0, 2.0]], dtype=torch.float64), torch.tensor([[1.0, 0.0]])
+    expected = (0.5 * np.log(2.0) + 2.0 * (2.0 + np.log1p(np.exp(-2.0)))) / 2
+    assert float(answer_loss(logits, labels, torch.tensor([[0.5, 2.0]]))) == pytest.approx(expected, rel=1e-6)
+    found = torch.tensor([[0.30, 0.0, 0.0], [9.0, 9.0, 9.0]])
+    truth = torch.tensor([[0.30, 0.10, 0.01], [float("nan")] * 3])  # 0, 2 and 0.2 units off
+    assert float(place_loss(found, truth)) == pytest.approx((0.0 + (2.0 - 0.5) + 0.5 * 0.2**2) / 3, rel=1e-5)
+    assert float(place_loss(found[1:], truth[1:])) == 0.0
 
 
 # -- the run ----------------------------------------------------------------------------------------------------------

@@ -166,7 +166,9 @@ def test_a_batch_cut_into_pieces_gives_the_same_loss_and_metrics() -> None:
     advantages = torch.randn(6, generator=generator, dtype=torch.float64)
     weights = token_weights(torch.rand(6, 5, generator=generator) < 0.7, row_weights=torch.ones(6, dtype=torch.float64))
     whole, metrics = clipped_loss(logprobs, old, advantages, weights)
-    parts = [clipped_loss(logprobs[i : i + 2], old[i : i + 2], advantages[i : i + 2], weights[i : i + 2]) for i in (0, 2, 4)]
+    parts = [
+        clipped_loss(logprobs[i : i + 2], old[i : i + 2], advantages[i : i + 2], weights[i : i + 2]) for i in (0, 2, 4)
+    ]
     close(torch.stack([loss for loss, _ in parts]).sum(), whole)
     merged = merge_metrics([part for _, part in parts])
     assert merged == pytest.approx({name: float(value) for name, value in metrics.items()}, abs=1e-12)

@@ -1,8 +1,8 @@
 """Dream against simulator on a toy world whose answers are known, and the report made of it.
 
 The world: a square slides right by ``action[0]`` pixels a step; the task is done when it is at least GOAL pixels along.
-The fake simulator moves it exactly; the dream moves it by ``gain`` times as much plus keyed noise; the judge looks at the
-picture. The policy pushes with a force that differs by start.
+The fake simulator moves it exactly; the dream moves it by ``gain`` times as much plus keyed noise; the judge looks at
+the picture. The policy pushes with a force that differs by start.
 """
 
 from __future__ import annotations
@@ -189,8 +189,8 @@ def test_dual_noise_verification_flags_lucky_noise() -> None:
 def test_starts_are_shared_and_repeat() -> None:
     first, again = run(forces=(0.3, 0.6)), run(forces=(0.3, 0.6))
     assert first.records == again.records
-    by_policy = [[(r.task, r.index, r.seed) for r in first.records if r.policy == p] for p in ("force 0.3", "force 0.6")]
-    assert by_policy[0] == by_policy[1] and len({seed for _, _, seed in by_policy[0]}) == 20
+    weak, strong = ([(r.task, r.index, r.seed) for r in first.records if r.policy == f"force {f}"] for f in (0.3, 0.6))
+    assert weak == strong and len({seed for _, _, seed in weak}) == 20
     assert run(replace(CONFIG, seed=1)).records[0].seed != first.records[0].seed
 
 
@@ -297,7 +297,8 @@ def test_report_is_one_self_contained_page(tmp_path: Path) -> None:
     checker.feed(page)
     assert checker.stack == [] and "script" not in checker.tags
     assert checker.tags.count("video") == len(result.clips) >= 4
-    assert all(source.startswith("data:") for source in checker.sources) and "http" not in re.sub(r"base64,[^\"]*", "", page)
+    assert all(source.startswith("data:") for source in checker.sources)
+    assert "http" not in re.sub(r"base64,[^\"]*", "", page)
     for entry in result.report["policies"]:
         rate = entry["all"]["simulator"]
         assert f"[{100 * rate['low']:.1f}, {100 * rate['high']:.1f}], n=20" in page

@@ -164,3 +164,7 @@ def test_rule_of_three_is_close_to_wilson() -> None:
     with pytest.raises(ValueError, match="n >= 1"):
         rule_of_three(0)
     assert str(Estimate(0.5, 0.25, 0.75, 4)) == "0.500 [0.250, 0.750], n=4"
+
+
+def test_kappa_against_one_constant_rater_has_no_interval() -> None:
+    assert str(Confusion.over([1, 1, 0, 1], [1, 1, 1, 1]).kappa) == "0.000 [no interval], n=4"

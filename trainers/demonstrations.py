@@ -167,8 +167,21 @@ def _assemble(
 
 
 def load_play(folders: Sequence[str], chunk_len: int) -> list[Demonstrations]:
-    """``play_demonstrations`` of LeRobotDataset v3 folders, one after the other."""
-    return [play_demonstrations(LeRobotReader(f).load_all(workers=2), chunk_len) for f in folders]
+    """``play_demonstrations`` of LeRobotDataset v3 folders; only the frames that are used stay in memory."""
+    return [_load_compactly(LeRobotReader(folder), chunk_len) for folder in folders]
+
+
+def _load_compactly(reader: LeRobotReader, chunk_len: int, block: int = 128) -> Demonstrations:
+    """Find the segments from the numbers alone, then decode ``block`` episodes at a time and keep what they need."""
+    whole = play_demonstrations(reader.load_all(frames=False), chunk_len)
+    used = np.unique(whole.rows)
+    frames = np.empty((len(used), *reader.frame_shape), np.uint8)
+    ends = np.concatenate([[0], np.cumsum(reader.lengths + 1)])
+    for first in range(0, len(reader), block):
+        last = min(first + block, len(reader))
+        mine = slice(*np.searchsorted(used, [ends[first], ends[last]]))
+        frames[mine] = reader.load_all(range(first, last), workers=2).frames[used[mine] - ends[first]]
+    return replace(whole, frames=frames, rows=np.searchsorted(used, whole.rows))
 
 
 def load_experts(folders: Sequence[str], chunk_len: int, *, demos_per_task: int) -> list[Demonstrations]:

@@ -8,9 +8,9 @@ RAW-Dream sections 3.2 and 3.3, Eq. 2 and 3, appendix A.2 and A.4. One step:
 4. *Advantages* relative to the group, over its trustworthy members (``losses.group_advantages``).
 5. *Update* by the clipped objective (``losses.clipped_loss``): mean over each trajectory, then over the group.
 
-Kept of the paper: all of that, and its numbers as defaults (group of 8, T = 1.6, lr 5e-6, 50 steps, no KL term). Open in
-the paper and chosen here: clip range 0.2 / 0.28 (as the published peers), groups per step, unreadable verdicts (left out
-like flagged rollouts, never a 0). Not kept: many GPUs; this is one process.
+Kept of the paper: all of that, and its numbers as defaults (group of 8, T = 1.6, lr 5e-6, 50 steps, no KL term). Open
+in the paper and chosen here: clip range 0.2 / 0.28 (as the published peers), groups per step, unreadable verdicts (left
+out like flagged rollouts, never a 0). Not kept: many GPUs; this is one process.
 
 Nothing is drawn from a generator that would have to be saved: every start, every sampled token and every minibatch is
 named by (seed, step, ...). So a run killed at any moment and started again with the same command writes, on the same
@@ -21,14 +21,11 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import gymnasium as gym
@@ -38,22 +35,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rawdream_env.errors import CheckpointError, InvalidOptionError, RawDreamError
-from rawdream_env.evaluation.statistics import wilson_interval
 from rawdream_env.policies import load_policy
 from rawdream_env.seeding import mix
-from rawdream_env.trainers.losses import DROP_REASONS, clipped_loss, merge_metrics, token_weights
-from rawdream_env.trainers.rollout import (
-    GroupCollector,
-    NoUsableGroupError,
-    RolloutCounts,
-    RolloutInterrupted,
-    Rollouts,
-)
+from rawdream_env.trainers.batch import Batch
+from rawdream_env.trainers.interrupt import deferred_interrupt
+from rawdream_env.trainers.losses import clipped_loss, merge_metrics
+from rawdream_env.trainers.rollout import GroupCollector, NoUsableGroupError, RolloutInterrupted, Rollouts
+from rawdream_env.trainers.rollout_metrics import StageTimer, describe, summarize
 from rawdream_env.trainers.run_dir import RunDir, pack_optimizer, unpack_optimizer
 from rawdream_env.wrappers.base import find_wrapper
 from rawdream_env.wrappers.dual_noise import DualNoiseVerification
 
-_STREAM_ENV, _STREAM_SHUFFLE = 21, 22
+_STREAM_SHUFFLE = 21
 _logger = logging.getLogger(__name__)
 
 
@@ -64,7 +57,8 @@ class TrainingDivergedError(RawDreamError, RuntimeError):
 @dataclass(frozen=True)
 class GRPOConfig:
     """Options of :func:`train_grpo`. In TRL's names: ``num_generations`` = ``group_size``, ``epsilon`` =
-    ``clip_eps_low``, ``epsilon_high`` = ``clip_eps_high``, ``num_iterations`` = ``epochs``, ``beta`` = 0."""
+    ``clip_eps_low``, ``epsilon_high`` = ``clip_eps_high``, ``num_iterations`` = ``epochs``, ``beta`` = 0.
+    """
 
     run_dir: Path
     """Where configuration, metrics and checkpoints go. The same command on the same folder resumes."""
@@ -90,11 +84,11 @@ class GRPOConfig:
     group_size: int = 8
     """Rollouts that share a start."""
     groups_per_step: int = 8
-    """Groups with something to learn from that make up one step (times group_size: trajectories; peers use 512-1024)."""
+    """Groups that make up one step (times group_size: trajectories, of which peers use 512-1024), dropped ones aside."""
     max_groups_per_step: int = 64
     """Most groups rolled out for one step, dropped ones included; a step may then be smaller."""
     temperature: float = 1.6
-    """Of sampling and of the log-probabilities. 1.6 suits a large pre-trained policy; the embedded one prefers 0.3 to 1."""
+    """Of sampling and of the log-probabilities. 1.6 suits a large pre-trained policy, 0.3 to 1 the embedded one."""
     dual_noise_verification: bool = True
     """Dream every success again and leave out what does not repeat. Ignored in a simulator, which has no noise."""
     max_flagged: int = 2
@@ -144,13 +138,17 @@ class GRPOConfig:
             raise InvalidOptionError(f"clip_eps_low={self.clip_eps_low} must lie between 0 and 1.")
 
 
+Stopped = Literal["steps", "minutes", "interrupted", "solved"]
+
+
 @dataclass(frozen=True)
 class GRPOResult:
     """How a run ended: ``stopped`` by its "steps", its "minutes", "interrupted", or "solved" (every group a success);
-    ``step`` updates are done; ``message`` is one sentence for people; ``policy`` the trained one, in memory."""
+    ``step`` updates are done; ``message`` is one sentence for people; ``policy`` the trained one, in memory.
+    """
 
     step: int
-    stopped: Literal["steps", "minutes", "interrupted", "solved"]
+    stopped: Stopped
     message: str
     policy: Any
     run_dir: Path
@@ -172,79 +170,81 @@ def train_grpo(config: GRPOConfig, *, env: VectorEnv[Any, Any, Any] | None = Non
         TrainingDivergedError: a non-finite update, or sampling and training disagree about the log-probabilities.
         InvalidOptionError: options that do not fit. JudgeUnavailableError: run the same command again to go on.
     """
-    begun = time.monotonic()
-    policy = load_policy(config.policy if policy is None else policy, config.device)
-    if not isinstance(policy, nn.Module):
-        raise InvalidOptionError(f"GRPO trains torch modules, but the policy is a {type(policy).__name__}.")
-    policy.eval()  # dropout would make the policy that learns another one than the policy that sampled
-    parameters = {name: p for name, p in policy.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=config.lr, weight_decay=config.weight_decay)
-    ours = env is None
+    deadline = None if config.minutes is None else time.monotonic() + config.minutes * 60
+    learner = Learner.of(load_policy(config.policy if policy is None else policy, config.device), config)
     vector_env = make_env(config) if env is None else env
-    if config.dual_noise_verification and find_wrapper(vector_env, DualNoiseVerification) is None:
-        vector_env = _verified(vector_env)
+    if config.dual_noise_verification:
+        vector_env = verified(vector_env)
     may_change = ("run_dir", "steps", "minutes", "save_every", "tensorboard", "progress", "num_envs")
     try:
         with (
             RunDir(config.run_dir, config, may_change=may_change, tensorboard=config.tensorboard) as run,
-            _deferred_interrupt() as interrupted,
+            deferred_interrupt() as interrupted,
         ):
-            step = _restore(run, parameters, optimizer)
-            stopped: Literal["steps", "minutes", "interrupted", "solved"] = "steps"
-            saved, whole = step, True
-            bar = tqdm(total=config.steps, initial=step, desc="GRPO", unit="step", disable=not config.progress)
-            collector = GroupCollector(
-                vector_env,
-                policy,
-                group_size=config.group_size,
-                num_groups=config.groups_per_step,
-                max_groups=config.max_groups_per_step,
-                temperature=config.temperature,
-                max_flagged=config.max_flagged,
-                scale_rewards=config.scale_rewards,
-                seed=config.seed,
-                should_stop=interrupted.is_set,
-                on_group=lambda counts: bar.set_postfix_str(_postfix(counts)),
-            )
-            try:
-                while step < config.steps:
-                    timer = _Timer(vector_env)
-                    rollouts = collector.collect(step)
-                    timer.lap("rollout")
-                    whole = False
-                    metrics = update(config, policy, parameters, optimizer, rollouts, step)
-                    timer.lap("update")
-                    step, whole = step + 1, True
-                    run.log(step, **summarize(rollouts), **metrics)
-                    run.log_timings(step, **timer.summary(rollouts, vector_env))
-                    bar.update()
-                    out_of_time = config.minutes is not None and time.monotonic() - begun > config.minutes * 60
-                    if step % config.save_every == 0 or step == config.steps or out_of_time or interrupted.is_set():
-                        _save(run, step, parameters, optimizer)
-                        saved = step
-                    if interrupted.is_set():
-                        raise RolloutInterrupted("stopped after an update")
-                    if out_of_time and step < config.steps:
-                        stopped = "minutes"
-                        break
-            except RolloutInterrupted:
-                stopped = "interrupted"
-            except NoUsableGroupError as error:
-                if set(error.dropped) != {"all_success"}:
-                    raise
-                stopped = "solved"
-            finally:
-                bar.close()
-                if step > saved and whole:  # no update was cut in two: the weights are those of the last finished step
-                    _save(run, step, parameters, optimizer)
-            message = _farewell(stopped, step, config)
-            _export(policy, run.path)
+            step, stopped = _train(config, run, learner, vector_env, interrupted, deadline)
+            _export(learner.policy, run.path)
     finally:
-        if ours:
+        if env is None:
             vector_env.close()
+    message = _farewell(stopped, step, config)
     if stopped != "steps":
         _logger.warning(message)
-    return GRPOResult(step, stopped, message, policy, Path(config.run_dir))
+    return GRPOResult(step, stopped, message, learner.policy, Path(config.run_dir))
+
+
+def _train(
+    config: GRPOConfig,
+    run: RunDir,
+    learner: Learner,
+    env: VectorEnv[Any, Any, Any],
+    interrupted: threading.Event,
+    deadline: float | None,
+) -> tuple[int, Stopped]:
+    """The algorithm: roll out, update, log, save; returns the steps done and why it stopped."""
+    step = saved = learner.restore(run)
+    whole = True  # whether the weights are those of a finished step
+    bar = tqdm(total=config.steps, initial=step, desc="GRPO", unit="step", disable=not config.progress)
+    collector = GroupCollector(
+        env,
+        learner.policy,
+        group_size=config.group_size,
+        num_groups=config.groups_per_step,
+        max_groups=config.max_groups_per_step,
+        temperature=config.temperature,
+        max_flagged=config.max_flagged,
+        scale_rewards=config.scale_rewards,
+        seed=config.seed,
+        should_stop=interrupted.is_set,
+        on_group=lambda counts: bar.set_postfix_str(describe(counts)),
+    )
+    try:
+        while step < config.steps:
+            timer = StageTimer(env)
+            rollouts = collector.collect(step)
+            timer.lap("rollout")
+            whole = False
+            metrics = update(config, learner, rollouts, step)
+            step, whole = step + 1, True
+            timer.lap("update")
+            run.log(step, **summarize(rollouts), **metrics)
+            run.log_timings(step, **timer.summary(rollouts, env))
+            bar.update()
+            if step % config.save_every == 0:
+                learner.save(run, step)
+                saved = step
+            if deadline is not None and time.monotonic() > deadline and step < config.steps:
+                return step, "minutes"
+        return step, "steps"
+    except RolloutInterrupted:
+        return step, "interrupted"
+    except NoUsableGroupError as error:
+        if set(error.dropped) == {"all_success"}:
+            return step, "solved"
+        raise
+    finally:
+        bar.close()
+        if step > saved and whole:
+            learner.save(run, step)
 
 
 def make_env(config: GRPOConfig) -> VectorEnv[Any, Any, Any]:
@@ -259,72 +259,68 @@ def make_env(config: GRPOConfig) -> VectorEnv[Any, Any, Any]:
     return gym.make_vec(config.env_id, num_envs=num_envs, autoreset_mode="Disabled", **kwargs)
 
 
-def _verified(env: VectorEnv[Any, Any, Any]) -> VectorEnv[Any, Any, Any]:
-    """``env`` with dual-noise verification, where there is noise to draw again."""
-    return DualNoiseVerification(env) if callable(getattr(env.unwrapped, "replay", None)) else env
+def verified(env: VectorEnv[Any, Any, Any]) -> VectorEnv[Any, Any, Any]:
+    """``env`` with dual-noise verification, once, where there is noise to draw again."""
+    if find_wrapper(env, DualNoiseVerification) is not None or not callable(getattr(env.unwrapped, "replay", None)):
+        return env
+    return DualNoiseVerification(env)
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A policy, its trainable parameters by name, and their optimiser."""
+
+    policy: Any
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+
+    @classmethod
+    def of(cls, policy: Any, config: GRPOConfig) -> Learner:
+        """Parameters with ``requires_grad`` are trained and saved; the others stay as loaded."""
+        if not isinstance(policy, nn.Module):
+            raise InvalidOptionError(f"GRPO trains torch modules, but the policy is a {type(policy).__name__}.")
+        policy.eval()  # dropout would make the policy that learns another one than the policy that sampled
+        parameters = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+        if not parameters:
+            raise InvalidOptionError("The policy has no parameter with requires_grad: there is nothing to train.")
+        optimizer = torch.optim.AdamW(parameters.values(), config.lr, weight_decay=config.weight_decay)
+        return cls(policy, parameters, optimizer)
+
+    def save(self, run: RunDir, step: int) -> None:
+        """Checkpoint after ``step`` updates."""
+        tensors = {f"policy.{name}": parameter.detach() for name, parameter in self.parameters.items()}
+        run.save(step, {**tensors, **pack_optimizer(self.optimizer)}, {"step": step})
+
+    def restore(self, run: RunDir) -> int:
+        """Weights and optimiser of the last checkpoint; returns the number of steps done, 0 in a fresh run."""
+        checkpoint = run.load_latest()
+        if checkpoint is None:
+            return 0
+        stored = {n.removeprefix("policy."): t for n, t in checkpoint.tensors.items() if n.startswith("policy.")}
+        wrong = sorted({*stored} ^ {*self.parameters})
+        wrong = wrong or [name for name, p in self.parameters.items() if p.shape != stored[name].shape]
+        if wrong:
+            raise CheckpointError(
+                f"{checkpoint.path} belongs to another policy: {len(wrong)} parameters differ in name or shape, first "
+                f"{wrong[0]!r}. Give the policy this run began with, or choose another run_dir."
+            )
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(stored[name])
+        unpack_optimizer(self.optimizer, checkpoint.tensors)
+        return checkpoint.step
 
 
 # -- the update ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Batch:
-    """A step's training data: N trajectories cut into M chunks of L tokens; ``trajectory`` (M,) says whose."""
-
-    images: Tensor  # uint8 (M, H, W, 3)
-    instructions: list[str]
-    tokens: Tensor  # int64 (M, L)
-    old_logprobs: Tensor  # fp32 (M, L)
-    trajectory: Tensor  # int64 (M,)
-    advantages: Tensor  # fp32 (N,)
-    row_weights: Tensor  # fp32 (N,), 1/G_R of the trajectory's group
-
-    @classmethod
-    def of(cls, rollouts: Rollouts) -> Batch:
-        """The trustworthy members of the kept groups; the others have advantage 0 and weight 0 (Eq. 2) and stay out."""
-        chosen = [
-            (group, member, float(advantage), 1.0 / int(group.result.trustworthy.sum()))
-            for group in rollouts.groups
-            for member, advantage, trusted in zip(
-                group.members, group.result.advantages, group.result.trustworthy, strict=True
-            )
-            if trusted
-        ]
-        lengths = torch.tensor([len(member) for _, member, _, _ in chosen])
-        return cls(
-            images=torch.cat([torch.from_numpy(member.images) for _, member, _, _ in chosen]),
-            instructions=[group.start.instruction for group, member, _, _ in chosen for _ in range(len(member))],
-            tokens=torch.cat([member.tokens for _, member, _, _ in chosen]),
-            old_logprobs=torch.cat([member.logprobs for _, member, _, _ in chosen]),
-            trajectory=torch.repeat_interleave(torch.arange(len(chosen)), lengths),
-            advantages=torch.tensor([advantage for _, _, advantage, _ in chosen]),
-            row_weights=torch.tensor([weight for _, _, _, weight in chosen]),
-        )
-
-    def weights(self, trajectories: Tensor, loss_type: Literal["trajectory", "token"]) -> tuple[Tensor, Tensor]:
-        """Chunks (m,) of the given trajectories and the weight (m,) of each of their tokens; all tokens sum to 1."""
-        chunks = torch.isin(self.trajectory, trajectories).nonzero().squeeze(1)
-        owner = self.trajectory[chunks]
-        counts = torch.bincount(owner, minlength=len(self.advantages))
-        mask = torch.arange(int(counts.max())) < counts[:, None]  # every chunk has L tokens: weigh chunks, share out
-        per_chunk = token_weights(mask, loss_type, self.row_weights).amax(1)
-        return chunks, per_chunk[owner] / self.tokens.shape[1]
-
-
-def update(
-    config: GRPOConfig,
-    policy: Any,
-    parameters: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    rollouts: Rollouts,
-    step: int,
-) -> dict[str, float]:
+def update(config: GRPOConfig, learner: Learner, rollouts: Rollouts, step: int) -> dict[str, float]:
     """``epochs`` x ``minibatches`` updates on the kept groups; returns metrics averaged over them.
 
     Raises ``TrainingDivergedError``, before the weights are touched, when the first ratio is not 1 or a gradient is not
     finite.
     """
-    batch = Batch.of(rollouts)
+    batch, parameters, optimizer = Batch.of(rollouts), learner.parameters, learner.optimizer
     parts: list[dict[str, Tensor]] = []
     norms: list[float] = []
     losses: list[float] = []
@@ -335,15 +331,15 @@ def update(
         for trajectories in order.tensor_split(min(config.minibatches, len(order))):
             chunks, weights = batch.weights(trajectories, config.loss_type)
             optimizer.zero_grad(set_to_none=True)
-            loss, pieces = _backward(config, policy, batch, chunks, weights)
+            loss, pieces = _backward(config, learner.policy, batch, chunks, weights)
             if not norms:
                 first_deviation = merge_metrics(pieces)["ratio_deviation"]
                 _check_on_policy(first_deviation, parameters, step)
             norm = float(nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm))
             if not (math.isfinite(norm) and math.isfinite(loss)):
                 raise TrainingDivergedError(
-                    f"Step {step + 1}: the loss is {loss:.4g} and the gradient norm {norm:.4g}; nothing of this step is "
-                    f"saved. Start a new run with a lower lr (now {config.lr:g}) or more groups_per_step."
+                    f"Step {step + 1}: the loss is {loss:.4g} and the gradient norm {norm:.4g}; nothing of this step "
+                    f"is saved. Start a new run with a lower lr (now {config.lr:g}) or more groups_per_step."
                 )
             optimizer.step()
             norms.append(norm)
@@ -394,92 +390,12 @@ def _check_on_policy(deviation: float, parameters: Mapping[str, Tensor], step: i
     limit = 1e-5 if exact and on_cpu else 1e-2 if exact else 0.5
     if not deviation <= limit:
         raise TrainingDivergedError(
-            f"Step {step + 1}: before the first update the probability ratio is off 1 by {deviation:.3g} (limit {limit:g}): "
-            "act() and logprobs() disagree. Look for dropout left on, another temperature, or other image processing."
+            f"Step {step + 1}: before the first update the probability ratio is off 1 by {deviation:.3g} (limit "
+            f"{limit:g}): act() and logprobs() disagree. Look for dropout left on, another temperature, or other image processing."
         )
 
 
 # -- bookkeeping -----------------------------------------------------------------------------------------------------
-
-
-def summarize(rollouts: Rollouts) -> dict[str, float]:
-    """Metrics of what was rolled out. Rates are over all rollouts of the step, those of dropped groups included."""
-    counts, groups = rollouts.counts, rollouts.groups
-    low, high = wilson_interval(counts.successes, counts.rollouts)
-    rewards = [m.reward for g in groups for m, ok in zip(g.members, g.result.trustworthy, strict=True) if ok]
-    return {
-        "n": counts.rollouts,
-        "success_rate": counts.successes / counts.rollouts,
-        "success_low": low,
-        "success_high": high,
-        "flagged_rate": counts.flagged / counts.successes if counts.successes else 0.0,
-        "invalid_rate": counts.invalid / counts.rollouts,
-        "reward": sum(rewards) / len(rewards),
-        "chunks_per_rollout": counts.chunks / counts.rollouts,
-        "groups": counts.groups,
-        "groups_kept": len(groups),
-        **{f"dropped_{reason}": counts.dropped[reason] for reason in DROP_REASONS},
-        **{
-            f"success_rate/task_{task}": counts.task_successes[task] / n
-            for task, n in sorted(counts.task_rollouts.items())
-        },
-    }
-
-
-class _Timer:
-    """Seconds per stage of a step, and the world model's work."""
-
-    def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:
-        self._last = self._begun = time.perf_counter()
-        self._replayed = _replayed_chunks(env)
-        self._stages: dict[str, float] = {}
-
-    def lap(self, stage: str) -> None:
-        now = time.perf_counter()
-        self._stages[stage] = now - self._last
-        self._last = now
-
-    def summary(self, rollouts: Rollouts, env: VectorEnv[Any, Any, Any]) -> dict[str, float]:
-        shape = env.single_action_space.shape
-        chunk_len = shape[0] if shape else 1
-        imagined = (rollouts.counts.chunks + _replayed_chunks(env) - self._replayed) * chunk_len
-        kept = sum(len(member) for group in rollouts.groups for member in group.members) * chunk_len
-        seconds = time.perf_counter() - self._begun
-        return {
-            **{f"{stage}_s": value for stage, value in self._stages.items()},
-            "step_s": seconds,
-            "frames": imagined,
-            "frames_per_s": imagined / self._stages["rollout"],
-            "kept_frames_per_s": kept / seconds,
-        }
-
-
-def _replayed_chunks(env: VectorEnv[Any, Any, Any]) -> int:
-    wrapper = find_wrapper(env, DualNoiseVerification)
-    return 0 if wrapper is None else wrapper.statistics.replayed_chunks
-
-
-def _save(run: RunDir, step: int, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
-    tensors = {f"policy.{name}": parameter.detach() for name, parameter in parameters.items()}
-    run.save(step, {**tensors, **pack_optimizer(optimizer)}, {"step": step})
-
-
-def _restore(run: RunDir, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
-    """Weights and optimiser of the last checkpoint; returns the number of steps done."""
-    checkpoint = run.load_latest()
-    if checkpoint is None:
-        return 0
-    stored = {n.removeprefix("policy."): t for n, t in checkpoint.tensors.items() if n.startswith("policy.")}
-    wrong = sorted({*stored} ^ {*parameters}) or [n for n, p in parameters.items() if p.shape != stored[n].shape]
-    if wrong:
-        raise CheckpointError(
-            f"{checkpoint.path} belongs to another policy: {len(wrong)} parameters differ in name or shape, first {wrong[0]!r}."
-        )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(stored[name])
-    unpack_optimizer(optimizer, checkpoint.tensors)
-    return checkpoint.step
 
 
 def _export(policy: Any, folder: Path) -> None:
@@ -488,12 +404,7 @@ def _export(policy: Any, folder: Path) -> None:
         policy.save_pretrained(folder / "policy")
 
 
-def _postfix(counts: RolloutCounts) -> str:
-    rate = 100 * counts.successes / counts.rollouts
-    return f"success {rate:.0f} % (n={counts.rollouts}), {counts.groups - counts.dropped.total()} of {counts.groups} groups kept"
-
-
-def _farewell(stopped: str, step: int, config: GRPOConfig) -> str:
+def _farewell(stopped: Stopped, step: int, config: GRPOConfig) -> str:
     where = f"{step} of {config.steps} steps are done and saved in {config.run_dir}"
     return {
         "steps": f"All {where}.",
@@ -501,23 +412,3 @@ def _farewell(stopped: str, step: int, config: GRPOConfig) -> str:
         "interrupted": f"Stopped on request: {where}; the same command goes on.",
         "solved": f"Every rollout succeeds, so there is nothing left to learn here: {where}.",
     }[stopped]
-
-
-@contextmanager
-def _deferred_interrupt() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into an event, so that no update is cut in two; a second one interrupts as usual."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
-        yield event
-        return
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        event.set()
-        signal.signal(signal.SIGINT, previous)
-        _logger.warning("Stopping after the current update or chunk, then saving; press Ctrl-C again not to wait.")
-
-    previous = signal.signal(signal.SIGINT, handle)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, previous)

@@ -25,8 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from rawdream_env.errors import DatasetError
@@ -48,10 +47,9 @@ from rawdream_env.trainers.judge_clips import (
     recorded_clips,
     split,
 )
+from rawdream_env.trainers.judge_losses import Locator, answer_loss, look_imagined, place_loss
 from rawdream_env.trainers.run_dir import RunDir, pack_optimizer, unpack_optimizer
 
-_POSITION_SCALE = 20.0
-"""Makes an error of 5 cm count 1 in the localisation loss."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ class JudgeTrainConfig:
     ema: float = 0.995
     """Decay of the averaged weights that are saved; ramps up from 0."""
     position_weight: float = 0.5
-    """Weight of the localisation loss, which ties the words for objects to their pixels."""
+    """Weight of the localisation losses, which tie pixels to objects and the words to them."""
     augment: float = 0.6
     """Share of clips whose frames are made to look imagined: smoothed, blurred, noisy, colours shifted."""
     validation_share: float = 0.1
@@ -93,7 +91,9 @@ class JudgeTrainConfig:
     per_goal: int = 40
     """Successes and failures per goal in the report, where there are as many."""
     target_precision: float = 0.95
-    """The threshold is the lowest that reaches this on the calibration clips."""
+    """The threshold is the lowest that reaches this on the calibration clips ..."""
+    calibrate_on: tuple[str, ...] = ("on", "in", "text")
+    """... of these kinds of goals: what environments ask for."""
     stride: int = 4
     """Rows between the ends of windows."""
     seed: int = 0
@@ -133,7 +133,7 @@ def train_judge(config: JudgeTrainConfig, *, progress: bool = True) -> JudgeResu
     calibration, test = _examinations(config, [held for _, held in sets])
     facts = {"steps": steps, "train_minutes": round(seconds / 60, 2), "seed": config.seed, "data": list(config.data)}
     judge = EmbeddedJudge(ema, metadata=facts, device=config.device)
-    threshold = calibrate(judge, calibration, config.target_precision)
+    threshold = calibrate(judge, calibration, config.target_precision, config.calibrate_on)
     ema.config = replace(ema.config, threshold=threshold)
     report = evaluate(judge, test)
     overall = report.rows["all"].as_dict()
@@ -172,20 +172,25 @@ def _fit(
         sampler.balance(mix(config.seed, number, 3))
     network = _initial(config).to(device=torch.device(config.device), memory_format=torch.channels_last)
     ema = copy.deepcopy(network).requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):  # modules draw their weights from the global generator: borrow, return it
+        torch.manual_seed(mix(config.seed, 12))
+        locator = Locator(network.config.width).to(config.device)
+    parts = nn.ModuleDict({"network": network, "locator": locator, "ema": ema})
+    trained = [*network.parameters(), *locator.parameters()]
     optimizer = torch.optim.AdamW(
-        network.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay, fused=True
+        trained, lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay, fused=True
     )
-    step, spent = _resume(run, network, ema, optimizer)
+    step, spent = _resume(run, parts, optimizer)
     begun = perf_counter() - spent
     with tqdm(total=config.steps, initial=step, desc="judge", unit="step", mininterval=2, disable=not progress) as bar:
         while step < config.steps and not _out_of_time(config, perf_counter() - begun):
             rate = learning_rate(config, step, perf_counter() - begun)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            loss, numbers = _loss(config, network, clips, samplers, step)
+            loss, numbers = _loss(config, network, locator, clips, samplers, step)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
-            numbers["grad_norm"] = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            numbers["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             decay = min(config.ema, (step + 1) / (step + 10))
             with torch.no_grad():
@@ -197,9 +202,9 @@ def _fit(
                 run.log(step, lr=rate, **values)
                 bar.set_postfix({"loss": f"{values['loss']:.3f}", "accuracy": f"{values['accuracy']:.3f}"})
             if step % config.save_every == 0:
-                _save(run, step, perf_counter() - begun, network, ema, optimizer)
+                _save(run, step, perf_counter() - begun, parts, optimizer)
     seconds = perf_counter() - begun
-    _save(run, step, seconds, network, ema, optimizer)
+    _save(run, step, seconds, parts, optimizer)
     return ema, step, seconds
 
 
@@ -223,71 +228,51 @@ def _out_of_time(config: JudgeTrainConfig, seconds: float) -> bool:
 
 
 def _loss(
-    config: JudgeTrainConfig, network: JudgeNetwork, clips: list[ClipSet], samplers: list[QuestionSampler], step: int
+    config: JudgeTrainConfig,
+    network: JudgeNetwork,
+    locator: Locator,
+    clips: list[ClipSet],
+    samplers: list[QuestionSampler],
+    step: int,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Loss of the batch of a step: weighted cross-entropy of the answers, and localisation of the named objects."""
+    """Loss of the batch of a step: the answers, where the named objects are, and where all objects are."""
     rng = np.random.default_rng(mix(config.seed, step, 5))
     dreams = round(config.batch_size * config.imagined_share) if len(clips) > 1 else 0
     batches = [
-        _batch(part, sampler, sampler.draw(rng, size), rng, config.model.text_len)
+        _batch(part, sampler, sampler.draw(rng, size), rng, network.config.text_len)
         for part, sampler, size in zip(clips, samplers, (config.batch_size - dreams, dreams), strict=False)
         if size
     ]
-    frames, tokens, labels, weights, places = (
-        torch.cat([batch[i] for batch in batches]).to(config.device) for i in range(5)
+    frames, tokens, labels, weights, named, everything = (
+        torch.cat([batch[i] for batch in batches]).to(config.device) for i in range(6)
     )
-    generator = torch.Generator().manual_seed(mix(config.seed, step, 6))
-    seen = look_imagined(frames, config.augment, generator)
+    seen = look_imagined(frames, config.augment, torch.Generator().manual_seed(mix(config.seed, step, 6)))
     with torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.bf16):
-        logits, found = network(seen, tokens)
-    logits, found = logits.float(), found.float()
-    answer = F.binary_cross_entropy_with_logits(logits, labels, weight=weights)
-    known = ~torch.isnan(places)
-    error = F.smooth_l1_loss(found * _POSITION_SCALE, torch.nan_to_num(places) * _POSITION_SCALE, reduction="none")
-    where = (error * known).sum() / known.sum().clamp(min=1)
-    loss = answer + config.position_weight * where
+        features = network.look_at(seen)
+        logits, found = network.answer(features, tokens)
+        located = locator(features)
+    answer, where = answer_loss(logits, labels, weights), place_loss(found, named)
+    objects = place_loss(located, everything.flatten(0, 1))
+    loss = answer + config.position_weight * (where + objects)
     right = ((logits > 0) == (labels > 0.5)).float().mean()
-    return loss, {"loss": loss.detach(), "answer": answer.detach(), "place": where.detach(), "accuracy": right}
+    numbers = {"loss": loss, "answer": answer, "place": where, "objects": objects, "accuracy": right}
+    return loss, {name: value.detach() for name, value in numbers.items()}
 
 
 def _batch(
     clips: ClipSet, sampler: QuestionSampler, asked: Questions, rng: np.random.Generator, text_len: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Frames (B, F, H, W, 3), tokens (B, Q, L), labels and weights (B, Q), places (B, Q, F, 2, 3)."""
+) -> tuple[Tensor, ...]:
+    """A batch's frames (B, F, H, W, 3), tokens (B, Q, L), labels and weights (B, Q), and places in metres.
+
+    The places are those of the objects named (B, Q, F, 2, 3), and of all objects (B, F, 7, 3).
+    """
     rows = clips.rows(asked.windows)
     texts = [[instruction_for(clips.goals[goal], rng) for goal in row] for row in asked.goals]
     tokens = np.array([[tokenize(text, max_len=text_len) for text in row] for row in texts])
     weights = sampler.weights[asked.labels.astype(np.int64), asked.goals]
-    arrays = (clips.frames[rows], tokens, asked.labels, weights, positions_of(clips, rows, asked.goals))
-    frames, words, labels, balance, places = (torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)
-    return frames, words, labels, balance, places
-
-
-def look_imagined(frames: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Make part of the clips look as if a world model had drawn them.
-
-    ``frames`` uint8 (B, F, H, W, 3) -> float32 in [0, 255] of the same shape. Every clip gets a small change of light
-    and colour; in a ``share`` of them the frames after the first are smoothed as by an autoencoder (down and up again),
-    blurred and noisy, each to its own extent. The start frame stays sharp there: it is real in a dream too.
-    """
-    b, f, h, w, _ = frames.shape
-    device = frames.device
-
-    def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return (low + (high - low) * torch.rand(shape, generator=generator)).to(device)
-
-    x = frames.float().permute(0, 1, 4, 2, 3)  # (B, F, 3, H, W)
-    changed = (torch.rand(b, 1, generator=generator) < share).to(device) & (torch.arange(f, device=device) > 0)
-    flat = x.flatten(0, 1)
-    small = F.avg_pool2d(flat, 2)
-    smooth = F.interpolate(small, size=(h, w), mode="bilinear", align_corners=False).view_as(x)
-    blurred = F.avg_pool2d(F.pad(flat, (1, 1, 1, 1), mode="replicate"), 3, stride=1).view_as(x)
-    amount = uniform(0.0, 1.0, 2, b, f, 1, 1, 1) * changed[None, :, :, None, None, None]
-    x = x + 0.7 * amount[0] * (smooth - x) + 0.6 * amount[1] * (blurred - x)
-    noise = torch.randn(x.shape, generator=generator).to(device)
-    x = x + noise * uniform(0.0, 8.0, b, 1, 1, 1, 1) * changed[:, :, None, None, None]
-    gain, shift = uniform(0.93, 1.07, b, 1, 3, 1, 1), uniform(-8.0, 8.0, b, 1, 3, 1, 1)
-    return (x * gain + shift).clamp(0, 255).permute(0, 1, 3, 4, 2)
+    named = positions_of(clips, rows, asked.goals)
+    arrays = (clips.frames[rows], tokens, asked.labels, weights, named, clips.positions[rows])
+    return tuple(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)
 
 
 def _examinations(config: JudgeTrainConfig, held: list[ClipSet]) -> tuple[list[JudgeClip], list[JudgeClip]]:
@@ -301,13 +286,14 @@ def _examinations(config: JudgeTrainConfig, held: list[ClipSet]) -> tuple[list[J
     return calibration or test, test or calibration
 
 
-def calibrate(judge: EmbeddedJudge, clips: list[JudgeClip], target_precision: float) -> float:
+def calibrate(judge: EmbeddedJudge, clips: list[JudgeClip], target_precision: float, kinds: tuple[str, ...]) -> float:
     """The lowest threshold in [0.05, 0.99] whose precision on ``clips`` reaches the target.
 
-    Where none does: the one with the best F0.5, which counts precision twice as heavily as recall. Held-out pairs take
-    no part.
+    Where none does: the one with the best F0.5, which counts precision twice as heavily as recall. Only goals of
+    ``kinds`` count (all, when there is none of them); held-out pairs take no part.
     """
     trained = [clip for clip in clips if not clip.held_out]
+    trained = [clip for clip in trained if clip.relation.split(":", 1)[0] in kinds] or trained
     verdicts = judge([clip.video for clip in trained], [clip.instruction for clip in trained])
     chances = np.array([math.nan if v.probability is None else v.probability for v in verdicts])
     labels = np.array([clip.label for clip in trained])
@@ -321,24 +307,15 @@ def calibrate(judge: EmbeddedJudge, clips: list[JudgeClip], target_precision: fl
     return max(scores)[1]
 
 
-def _save(
-    run: RunDir, step: int, seconds: float, network: JudgeNetwork, ema: JudgeNetwork, optimizer: torch.optim.Optimizer
-) -> None:
-    tensors = {f"network/{name}": value for name, value in network.state_dict().items()}
-    tensors |= {f"ema/{name}": value for name, value in ema.state_dict().items()}
-    tensors |= pack_optimizer(optimizer)
-    run.save(step, tensors, {"seconds": seconds})
+def _save(run: RunDir, step: int, seconds: float, parts: nn.ModuleDict, optimizer: torch.optim.Optimizer) -> None:
+    run.save(step, {**parts.state_dict(), **pack_optimizer(optimizer)}, {"seconds": seconds})
 
 
-def _resume(
-    run: RunDir, network: JudgeNetwork, ema: JudgeNetwork, optimizer: torch.optim.Optimizer
-) -> tuple[int, float]:
+def _resume(run: RunDir, parts: nn.ModuleDict, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
     """Continue from the newest checkpoint, if any: (step, seconds spent)."""
     checkpoint = run.load_latest()
     if checkpoint is None:
         return 0, 0.0
-    for prefix, module in (("network/", network), ("ema/", ema)):
-        kept = {key.removeprefix(prefix): value for key, value in checkpoint.tensors.items() if key.startswith(prefix)}
-        module.load_state_dict(kept)
+    parts.load_state_dict({name: value for name, value in checkpoint.tensors.items() if name.split(".")[0] in parts})
     unpack_optimizer(optimizer, checkpoint.tensors)
     return checkpoint.step, float(checkpoint.state["seconds"])

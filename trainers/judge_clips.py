@@ -315,15 +315,19 @@ class QuestionSampler:
 
 
 def examination(clips: ClipSet, per_goal: int, *, seed: int) -> list[JudgeClip]:
-    """Questions for a report: for every goal up to ``per_goal`` successes and as many failures, half of them hard."""
+    """Questions for a report: of every goal up to ``per_goal`` successes and as many failures, half of those hard.
+
+    Where successes are rare there are still ``per_goal / 4`` failures.
+    """
     sampler = QuestionSampler(clips, 1, include_held_out=True)
     rng = np.random.default_rng(mix(seed, 2))
     chosen: list[JudgeClip] = []
     for column, goal in enumerate(clips.goals):
         true, hard, false = (sampler.pools[name][column] for name in ("true", "hard", "false"))
         yes = _some(rng, true, per_goal)
-        difficult = _some(rng, hard, (per_goal + 1) // 2)
-        no = np.concatenate([difficult, _some(rng, np.setdiff1d(false, difficult), per_goal - len(difficult))])
+        failures = max(len(yes), per_goal // 4)
+        difficult = _some(rng, hard, (failures + 1) // 2)
+        no = np.concatenate([difficult, _some(rng, np.setdiff1d(false, difficult), failures - len(difficult))])
         for window in np.concatenate([yes, no]).astype(np.int64):
             label = bool(clips.labels[window, column] == 1)
             video, text = clips.video(int(window)), instruction_for(goal, rng)

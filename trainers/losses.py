@@ -20,12 +20,7 @@ LossType = Literal["trajectory", "token"]
 ScaleRewards = Literal["group", "none"]
 DropReason = Literal["", "untrustworthy", "all_success", "all_failure", "all_equal"]
 
-DROP_REASONS: tuple[DropReason, ...] = (
-    "untrustworthy",
-    "all_success",
-    "all_failure",
-    "all_equal",
-)
+DROP_REASONS: tuple[DropReason, ...] = ("untrustworthy", "all_success", "all_failure", "all_equal")
 """Why a group gives nothing: too many flagged or invalid members, or no difference between its rewards."""
 
 STD_EPS = 1e-6
@@ -33,7 +28,7 @@ STD_EPS = 1e-6
 
 @dataclass(frozen=True)
 class GroupAdvantages:
-    """``advantages`` (G,), 0 for members not ``trustworthy`` (G,) bool; ``dropped`` says why the group gives nothing."""
+    """``advantages`` (G,), 0 for members not ``trustworthy`` (G,) bool; ``dropped``: why the group gives nothing."""
 
     advantages: Tensor
     trustworthy: Tensor
@@ -80,9 +75,7 @@ def group_advantages(
     if bool((chosen == chosen[0]).all()):
         value = float(chosen[0])
         return GroupAdvantages(
-            nothing,
-            trustworthy,
-            "all_success" if value == 1 else "all_failure" if value == 0 else "all_equal",
+            nothing, trustworthy, "all_success" if value == 1 else "all_failure" if value == 0 else "all_equal"
         )
     centred = rewards - chosen.mean()
     scale = chosen.std(correction=1) + STD_EPS if scale_rewards == "group" else torch.ones_like(chosen[0])
@@ -93,8 +86,8 @@ def token_weights(mask: Tensor, loss_type: LossType = "trajectory", row_weights:
     """How much each of (N, S) tokens counts; sums to 1, so that a batch may be cut into pieces and the losses added.
 
     "trajectory" (paper, Eq. 2): mean over a row's tokens, then over rows in proportion to ``row_weights`` (N,) (default
-    equal; 1/G_R per row gives Eq. 2 for groups of different trustworthy sizes). "token": every token counts alike, times
-    its row's weight. Rows whose ``mask`` (N, S) is False throughout count for nothing.
+    equal; 1/G_R per row gives Eq. 2 for groups of different trustworthy sizes). "token": every token counts alike,
+    times its row's weight. Rows whose ``mask`` (N, S) is False throughout count for nothing.
     """
     if loss_type not in ("trajectory", "token"):
         raise InvalidOptionError(f"loss_type={loss_type!r} is not known; choose 'trajectory' or 'token'.")
@@ -165,7 +158,7 @@ def grpo_loss(
     *,
     entropy: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Eq. 2 for N trajectories of S padded tokens: ``mask`` (N, S) bool marks the real ones; else as ``clipped_loss``."""
+    """Eq. 2 for N trajectories of S padded tokens, ``mask`` (N, S) True on the real ones; else as ``clipped_loss``."""
     weights = token_weights(mask, loss_type, torch.ones_like(logprobs[:, 0]).detach())
     return clipped_loss(
         logprobs,

@@ -181,16 +181,8 @@ class GroupCollector:
                 f"max_groups={max_groups} at least num_groups."
             )
         self.env, self.policy = env, policy
-        self.group_size, self.num_groups, self.max_groups = (
-            group_size,
-            num_groups,
-            max_groups,
-        )
-        self.temperature, self.max_flagged, self.scale_rewards = (
-            temperature,
-            max_flagged,
-            scale_rewards,
-        )
+        self.group_size, self.num_groups, self.max_groups = (group_size, num_groups, max_groups)
+        self.temperature, self.max_flagged, self.scale_rewards = (temperature, max_flagged, scale_rewards)
         self.seed = seed
         self._should_stop, self._on_group = should_stop, on_group
         self._rows: list[_Member | None] = [None] * env.num_envs
@@ -254,7 +246,7 @@ class GroupCollector:
         mask[list(members)] = True
         seeds: list[int | None] = [members[row].seed if row in members else None for row in range(num_envs)]
         starts = [members[row].group.start if row in members else None for row in range(num_envs)]
-        observation, _ = self.env.reset(seed=seeds, options={"reset_mask": mask, "starts": starts})  # type: ignore[arg-type]
+        observation, _ = self.env.reset(seed=seeds, options={"reset_mask": mask, "starts": starts})
         self._images = _as_uint8(observation["image"])
         base: Any = self.env.unwrapped
         for row, member in members.items():
@@ -332,9 +324,9 @@ def _why_none(counts: RolloutCounts, max_flagged: int) -> str:
     rate = f"{counts.successes} of {counts.rollouts} rollouts succeeded"
     most = counts.dropped.most_common(1)[0][0]
     advice = {
-        "all_success": "the policy solves these starts: stop here, choose harder ones (layout, task), or raise temperature",
-        "all_failure": "the policy never succeeds: give it more demonstrations first, choose easier starts (layout, task), "
-        "change temperature, or raise group_size or max_groups",
+        "all_success": "the policy solves these starts: stop here, choose harder ones (layout, task) or raise temperature",
+        "all_failure": "the policy never succeeds: give it more demonstrations first, choose easier starts (layout, "
+        "task), change temperature, or raise group_size or max_groups",
         "untrustworthy": f"more than max_flagged={max_flagged} members of a group were flagged or invalid: look at the "
         "judge, train the world model longer, or raise max_flagged",
         "all_equal": "all rewards of a group are the same: raise temperature or group_size",

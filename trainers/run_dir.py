@@ -34,10 +34,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 from rawdream_env import files
 from rawdream_env.errors import CheckpointError, RunDirError
+from rawdream_env.trainers.optimizer_state import pack_optimizer, unpack_optimizer
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.optim import Optimizer
+
+__all__ = ["Checkpoint", "RunDir", "pack_optimizer", "read_jsonl", "to_json", "unpack_optimizer"]
 
 _LOGS = ("metrics.jsonl", "timings.jsonl")
 _STEP = re.compile(r"step_(\d{8,})")
@@ -57,11 +59,11 @@ class Checkpoint:
 class RunDir:
     """See the module's docstring. Use as a context manager, or call ``close``.
 
-    ``config``: a mapping or a dataclass. ``resume``: continue the run found in ``path``; when False, a folder that already
-    holds a run is refused. ``may_change``: top-level configuration keys allowed to differ on resume (such as the number of
-    steps); the stored configuration is then brought up to date. ``keep``: how many checkpoints to keep.
+    ``config``: a mapping or a dataclass. ``resume``: continue the run found in ``path``; when False, a folder that
+    already holds a run is refused. ``may_change``: top-level configuration keys that may differ on resume (such as the
+    number of steps); the stored configuration is then brought up to date. ``keep``: how many checkpoints to keep.
 
-    Raises ``RunDirError`` when the folder holds another configuration, is in use by another process, or cannot be written.
+    Raises ``RunDirError`` when the folder holds another configuration, is in use by another process or unwritable.
     """
 
     def __init__(
@@ -105,10 +107,7 @@ class RunDir:
         return read_jsonl(self.path / "metrics.jsonl")
 
     def _append(self, name: str, step: int, scalars: Mapping[str, Any]) -> None:
-        record = {
-            "step": int(step),
-            **{key: _scalar(value) for key, value in scalars.items()},
-        }
+        record = {"step": int(step), **{key: _scalar(value) for key, value in scalars.items()}}
         line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
         try:
             if name not in self._logs:
@@ -118,8 +117,8 @@ class RunDir:
                 view = view[os.write(self._logs[name], view) :]
         except OSError as error:
             raise RunDirError(
-                f"Cannot write to {self.path / name}: {error}. Checkpoints are intact: free some space and run the same "
-                "command again to resume."
+                f"Cannot write to {self.path / name}: {error}. Checkpoints are intact: free some space and run the "
+                "same command again to resume."
             ) from error
         writer = self._tensorboard()
         if writer is not None:
@@ -133,26 +132,18 @@ class RunDir:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 self._use_tensorboard = False
-                _logger.info(
-                    "tensorboard is not installed: curves are in %s only.",
-                    self.path / "metrics.jsonl",
-                )
+                _logger.info("tensorboard is not installed: curves are in %s only.", self.path / "metrics.jsonl")
             else:
                 self._writer = SummaryWriter(str(self.path / "tensorboard"), purge_step=self._purge_step)
         return self._writer
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
-    def save(
-        self,
-        step: int,
-        tensors: Mapping[str, Tensor],
-        state: Mapping[str, Any] | None = None,
-    ) -> Path:
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any] | None = None) -> Path:
         """Write the checkpoint of ``step``, then remove all but the newest ``keep``. Returns its folder.
 
-        ``state``: JSON values (a numpy generator's ``bit_generator.state`` is fine; a ``torch.Generator``'s ``get_state()``
-        belongs into ``tensors``). Raises ``CheckpointError`` for non-finite tensors and ``RunDirError`` when the disk
+        ``state``: JSON values (a numpy generator's ``bit_generator.state`` is fine; a ``torch.Generator``'s
+        ``get_state()`` belongs into ``tensors``). Raises ``CheckpointError`` for non-finite tensors and ``RunDirError`` when the disk
         refuses; earlier checkpoints are intact in both cases.
         """
         target = self._checkpoints / f"step_{step:08d}"
@@ -179,8 +170,8 @@ class RunDir:
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise RunDirError(
-                f"Cannot write the checkpoint of step {step} to {target}: {error}. Earlier checkpoints are intact: free "
-                "some space and run the same command again to resume."
+                f"Cannot write the checkpoint of step {step} to {target}: {error}. Earlier checkpoints are intact: "
+                "free some space and run the same command again to resume."
             ) from error
         self._prune()
         return target
@@ -197,9 +188,7 @@ class RunDir:
                 checkpoint, logs = _read_checkpoint(folder)
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 warnings.warn(
-                    f"Checkpoint {folder} is damaged and is passed over: {error}",
-                    RuntimeWarning,
-                    stacklevel=2,
+                    f"Checkpoint {folder} is damaged and is passed over: {error}", RuntimeWarning, stacklevel=2
                 )
                 continue
             self._cut_logs(logs)
@@ -207,8 +196,8 @@ class RunDir:
             return checkpoint
         if folders:
             raise CheckpointError(
-                f"All {len(folders)} checkpoints in {self._checkpoints} are damaged. Restore one from a copy, or remove "
-                "that folder to start this run over."
+                f"All {len(folders)} checkpoints in {self._checkpoints} are damaged. Restore one from a copy, or "
+                "remove that folder to start this run over."
             )
         self._cut_logs({})
         return None
@@ -261,10 +250,7 @@ class RunDir:
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
 
@@ -299,8 +285,8 @@ class RunDir:
         if fatal:
             lines = ", ".join(f"{key}: {_show(stored, key)} -> {_show(self.config, key)}" for key in fatal)
             raise RunDirError(
-                f"{self.path} holds a run with another configuration ({lines}; stored -> given). Use the stored values to "
-                "resume it, or choose another folder."
+                f"{self.path} holds a run with another configuration ({lines}; stored -> given). Use the stored values "
+                "to resume it, or choose another folder."
             )
         if differing:
             files.atomic_write_json(stored_path, self.config)
@@ -378,44 +364,3 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         return []
     text = Path(path).read_text(encoding="utf-8")
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-
-
-def pack_optimizer(optimizer: Optimizer, prefix: str = "optimizer.") -> dict[str, Tensor]:
-    """An optimiser's state and its numeric hyper-parameters (lr, ...) as named tensors, without pickle."""
-    import torch
-
-    stored = optimizer.state_dict()
-    packed: dict[str, Tensor] = {}
-    for index, entry in stored["state"].items():
-        for name, value in entry.items():
-            packed[f"{prefix}state.{index}.{name}"] = torch.as_tensor(value)
-    for index, group in enumerate(stored["param_groups"]):
-        for name, value in group.items():
-            if isinstance(value, float):
-                packed[f"{prefix}group.{index}.{name}"] = torch.tensor(value, dtype=torch.float64)
-    return packed
-
-
-def unpack_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor], prefix: str = "optimizer.") -> None:
-    """Restore what ``pack_optimizer`` gave. ``CheckpointError`` when parameters or shapes do not match."""
-    stored = optimizer.state_dict()
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state: dict[int, dict[str, Any]] = {}
-    for key, tensor in tensors.items():
-        if not key.startswith(prefix):
-            continue
-        kind, index, name = key.removeprefix(prefix).split(".", 2)
-        limit = len(parameters) if kind == "state" else len(stored["param_groups"])
-        if int(index) >= limit:
-            raise CheckpointError(f"The optimiser has {limit} {kind} entries but the checkpoint holds {key!r}.")
-        if kind == "group":
-            stored["param_groups"][int(index)][name] = tensor.item()
-            continue
-        if tensor.ndim and tensor.shape != parameters[int(index)].shape:
-            raise CheckpointError(
-                f"{key!r} has shape {tuple(tensor.shape)}, its parameter {tuple(parameters[int(index)].shape)}: "
-                "the checkpoint belongs to another model."
-            )
-        state.setdefault(int(index), {})[name] = tensor.clone()
-    stored["state"] = state
-    optimizer.load_state_dict(stored)

@@ -81,7 +81,9 @@ class WorldModelTrainConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """Rollout settings saved with the model; its arm map is also the one trained on."""
     context_noise: float = 0.3
-    """Half of the episodes get context noise of a level drawn per position from U[0, this]; the rest the rollout's level."""
+    """Half of the episodes get context noise of a level drawn per position from U[0, this]; the rest the rollout's
+    level.
+    """
     pure_noise: float = 0.3
     """Share of target chunks at t = 1."""
     change_weight: float = 3.0
@@ -108,7 +110,9 @@ class _Stage:
 
     def __init__(self, name: str, config: WorldModelTrainConfig, stage: StageConfig, model: nn.Module) -> None:
         self.name, self.config, self.stage, self.model = name, config, stage, model
-        self.run = RunDir(Path(config.out) / name, asdict(config), may_change=("autoencoder", "transformer", "save_every"))
+        self.run = RunDir(
+            Path(config.out) / name, asdict(config), may_change=("autoencoder", "transformer", "save_every")
+        )
         self.ema = copy.deepcopy(model).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=stage.lr, betas=(0.9, 0.95), weight_decay=stage.weight_decay, fused=True
@@ -180,7 +184,9 @@ def train_autoencoder(config: WorldModelTrainConfig, frames: list[np.ndarray]) -
             groups.append(frames[episode][t : t + 4])
             if rng.random() < 0.1:  # the anchor is a still
                 groups[-1] = np.repeat(groups[-1][:1], 4, 0)
-        x = pack_frames(torch.from_numpy(np.stack(groups)).to(config.device)).contiguous(memory_format=torch.channels_last)
+        x = pack_frames(torch.from_numpy(np.stack(groups)).to(config.device)).contiguous(
+            memory_format=torch.channels_last
+        )
         with torch.autocast(config.device.split(":")[0], torch.bfloat16, enabled=config.bf16):
             z = model.encoder(x)
             noise = torch.randn(z.shape, generator=gen).to(z)
@@ -204,7 +210,9 @@ def _normalise_latents(model: PackedFrameAutoencoder, frames: list[np.ndarray], 
     for episode in rng.integers(len(frames), size=512):
         t = rng.integers(len(frames[episode]) - 4)
         groups.append(frames[episode][t : t + 4])
-    z = torch.cat([model.encode(torch.from_numpy(np.stack(groups[i : i + 32])).to(config.device)) for i in range(0, 512, 32)])
+    z = torch.cat(
+        [model.encode(torch.from_numpy(np.stack(groups[i : i + 32])).to(config.device)) for i in range(0, 512, 32)]
+    )
     model.latent_mean.copy_(z.mean((0, 2, 3)))
     model.latent_std.copy_(z.std((0, 2, 3)))
 
@@ -213,8 +221,8 @@ def _normalise_latents(model: PackedFrameAutoencoder, frames: list[np.ndarray], 
 class LatentEpisodes:
     """E episodes of equal length in latent space.
 
-    ``latents`` fp16 (E, M, C, h, w); ``stills`` fp16 (E, M/G + 1, C, h, w), the frame before each chunk encoded as a still;
-    ``actions`` (E, N, 7); ``poses`` (E, N + 1, 7) commanded poses, before each action.
+    ``latents`` fp16 (E, M, C, h, w); ``stills`` fp16 (E, M/G + 1, C, h, w), the frame before each chunk encoded as a
+    still; ``actions`` (E, N, 7); ``poses`` (E, N + 1, 7) commanded poses, before each action.
     """
 
     latents: Tensor
@@ -244,7 +252,9 @@ def encode_episodes(
             x = torch.from_numpy(episode).to(device)
             latents.append(model.encode(x[1:].unflatten(0, (-1, 4))).half().cpu())
             stills.append(model.encode_image(x[::chunk_len]).half().cpu())
-    result = LatentEpisodes(torch.stack(latents), torch.stack(stills), torch.from_numpy(actions), torch.from_numpy(poses))
+    result = LatentEpisodes(
+        torch.stack(latents), torch.stack(stills), torch.from_numpy(actions), torch.from_numpy(poses)
+    )
     save_safetensors(cache, asdict_tensors(result), {})
     return result
 
@@ -298,12 +308,16 @@ def _noise_levels(config: WorldModelTrainConfig, b: int, m: int, gen: torch.Gene
 
 
 def world_model_loss(
-    config: WorldModelTrainConfig, model: WanWorldModelTransformer, batch: EpisodeBatch, gen: torch.Generator, depth: int
+    config: WorldModelTrainConfig,
+    model: WanWorldModelTransformer,
+    batch: EpisodeBatch,
+    gen: torch.Generator,
+    depth: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Rectified-flow loss over all chunks (Eq. 1); ``depth`` > 0 unrolls the context with the model's own predictions.
 
-    Self-forcing in parallel: predicting every chunk from the true context gives a context one chunk deep in the model's own
-    world; predicting again from that, two deep; and so on, at one pass each.
+    Self-forcing in parallel: predicting every chunk from the true context gives a context one chunk deep in the model's
+    own world; predicting again from that, two deep; and so on, at one pass each.
     """
     latents = batch.latents
     b, m = latents.shape[0], latents.shape[1] - 1
@@ -374,7 +388,9 @@ def train_world_model(config: WorldModelTrainConfig) -> Path:
             poses.append(episode.state[: steps + 1])
     autoencoder = train_autoencoder(config, frames)
     cache = Path(config.out) / "latents.safetensors"
-    episodes = encode_episodes(autoencoder, frames, np.stack(actions), np.stack(poses), cache, chunk_len=chunk, bf16=config.bf16)
+    episodes = encode_episodes(
+        autoencoder, frames, np.stack(actions), np.stack(poses), cache, chunk_len=chunk, bf16=config.bf16
+    )
     del frames
     transformer = train_transformer(config, episodes)
     target = Path(config.out) / "world_model"

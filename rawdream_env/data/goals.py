@@ -42,12 +42,13 @@ TASK_PAIRS: Final = tuple((task.object_a, task.object_b) for task in TASKS)
 
 HELD_OUT_JUDGE_PAIRS: Final = (
     ("red_block", "blue_block"),
-    ("cup", "stove"),
-    ("spoon", "pot"),
-    ("blue_block", "bowl"),
+    ("spoon", "stove"),
+    ("cup", "bowl"),
+    ("blue_block", "pot"),
 )
-"""Ordered pairs the judge never trains on, one relation like each task's: how it judges them says whether it
-understands the words or has learned the pairs by heart. None is a task pair; every object occurs in other pairs."""
+"""Ordered pairs the judge never trains on, two stood on and two put in, four different things moved to four different
+places: how it judges them says whether it understands the words or has learned the pairs by heart. None is a task pair,
+every object occurs in other pairs, and play reaches each often enough to measure."""
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ class ShardWriter:
         missing = {schema.ACTION_KEY, schema.STATE_KEY} - set(features)
         if missing:
             raise DatasetError(f"features lack {sorted(missing)}: declare action and observation.state.")
-        if len(image_shape) != 3 or image_shape[2] != 3 or image_shape[0] % 2 or image_shape[1] % 2:
+        if image_shape[2] != 3 or image_shape[0] % 2 or image_shape[1] % 2:
             raise DatasetError(f"image_shape {image_shape}: needs to be (H, W, 3) with even H and W.")
         self.root = Path(root)
         self.fps = fps
@@ -282,8 +282,8 @@ class LeRobotWriter:
         shape = info["features"].get(schema.IMAGE_KEY, {}).get("shape")
         if info["fps"] != self.shards.fps or shape != list(self.shards.image_shape):
             raise DatasetError(
-                f"{path}: the data set has fps {info['fps']} and images {shape}, the new episodes {self.shards.fps} and "
-                f"{list(self.shards.image_shape)}. Write them into another folder."
+                f"{path}: the data set has fps {info['fps']} and images {shape}, the new episodes {self.shards.fps} "
+                f"and {list(self.shards.image_shape)}. Write them into another folder."
             )
 
     def _recover_tasks(self, data: pa.Table, rows: pa.Table) -> None:

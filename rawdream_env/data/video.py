@@ -96,7 +96,7 @@ def _decode(path: Path, fps: float, start: float, count: int) -> UInt8Array | in
         if start > 0 and stream.time_base is not None:
             container.seek(int((start - 0.5 / fps) / stream.time_base), stream=stream, backward=True)
         for frame in container.decode(stream):
-            if frame.time is None or round((frame.time - start) * fps) < 0:
+            if frame.pts is None or round((frame.time - start) * fps) < 0:
                 continue
             rgb = reformatter.reformat(frame, format="rgb24").to_ndarray()
             if out is None:

@@ -58,8 +58,9 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
 
     ## Spaces
     ``single_action_space`` is ``Box(-1, 1, (chunk_len, 7), float32)``: per control step end-effector delta xyz, delta
-    rotation, gripper (-1 open, +1 close). ``single_observation_space`` is ``Dict(image=Box(0, 255, (H, W, 3), uint8))``,
-    the chunk's last frame. With ``output="torch"`` observations are torch tensors on ``device``; all else stays numpy.
+    rotation, gripper (-1 open, +1 close). ``single_observation_space`` is
+    ``Dict(image=Box(0, 255, (H, W, 3), uint8))``, the chunk's last frame. With ``output="torch"`` observations are
+    torch tensors on ``device``; all else stays numpy.
 
     ## Rewards and ends
     1.0 (float64) at the step where success is established, which also terminates; 0.0 otherwise. Truncated at
@@ -77,8 +78,8 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
     ``reset(options={"reset_mask": mask})``; stepping when all rows are over raises ``ResetNeededError``.
 
     ## Seeds
-    ``reset(seed=s)`` gives row i the seed s + i; a list gives one per row, None meaning "go on". Episode e of a row is a
-    function of the row's seed, e and the actions; never of ``num_envs`` or of other rows. Resetting without a seed
+    ``reset(seed=s)`` gives row i the seed s + i; a list gives one per row, None meaning "go on". Episode e of a row is
+    a function of the row's seed, e and the actions; never of ``num_envs`` or of other rows. Resetting without a seed
     begins the row's next episode.
     """
 
@@ -288,7 +289,7 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
         if isinstance(values, list | tuple):
             if len(values) != self.num_envs or any(value != values[0] for value in values):
                 raise InvalidOptionError(
-                    f"{name!r} is shared by the {self.num_envs} rows: give one value, or that value {self.num_envs} times."
+                    f"{name!r} is shared by all rows: give one value, or the same value {self.num_envs} times."
                 )
             values = values[0]
         setattr(self, name, values)

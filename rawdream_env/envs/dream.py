@@ -38,10 +38,10 @@ class DreamVectorEnv(ChunkVectorEnv):
     passed to the world model; rows that are over leave the batch.
 
     The judge sees the episode's whole video, start frame first: once at the horizon (``judge_every="episode"``), or
-    after every chunk (``"chunk"``: the episode ends at the first success). An INVALID verdict (outage, unreadable reply,
-    frames that are not finite) gives reward 0, ``verdict`` -1 and ``valid`` False; at the horizon it truncates. Frames
-    that are not finite are never shown to the judge and truncate at once. A judge that raises leaves the environment as
-    it was: the same step can be tried again.
+    after every chunk (``"chunk"``: the episode ends at the first success). An INVALID verdict (outage, unreadable
+    reply, frames that are not finite) gives reward 0, ``verdict`` -1 and ``valid`` False; at the horizon it truncates.
+    Frames that are not finite are never shown to the judge and truncate at once. A judge that raises leaves the
+    environment as it was: the same step can be tried again.
 
     Raises on construction:
         InvalidOptionError: an option is unknown or does not fit the others.
@@ -150,7 +150,7 @@ class DreamVectorEnv(ChunkVectorEnv):
         judge: bool = True,
         batch_size: int | None = None,
     ) -> list[Replay]:
-        """Imagine recorded episodes again, with the same actions and the noise of ``draw``; the environment is untouched.
+        """Imagine recorded episodes again: same actions, noise of ``draw``. The environment is untouched.
 
         ``draw=0`` gives back the very frames of the recording, ``draw=1`` is the second draw of dual-noise verification
         (paper section 3.3). Equal draws give bit-identical frames, whatever else is in the batch.
@@ -266,7 +266,7 @@ class DreamVectorEnv(ChunkVectorEnv):
         )
         if len(answers) != len(chosen):
             raise RawDreamError(
-                f"{type(self.judge).__name__} gave {len(answers)} verdicts for {len(chosen)} videos; one each is needed."
+                f"{type(self.judge).__name__} gave {len(answers)} verdicts for {len(chosen)} videos; it owes one each."
             )
         for i, answer in zip(chosen, answers, strict=True):
             verdicts[i] = answer

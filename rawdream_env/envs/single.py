@@ -1,7 +1,7 @@
 """Single environments: a vector environment of one row, seen through ``gymnasium.Env``.
 
-The horizon is the environment's own. ``gym.make`` keeps ``max_episode_steps`` to itself and would cut the episode with a
-``TimeLimit`` before the judge has spoken, so through ``gym.make`` the horizon is set by ``horizon=`` (in chunks).
+The horizon is the environment's own. ``gym.make`` keeps ``max_episode_steps`` to itself and would cut the episode with
+a ``TimeLimit`` before the judge has spoken, so through ``gym.make`` the horizon is set by ``horizon=`` (in chunks).
 """
 
 from __future__ import annotations

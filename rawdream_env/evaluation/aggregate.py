@@ -64,10 +64,11 @@ def aggregate(
     at_end: bool = True,
     config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The whole report as JSON; see :mod:`rawdream_env.evaluation.side_by_side` for what the names mean.
+    """The whole report as JSON; :mod:`rawdream_env.evaluation.side_by_side` says what the names mean.
 
-    ``scores``: policy -> "dreamed_actions" or "simulator_actions" -> one entry per episode. ``at_end``: verdicts are held
-    against success at the end of the video, else against success after any chunk. The first policy is the reference.
+    ``scores``: policy -> "dreamed_actions" or "simulator_actions" -> one entry per episode. ``at_end``: verdicts are
+    held against success at the end of the video, else against success after any chunk. The first policy is the
+    reference.
     """
     names = list(dict.fromkeys(r.policy for r in records))
     tasks = list(dict.fromkeys(r.task for r in records))
@@ -92,7 +93,10 @@ def aggregate(
 
 
 def describe(records: Sequence[EpisodeRecord], at_end: bool) -> dict[str, Any]:
-    """Rates and confusions of some episodes of one policy. ``at_end``: which simulator outcome verdicts are held against."""
+    """Rates and confusions of some episodes of one policy.
+
+    ``at_end``: verdicts are held against success at the end of the video, else against success after any chunk.
+    """
     dreams = [r for r in records if r.dream >= 0]
     truth = [r.simulator_end if at_end else r.simulator for r in dreams]
     out: dict[str, Any] = {

@@ -59,7 +59,8 @@ def line_chart(title: str, unit: str, labels: Sequence[str], series: Sequence[Se
             f'<text class="tick" x="{x(i):.1f}" y="{height - bottom + 18}" text-anchor="middle">{escape(label)}</text>'
         )
     parts.append(
-        f'<text class="tick" x="{(left + width - right) / 2}" y="{height - 6}" text-anchor="middle">frames after the start</text>'
+        f'<text class="tick" x="{(left + width - right) / 2}" y="{height - 6}" text-anchor="middle">'
+        "frames after the start</text>"
     )
     for s, line in enumerate(series):
         parts += _one_line(line, x, y, offset=(s - (len(series) - 1) / 2) * 0.07)

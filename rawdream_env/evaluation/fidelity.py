@@ -1,15 +1,16 @@
 """Open-loop fidelity: recorded actions through a world model, its frames against what the camera really saw.
 
 The model gets the first recorded frame, the first proprioception and then only actions; nothing recorded later reaches
-it. PSNR and SSIM are reported per *horizon bucket* (frames 0-8, 8-16, 16-32, 32-64, ... after the start), over the whole
-picture and over the *moving region*, beside two baselines that know nothing about actions:
+it. PSNR and SSIM are reported per *horizon bucket* (frames 0-8, 8-16, 16-32, 32-64, ... after the start), over the
+whole picture and over the *moving region*, beside two baselines that know nothing about actions:
 
 - ``copy_first``: the start frame for ever;
 - ``copy_last``: the last *true* frame before the current chunk. It is told the truth every chunk, which the model never
   is, so it is a hard baseline late in an episode; beating it at 0-8 (where both know the same) is the minimum.
 
-Averages are of per-frame values (PSNR capped at 60 dB, about the quantisation noise of 8-bit frames, since a still frame
-copied exactly has infinite PSNR), first within an episode, then over episodes; intervals are bootstrapped over episodes.
+Averages are of per-frame values (PSNR capped at 60 dB, about the quantisation noise of 8-bit frames, since a still
+frame copied exactly has infinite PSNR), first within an episode, then over episodes; intervals are bootstrapped over
+episodes.
 
 Shape letters: B episodes, N actions in an episode, K actions in a chunk, F frames, H W C picture.
 Paper: table of world-model fidelity (PSNR, SSIM); ours adds the horizon, the moving region and the baselines.
@@ -42,7 +43,8 @@ Float64Array = NDArray[np.float64]
 @dataclass(frozen=True)
 class RecordedEpisode:
     """What really happened: ``frames`` uint8 (N+1, H, W, 3), frame t seen before action t; ``actions`` float32 (N, A);
-    ``proprio`` float32 (P,) at the start, or None."""
+    ``proprio`` float32 (P,) at the start, or None.
+    """
 
     frames: UInt8Array
     actions: Float32Array
@@ -67,10 +69,11 @@ def dream_episodes(
     change_actions: Callable[[int, Float32Array], Float32Array] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[UInt8Array]:
-    """Imagine each episode's actions from its first frame; yields (N', H, W, 3) in order, N' = N rounded down to chunks.
+    """Imagine each episode's actions from its first frame; yields (N', H, W, 3) in order, N' = N rounded down to
+    chunks.
 
-    Episode i uses noise key ``NoiseKey(seed, episode=i, draw=draw)`` whatever the batch. Shorter episodes leave the batch
-    when they end. ``change_actions(i, actions)`` replaces the actions (used for the sensitivity ratio).
+    Episode i uses noise key ``NoiseKey(seed, episode=i, draw=draw)`` whatever the batch. Shorter episodes leave the
+    batch when they end. ``change_actions(i, actions)`` replaces the actions (used for the sensitivity ratio).
     """
     import torch
 
@@ -107,7 +110,8 @@ def dream_episodes(
 def compare_episode(
     dream: UInt8Array, truth: UInt8Array, chunk_len: int, reference: UInt8Array | None = None
 ) -> dict[str, Float64Array]:
-    """Scores (F, 4) of the dream (F, H, W, 3) and of both baselines against ``truth`` (F+1 or more frames, start first).
+    """Scores (F, 4) of the dream (F, H, W, 3) and of both baselines against ``truth`` (F+1 or more frames, start
+    first).
 
     ``reference`` (H, W, 3) is what the moving region is measured against; the start frame when None.
     """
@@ -131,7 +135,7 @@ def _bucket_means(scores: Sequence[Float64Array], lo: int, hi: int) -> Float64Ar
 
 
 def summarise(per_episode: Sequence[dict[str, Float64Array]], chunk_len: int) -> list[dict[str, Any]]:
-    """One row per horizon bucket: ``{"frames": [lo, hi], "dream": {"psnr": Estimate dict, ...}, "copy_first": ...}``."""
+    """One row per horizon bucket: ``{"frames": [lo, hi], "dream": {"psnr": {...}, ...}, "copy_first": ...}``."""
     longest = max((len(p["dream"]) for p in per_episode), default=0)
     table = []
     for lo, hi in buckets(longest, chunk_len):
@@ -198,8 +202,9 @@ def action_sensitivity(
 
 @dataclass(frozen=True)
 class Fidelity:
-    """The result: ``table`` (see :func:`summarise`), ``sensitivity`` (see :func:`action_sensitivity`), number of episodes
-    and a few (truth, dream) clips for the pictures."""
+    """The result: ``table`` (see :func:`summarise`), ``sensitivity`` (see :func:`action_sensitivity`), number of
+    episodes and a few (truth, dream) clips for the pictures.
+    """
 
     table: list[dict[str, Any]]
     sensitivity: dict[str, Any] | None
@@ -221,7 +226,7 @@ class Fidelity:
         cells: list[list[UInt8Array]] = []
         for truth, dream in self.samples:
             at = np.unique(np.linspace(0, len(dream) - 1, columns).round().astype(int))
-            cells += [[upscaled for upscaled in pictures.upscale(clip[at], scale)] for clip in (truth, dream)]
+            cells += [list(pictures.upscale(clip[at], scale)) for clip in (truth, dream)]
         return pictures.grid(cells)
 
     def clip(self, scale: int = 2) -> UInt8Array:

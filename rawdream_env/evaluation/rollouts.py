@@ -42,7 +42,8 @@ class Simulator(Protocol):
 @dataclass(frozen=True)
 class SimEpisode:
     """``frames`` uint8 (F, H, W, 3); ``actions`` (T, K, A); ``success_any``: established after some chunk (what the
-    simulator environment rewards); ``success_end``: true when the video ends (what a judge of the video can know)."""
+    simulator environment rewards); ``success_end``: true when the video ends (what a judge of the video can know).
+    """
 
     frames: UInt8Array
     actions: Float32Array
@@ -98,7 +99,8 @@ def run_in_simulator(
     chunks: int = 8,
     temperature: float = 0.0,
 ) -> list[SimEpisode]:
-    """Episodes in the simulator: closed loop with ``policy`` for ``chunks`` chunks, or open loop with given ``actions``.
+    """Episodes in the simulator: closed loop with ``policy`` for ``chunks`` chunks, or open loop with given
+    ``actions``.
 
     ``actions``: one (T, K, A) array per start, T may differ. Episodes are not cut at their first success, so that the
     video shows whether it lasts.
@@ -134,7 +136,8 @@ def run_in_simulator(
 def run_in_dream(env: Any, starts: Sequence[Start], policy: Policy, *, temperature: float = 0.0) -> list[DreamEpisode]:
     """Closed-loop episodes in a dream environment (``DreamVectorEnv`` with autoreset disabled) from given starts.
 
-    At most ``env.num_envs`` starts; fewer are filled up by repeating the last one, which changes nothing for the others.
+    At most ``env.num_envs`` starts; fewer are filled up by repeating the last one, which changes nothing for the
+    others.
     """
     filled = [*starts, *[starts[-1]] * (env.num_envs - len(starts))]
     if len(filled) > env.num_envs:
@@ -177,7 +180,7 @@ def replay_in_dream(env: Any, starts: Sequence[Start], actions: Sequence[Float32
 
 
 def verify(env: Any, episodes: Sequence[DreamEpisode], draw: int = 1) -> list[Verdict | None]:
-    """Dual-noise verification: the second verdict of each success, None where the first was none (paper section 3.3)."""
+    """Dual-noise verification (paper section 3.3): the second verdict of each success, None for the others."""
     chosen = [i for i, episode in enumerate(episodes) if episode.verdict.outcome is Outcome.SUCCESS]
     second: list[Verdict | None] = [None] * len(episodes)
     for i, replay in zip(chosen, env.replay([episodes[i].trajectory for i in chosen], draw=draw), strict=True):

@@ -1,21 +1,22 @@
-"""The same policy, the same starts, in the dream and in the simulator: how far can the dream be trusted?
+"""The same policy, the same starts, in the dream and in the simulator: how far the dream can be trusted.
 
 For every start (task, index) and every policy up to six things are recorded:
 
 1. *simulator*: the policy acts in the simulator; success by the simulator's predicate.
 2. *dream*: the policy acts in the dream; the judge's verdict. With dual-noise verification (paper section 3.3) each
    success is dreamt again with fresh noise; one that does not repeat is *flagged*.
-3. *dreamed actions*: what the policy did in the dream, executed in the simulator from the same start. Outcome and frames
-   compare one to one: this is the fair test of a dream, since both worlds get the same actions.
+3. *dreamed actions*: what the policy did in the dream, executed in the simulator from the same start. Outcome and
+   frames compare one to one: this is the fair test of a dream, since both worlds get the same actions.
 4. *simulator's actions*: what it did in the simulator, through the world model, judged.
 5. *judge*: the judge on the simulator's videos: its errors without the world model's.
 
-3, 4 and 5 are the ``diagnose`` part. The gap between dream and simulator splits into the judge's share (5) and the world
-model's (3 and 4 beyond 5). Verdicts that are INVALID are counted and left out, never taken for failures.
+3, 4 and 5 are the ``diagnose`` part. The gap between dream and simulator splits into the judge's share (5) and the
+world model's (3 and 4 beyond 5). Verdicts that are INVALID are counted and left out, never taken for failures.
 
 *Truth*: a judge that sees the whole video once (``judge_every="episode"``) can only say whether the goal holds at its
 end, so verdicts are compared with that; with ``judge_every="chunk"`` with success after any chunk. The simulator's
-headline rate is success after any chunk, which is what ``rawdream/PiperSim-v0`` rewards; the other is reported beside it.
+headline rate is success after any chunk, which is what ``rawdream/PiperSim-v0`` rewards; the other is reported beside
+it.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class EvaluateConfig:
     """Options of ``rawdream evaluate``."""
 
     policies: tuple[str, ...] = ("embedded",)
-    """Policies to compare, each "name=checkpoint folder" (or "embedded", or just a folder); the first is the reference."""
+    """Policies to compare, each name=folder or name=embedded; the first is the reference."""
     tasks: tuple[str, ...] = rollouts.TASK_NAMES
     """Tasks to evaluate."""
     episodes_per_task: int = 50
@@ -120,7 +121,7 @@ class _Collected:
 
 
 def parse_policies(specs: Sequence[str]) -> dict[str, str]:
-    """ "name=folder" specs as a mapping; a bare spec is named by its last part.
+    """Policy specs "name=folder" as a mapping; a bare spec is named by its last part.
 
     Raises InvalidOptionError for an empty list, an empty name or a name given twice.
     """
@@ -146,8 +147,8 @@ def evaluate(
 ) -> SideBySide:
     """Run the comparison and, with ``config.output``, write ``report.html``, ``report.json`` and ``episodes.jsonl``.
 
-    ``policies``, ``dream`` (a ``DreamVectorEnv`` with a judge and autoreset disabled) and ``simulator`` replace what the
-    configuration names; what was passed in is not closed. Raises InvalidOptionError for options that do not fit.
+    ``policies``, ``dream`` (a ``DreamVectorEnv`` with a judge and autoreset disabled) and ``simulator`` replace what
+    the configuration names; what was passed in is not closed. Raises InvalidOptionError for options that do not fit.
     """
     if config.episodes_per_task < 1 or not config.tasks:
         raise InvalidOptionError(f"nothing to run: {config.episodes_per_task} episodes of {len(config.tasks)} tasks")

@@ -80,7 +80,7 @@ class Rate:
 
     @property
     def value(self) -> float:
-        """successes / n; NaN when n is 0."""
+        """Successes / n; NaN when n is 0."""
         return self.successes / self.n if self.n else math.nan
 
     def __str__(self) -> str:
@@ -174,7 +174,7 @@ def bootstrap_ratio(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Estimate:
-    """sum(numerator) / sum(denominator) with a percentile bootstrap over paired units; a mean without ``denominator``."""
+    """Ratio of sums with a percentile bootstrap over paired units; without ``denominator`` a mean."""
     _z(confidence)
     top = np.asarray(numerator, dtype=np.float64).ravel()
     bottom = np.ones(len(top)) if denominator is None else np.asarray(denominator, dtype=np.float64).ravel()
@@ -360,6 +360,8 @@ class Confusion:
 def cohen_kappa(confusion: Confusion, confidence: float = 0.95) -> Estimate:
     """Cohen's kappa with the large-sample interval of Fleiss, Cohen and Everitt; NaN when both raters are constant.
 
+    When only one of them is, kappa is 0 whatever the other says, and has no interval.
+
     Kappa is agreement beyond chance: a judge that always says "failure" on a task that always fails agrees 100 % and
     has no kappa, which is why both are reported.
     """
@@ -384,5 +386,7 @@ def cohen_kappa(confusion: Confusion, confidence: float = 0.95) -> Estimate:
     diagonal = sum(p[i, i] * (1 - (row[i] + col[i]) * (1 - kappa)) ** 2 for i in range(2))
     off = (1 - kappa) ** 2 * sum(p[i, j] * (col[i] + row[j]) ** 2 for i in range(2) for j in range(2) if i != j)
     variance = (diagonal + off - (kappa - chance * (1 - kappa)) ** 2) / (n * (1 - chance) ** 2)
+    if min(*row, *col) == 0.0:
+        return Estimate(kappa, math.nan, math.nan, n)
     half = z * math.sqrt(max(0.0, float(variance)))
     return Estimate(kappa, max(-1.0, kappa - half), min(1.0, kappa + half), n)

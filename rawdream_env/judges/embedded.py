@@ -35,6 +35,8 @@ class EmbeddedJudge:
         metadata: anything worth keeping in config.json beside the configuration (data, steps, metrics).
         device: torch device.
         batch_size: clips per pass.
+        bf16: compute in bfloat16 autocast: nearly twice as fast on CPUs that have it, and another answer in the third
+            decimal. Off by default, so that every machine gives the same verdicts.
     """
 
     def __init__(
@@ -44,11 +46,13 @@ class EmbeddedJudge:
         metadata: Mapping[str, Any] | None = None,
         device: str | torch.device = "cpu",
         batch_size: int = 32,
+        bf16: bool = False,
     ) -> None:
         self.network = network.to(device).eval().requires_grad_(False)
         self.metadata = dict(metadata or {})
         self.device = torch.device(device)
         self.batch_size = batch_size
+        self.bf16 = bf16
 
     @property
     def threshold(self) -> float:
@@ -89,7 +93,8 @@ class EmbeddedJudge:
             part = slice(begin, begin + self.batch_size)
             frames = torch.stack([resize_frames(clip, size) for clip in clips[part]]).to(self.device)
             tokens = np.stack([tokenize(text, max_len=self.network.config.text_len) for text in texts[part]])
-            logits, _ = self.network(frames, torch.from_numpy(tokens).to(self.device)[:, None])
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                logits, _ = self.network(frames, torch.from_numpy(tokens).to(self.device)[:, None])
             found += torch.sigmoid(logits[:, 0].double()).tolist()
         return found
 

@@ -33,7 +33,7 @@ NUM_FRAMES = len(SPREAD) + len(TAIL)
 
 _TABLE_CENTRE = (0.30, 0.0, 0.02)
 _TABLE_UNIT = 0.05
-"""Metres: where the localisation head starts from and what one unit of its output is worth."""
+"""Metres: where a localisation head starts from and what one unit of its output is worth."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,6 @@ class JudgeNetwork(nn.Module):
         self.look = nn.ModuleList(_Attention(c.width, c.heads) for _ in range(c.layers))
         self.compare = nn.ModuleList(_SelfBlock(c.width, c.heads) for _ in range(c.layers))
         self.place = nn.Linear(c.width, 3)
-        self.register_buffer("centre", torch.tensor(_TABLE_CENTRE), persistent=False)
         self.read_out = nn.Sequential(nn.LayerNorm(c.width), nn.Linear(c.width, 1))
         self._initialise()
 
@@ -223,11 +222,16 @@ class JudgeNetwork(nn.Module):
         out: Tensor = self.slot + self.slot_reads(self.slot.expand(len(tokens), -1, -1), keys, values, mask)
         return out
 
-    def forward(self, frames: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        b, f = frames.shape[:2]
-        q, s = tokens.shape[1], self.config.slots
+    def look_at(self, frames: Tensor) -> Tensor:
+        """Frames (B, F, H, W, 3) in [0, 255], uint8 or float -> features (B*F, P, D); they know no instruction."""
         pixels = frames.flatten(0, 1).permute(0, 3, 1, 2).to(torch.float32).div(127.5).sub(1)
-        features = self.trunk(pixels.contiguous(memory_format=torch.channels_last))  # (B*F, P, D)
+        out: Tensor = self.trunk(pixels.contiguous(memory_format=torch.channels_last))
+        return out
+
+    def answer(self, features: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B*F, P, D) and tokens (B, Q, L) -> what ``forward`` returns."""
+        b, q = tokens.shape[:2]
+        f, s = NUM_FRAMES, self.config.slots
         keys, values = self.place_context(features)
         text = self.read_text(tokens.flatten(0, 1))  # (B*Q, S+1, D)
         summary = text[:, s:]
@@ -239,8 +243,16 @@ class JudgeNetwork(nn.Module):
             joined = compare(torch.cat([summary, seekers.flatten(1, 2)], dim=1))
             summary, seekers = joined[:, :1], joined[:, 1:].view(b * q, f, s, -1)
         logits = self.read_out(summary)[:, 0, 0].view(b, q)
-        places = self.centre + _TABLE_UNIT * self.place(seekers[:, :, :2]).float()
-        return logits, places.view(b, q, f, 2, 3)
+        return logits, to_metres(self.place(seekers[:, :, :2])).view(b, q, f, 2, 3)
+
+    def forward(self, frames: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """See the class."""
+        return self.answer(self.look_at(frames), tokens)
+
+
+def to_metres(x: Tensor) -> Tensor:
+    """Outputs (..., 3) of a localisation head to places on the table, float32."""
+    return x.float() * _TABLE_UNIT + x.new_tensor(_TABLE_CENTRE, dtype=torch.float32)
 
 
 def _coordinate_features(side: int) -> Tensor:

@@ -192,7 +192,7 @@ class TinyVLA(TokenPolicy):
             self.trunk = nn.ModuleList(FilmBlock(trunk, d) for _ in range(config.trunk_blocks))
             self.trunk_norm = nn.GroupNorm(8, trunk)
             self.to_cells = nn.Linear(trunk, d)
-            self.cell_places = nn.Parameter(torch.randn((config.image_size // 4) ** 2, d) * 0.5)
+            self.cell_places = nn.Parameter(_waves(config.image_size // 4, d))
             self.cell_norm = nn.LayerNorm(d)
             self.registers = nn.Parameter(torch.randn(3, d) * 0.5)
             self.steps = nn.Parameter(torch.randn(config.chunk_len, d) * 0.5)
@@ -306,6 +306,17 @@ def _coordinates(size: int) -> Tensor:
     """Two channels (1, 2, size, size) with x and y in [-1, 1]."""
     axis = torch.linspace(-1.0, 1.0, size)
     return torch.stack(torch.meshgrid(axis, axis, indexing="xy")).unsqueeze(0)
+
+
+def _waves(size: int, width: int) -> Tensor:
+    """Sines and cosines of the cells' places (size * size, width), from half a wave across the image up to four.
+
+    The slow ones are nearly straight lines, so that what attention averages is already close to a coordinate.
+    """
+    x, y = _coordinates(size)[0].flatten(1)
+    frequency = 2.0 ** torch.linspace(-1.0, 2.0, -(-width // 4))[:, None] * math.pi / 2
+    waves = torch.cat([torch.sin(frequency * x), torch.sin(frequency * y), torch.cos(frequency * x), torch.cos(frequency * y)])
+    return waves[:width].T.contiguous()
 
 
 def _smooth_bins(rank: int) -> Tensor:

@@ -1,1 +1,1 @@
-
+"""Simulators: the MuJoCo twin of the Piper tabletop, scripted drivers and worker processes."""

@@ -94,8 +94,15 @@ def top_height(twin: PiperTwin, name: str) -> float:
 
 
 def pick_waypoints(
-    twin: PiperTwin, name: str, *, offset: FloatArray, turn: float = 0.0, hover: float = 0.045, lift: float = 0.03,
-    speed: float = 1.0, squeeze: int = 4,
+    twin: PiperTwin,
+    name: str,
+    *,
+    offset: FloatArray,
+    turn: float = 0.0,
+    hover: float = 0.045,
+    lift: float = 0.03,
+    speed: float = 1.0,
+    squeeze: int = 4,
 ) -> list[Waypoint]:
     """Grasp an object and raise it by ``lift``; ``offset`` (3,) and ``turn`` are deliberate grasping errors."""
     grasp, yaw = grasp_pose(twin, name)
@@ -118,8 +125,17 @@ def _spoon_aside(twin: PiperTwin, container: str) -> FloatArray:
 
 
 def place_waypoints(
-    twin: PiperTwin, held: str, support: str | None, *, spot: FloatArray | None = None, inside: bool = False,
-    error: FloatArray, drop: float = 0.004, clearance: float = 0.015, speed: float = 1.0, turn: float = 0.0,
+    twin: PiperTwin,
+    held: str,
+    support: str | None,
+    *,
+    spot: FloatArray | None = None,
+    inside: bool = False,
+    error: FloatArray,
+    drop: float = 0.004,
+    clearance: float = 0.015,
+    speed: float = 1.0,
+    turn: float = 0.0,
     retreat: float = 0.07,
 ) -> list[Waypoint]:
     """Put the held object onto or into ``support`` (or at ``spot`` (2,) on the table), let go and retreat upwards.

@@ -46,6 +46,13 @@ def _compiled_model() -> Any:
     return mujoco.MjModel.from_xml_string(scene_xml())
 
 
+def _numbers(action: Any) -> FloatArray:
+    try:
+        return np.asarray(action, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise InvalidActionError(f"an action must be numbers of shape (..., {ACTION_DIM}): {error}.") from error
+
+
 def new_model() -> Any:
     """A private copy of the scene's ``mujoco.MjModel``."""
     return copy(_compiled_model())
@@ -221,7 +228,7 @@ class PiperTwin:
             ResetNeededError: no episode yet.
             SimulatorError: the physics diverged.
         """
-        act = np.asarray(action, dtype=np.float64)
+        act = _numbers(action)
         if act.shape != (ACTION_DIM,) or not np.isfinite(act).all() or np.abs(act).max() > _ACTION_LIMIT:
             raise InvalidActionError(
                 f"action of shape {act.shape} with values {np.array2string(act.ravel()[:8], precision=3)} is not a "
@@ -243,7 +250,7 @@ class PiperTwin:
 
     def step_chunk(self, actions: Any) -> UInt8Array:
         """K control steps: ``actions`` (K, 7) -> frames uint8 (K, H, W, 3)."""
-        acts = np.asarray(actions, dtype=np.float64)
+        acts = _numbers(actions)
         if acts.ndim != 2 or acts.shape[1] != ACTION_DIM or not len(acts):
             raise InvalidActionError(f"a chunk must have shape (K, {ACTION_DIM}), got {acts.shape}.")
         frames = [self.step(action) for action in acts]

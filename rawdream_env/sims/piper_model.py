@@ -48,6 +48,14 @@ def _decal(radius: float, z: float, rgba: str) -> str:
     return f'<geom type="cylinder" size="{radius} 0.0005" pos="0 0 {z}" rgba="{rgba}" mass="0.0001" {_NO_CONTACT}/>'
 
 
+def _ballast() -> str:
+    """A hidden weight that moves the centre of mass half a millimetre off the axis of a round object.
+
+    Standing perfectly upright (tilt below 1e-15) a cylinder's contact with a plane degenerates and it falls over.
+    """
+    return f'<geom type="box" size="0.002 0.002 0.002" pos="0.012 0 0" mass="0.002" group="4" {_NO_CONTACT}/>'
+
+
 def _object_geoms() -> dict[str, str]:
     handle_pos, handle_half = POT_HANDLE
     return {
@@ -58,9 +66,10 @@ def _object_geoms() -> dict[str, str]:
         "stove": _geom("box", SHAPES["stove"].half, ".15 .15 .17 1", 1.0) + _decal(0.04, 0.0062, ".85 .3 .1 1"),
         "spoon": _geom("box", (0.033, 0.006, 0.006), ".75 .2 .75 1", 0.015, (0.0145, 0, 0))
         + _geom("ellipsoid", (0.016, 0.012, 0.006), ".6 .1 .6 1", 0.008, (-0.0315, 0, 0)),
-        "bowl": _container("bowl", 12, ".95 .8 .2 1", "1 .85 .25 1", 0.05),
+        "bowl": _container("bowl", 12, ".95 .8 .2 1", "1 .85 .25 1", 0.05) + _ballast(),
         "cup": _geom("cylinder", (SHAPES["cup"].half[0], SHAPES["cup"].half[2]), ".1 .75 .3 1", 0.03)
-        + _decal(0.013, 0.0201, ".03 .25 .1 1"),
+        + _decal(0.013, 0.0201, ".03 .25 .1 1")
+        + _ballast(),
     }
 
 
@@ -81,9 +90,7 @@ def _link_frame(i: int) -> str:
     alpha, theta = geo.DH_ALPHA[i], geo.DH_THETA[i]
     z = math.cos(alpha) * geo.DH_D[i] + (geo.BASE_HEIGHT if i == 0 else 0.0)
     ca, sa, ct, st = math.cos(alpha / 2), math.sin(alpha / 2), math.cos(theta / 2), math.sin(theta / 2)
-    return (
-        f'pos="{geo.DH_A[i]} {-math.sin(alpha) * geo.DH_D[i]} {z}" quat="{ca * ct} {sa * ct} {-sa * st} {ca * st}"'
-    )
+    return f'pos="{geo.DH_A[i]} {-math.sin(alpha) * geo.DH_D[i]} {z}" quat="{ca * ct} {sa * ct} {-sa * st} {ca * st}"'
 
 
 def _arm() -> str:

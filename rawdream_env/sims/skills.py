@@ -193,13 +193,28 @@ class PlayPolicy:
             support = self._choose_support(held, others)
             inside = support in CONTAINERS and held not in CONTAINERS
             return place_waypoints(
-                twin, held, support, inside=inside, error=self._error(2, 0.0035), drop=drop,
-                clearance=float(rng.uniform(0.010, 0.035)), speed=speed, retreat=retreat,
+                twin,
+                held,
+                support,
+                inside=inside,
+                error=self._error(2, 0.0035),
+                drop=drop,
+                clearance=float(rng.uniform(0.010, 0.035)),
+                speed=speed,
+                retreat=retreat,
             )
         self.skill = "place"
         return place_waypoints(
-            twin, held, None, spot=self._spot(0.1)[:2], error=np.zeros(2), drop=drop,
-            clearance=float(rng.uniform(0.02, 0.07)), speed=speed, turn=float(rng.normal(0.0, 0.4)), retreat=retreat,
+            twin,
+            held,
+            None,
+            spot=self._spot(0.1)[:2],
+            error=np.zeros(2),
+            drop=drop,
+            clearance=float(rng.uniform(0.02, 0.07)),
+            speed=speed,
+            turn=float(rng.normal(0.0, 0.4)),
+            retreat=retreat,
         )
 
     def _choose_support(self, held: str, others: list[str]) -> str:
@@ -226,8 +241,14 @@ class PlayPolicy:
             return self._push(name, yaw, speed)
         offset = np.append(self._error(2, 0.0025), abs(rng.normal(0.0, 0.002)))
         return pick_waypoints(
-            twin, name, offset=offset, turn=float(rng.normal(0.0, 0.08)), hover=float(rng.uniform(0.035, 0.065)),
-            lift=float(rng.uniform(0.02, 0.07)), speed=speed, squeeze=int(rng.integers(3, 6)),
+            twin,
+            name,
+            offset=offset,
+            turn=float(rng.normal(0.0, 0.08)),
+            hover=float(rng.uniform(0.035, 0.065)),
+            lift=float(rng.uniform(0.02, 0.07)),
+            speed=speed,
+            squeeze=int(rng.integers(3, 6)),
         )
 
     def _push(self, name: str, yaw: float, speed: float) -> list[Waypoint]:

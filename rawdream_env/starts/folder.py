@@ -24,7 +24,8 @@ class FolderStarts:
     The file maps image names to an instruction, or to an object with ``instruction`` and, as far as known, ``task_id``
     (integer), ``proprio`` (list of numbers, SI units) and ``seed``::
 
-        {"left.png": "put the spoon into the bowl", "right.jpg": {"instruction": "place the pot on the stove", "task_id": 1}}
+        {"left.png": "put the spoon into the bowl",
+         "right.jpg": {"instruction": "place the pot on the stove", "task_id": 1}}
 
     Images are cut to the wanted aspect ratio around their centre and resized. Instructions without a ``task_id`` are
     numbered in alphabetical order after the numbers given.

@@ -66,7 +66,7 @@ class PackStarts:
         self.task_ids = tensors["task_id"].numpy()
         self.seeds = tensors["seed"].numpy()
         self.proprio = tensors["proprio"].numpy() if "proprio" in tensors else None
-        if len(self.task_ids) and not (0 <= self.task_ids.min() and self.task_ids.max() < len(self.task_names)):
+        if len(self.task_ids) and not (self.task_ids.min() >= 0 and self.task_ids.max() < len(self.task_names)):
             raise CheckpointError(f"{path} has task ids outside its list of {len(self.task_names)} tasks.")
 
     def __len__(self) -> int:
@@ -124,7 +124,7 @@ def save_start_pack(
     for index, start in enumerate(starts):
         if not 0 <= start.task_id < len(tasks) or tasks[start.task_id][1] != start.instruction:
             raise InvalidOptionError(
-                f"start {index} has task_id {start.task_id} and instruction {start.instruction!r}, which is not in tasks."
+                f"start {index} has task_id {start.task_id} and instruction {start.instruction!r}: not in tasks."
             )
     tensors = {
         "frames": torch.from_numpy(np.stack([start.frame for start in starts])),
@@ -140,7 +140,7 @@ def save_start_pack(
 def make_start_pack(
     path: str | PathLike[str], n_per_task: int = 64, layout: str = "narrow", seed: int = 0, *, image_size: int = 64
 ) -> int:
-    """Render ``n_per_task`` starts of each Piper task in the simulator and write them to ``path``; returns their number.
+    """Render ``n_per_task`` starts of each Piper task in the simulator into ``path``; returns their number.
 
     Start i of task t is the scene of row seed ``seed``, episode ``t * n_per_task + i``: other seeds, other scenes.
     """

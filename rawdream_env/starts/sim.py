@@ -24,7 +24,7 @@ def piper_task(key: NoiseKey, task: TaskLike) -> int:
 
 
 class SimStarts:
-    """The scene that ``PiperSimVectorEnv`` shows for the same row seed, episode and task; ``Start.seed`` resets to it."""
+    """The scenes ``PiperSimVectorEnv`` shows for the same row seed, episode and task; ``Start.seed`` resets to one."""
 
     def __init__(self, image_size: int = 64, layout: str = "narrow") -> None:
         """``image_size`` in pixels; ``layout`` "narrow" or "wide". The simulator is made on the first ``sample``."""

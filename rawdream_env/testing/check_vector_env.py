@@ -69,8 +69,8 @@ def check_vector_env(
     partial resets, errors for nonsense actions and for wrong order of calls.
 
     Args:
-        make: called as ``make(num_envs=n)``, or ``make(num_envs=n, autoreset_mode="SameStep")`` when ``modes`` are given.
-            Every call must give a new, equal environment.
+        make: called as ``make(num_envs=n)``, or ``make(num_envs=n, autoreset_mode="SameStep")`` when ``modes`` are
+            given. Every call must give a new, equal environment.
         num_envs: batch sizes that ``row_independence`` compares; the other checks use the largest up to 4.
         chunks: steps per rollout; episodes should end within them, or the autoreset checks are skipped (and say so).
         seed: of the rollouts and their random actions.

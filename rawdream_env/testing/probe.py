@@ -33,7 +33,7 @@ class SkippedCheckError(Exception):
 
 @dataclass(frozen=True)
 class Call:
-    """One call of ``reset`` or ``step``: ``raw`` as returned, the rest copied. Rewards and flags are None for resets."""
+    """One call of ``reset`` or ``step``: ``raw`` as returned, the rest copied; a reset has no rewards or flags."""
 
     name: str
     raw: tuple[Any, ...]

@@ -1,4 +1,4 @@
-"""The checks any Gymnasium ``VectorEnv`` should pass, one function each. See :mod:`rawdream_env.testing.check_vector_env`."""
+"""The checks any Gymnasium ``VectorEnv`` should pass, one function each; see ``check_vector_env``."""
 
 from __future__ import annotations
 
@@ -71,7 +71,8 @@ def check_results(probe: Probe) -> None:
             for row, observation in enumerate(call.observations):
                 if observation not in env.single_observation_space:
                     raise FailedCheckError(
-                        f"{call.name}: row {row}'s observation ({_summary(observation)}) is not in single_observation_space.",
+                        f"{call.name}: observation of row {row} ({_summary(observation)}) "
+                        "is not in single_observation_space.",
                         "Check shape, dtype (exactly that of the space) and bounds.",
                     )
             if call.rewards is not None:
@@ -111,7 +112,7 @@ def _check_info_dict(infos: dict[str, Any], num_envs: int, where: str) -> None:
             got = "missing" if mask is None else describe(mask)
             raise FailedCheckError(
                 f"{where}['_{key}'] is {got}.",
-                f"Beside every key put a boolean ({num_envs},) mask '_key' of the rows it holds for (VectorEnv._add_info does).",
+                f"Beside every key put a boolean ({num_envs},) mask '_key' of its rows, as VectorEnv._add_info does.",
             )
         if isinstance(value, dict):
             _check_info_dict(value, num_envs, f"{where}['{key}']")
@@ -129,7 +130,7 @@ def check_seeding(probe: Probe) -> None:
     )
     with probe.env() as first, probe.env() as second:
         before = probe.rollout(first)
-        np.random.random(17)  # moves the global generator; nobody may notice
+        np.random.random(17)  # noqa: NPY002 (moves the global generator; nobody may notice)
         compare(before, probe.rollout(second), "between two environments reset with the same seed", advice)
         compare(before, probe.rollout(first), "when one environment is reset with the same seed again", advice)
 
@@ -260,7 +261,7 @@ def _check_next_step(probe: Probe) -> None:
                 raise FailedCheckError(
                     f"row {row} ended at step {steps}; the next step gave reward {after.rewards[row]}, "
                     f"terminated {after.terminations[row]}, truncated {after.truncations[row]}.",
-                    "NextStep: that step ignores the action and returns the new episode's first observation, reward 0 and no flags.",
+                    "NextStep: that step ignores the action, returns the next episode's first observation, reward 0.",
                 )
         mixed = [others.row(r, steps) if r in rows else script.row(r, steps) for r in range(env.num_envs)]
         same = step(twin, stack_actions(env.single_action_space, mixed))
@@ -269,7 +270,7 @@ def _check_next_step(probe: Probe) -> None:
             if found:
                 raise FailedCheckError(
                     f"row {row} ended at step {steps}; in the next step its action still mattered: {found}.",
-                    "NextStep: the step after an end resets that row instead of acting. Is this SameStep, or no reset at all?",
+                    "NextStep: the step after an end resets that row instead of acting. Is this SameStep?",
                 )
 
 
@@ -282,7 +283,7 @@ def _check_same_step(probe: Probe) -> None:
             if not np.array_equal(mask, done):
                 raise FailedCheckError(
                     f"call {index}: episodes ended in {done}, but infos['_final_obs'] is {mask}.",
-                    "SameStep: put the last observation of every row that ended into infos['final_obs'], and its mask beside it.",
+                    "SameStep: put the last observation of rows that ended into infos['final_obs'], with its mask.",
                 )
             if not np.array_equal(call.infos.get("_final_info", np.zeros_like(done)), done):
                 raise FailedCheckError(

@@ -1,8 +1,9 @@
 """The arm map: where the commanded pose puts the arm in the picture, drawn without a renderer.
 
 Actions are small changes of pose; a picture model has to integrate them before it knows where the arm is. Drawing the
-commanded arm into the camera plane hands it that knowledge in its own coordinates (as World-Env's base model and Ctrl-World
-do). On a small training budget it is the difference between an arm that dissolves and one that is right to the end.
+commanded arm into the camera plane hands it that knowledge in its own coordinates (as World-Env's base model and
+Ctrl-World do). On a small training budget it is the difference between an arm that dissolves and one that is right to
+the end.
 
 Shape letters: B batch, F latent frames, S segments, R map resolution, H W latent height and width.
 """
@@ -88,7 +89,9 @@ class ArmMap:
         spread = torch.from_numpy((_SHADOW * focal / foot_depth).astype(np.float32))[:, None]
         offset = self._pixels[None] - torch.from_numpy(foot.astype(np.float32))[:, None]
         shadow = torch.exp(-0.5 * offset.square().sum(-1) / spread.square())
-        height = (poses[:, 2:3] - float(piper.WORKSPACE_LOW[2])) / float(piper.WORKSPACE_HIGH[2] - piper.WORKSPACE_LOW[2])
+        height = (poses[:, 2:3] - float(piper.WORKSPACE_LOW[2])) / float(
+            piper.WORKSPACE_HIGH[2] - piper.WORKSPACE_LOW[2]
+        )
         gripper = masks[:, 3:].amax(1)
         stacked = [masks[:, :2].amax(1), masks[:, 2:4].amax(1), masks[:, 4], masks[:, 5], gripper * height, shadow]
         return torch.stack(stacked, 1).view(-1, CHANNELS, r, r)

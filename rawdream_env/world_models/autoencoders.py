@@ -41,7 +41,7 @@ def pack_frames(frames: Tensor) -> Tensor:
 
 
 def unpack_frames(packed: Tensor) -> Tensor:
-    """float (N, 12, H, W) in [-1, 1] -> uint8 (N, 4, H, W, 3)."""
+    """Float (N, 12, H, W) in [-1, 1] -> uint8 (N, 4, H, W, 3)."""
     n, _, h, w = packed.shape
     frames = packed.float().reshape(n, FRAMES_PER_LATENT, 3, h, w).permute(0, 1, 3, 4, 2)
     return ((frames.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

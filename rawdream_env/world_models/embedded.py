@@ -1,7 +1,7 @@
 """Loading and saving world models: a folder of safetensors and config.json, checked on the way in.
 
-Folder: ``config.json``, ``transformer.safetensors``, ``autoencoder.safetensors``. Weights may be stored in fp16; they are
-loaded as fp32 and cast by ``dtype``.
+Folder: ``config.json``, ``transformer.safetensors``, ``autoencoder.safetensors``. Weights may be stored in fp16; they
+are loaded as fp32 and cast by ``dtype``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ def dataclass_from_json(cls: type[T], values: dict[str, Any], where: str) -> T:
     """Build a frozen dataclass from JSON (lists become tuples); unknown keys are a ``CheckpointError``."""
     known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
     if unknown := sorted(set(values) - known):
-        raise CheckpointError(f"{where} has unknown settings {unknown}: it was written by another version of the package")
+        raise CheckpointError(
+            f"{where} has unknown settings {unknown}: it was written by another version of the package"
+        )
     hints = get_type_hints(cls)
     out: dict[str, Any] = {}
     for name, value in values.items():
@@ -45,7 +47,9 @@ def dataclass_from_json(cls: type[T], values: dict[str, Any], where: str) -> T:
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
-    """Load all tensors of ``path`` into ``module`` or none: every missing, unexpected or wrongly shaped one is named."""
+    """Load all tensors of ``path`` into ``module`` or none: every missing, unexpected or wrongly shaped one is
+    named.
+    """
     tensors: dict[str, Tensor] = load_safetensors(path)
     wanted = module.state_dict()
     problems = [f"missing {name}" for name in wanted.keys() - tensors.keys()]
@@ -79,7 +83,9 @@ def read_world_model(folder: str | Path, **rollout: Any) -> WanWorldModel:
     folder = Path(folder)
     path = folder / "config.json"
     if not path.is_file():
-        raise CheckpointError(f"no world model in {folder}: config.json is missing; train one with `rawdream train-world-model`")
+        raise CheckpointError(
+            f"no world model in {folder}: config.json is missing; train one with `rawdream train-world-model`"
+        )
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
@@ -101,7 +107,9 @@ def load_world_model(
     *,
     num_inference_steps: int | None = None,
 ) -> WorldModel:
-    """The world model called ``spec``: "embedded" (shipped with the package), "null", a folder, or an object as it is."""
+    """The world model called ``spec``: "embedded" (shipped with the package), "null", a folder, or an object as it
+    is.
+    """
     if not isinstance(spec, str | Path):
         return spec
     if spec == "null":

@@ -23,7 +23,7 @@ _NOISE_SIZE = 8
 
 @dataclass(frozen=True)
 class NullState:
-    """B running episodes. ``keys`` at their next chunk; ``frame`` uint8 (B, H, W, 3); ``trace`` int64 (B,) digests the past."""
+    """B episodes: ``keys`` at the next chunk, start ``frame`` uint8 (B, H, W, 3), int64 ``trace`` (B,) of the past."""
 
     keys: tuple[NoiseKey, ...]
     frame: Tensor
@@ -48,7 +48,7 @@ class NullState:
 
 
 class NullWorldModel:
-    """Deterministic, fast and blind. Frames are the start frame plus keyed coarse noise plus an action-dependent shade."""
+    """Deterministic, fast and blind: frames are the start frame plus keyed coarse noise plus a shade of the actions."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class NullWorldModel:
 
 
 def _digest(values: Tensor) -> Tensor:
-    """(B, N) floats -> (B,) integers in [0, 10007); any change beyond 1e-4 shows. Integer sums do not depend on order."""
+    """(B, N) floats -> (B,) integers in [0, 10007); changes beyond 1e-4 show. Integer sums do not depend on order."""
     whole = torch.round(values.detach().cpu().to(torch.float64) * 10_000).to(torch.int64)
     weights = torch.arange(1, whole.shape[1] + 1) * 7919 + 1
     return (whole * weights).sum(dim=1) % 10_007

@@ -1,15 +1,17 @@
-"""The world model as one object: autoencoder, transformer, keyed noise, autoregressive rollout (paper section 3.1, A.3).
+"""The world model as one object: autoencoder, transformer, keyed noise, autoregressive rollout (paper section 3.1,
+A.3).
 
-Each call of ``imagine`` makes G latent frames from the anchor and the most recent ones, wholly in latent space. The context
-gets noise level 0.05 (t = 50 of 1000), drawn once per chunk, so its keys and values are the same at every evaluation and are
-computed once. The anchor's level follows t(s) = min(10 * max(s - 3, 0), 300), which cures first-frame ghosting.
+Each call of ``imagine`` makes G latent frames from the anchor and the most recent ones, wholly in latent space. The
+context gets noise level 0.05 (t = 50 of 1000), drawn once per chunk, so its keys and values are the same at every
+evaluation and are computed once. The anchor's level follows t(s) = min(10 * max(s - 3, 0), 300), which cures
+first-frame ghosting.
 
 Shape letters: B rows, K actions in a chunk, A action dims, R recent latent frames, G new ones, C H W latent frame.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -120,8 +122,8 @@ class WanWorldModel:
         transformer: the denoiser.
         autoencoder: frames to latents and back.
         config: rollout settings.
-        reuse_context: compute the context's keys and values once per chunk; False recomputes all frames at each evaluation
-            (same output; for benchmarks and tests).
+        reuse_context: compute the context's keys and values once per chunk; False recomputes all frames at each
+            evaluation (same output; for benchmarks and tests).
     """
 
     def __init__(
@@ -141,8 +143,12 @@ class WanWorldModel:
         self.frame_shape = (size, size, 3)
         self.fps = config.fps
         if config.max_time <= transformer.config.context_latents:
-            raise ValueError(f"max_time {config.max_time} must exceed context_latents {transformer.config.context_latents}")
+            raise ValueError(
+                f"max_time {config.max_time} must exceed context_latents {transformer.config.context_latents}"
+            )
         self._arm_map = ArmMap(config.arm_map) if config.arm_map is not None else None
+        self._rowwise = False
+        self._verified: set[tuple[str, int]] = set()
         low, high = torch.tensor(config.action_low), torch.tensor(config.action_high)
         self._action_mid, self._action_half = (low + high) / 2, (high - low) / 2
 
@@ -159,7 +165,9 @@ class WanWorldModel:
 
     @torch.no_grad()
     def start(self, frames: Tensor, keys: Sequence[NoiseKey], proprio: Tensor | None = None) -> DreamState:
-        """Begin B episodes. ``frames`` uint8 (B, H, W, 3); ``proprio`` (B, 7) commanded pose, needed with an arm map."""
+        """Begin B episodes. ``frames`` uint8 (B, H, W, 3); ``proprio`` (B, 7) commanded pose, needed with an arm
+        map.
+        """
         frames = torch.as_tensor(frames)
         if frames.shape[1:] != self.frame_shape or frames.dtype != torch.uint8:
             raise ValueError(
@@ -171,10 +179,13 @@ class WanWorldModel:
         cfg = self.transformer.config
         if proprio is None:
             if cfg.pose_dim:
-                raise ValueError("this world model draws the arm from its pose: give proprio (B, 7) with the start frames")
+                raise ValueError(
+                    "this world model draws the arm from its pose: give proprio (B, 7) with the start frames"
+                )
             proprio = torch.zeros(len(frames), 7)
         pose = torch.as_tensor(proprio, dtype=torch.float32).cpu()
-        anchor = self.autoencoder.encode_image(frames.to(self.device))
+        frames = frames.to(self.device)
+        anchor = self._by_rows("encode", len(frames), lambda rows: self.autoencoder.encode_image(frames[rows]))
         b, r = len(frames), cfg.context_latents
         still = torch.zeros(b, 1, FRAMES_PER_LATENT, cfg.action_dim)
         held = pose[:, None, None].expand(-1, 1, FRAMES_PER_LATENT, -1)
@@ -209,18 +220,52 @@ class WanWorldModel:
         for time in sorted(set(times)):  # rows whose context has the same length and positions are denoised together
             rows = [i for i, t in enumerate(times) if t == time]
             index = torch.tensor(rows, device=new.device)
-            new[index] = self._denoise(state[rows], new_conditions[index], new_maps[index], time)
+            part, conditions, maps = state[rows], new_conditions[index], new_maps[index]
+
+            def denoise(
+                some: slice, part: DreamState = part, c: Tensor = conditions, m: Tensor = maps, time: int = time
+            ) -> Tensor:
+                return self._denoise(part[some], c[some], m[some], time)
+
+            new[index] = self._by_rows(f"denoise {time}", len(rows), denoise)
         r = cfg.context_latents
         nxt = replace(
             state,
             recent=torch.cat([state.recent, new], 1)[:, -r:],
-            conditions=torch.cat([state.conditions[:, :1], torch.cat([state.conditions[:, 1:], new_conditions], 1)[:, -r:]], 1),
+            conditions=torch.cat(
+                [state.conditions[:, :1], torch.cat([state.conditions[:, 1:], new_conditions], 1)[:, -r:]], 1
+            ),
             arm_maps=torch.cat([state.arm_maps[:, :1], torch.cat([state.arm_maps[:, 1:], new_maps], 1)[:, -r:]], 1),
             pose=poses[:, -1],
             chunks=tuple(c + 1 for c in state.chunks),
         )
-        frames = self.autoencoder.decode_frames(new.flatten(0, 1))
+        frames = self._by_rows(
+            "decode", len(state), lambda rows: self.autoencoder.decode_frames(new[rows].flatten(0, 1))
+        )
         return nxt, frames.reshape(len(state), self.chunk_len, *self.frame_shape)
+
+    def _by_rows(self, what: str, n: int, compute: Callable[[slice], Tensor]) -> Tensor:
+        """``compute`` over all ``n`` rows such that, on a CPU in fp32, each row is what it would be alone.
+
+        CPU kernels may sum in another order for another batch size. The first time a batch size is met its first and
+        last rows are compared with those rows computed alone; if they differ on this machine, rows are computed one by
+        one from then on.
+        """
+        everything = slice(None)
+        weight = self.transformer.patch_embedding.weight
+        if n == 1 or weight.device.type != "cpu" or weight.dtype != torch.float32:
+            return compute(everything)
+        if not self._rowwise:
+            out = compute(everything)
+            if (what, n) in self._verified:
+                return out
+            per_row = len(out) // n
+            alone = all(torch.equal(out[i * per_row : (i + 1) * per_row], compute(slice(i, i + 1))) for i in (0, n - 1))
+            if alone:
+                self._verified.add((what, n))
+                return out
+            self._rowwise = True
+        return torch.cat([compute(slice(i, i + 1)) for i in range(n)])
 
     def _time(self, chunk: int) -> int:
         """Position of the first new latent frame at autoregressive step ``chunk``; the anchor's is 0."""
@@ -274,7 +319,9 @@ class WanWorldModel:
 
 
 class _ChunkDenoiser:
-    """Clean-sample estimate of one chunk at a noise level, with the context computed once (or, to compare, each time)."""
+    """Clean-sample estimate of one chunk at a noise level, with the context computed once (or, to compare, each
+    time).
+    """
 
     def __init__(
         self, model: WanWorldModelTransformer, context: Tensor, context_level: Tensor, context_conditions: Tensor,

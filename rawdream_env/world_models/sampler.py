@@ -1,7 +1,7 @@
 """Flow-matching UniPC (order 2, bh2), the paper's sampler: 5 evaluations, no classifier-free guidance.
 
-Rectified flow (paper Eq. 1): z_sigma = sigma * eps + (1 - sigma) * z0, velocity v = eps - z0, so z0 = z_sigma - sigma * v.
-The coefficients are plain float64 numbers computed once; the state stays a tensor. Numerically equal to diffusers'
+Rectified flow (paper Eq. 1): z_sigma = sigma * eps + (1 - sigma) * z0, velocity v = eps - z0, so z0 = z_sigma - sigma *
+v. The coefficients are plain float64 numbers computed once; the state stays a tensor. Numerically equal to diffusers'
 ``UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)``. Source: UniPC, arXiv 2302.04867.
 """
 
@@ -65,7 +65,8 @@ def sample_flow(
 ) -> Tensor:
     """Integrate from ``noise`` (any shape) at sigma ~ 1 to a sample.
 
-    ``denoise(x, sigma)`` returns the clean-sample estimate z0 = x - sigma * v. It is called ``num_inference_steps`` times.
+    ``denoise(x, sigma)`` returns the clean-sample estimate z0 = x - sigma * v. It is called ``num_inference_steps``
+    times.
     """
     sigmas = flow_sigmas(num_inference_steps, shift)
     x, last_x = noise, noise

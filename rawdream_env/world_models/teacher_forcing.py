@@ -1,8 +1,8 @@
 """All chunks of an episode denoised in one pass: clean frames as context, a noisy copy of every chunk as target.
 
-The clean stream is anchor + latents 1..M-G (noised a little, as at inference); the noisy stream holds latents 1..M. A noisy
-chunk sees the anchor, its ``context_latents`` most recent clean frames and, causally, itself: what it sees in a rollout.
-About 2G frame passes per imagined chunk instead of the G + 7 of a window per chunk.
+The clean stream is anchor + latents 1..M-G (noised a little, as at inference); the noisy stream holds latents 1..M. A
+noisy chunk sees the anchor, its ``context_latents`` most recent clean frames and, causally, itself: what it sees in a
+rollout. About 2G frame passes per imagined chunk instead of the G + 7 of a window per chunk.
 
 Shape letters: B batch, M latent frames after the anchor, G latent frames per chunk, C H W latent frame.
 """
@@ -19,7 +19,9 @@ from rawdream_env.world_models.wan import WanWorldModelTransformer, frame_mask, 
 
 @dataclass(frozen=True)
 class EpisodeBatch:
-    """``latents`` (B, M+1, C, H, W), the anchor first; ``conditions`` (B, M+1, D_c); ``arm_maps`` (B, M+1, C_m, H, W) or None."""
+    """``latents`` (B, M+1, C, H, W), the anchor first; ``conditions`` (B, M+1, D_c); ``arm_maps`` (B, M+1, C_m, H, W)
+    or None.
+    """
 
     latents: Tensor
     conditions: Tensor
@@ -27,7 +29,9 @@ class EpisodeBatch:
 
 
 def chunk_windows(num_latents: int, chunk_latents: int, context_latents: int) -> tuple[Tensor, Tensor]:
-    """The clean frames each chunk sees: indices (T, 1 + R) and whether they exist (T, 1 + R); the anchor comes first."""
+    """The clean frames each chunk sees: indices (T, 1 + R) and whether they exist (T, 1 + R); the anchor comes
+    first.
+    """
     before = torch.arange(0, num_latents, chunk_latents)  # the last clean frame of each chunk
     recent = before[:, None] - torch.arange(context_latents - 1, -1, -1)
     index = torch.cat([torch.zeros_like(before)[:, None], recent.clamp(min=0)], 1)
@@ -35,12 +39,17 @@ def chunk_windows(num_latents: int, chunk_latents: int, context_latents: int) ->
 
 
 def denoise_all_chunks(
-    model: WanWorldModelTransformer, batch: EpisodeBatch, clean: Tensor, clean_level: Tensor, noisy: Tensor, level: Tensor
+    model: WanWorldModelTransformer,
+    batch: EpisodeBatch,
+    clean: Tensor,
+    clean_level: Tensor,
+    noisy: Tensor,
+    level: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Predict every latent after the anchor.
 
-    ``clean`` (B, M-G+1, C, H, W) context with noise level ``clean_level`` (B, M-G+1); ``noisy`` (B, M, C, H, W) targets at
-    ``level`` (B, M). Returns the model output (B, M, C, H, W) and the base each frame's residual stands on.
+    ``clean`` (B, M-G+1, C, H, W) context with noise level ``clean_level`` (B, M-G+1); ``noisy`` (B, M, C, H, W) targets
+    at ``level`` (B, M). Returns the model output (B, M, C, H, W) and the base each frame's residual stands on.
     """
     config, device = model.config, noisy.device
     b, m = noisy.shape[:2]

@@ -173,7 +173,9 @@ class WanBlock(nn.Module):
         self.norm1 = nn.LayerNorm(d, eps=config.eps, elementwise_affine=False)
         self.attn1 = WanAttention(config)
         self.norm3 = nn.LayerNorm(d, eps=config.eps, elementwise_affine=False)
-        self.ffn = nn.Sequential(nn.Linear(d, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, d))
+        self.ffn = nn.Sequential(
+            nn.Linear(d, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, d)
+        )
         self.scale_shift_table = nn.Parameter(torch.randn(6, d) / d**0.5)
 
     def forward(
@@ -205,7 +207,9 @@ class ConditionEmbedder(nn.Module):
         self.time_proj = RowExactLinear(d, 6 * d)
         self.action_embedder = nn.Sequential(RowExactLinear(config.condition_dim, d), nn.SiLU(), RowExactLinear(d, d))
         self.action_proj = RowExactLinear(d, 6 * d)
-        nn.init.zeros_(self.action_proj.weight)  # a new action path changes nothing: step 0 equals the pre-trained model
+        nn.init.zeros_(
+            self.action_proj.weight
+        )  # a new action path changes nothing: step 0 equals the pre-trained model
         nn.init.zeros_(self.action_proj.bias)
 
     def forward(self, noise_level: Tensor, conditions: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,8 +224,8 @@ class ConditionEmbedder(nn.Module):
 class WanWorldModelTransformer(nn.Module):
     """Denoises latent frames given earlier ones, actions and noise levels.
 
-    ``embed`` -> ``run_blocks`` -> ``predict`` are separate so that a rollout computes the context's keys and values once
-    per chunk and only the new frames at each evaluation of the sampler.
+    ``embed`` -> ``run_blocks`` -> ``predict`` are separate so that a rollout computes the context's keys and values
+    once per chunk and only the new frames at each evaluation of the sampler.
     """
 
     def __init__(self, config: WanConfig = WanConfig()) -> None:
@@ -254,8 +258,8 @@ class WanWorldModelTransformer(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Inputs of F frames -> tokens (B, F, P, D), stem features (B*F, s, H, W), condition (B, F, D), modulation.
 
-        ``latents`` (B, F, C, H, W); ``base`` the last context frame for frames to be imagined, zeros for context frames;
-        ``arm_map`` (B, F, channels, H, W); ``noise_level`` (B, F); ``conditions`` (B, F, condition_dim).
+        ``latents`` (B, F, C, H, W); ``base`` the last context frame for frames to be imagined, zeros for context
+        frames; ``arm_map`` (B, F, channels, H, W); ``noise_level`` (B, F); ``conditions`` (B, F, condition_dim).
         """
         b, f = latents.shape[:2]
         vector, modulation = self.condition_embedder(noise_level, conditions)

@@ -1,0 +1,59 @@
+# make demo     watch a policy get better by dreaming: installs, trains, compares (about 15 minutes on 2 cores)
+# make install  into the active virtual environment, or into .venv; make test, lint, bench need it
+#
+# PIP_FLAGS     more options for pip, such as the index of a CUDA or a CPU build of torch
+# DEMO_FLAGS    options of `rawdream demo`, such as "--minutes 2 --episodes 10"
+
+PYTHON ?= python3
+VENV := $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV),.venv)
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.rawdream-installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+LINT := build/lint
+
+# Their wheels ask for builds of torch that the CPU build is not; without dependencies they work.
+RL_LIBRARIES := torchrl==0.14.1 skrl==2.1.1 tensordict==0.14.3 pyvers==0.2.3 hoptorch==0.1.4 orjson==3.13.0
+
+.PHONY: demo install test lint bench wheel clean help
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rawdream needs Python 3.11 or newer; make PYTHON=python3.12 install")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install $(PIP_FLAGS) -c constraints.txt torch==2.13.0
+	$(PIP) install $(PIP_FLAGS) -c constraints.txt -e '.[dev,sb3]'
+	$(PIP) install $(PIP_FLAGS) --no-deps $(RL_LIBRARIES)
+	@ldconfig -p 2>/dev/null | grep -q -e libEGL.so.1 -e libOSMesa \
+		|| echo 'No OpenGL library found. On Debian: apt-get install libegl1 libgles2 libosmesa6 ffmpeg'
+	@touch $@
+
+demo: install
+	$(BIN)/rawdream demo $(DEMO_FLAGS)
+
+test: install
+	$(BIN)/python -m pytest -q -m 'not slow and not gpu and not vllm'
+	$(BIN)/python -m pytest -q -m 'slow and not gpu and not vllm'
+
+# mypy and import-linter look at the built wheel: only there do wrappers/ and trainers/ lie where they are imported from.
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build
+	$(PIP) wheel -q --no-deps --no-build-isolation -w $(LINT) .
+	$(PIP) install -q --no-deps --no-index --target $(LINT)/package $(LINT)/*.whl
+	cd $(LINT)/package && PYTHONPATH=. $(abspath $(BIN))/lint-imports --config $(CURDIR)/pyproject.toml
+	cd $(LINT)/package && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p rawdream_env
+
+bench: install
+	$(BIN)/rawdream bench
+
+wheel: install
+	$(BIN)/python -m build --wheel
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

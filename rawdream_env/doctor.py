@@ -1,0 +1,212 @@
+"""``rawdream doctor``: is everything here that is needed, and if not, how to mend it.
+
+Every check is a function that returns a :class:`Check`; a check never raises. The renderer is tried in a process of its
+own, because a broken OpenGL driver may end the process that asks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Literal
+
+from rawdream_env.files import sha256_file
+
+ASSETS = Path(__file__).resolve().parent / "assets"
+DEBIAN_PACKAGES = ("libegl1", "libgles2", "libosmesa6", "ffmpeg")
+_MARKS = {"ok": "ok     ", "note": "note   ", "broken": "BROKEN "}
+_RENDER = """
+from rawdream_env.sims.piper import PiperTwin
+twin = PiperTwin(image_size=64)
+frame = twin.reset(0, task="stack_block")
+twin.close()
+assert frame.std() > 5, "the picture is empty"
+print("frame", frame.shape)
+"""
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """Options of ``rawdream doctor``."""
+
+    render: bool = True
+    """Render a frame in a process of its own (a few seconds)."""
+    folder: Path = Path()
+    """Where runs will be written: its disk is asked for free space."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """``state``: "ok", "note" (works, but worth knowing) or "broken" (something needed does not work)."""
+
+    name: str
+    state: Literal["ok", "note", "broken"]
+    found: str
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All checks; ``str()`` is the table."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether nothing needed is broken."""
+        return all(check.state != "broken" for check in self.checks)
+
+    def __str__(self) -> str:
+        width = max(len(check.name) for check in self.checks)
+        lines = []
+        for check in self.checks:
+            lines.append(f"{_MARKS[check.state]}{check.name:<{width}}  {check.found}")
+            if check.fix and check.state != "ok":
+                lines.append(f"{'':7}{'':<{width}}  -> {check.fix}")
+        broken = sum(check.state == "broken" for check in self.checks)
+        lines.append(f"{broken} broken." if broken else "Everything needed is here.")
+        return "\n".join(lines)
+
+
+def run_doctor(config: DoctorConfig) -> Diagnosis:
+    """Run every check."""
+    checks: list[Check] = [_python(), *_packages(), _torch()]
+    if config.render:
+        checks.append(_renderer())
+    checks += [*_models(ASSETS), _video(), _disk(config.folder), _memory(), *_optional()]
+    return Diagnosis(tuple(checks))
+
+
+def _python() -> Check:
+    found = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    if not sys.platform.startswith("linux"):
+        return Check("python", "note", found, "Only Linux is tested; set MUJOCO_GL for your system's OpenGL.")
+    return Check("python", "ok", found)
+
+
+def _packages() -> Iterator[Check]:
+    """The required packages: one line when all fit, one per package that does not."""
+    fix = "Run `make install`, or `pip install -c constraints.txt -e .` in the clone."
+    try:
+        from packaging.requirements import Requirement
+
+        wanted = [Requirement(text) for text in requires("rawdream-env") or []]
+    except (ImportError, PackageNotFoundError) as error:
+        yield Check("packages", "broken", f"rawdream-env is not installed properly ({error})", fix)
+        return
+    needed = [r for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})]
+    bad = 0
+    for requirement in needed:
+        try:
+            found = version(requirement.name)
+        except PackageNotFoundError:
+            found = ""
+        if not found or not requirement.specifier.contains(found, prereleases=True):
+            bad += 1
+            yield Check(requirement.name, "broken", f"{found or 'missing'}, needs {requirement.specifier}", fix)
+    if not bad:
+        yield Check("packages", "ok", f"all {len(needed)} required packages fit")
+
+
+def _torch() -> Check:
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return Check("torch", "broken", f"cannot be imported: {error}", "Install it again: pip install torch==2.13.0")
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none (the embedded models need none)"
+    return Check("torch", "ok", f"{torch.__version__}, {torch.get_num_threads()} threads, GPU: {gpu}")
+
+
+def _renderer() -> Check:
+    fix = (
+        f"Install an OpenGL library: apt-get install {' '.join(DEBIAN_PACKAGES[:3])}; then MUJOCO_GL=egl (or osmesa). "
+        "The dream itself needs no renderer, the simulator does."
+    )
+    backend = os.environ.get("MUJOCO_GL") or "chosen automatically"
+    try:
+        done = subprocess.run([sys.executable, "-c", _RENDER], capture_output=True, text=True, timeout=180, check=False)
+    except subprocess.TimeoutExpired:
+        return Check("renderer", "broken", f"no frame after 180 s (MUJOCO_GL {backend})", fix)
+    if done.returncode == 0:
+        return Check("renderer", "ok", f"rendered a frame (MUJOCO_GL {backend})")
+    last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    return Check("renderer", "broken", f"{last[:300]} (MUJOCO_GL {backend})", fix)
+
+
+def _models(assets: Path) -> Iterator[Check]:
+    """The embedded models: present, whole, and the ones the model card describes."""
+    fix = "Get the package again (git clone, or pip install), or make the models: rawdream train-embedded."
+    parts = ("world_model", "judge", "policy", "starts_narrow.safetensors")
+    missing = [part for part in parts if not (assets / part).exists()]
+    if missing:
+        yield Check("embedded models", "broken", f"missing in {assets}: {', '.join(missing)}", fix)
+        return
+    manifest = assets / "manifest.json"
+    try:
+        hashes: dict[str, str] = json.loads(manifest.read_text(encoding="utf-8"))["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        yield Check("embedded models", "note", f"present, but {manifest.name} cannot be read ({error})", fix)
+        return
+    wrong = [name for name, digest in hashes.items() if not _is(assets / name, digest)]
+    if wrong:
+        yield Check("embedded models", "broken", f"altered or damaged: {', '.join(wrong)}", fix)
+        return
+    size = sum((assets / name).stat().st_size for name in hashes) / 1e6
+    card = "with" if (assets / "README.md").is_file() else "without"
+    yield Check("embedded models", "ok", f"{len(hashes)} files, {size:.0f} MB, hashes match, {card} model card")
+
+
+def _is(path: Path, digest: str) -> bool:
+    return path.is_file() and sha256_file(path) == digest
+
+
+def _video() -> Check:
+    try:
+        import av
+
+        codecs = av.codecs_available
+    except (ImportError, OSError) as error:
+        return Check("video", "broken", f"PyAV cannot be imported: {error}", "Install it again: pip install av")
+    if "libx264" in codecs:
+        return Check("video", "ok", f"PyAV {av.__version__} with H.264")
+    return Check("video", "note", "PyAV has no H.264 encoder: films only as gif", "pip install --force-reinstall av")
+
+
+def _disk(folder: Path) -> Check:
+    place = folder.resolve()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free / 1e9
+    found = f"{free:.1f} GB free at {place}"
+    if free < 1:
+        return Check("disk", "broken", found, "Free at least 1 GB, or run in another folder.")
+    if free < 5:
+        return Check("disk", "note", found, "Enough for the demo; training the models again needs about 5 GB.")
+    return Check("disk", "ok", found)
+
+
+def _memory() -> Check:
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    except (ValueError, OSError, AttributeError):
+        return Check("memory", "note", "cannot be measured here")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if total < 4:
+        return Check("memory", "note", f"{total:.1f} GB, {cores} cores", "The demo wants about 4 GB; use --num-envs 8.")
+    return Check("memory", "ok", f"{total:.1f} GB, {cores} cores")
+
+
+def _optional() -> Iterator[Check]:
+    for package, extra in (("stable-baselines3", "sb3"), ("torchrl", "torchrl"), ("skrl", "skrl")):
+        try:
+            yield Check(package, "ok", f"{version(package)} (optional)")
+        except PackageNotFoundError:
+            yield Check(package, "note", "not installed (optional)", f"pip install 'rawdream-env[{extra}]'")

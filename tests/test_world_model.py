@@ -1,0 +1,252 @@
+"""The world model: sampler parity, causality, exact context reuse, row independence, checkpoints."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rawdream_env import piper_geometry as piper
+from rawdream_env.errors import CheckpointError, InvalidActionError
+from rawdream_env.seeding import NoiseKey
+from rawdream_env.world_models.arm_map import ArmMap
+from rawdream_env.world_models.autoencoders import AutoencoderConfig, PackedFrameAutoencoder, pack_frames, unpack_frames
+from rawdream_env.world_models.embedded import load_world_model, save_world_model
+from rawdream_env.world_models.rollout import DreamState, RolloutConfig, WanWorldModel, _ChunkDenoiser
+from rawdream_env.world_models.sampler import flow_sigmas, sample_flow
+from rawdream_env.world_models.teacher_forcing import EpisodeBatch, denoise_all_chunks
+from rawdream_env.world_models.wan import WanConfig, WanWorldModelTransformer
+
+TINY = WanConfig(
+    num_layers=2, num_attention_heads=2, attention_head_dim=24, ffn_dim=64, stem_channels=16, stem_blocks=1,
+    head_blocks=1, arm_map_channels=384,
+)  # fmt: skip
+
+
+def transformer(config: WanConfig = TINY) -> WanWorldModelTransformer:
+    """Random weights, also where a new model starts at zero."""
+    torch.manual_seed(0)
+    model = WanWorldModelTransformer(config)
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.05)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> WanWorldModel:
+    autoencoder = PackedFrameAutoencoder(AutoencoderConfig(widths=(16, 16)))
+    return WanWorldModel(transformer(), autoencoder, RolloutConfig(num_inference_steps=2))
+
+
+def start_frames(rows: list[int]) -> Tensor:
+    frames = [np.random.default_rng(r).integers(0, 256, (64, 64, 3), dtype=np.uint8) for r in rows]
+    return torch.from_numpy(np.stack(frames))
+
+
+def dream(
+    model: WanWorldModel, rows: list[int], chunks: int = 5, draw: int = 0, actions: Tensor | None = None
+) -> tuple[DreamState, Tensor]:
+    poses = torch.tensor(np.stack([piper.HOME_POSE] * len(rows)), dtype=torch.float32)
+    state = model.start(start_frames(rows), [NoiseKey(r, draw=draw) for r in rows], poses)
+    if actions is None:
+        actions = torch.stack(
+            [torch.rand(chunks, 8, 7, generator=torch.Generator().manual_seed(r)) * 2 - 1 for r in rows]
+        )
+    frames = []
+    for chunk in range(chunks):
+        state, new = model.imagine(state, actions[:, chunk])
+        frames.append(new)
+    return state, torch.cat(frames, 1) if frames else torch.empty(0)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 8])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_sampler_equals_diffusers_unipc(steps: int, shift: float) -> None:
+    from diffusers import UniPCMultistepScheduler
+
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, solver_order=2
+    )
+    scheduler.set_timesteps(steps)
+    gen = torch.Generator().manual_seed(1)
+    noise, weight = (torch.randn(n, 8, generator=gen, dtype=torch.float64) for n in (4, 8))
+
+    def velocity(x: Tensor, sigma: float) -> Tensor:
+        return torch.tanh(0.3 * x @ weight) + sigma * x
+
+    x = noise.clone()
+    for i, t in enumerate(scheduler.timesteps):
+        x = scheduler.step(velocity(x, float(scheduler.sigmas[i])), t, x, return_dict=False)[0]
+    ours = sample_flow(lambda x, sigma: x - sigma * velocity(x, sigma), noise, steps, shift)
+    torch.testing.assert_close(ours, x, rtol=0, atol=2e-6)  # diffusers keeps its noise levels in fp32
+    assert len(flow_sigmas(steps, shift)) == steps + 1
+
+
+def test_packing_round_trip() -> None:
+    frames = start_frames([0, 1, 2, 3])[None]
+    assert torch.equal(unpack_frames(pack_frames(frames)), frames)
+
+
+def test_rows_do_not_depend_on_the_batch(model: WanWorldModel) -> None:
+    state, frames = dream(model, list(range(8)))
+    for rows in ([0], [3], [1, 2], [7, 5, 0], [0, 1, 2, 3]):
+        own_state, own_frames = dream(model, rows)
+        assert torch.equal(own_frames, frames[rows]), rows
+        assert torch.equal(own_state.recent, state.recent[rows]), rows
+
+
+def test_rows_at_different_chunks_share_a_batch(model: WanWorldModel) -> None:
+    """Partial reset: row 1 starts over while row 0 goes on; both as if alone."""
+    actions = torch.rand(2, 4, 8, 7, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    state, _ = dream(model, [0, 1], chunks=2, actions=actions)
+    fresh, _ = dream(model, [0, 1], chunks=0, actions=actions)
+    mixed = DreamState.where([False, True], fresh, state)
+    assert mixed.chunks == (2, 0)
+    _, frames = model.imagine(mixed, torch.stack([actions[0, 2], actions[1, 0]]))
+    _, alone = dream(model, [0], chunks=3, actions=actions[:1])
+    _, first = dream(model, [1], chunks=1, actions=actions[1:])
+    assert torch.equal(frames[0], alone[0, -8:])
+    assert torch.equal(frames[1], first[0])
+    assert torch.equal(DreamState.cat([mixed[[0]], mixed[[1]]]).recent, mixed.recent)
+    assert len(mixed[np.array([True, False])]) == 1
+
+
+def test_context_reuse_is_bit_identical(model: WanWorldModel) -> None:
+    state, frames = dream(model, [0, 1, 2])
+    model.reuse_context = False
+    try:
+        slow_state, slow_frames = dream(model, [0, 1, 2])
+    finally:
+        model.reuse_context = True
+    assert torch.equal(state.recent, slow_state.recent)
+    assert torch.equal(frames, slow_frames)
+
+
+def test_noise_and_actions_matter(model: WanWorldModel) -> None:
+    state, _ = dream(model, [0])
+    again, _ = dream(model, [0])
+    other_noise, _ = dream(model, [0], draw=1)
+    other_actions, _ = dream(model, [0], actions=torch.zeros(1, 5, 8, 7))
+    assert torch.equal(state.recent, again.recent)
+    assert not torch.equal(state.recent, other_noise.recent)
+    assert not torch.equal(state.recent, other_actions.recent)
+
+
+def batch(latents: Tensor, seed: int = 0) -> EpisodeBatch:
+    gen = torch.Generator().manual_seed(seed)
+    b, m = latents.shape[:2]
+    maps = torch.rand(b, m, 384, 8, 8, generator=gen)
+    return EpisodeBatch(latents, torch.randn(b, m, TINY.condition_dim, generator=gen), maps)
+
+
+def test_causality() -> None:
+    """Changing a later frame's noise, action or latent leaves every earlier prediction bit-identical."""
+    net = transformer()
+    gen = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, 9, 16, 8, 8, generator=gen)
+    data = batch(latents)
+    args = [
+        latents[:, :7].clone(),
+        torch.full((1, 7), 0.05),
+        torch.randn(1, 8, 16, 8, 8, generator=gen),
+        torch.rand(1, 8),
+    ]
+    with torch.no_grad():
+        before, _ = denoise_all_chunks(net, data, *args)
+        changed = replace(data, conditions=data.conditions.clone())
+        changed.conditions[:, 6] += 1.0  # latent 6 is output 5
+        args[0][:, 6] += 1.0
+        args[2][:, 5] += 1.0
+        after, _ = denoise_all_chunks(net, changed, *args)
+    assert torch.equal(before[:, :5], after[:, :5])
+    assert not torch.equal(before[:, 5:], after[:, 5:])
+
+
+def test_teacher_forcing_sees_what_a_rollout_sees() -> None:
+    """Predicting chunk 2 in one pass over the episode equals predicting it from its own context window."""
+    net = transformer()
+    gen = torch.Generator().manual_seed(0)
+    latents, noisy = torch.randn(2, 9, 16, 8, 8, generator=gen), torch.randn(2, 8, 16, 8, 8, generator=gen)
+    data = batch(latents)
+    level = torch.full((2, 7), 0.05)
+    with torch.no_grad():
+        packed, _ = denoise_all_chunks(net, data, latents[:, :7], level, noisy, torch.full((2, 8), 0.7))
+        assert data.arm_maps is not None
+        context, new = slice(0, 5), slice(5, 7)
+        last = latents[:, 4:5].expand(-1, 2, -1, -1, -1)
+        denoiser = _ChunkDenoiser(
+            net, latents[:, context], level[:, context], data.conditions[:, context], data.arm_maps[:, context], last,
+            data.conditions[:, new], data.arm_maps[:, new], 5, True,
+        )  # fmt: skip
+        window = denoiser(noisy[:, 4:6], 0.7)
+    torch.testing.assert_close(packed[:, 4:6], window, rtol=0, atol=2e-5)
+
+
+def test_anchor_noise_follows_the_paper() -> None:
+    config = RolloutConfig()
+    levels = [round(1000 * config.anchor_noise(s)) for s in (0, 3, 4, 10, 33, 100)]
+    assert levels == [0, 0, 10, 70, 300, 300]
+
+
+def test_arm_map_follows_the_kinematics() -> None:
+    """The shadow channel peaks at the projected tool point; the integrated pose is the simulator's."""
+    arm_map = ArmMap()
+    pose = torch.tensor(piper.HOME_POSE, dtype=torch.float32)
+    pose[:3] = torch.tensor([0.30, 0.10, 0.05])
+    maps = arm_map.draw(pose.expand(1, 1, 4, 7), (32, 32)).view(4, 6, 32, 32)
+    peak = maps[0, 5].flatten().argmax().item()
+    expected, _ = piper.project(np.array([0.30, 0.10, 0.0]), 32)
+    assert abs(peak % 32 + 0.5 - expected[0]) <= 1
+    assert abs(peak // 32 + 0.5 - expected[1]) <= 1
+    actions = torch.rand(1, 3, 7, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    by_hand = pose.numpy()
+    for action in actions[0].numpy():
+        by_hand = piper.integrate_action(by_hand, action)
+    np.testing.assert_allclose(arm_map.integrate(pose[None], actions)[0, -1].numpy(), by_hand, atol=1e-6)
+
+
+def test_bad_input_is_named(model: WanWorldModel) -> None:
+    pose = torch.zeros(1, 7)
+    with pytest.raises(ValueError, match=r"uint8.*resize them"):
+        model.start(torch.zeros(1, 32, 32, 3, dtype=torch.uint8), [NoiseKey(0)], pose)
+    with pytest.raises(ValueError, match="1 start frames but 2 noise keys"):
+        model.start(start_frames([0]), [NoiseKey(0), NoiseKey(1)], pose)
+    with pytest.raises(ValueError, match="give proprio"):
+        model.start(start_frames([0]), [NoiseKey(0)])
+    state = model.start(start_frames([0]), [NoiseKey(0)], pose)
+    with pytest.raises(InvalidActionError, match=r"shape \(1, 8, 7\)"):
+        model.imagine(state, torch.zeros(1, 4, 7))
+    with pytest.raises(InvalidActionError, match="NaN"):
+        model.imagine(state, torch.full((1, 8, 7), float("nan")))
+
+
+def test_checkpoint_round_trip_and_errors(model: WanWorldModel, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    folder = tmp_path / "wm"
+    save_world_model(model, folder)
+    loaded = load_world_model(folder)
+    assert isinstance(loaded, WanWorldModel)
+    assert loaded.config == model.config
+    assert torch.equal(dream(loaded, [0])[1], dream(model, [0])[1])
+    fast = load_world_model(folder, num_inference_steps=1)
+    assert isinstance(fast, WanWorldModel)
+    assert fast.config.num_inference_steps == 1
+
+    config = json.loads((folder / "config.json").read_text())
+    config["transformer"]["num_layers"] = 3
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"missing blocks\.2\."):
+        load_world_model(folder)
+    config["transformer"]["wings"] = 2
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="wings"):
+        load_world_model(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        load_world_model(folder)
+    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
+        load_world_model(tmp_path / "nothing")

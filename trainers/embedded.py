@@ -1,0 +1,468 @@
+"""Make the embedded models from nothing, with one command: world model, judge, policy, starts, numbers, model card.
+
+    rawdream train-embedded --preset cpu     hours on 2 cores; the model card says how many
+    rawdream train-embedded --preset gpu     the same recipe with more data and more steps, on a CUDA device
+
+The stages, in order: collect play -> train the world model on it -> imagine clips of other play -> train the judge on
+both -> pre-train the policy on play -> collect 3 demonstrations per task -> fine-tune the policy on them -> render the
+starts -> put the checkpoints together -> measure everything -> write the model card. Nothing but the three
+demonstrations per task and the final measurement knows of the four tasks (paper section 3: task-agnostic).
+
+Each stage leaves a marker in ``out/stages`` when it is complete, with its settings and the hours it took, and is
+skipped from then on; a stage that was cut off goes on where its trainer saved last. A marker made with other settings,
+here or in a stage this one builds on, stops the command: give another ``out``, or delete the marker and the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from rawdream_env.data.reader import LeRobotReader
+from rawdream_env.errors import InvalidOptionError, RunDirError
+from rawdream_env.evaluation.fidelity import episodes_from_dataset, evaluate_fidelity
+from rawdream_env.evaluation.provenance import provenance
+from rawdream_env.evaluation.side_by_side import EvaluateConfig, evaluate
+from rawdream_env.files import atomic_write_json, atomic_write_text, sha256_file
+from rawdream_env.starts.pack import make_start_pack
+from rawdream_env.trainers.collect import CollectConfig, collect
+from rawdream_env.trainers.dream_clips import DreamClipsConfig, make_dream_clips
+from rawdream_env.trainers.embedded_card import model_card
+from rawdream_env.trainers.judge import JudgeTrainConfig, train_judge
+from rawdream_env.trainers.sft import SFTConfig, train_sft
+from rawdream_env.trainers.world_model import StageConfig, WorldModelTrainConfig, train_world_model
+from rawdream_env.world_models.embedded import read_world_model, save_world_model
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of everything."""
+
+    play: int
+    """Play episodes (128 control steps each) for world model, judge and policy."""
+    other_play: int
+    """Play episodes the world model does not see, for the imagined clips."""
+    held_out: int
+    """Play episodes nothing sees, to measure the world model on."""
+    autoencoder: StageConfig
+    transformer: StageConfig
+    dream_clips: int
+    judge_steps: int
+    judge_batch: int
+    pretrain_steps: int
+    pretrain_batch: int
+    fewshot_steps: int
+    starts: int
+    """Starts per task in each start pack."""
+    episodes: int
+    """Episodes per task in the final side-by-side measurement."""
+
+
+CPU = Scale(
+    play=1568,
+    other_play=320,
+    held_out=200,
+    autoencoder=StageConfig(steps=3200, batch_size=16, lr=2e-3, ema=0.99),
+    transformer=StageConfig(steps=3000, batch_size=4, lr=6e-4),
+    dream_clips=1200,
+    judge_steps=1600,
+    judge_batch=32,
+    pretrain_steps=4500,
+    pretrain_batch=32,
+    fewshot_steps=1000,
+    starts=64,
+    episodes=100,
+)
+GPU = Scale(
+    play=6000,
+    other_play=800,
+    held_out=200,
+    autoencoder=StageConfig(steps=10_000, batch_size=64, lr=2e-3, ema=0.995),
+    transformer=StageConfig(steps=20_000, batch_size=32, lr=6e-4),
+    dream_clips=4000,
+    judge_steps=6000,
+    judge_batch=64,
+    pretrain_steps=20_000,
+    pretrain_batch=64,
+    fewshot_steps=2000,
+    starts=64,
+    episodes=200,
+)
+SMOKE = Scale(
+    play=16,
+    other_play=8,
+    held_out=2,
+    autoencoder=StageConfig(steps=2, batch_size=2, lr=1e-3),
+    transformer=StageConfig(steps=2, batch_size=1, lr=1e-4),
+    dream_clips=24,
+    judge_steps=2,
+    judge_batch=2,
+    pretrain_steps=2,
+    pretrain_batch=4,
+    fewshot_steps=2,
+    starts=2,
+    episodes=1,
+)
+PRESETS: dict[str, Scale] = {"cpu": CPU, "gpu": GPU, "smoke": SMOKE}
+
+
+@dataclass(frozen=True)
+class EmbeddedConfig:
+    """Options of ``rawdream train-embedded``."""
+
+    out: Path = Path("runs/embedded")
+    """Folder for data, runs and, in ``assets``, the finished models. The same command goes on."""
+    preset: Literal["cpu", "gpu", "smoke"] = "cpu"
+    """How much data and training. smoke: a little of everything, to see that it runs; its models are useless."""
+    device: str = ""
+    """Torch device; empty: cuda for the gpu preset, else cpu."""
+    workers: int = 2
+    """Simulator processes."""
+    seed: int = 0
+    """Names every random draw."""
+    until: str = ""
+    """Stop after this stage."""
+    install: bool = False
+    """Copy the finished models over those of the installed package."""
+    progress: bool = True
+    """Show progress bars."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the recipe.
+
+    ``run()`` may be called again after it was cut off. The stage is complete when it has returned; its numbers go into
+    the marker. ``needs`` are the stages whose settings it depends on, ``makes`` what has to exist for it to be skipped.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    makes: tuple[Path, ...]
+    run: Callable[[], Mapping[str, Any] | None]
+    needs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class EmbeddedResult:
+    """``assets``: the folder of the models (None when ``until`` ended earlier); ``hours`` per stage."""
+
+    assets: Path | None
+    hours: dict[str, float]
+
+    def __str__(self) -> str:
+        width = max(map(len, self.hours))
+        lines = [f"{name:<{width}}  {60 * hours:8.1f} min" for name, hours in self.hours.items()]
+        return "\n".join([*lines, f"The models are in {self.assets}." if self.assets else "Stopped on request."])
+
+
+def train_embedded(config: EmbeddedConfig) -> EmbeddedResult:
+    """Run the stages that are not complete yet.
+
+    Raises:
+        InvalidOptionError: no such stage, or no such device.
+        RunDirError: ``out`` holds stages made with other settings.
+    """
+    device = config.device or ("cuda" if config.preset == "gpu" else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InvalidOptionError(f"device {device!r} needs a CUDA build of torch and a GPU; use --preset cpu.")
+    stages = recipe(replace(config, device=device), PRESETS[config.preset])
+    names = [stage.name for stage in stages]
+    if config.until and config.until not in names:
+        raise InvalidOptionError(f"until={config.until!r} is no stage; choose among {', '.join(names)}.")
+    last = names.index(config.until) if config.until else len(stages) - 1
+    hours = run_stages(stages[: last + 1], config.out / "stages")
+    assets = config.out / "assets" if last == len(stages) - 1 else None
+    if assets is not None and config.install:
+        _install(assets)
+    return EmbeddedResult(assets, hours)
+
+
+def run_stages(stages: Sequence[Stage], markers: Path) -> dict[str, float]:
+    """Run stages in order, skipping complete ones; returns the hours each took (earlier runs included)."""
+    markers.mkdir(parents=True, exist_ok=True)
+    prints: dict[str, str] = {}
+    hours: dict[str, float] = {}
+    for number, stage in enumerate(stages, 1):
+        inherited = {name: prints[name] for name in stage.needs}
+        text = json.dumps({"settings": stage.settings, "needs": inherited}, sort_keys=True, default=str)
+        prints[stage.name] = hashlib.sha256(text.encode()).hexdigest()[:16]
+        path = markers / f"{stage.name}.json"
+        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if known and known["fingerprint"] != prints[stage.name]:
+            raise RunDirError(
+                f"stage {stage.name!r} of {markers.parent} was made with other settings (its own or those of a stage "
+                f"it builds on). Give another out, or delete {path} and what the stage made: "
+                f"{', '.join(map(str, stage.makes))}."
+            )
+        if known.get("complete") and all(made.exists() for made in stage.makes):
+            _logger.info("%d/%d %s: complete", number, len(stages), stage.name)
+            hours[stage.name] = known["hours"]
+            continue
+        begun, earlier = time.monotonic(), float(known.get("hours", 0.0))
+        record = {"fingerprint": prints[stage.name], "settings": json.loads(text)["settings"], "complete": False}
+        facts: Mapping[str, Any] | None = None
+        try:
+            atomic_write_json(path, {**record, "hours": earlier})
+            facts = stage.run()
+            record["complete"] = True
+        finally:
+            hours[stage.name] = earlier + (time.monotonic() - begun) / 3600
+            atomic_write_json(path, {**record, "hours": hours[stage.name], "facts": dict(facts or {})})
+    return hours
+
+
+# -- the recipe --------------------------------------------------------------------------------------------------------
+
+
+def recipe(config: EmbeddedConfig, scale: Scale) -> list[Stage]:
+    """All stages, in order; ``config.device`` is filled in."""
+    parts = (_world_model_stages, _judge_stages, _policy_stages, _finish_stages)
+    return [stage for part in parts for stage in part(config, scale, Paths(config.out))]
+
+
+class Paths:
+    """Where everything lies under ``out``."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.play, self.other_play, self.held_out = (out / "data" / n for n in ("play", "other_play", "held_out_play"))
+        self.demonstrations = out / "data" / "demonstrations"
+        self.world_model = out / "world_model" / "world_model"
+        self.dreams = out / "dreams"
+        self.judge = out / "judge" / "judge"
+        self.generalist = out / "policy_pretrained" / "policy"
+        self.policy = out / "policy" / "policy"
+        self.assets = out / "assets"
+
+
+def _collect_stage(name: str, config: CollectConfig) -> Stage:
+    free = ("root", "workers", "progress")
+    settings = {key: value for key, value in asdict(config).items() if key not in free}
+    root = Path(config.root)
+
+    def run() -> dict[str, Any]:
+        collect(config)
+        return {"episodes": config.episodes, "transitions": config.episodes * config.steps}
+
+    return Stage(name, settings, (root / "meta" / "info.json",), run)
+
+
+def _world_model_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[Stage]:
+    def play(root: Path, episodes: int, seed: int) -> CollectConfig:
+        return CollectConfig(
+            root=str(root), kind="play", episodes=episodes, workers=config.workers, seed=seed, progress=config.progress
+        )
+
+    train = WorldModelTrainConfig(
+        data=(str(paths.play),),
+        out=str(paths.world_model.parent),
+        seed=config.seed,
+        device=config.device,
+        autoencoder=scale.autoencoder,
+        transformer=scale.transformer,
+    )
+
+    def run() -> None:
+        train_world_model(train)
+
+    # Other seeds, other scenes: what the world model is tested on, and imagines for the judge, it has not seen.
+    return [
+        _collect_stage("play", play(paths.play, scale.play, config.seed)),
+        _collect_stage("other_play", play(paths.other_play, scale.other_play, config.seed + 1)),
+        _collect_stage("held_out_play", play(paths.held_out, scale.held_out, config.seed + 2)),
+        Stage("world_model", _settings(train), (paths.world_model / "config.json",), run, ("play",)),
+    ]
+
+
+def _judge_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[Stage]:
+    dreams = DreamClipsConfig(
+        data=str(paths.other_play),
+        out=str(paths.dreams),
+        world_model=str(paths.world_model),
+        clips=scale.dream_clips,
+        seed=config.seed,
+        device=config.device,
+        progress=config.progress,
+    )
+    train = JudgeTrainConfig(
+        data=(str(paths.play),),
+        out=str(paths.judge.parent),
+        imagined=(str(paths.dreams),),
+        steps=scale.judge_steps,
+        batch_size=scale.judge_batch,
+        validation_share=0.3 if config.preset == "smoke" else 0.1,
+        seed=config.seed,
+        device=config.device,
+    )
+
+    def imagine() -> None:
+        make_dream_clips(dreams)
+
+    def run() -> dict[str, Any]:
+        report = train_judge(train, progress=config.progress).report.as_dict()["groups"]
+        return {"validation": report}
+
+    return [
+        Stage("dreams", _settings(dreams), (paths.dreams,), imagine, ("other_play", "world_model")),
+        Stage("judge", _settings(train), (paths.judge / "config.json",), run, ("play", "dreams")),
+    ]
+
+
+def _policy_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[Stage]:
+    demonstrations = CollectConfig(
+        root=str(paths.demonstrations),
+        kind="expert",
+        episodes=12,
+        action_noise=0.05,
+        successes_only=True,
+        workers=0,
+        seed=config.seed,
+        progress=config.progress,
+    )
+    pretrain = SFTConfig(
+        data=(str(paths.play),),
+        out=str(paths.generalist.parent),
+        stage="pretrain",
+        steps=scale.pretrain_steps,
+        batch_size=scale.pretrain_batch,
+        label_sigma=3.0,
+        readout_weight=3.0,
+        jitter=0.05,
+        blur_share=0.15,
+        device=config.device,
+        seed=config.seed,
+    )
+    fewshot = replace(
+        pretrain,
+        data=(str(paths.demonstrations),),
+        out=str(paths.policy.parent),
+        stage="fewshot",
+        init=str(paths.generalist),
+        replay=(str(paths.play),),
+        steps=scale.fewshot_steps,
+        lr=3e-4,
+        demos_per_task=3,
+    )
+
+    def trained(sft: SFTConfig) -> Callable[[], dict[str, Any]]:
+        return lambda: {"validation": train_sft(sft, progress=config.progress).validation}
+
+    return [
+        Stage("pretrained", _settings(pretrain), (paths.generalist / "config.json",), trained(pretrain), ("play",)),
+        _collect_stage("demonstrations", demonstrations),
+        Stage(
+            "policy",
+            _settings(fewshot),
+            (paths.policy / "config.json",),
+            trained(fewshot),
+            ("pretrained", "demonstrations"),
+        ),
+    ]
+
+
+def _finish_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[Stage]:
+    assets = paths.assets
+    packs = {layout: assets / f"starts_{layout}.safetensors" for layout in ("narrow", "wide")}
+
+    def starts() -> None:
+        assets.mkdir(parents=True, exist_ok=True)
+        for layout, path in packs.items():
+            make_start_pack(path, scale.starts, layout, config.seed + 3)
+
+    def assemble() -> None:
+        save_world_model(read_world_model(paths.world_model), assets / "world_model", half=True)
+        for source in (paths.judge, paths.policy):
+            shutil.copytree(source, assets / source.name, dirs_exist_ok=True)
+
+    models = ("world_model", "judge", "policy")
+    measured = assets / "metrics.json"
+    return [
+        Stage("starts", {"per_task": scale.starts, "seed": config.seed + 3}, tuple(packs.values()), starts),
+        Stage("assets", {"half": True}, tuple(assets / name / "config.json" for name in models), assemble, models),
+        Stage(
+            "metrics",
+            {"episodes": scale.episodes, "seed": config.seed + 4},
+            (measured,),
+            lambda: atomic_write_json(measured, measure(config, scale, paths)),
+            ("assets", "held_out_play"),
+        ),
+        Stage(
+            "card",
+            {},
+            (assets / "README.md", assets / "manifest.json"),
+            lambda: write_card(assets, paths.out / "stages"),
+            ("metrics", "starts"),
+        ),
+    ]
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    """What a stage depends on: its configuration without folders, which are told by ``needs``, and the progress bar."""
+    left_out = ("data", "out", "world_model", "imagined", "init", "replay", "progress")
+    return {key: value for key, value in asdict(config).items() if key not in left_out}
+
+
+# -- measuring and describing ------------------------------------------------------------------------------------------
+
+
+def measure(config: EmbeddedConfig, scale: Scale, paths: Paths) -> dict[str, Any]:
+    """World model on held-out play; policy in dream and simulator, with the judge's errors; judge on held-out clips."""
+    model = read_world_model(paths.assets / "world_model").to(config.device)
+    reader = LeRobotReader(paths.held_out)
+    fidelity = evaluate_fidelity(model, episodes_from_dataset(reader), progress=config.progress)
+    fidelity.save(paths.out / "metrics")
+    side_by_side = evaluate(
+        EvaluateConfig(
+            policies=(f"few-shot={paths.assets / 'policy'}",),
+            episodes_per_task=scale.episodes,
+            output=paths.out / "metrics",
+            world_model=str(paths.assets / "world_model"),
+            judge=str(paths.assets / "judge"),
+            sim_workers=config.workers,
+            seed=config.seed + 4,
+            device=config.device,
+        ),
+        progress=config.progress,
+    )
+    judge = json.loads((paths.judge.parent / "judge_report.json").read_text(encoding="utf-8"))
+    return {
+        "world_model": fidelity.as_dict(),
+        "judge": judge["groups"],
+        "policy": side_by_side.report["policies"],
+        "run": provenance(seed=config.seed),
+    }
+
+
+def write_card(assets: Path, markers: Path) -> dict[str, Any]:
+    """Write the model card (README.md) and the manifest (sizes and SHA-256 of every file) of an assets folder."""
+    stages = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(markers.glob("*.json"))}
+    metrics = json.loads((assets / "metrics.json").read_text(encoding="utf-8"))
+    atomic_write_text(assets / "README.md", model_card(stages, metrics))
+    write_manifest(assets)
+    return {}
+
+
+def write_manifest(assets: Path) -> None:
+    """Write ``manifest.json``: SHA-256 of every checkpoint, configuration and start pack, for ``rawdream doctor``."""
+    files = sorted(p for p in assets.rglob("*") if p.suffix in (".safetensors", ".json") and p.name != "manifest.json")
+    atomic_write_json(
+        assets / "manifest.json", {"sha256": {p.relative_to(assets).as_posix(): sha256_file(p) for p in files}}
+    )
+
+
+def _install(assets: Path) -> None:
+    from rawdream_env import assets as package
+
+    shutil.copytree(assets, Path(package.__file__).parent, dirs_exist_ok=True)

@@ -1,0 +1,32 @@
+"""Ctrl-C in good order: finish what must not be cut in two, save, then stop."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[threading.Event]:
+    """Turn the first Ctrl-C into an event, so that no update is cut in two; a second one interrupts as usual."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+        yield event
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        event.set()
+        signal.signal(signal.SIGINT, previous)
+        _logger.warning("Stopping after the current update or chunk, then saving; press Ctrl-C again not to wait.")
+
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, previous)

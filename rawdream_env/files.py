@@ -77,7 +77,7 @@ def sha256_file(path: PathLike) -> str:
 def serialize_safetensors(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, *, where: PathLike = "the checkpoint"
 ) -> bytes:
-    """The bytes of a safetensors file. ``CheckpointError`` names a non-finite tensor: what loading refuses, saving does."""
+    """The bytes of a safetensors file. ``CheckpointError`` names a non-finite tensor, which loading would refuse."""
     from safetensors.torch import save
 
     _refuse_non_finite(tensors.items(), f"Will not write {where}")

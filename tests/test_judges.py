@@ -52,7 +52,7 @@ def reply(answer: str = "Success", reasoning: str = "it is there") -> str:
     [
         reply(),
         ' \n{ "Final Answer" : "Success" ,\t"Reasoning" : "" }\r\n',
-        json.dumps({"Reasoning": "say \"no\" \\ \n {}", "Final Answer": "Success"}),
+        json.dumps({"Reasoning": 'say "no" \\ \n {}', "Final Answer": "Success"}),
         '{"Reasoning": "x", "Final\\u0020Answer": "Succ\\u0065ss"}',
     ],
 )

@@ -120,6 +120,7 @@ def test_clipping_by_hand() -> None:
     assert float(metrics["ratio_mean"]) == pytest.approx(3.1 / 3)
     assert float(metrics["ratio_max"]) == pytest.approx(1.5)
     assert float(metrics["ratio_deviation"]) == pytest.approx(0.5)
+    assert float(metrics["ratio_error"]) == pytest.approx(1.1 / 3)
     kl = sum(r - 1 - math.log(r) for r in (1.5, 0.5, 1.1)) / 3
     assert float(metrics["approx_kl"]) == pytest.approx(kl)
     assert float(metrics["entropy"]) == pytest.approx(-float(logprobs.detach().mean()))

@@ -19,7 +19,9 @@ from rawdream_env.policies.tiny_vla import TinyVLA, TinyVLAConfig
 from rawdream_env.seeding import NoiseKey
 from rawdream_env.types import Policy
 
-SMALL = TinyVLAConfig(stem_channels=16, trunk_channels=24, trunk_blocks=1, width=32, heads=2, decoder_layers=1, bin_rank=16)
+SMALL = TinyVLAConfig(
+    stem_channels=16, trunk_channels=24, trunk_blocks=1, width=32, heads=2, decoder_layers=1, bin_rank=16
+)
 SENTENCES = ["stack the blue block onto the red block", "place the pot on the stove", "lift the cup", "", "word " * 40]
 
 
@@ -42,7 +44,17 @@ def keys(n: int) -> list[NoiseKey]:
 @pytest.mark.parametrize(
     ("action", "digit"),
     # digitize over linspace(-1, 1, 256): -1 -> 1; 0 lies between edges 127 (-0.0039) and 128 -> 128; +1 -> 256.
-    [(-1.0, 1), (-5.0, 1), (-0.9999, 1), (-1 + 2 / 255 + 1e-9, 2), (0.0, 128), (0.5, 192), (0.9999, 255), (1.0, 256), (7.0, 256)],
+    [
+        (-1.0, 1),
+        (-5.0, 1),
+        (-0.9999, 1),
+        (-1 + 2 / 255 + 1e-9, 2),
+        (0.0, 128),
+        (0.5, 192),
+        (0.9999, 255),
+        (1.0, 256),
+        (7.0, 256),
+    ],
 )
 def test_encode_matches_the_openvla_code(action: float, digit: int) -> None:
     token = int(at.encode(np.array([action]))[0])
@@ -166,7 +178,7 @@ def test_recomputed_logprobs_match_and_carry_gradients(policy: TinyVLA) -> None:
     assert (logprobs - output.logprobs).exp().sub(1).abs().max() < 1e-5  # the ratio before the first update
     torch.testing.assert_close(policy.logprobs(images(5), SENTENCES, output.tokens, temperature=1.6), logprobs)
     torch.testing.assert_close(policy.entropy(images(5), SENTENCES, temperature=1.6), entropy.detach())
-    assert 0 < entropy.min() and entropy.max() <= math.log(256) + 1e-4
+    assert entropy.min() > 0 and entropy.max() <= math.log(256) + 1e-4
     logprobs.sum().backward()
     missing = [name for name, p in policy.named_parameters() if p.grad is None]
     assert missing == ["auxiliary_head.weight", "auxiliary_head.bias"]  # read-out: training only

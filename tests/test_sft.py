@@ -22,7 +22,9 @@ from rawdream_env.trainers import demonstrations as demos
 from rawdream_env.trainers import sft
 from rawdream_env.types import PolicyOutput
 
-SMALL = TinyVLAConfig(stem_channels=16, trunk_channels=16, trunk_blocks=1, width=32, heads=2, decoder_layers=1, bin_rank=16)
+SMALL = TinyVLAConfig(
+    stem_channels=16, trunk_channels=16, trunk_blocks=1, width=32, heads=2, decoder_layers=1, bin_rank=16
+)
 FEATURES = {"action": schema.numeric_feature(7), "observation.state": schema.numeric_feature(7)}
 TRUTH = {
     "privileged.object_poses": schema.numeric_feature(49),
@@ -96,8 +98,18 @@ def play_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(out: Path, *data: Path, **changes: Any) -> sft.SFTConfig:
     base = sft.SFTConfig(
-        data=tuple(map(str, data)), out=str(out), steps=6, batch_size=8, warmup=2, lr=3e-3, model=SMALL, bf16=False,
-        jitter=0.02, log_every=1, save_every=3, held_out=0.3,
+        data=tuple(map(str, data)),
+        out=str(out),
+        steps=6,
+        batch_size=8,
+        warmup=2,
+        lr=3e-3,
+        model=SMALL,
+        bf16=False,
+        jitter=0.02,
+        log_every=1,
+        save_every=3,
+        held_out=0.3,
     )
     return replace(base, **changes)
 
@@ -209,7 +221,9 @@ def test_split_is_by_episode(expert_folder: Path) -> None:
 
 def test_learns_where_and_what(expert_folder: Path, tmp_path: Path) -> None:
     result = sft.train_sft(
-        config(tmp_path, expert_folder, steps=150, batch_size=24, save_every=150, log_every=10, blur_share=0.0, ema=0.9),
+        config(
+            tmp_path, expert_folder, steps=150, batch_size=24, save_every=150, log_every=10, blur_share=0.0, ema=0.9
+        ),
         progress=False,
     )
     lines = [line for line in _metrics(tmp_path) if "loss" in line]
@@ -228,8 +242,13 @@ def test_pretrain_then_fewshot_with_replay(play_folder: Path, expert_folder: Pat
     first = sft.train_sft(config(tmp_path / "a", play_folder, stage="pretrain"), progress=False)
     assert first.steps == 6 and {"val_loss", "val_tool_mm", "val_object_mm", "val_goal_mm"} <= set(first.validation)
     few = config(
-        tmp_path / "b", expert_folder, init=str(tmp_path / "a/policy"), replay=(str(play_folder),), replay_share=0.25,
-        lr=1e-6, steps=2,
+        tmp_path / "b",
+        expert_folder,
+        init=str(tmp_path / "a/policy"),
+        replay=(str(play_folder),),
+        replay_share=0.25,
+        lr=1e-6,
+        steps=2,
     )
     sources, held_out = sft._load_sources(few, 8)
     batch = sft._draw_batch(sources, few, 0)

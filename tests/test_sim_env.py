@@ -60,7 +60,7 @@ def test_aliasing_and_disabled_mode():
 def test_single_env_passes_gymnasiums_checker():
     env = gym.make("rawdream/PiperSim-v0", render_mode="rgb_array")
     check_env(env.unwrapped, skip_render_check=True, skip_close_check=True)
-    assert env.render().shape == (64, 64, 3)
+    assert env.unwrapped.render().shape == (64, 64, 3)
     env.close()
 
 

@@ -111,8 +111,10 @@ def play_demonstrations(
     parts = []
     for position in range(len(arrays)):
         episode = arrays.episode(position)
-        for segment in pick_place_segments(episode, exclude_pairs=exclude_pairs):
-            parts.append((position, episode, segment.start, segment.end, GOAL_NAMES.index(segment.goal)))
+        parts.extend(
+            (position, episode, segment.start, segment.end, GOAL_NAMES.index(segment.goal))
+            for segment in pick_place_segments(episode, exclude_pairs=exclude_pairs)
+        )
     if not parts:
         raise DatasetError(f"none of the {len(arrays)} play episodes holds a pick-and-place; collect more play.")
     return _assemble(arrays, parts, GOAL_NAMES, [GOAL_NAMES[p[4]] for p in parts], chunk_len)
@@ -141,7 +143,9 @@ def expert_demonstrations(
 
 def _end_of_motion(actions: Float32Array, slack: int) -> int:
     """Where an episode's idle tail begins, plus ``slack`` steps of it: hovering needs no more examples than that."""
-    moving = np.flatnonzero((np.abs(actions[:, :-1]) > 0.05).any(1) | (np.abs(np.diff(actions[:, -1], prepend=0)) > 0.5))
+    moving = np.flatnonzero(
+        (np.abs(actions[:, :-1]) > 0.05).any(1) | (np.abs(np.diff(actions[:, -1], prepend=0)) > 0.5)
+    )
     return min(len(actions), (int(moving[-1]) + 1 if len(moving) else 0) + slack)
 
 
@@ -157,9 +161,7 @@ def _assemble(
         frames=arrays.frames,
         rows=np.concatenate([arrays.offsets[p] + np.arange(start, end) for p, _, start, end, _ in parts]),
         actions=np.concatenate([chunk_targets(e.actions, start, end, chunk_len) for _, e, start, end, _ in parts]),
-        readout=np.concatenate(
-            [readout_targets(p[1], r, p[2], p[3]) for p, r in zip(parts, named, strict=True)]
-        ),
+        readout=np.concatenate([readout_targets(p[1], r, p[2], p[3]) for p, r in zip(parts, named, strict=True)]),
         goal=np.repeat([p[4] for p in parts], lengths).astype(np.int64),
         goals=goals,
         episode=np.repeat([p[0] for p in parts], lengths).astype(np.int64),

@@ -12,7 +12,7 @@ vanished and told "success" learns to be unsure, which is what we want of it.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from rawdream_env.data.hindsight import label_windows, sample_goals
 from rawdream_env.data.reader import EpisodeArrays, LeRobotReader
 from rawdream_env.errors import DatasetError
 from rawdream_env.evaluation.fidelity import RecordedEpisode, dream_episodes
-from rawdream_env.files import save_safetensors
+from rawdream_env.files import atomic_write_json, save_safetensors
 from rawdream_env.relations import OBJECTS, PLACE_RELATIONS
 from rawdream_env.seeding import mix
 from rawdream_env.trainers.judge_clips import CHUNK, episode_windows
@@ -70,13 +70,15 @@ def make_dream_clips(config: DreamClipsConfig, *, world_model: WorldModel | None
     """Imagine the clips that are still missing; returns the folder.
 
     Raises:
-        DatasetError: the data lack the privileged columns, or hold no window with an askable goal.
+        DatasetError: the data lack the privileged columns, or hold no window with an askable goal; or the folder holds
+            clips of another configuration.
         CheckpointError: the world model is missing or damaged.
     """
     model = load_world_model(config.world_model, config.device) if world_model is None else world_model
     arrays = LeRobotReader(config.data).load_all(workers=2, progress=config.progress)
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
+    _claim(folder, config)
     files = plan(arrays, config)
     todo = [file for file in files if not _path(folder, file).exists()]
     done = sum(len(file.windows) for file in files) - sum(len(file.windows) for file in todo)
@@ -85,6 +87,16 @@ def make_dream_clips(config: DreamClipsConfig, *, world_model: WorldModel | None
             _write(_path(folder, file), arrays, file, model, config)
             bar.update(len(file.windows))
     return folder
+
+
+def _claim(folder: Path, config: DreamClipsConfig) -> None:
+    """Refuse to mix configurations in one folder; remember this one."""
+    path = folder / "config.json"
+    wanted = {key: value for key, value in asdict(config).items() if key not in ("out", "device", "progress")}
+    if not path.exists():
+        atomic_write_json(path, wanted)
+    elif json.loads(path.read_text(encoding="utf-8")) != wanted:
+        raise DatasetError(f"{folder} holds clips of another configuration (see {path}); give another folder.")
 
 
 def _path(folder: Path, file: _File) -> Path:

@@ -15,12 +15,9 @@ here or in a stage this one builds on, stops the command: give another ``out``, 
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
 import shutil
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,93 +25,21 @@ from typing import Any, Literal
 import torch
 
 from rawdream_env.data.reader import LeRobotReader
-from rawdream_env.errors import InvalidOptionError, RunDirError
+from rawdream_env.errors import InvalidOptionError
 from rawdream_env.evaluation.fidelity import episodes_from_dataset, evaluate_fidelity
 from rawdream_env.evaluation.provenance import provenance
 from rawdream_env.evaluation.side_by_side import EvaluateConfig, evaluate
-from rawdream_env.files import atomic_write_json, atomic_write_text, sha256_file
+from rawdream_env.files import atomic_write_json
 from rawdream_env.starts.pack import make_start_pack
 from rawdream_env.trainers.collect import CollectConfig, collect
 from rawdream_env.trainers.dream_clips import DreamClipsConfig, make_dream_clips
-from rawdream_env.trainers.embedded_card import model_card
+from rawdream_env.trainers.embedded_card import write_card
+from rawdream_env.trainers.embedded_presets import PRESETS, Scale
 from rawdream_env.trainers.judge import JudgeTrainConfig, train_judge
 from rawdream_env.trainers.sft import SFTConfig, train_sft
-from rawdream_env.trainers.world_model import StageConfig, WorldModelTrainConfig, train_world_model
+from rawdream_env.trainers.stages import Stage, run_stages
+from rawdream_env.trainers.world_model import WorldModelTrainConfig, train_world_model
 from rawdream_env.world_models.embedded import read_world_model, save_world_model
-
-_logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How much of everything."""
-
-    play: int
-    """Play episodes (128 control steps each) for world model, judge and policy."""
-    other_play: int
-    """Play episodes the world model does not see, for the imagined clips."""
-    held_out: int
-    """Play episodes nothing sees, to measure the world model on."""
-    autoencoder: StageConfig
-    transformer: StageConfig
-    dream_clips: int
-    judge_steps: int
-    judge_batch: int
-    pretrain_steps: int
-    pretrain_batch: int
-    fewshot_steps: int
-    starts: int
-    """Starts per task in each start pack."""
-    episodes: int
-    """Episodes per task in the final side-by-side measurement."""
-
-
-CPU = Scale(
-    play=1568,
-    other_play=320,
-    held_out=200,
-    autoencoder=StageConfig(steps=3200, batch_size=16, lr=2e-3, ema=0.99),
-    transformer=StageConfig(steps=3000, batch_size=4, lr=6e-4),
-    dream_clips=1200,
-    judge_steps=1600,
-    judge_batch=32,
-    pretrain_steps=4500,
-    pretrain_batch=32,
-    fewshot_steps=1000,
-    starts=64,
-    episodes=100,
-)
-GPU = Scale(
-    play=6000,
-    other_play=800,
-    held_out=200,
-    autoencoder=StageConfig(steps=10_000, batch_size=64, lr=2e-3, ema=0.995),
-    transformer=StageConfig(steps=20_000, batch_size=32, lr=6e-4),
-    dream_clips=4000,
-    judge_steps=6000,
-    judge_batch=64,
-    pretrain_steps=20_000,
-    pretrain_batch=64,
-    fewshot_steps=2000,
-    starts=64,
-    episodes=200,
-)
-SMOKE = Scale(
-    play=16,
-    other_play=8,
-    held_out=2,
-    autoencoder=StageConfig(steps=2, batch_size=2, lr=1e-3),
-    transformer=StageConfig(steps=2, batch_size=1, lr=1e-4),
-    dream_clips=24,
-    judge_steps=2,
-    judge_batch=2,
-    pretrain_steps=2,
-    pretrain_batch=4,
-    fewshot_steps=2,
-    starts=2,
-    episodes=1,
-)
-PRESETS: dict[str, Scale] = {"cpu": CPU, "gpu": GPU, "smoke": SMOKE}
 
 
 @dataclass(frozen=True)
@@ -137,21 +62,6 @@ class EmbeddedConfig:
     """Copy the finished models over those of the installed package."""
     progress: bool = True
     """Show progress bars."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One step of the recipe.
-
-    ``run()`` may be called again after it was cut off. The stage is complete when it has returned; its numbers go into
-    the marker. ``needs`` are the stages whose settings it depends on, ``makes`` what has to exist for it to be skipped.
-    """
-
-    name: str
-    settings: Mapping[str, Any]
-    makes: tuple[Path, ...]
-    run: Callable[[], Mapping[str, Any] | None]
-    needs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -187,40 +97,6 @@ def train_embedded(config: EmbeddedConfig) -> EmbeddedResult:
     if assets is not None and config.install:
         _install(assets)
     return EmbeddedResult(assets, hours)
-
-
-def run_stages(stages: Sequence[Stage], markers: Path) -> dict[str, float]:
-    """Run stages in order, skipping complete ones; returns the hours each took (earlier runs included)."""
-    markers.mkdir(parents=True, exist_ok=True)
-    prints: dict[str, str] = {}
-    hours: dict[str, float] = {}
-    for number, stage in enumerate(stages, 1):
-        inherited = {name: prints[name] for name in stage.needs}
-        text = json.dumps({"settings": stage.settings, "needs": inherited}, sort_keys=True, default=str)
-        prints[stage.name] = hashlib.sha256(text.encode()).hexdigest()[:16]
-        path = markers / f"{stage.name}.json"
-        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if known and known["fingerprint"] != prints[stage.name]:
-            raise RunDirError(
-                f"stage {stage.name!r} of {markers.parent} was made with other settings (its own or those of a stage "
-                f"it builds on). Give another out, or delete {path} and what the stage made: "
-                f"{', '.join(map(str, stage.makes))}."
-            )
-        if known.get("complete") and all(made.exists() for made in stage.makes):
-            _logger.info("%d/%d %s: complete", number, len(stages), stage.name)
-            hours[stage.name] = known["hours"]
-            continue
-        begun, earlier = time.monotonic(), float(known.get("hours", 0.0))
-        record = {"fingerprint": prints[stage.name], "settings": json.loads(text)["settings"], "complete": False}
-        facts: Mapping[str, Any] | None = None
-        try:
-            atomic_write_json(path, {**record, "hours": earlier})
-            facts = stage.run()
-            record["complete"] = True
-        finally:
-            hours[stage.name] = earlier + (time.monotonic() - begun) / 3600
-            atomic_write_json(path, {**record, "hours": hours[stage.name], "facts": dict(facts or {})})
-    return hours
 
 
 # -- the recipe --------------------------------------------------------------------------------------------------------
@@ -302,7 +178,7 @@ def _judge_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[St
         imagined=(str(paths.dreams),),
         steps=scale.judge_steps,
         batch_size=scale.judge_batch,
-        validation_share=0.3 if config.preset == "smoke" else 0.1,
+        validation_share=0.5 if config.preset == "smoke" else 0.1,
         seed=config.seed,
         device=config.device,
     )
@@ -385,6 +261,7 @@ def _finish_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[S
         save_world_model(read_world_model(paths.world_model), assets / "world_model", half=True)
         for source in (paths.judge, paths.policy):
             shutil.copytree(source, assets / source.name, dirs_exist_ok=True)
+        _forget_folders(assets / "judge" / "config.json")
 
     models = ("world_model", "judge", "policy")
     measured = assets / "metrics.json"
@@ -406,15 +283,6 @@ def _finish_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[S
             ("metrics", "starts"),
         ),
     ]
-
-
-def _settings(config: Any) -> dict[str, Any]:
-    """What a stage depends on: its configuration without folders, which are told by ``needs``, and the progress bar."""
-    left_out = ("data", "out", "world_model", "imagined", "init", "replay", "progress")
-    return {key: value for key, value in asdict(config).items() if key not in left_out}
-
-
-# -- measuring and describing ------------------------------------------------------------------------------------------
 
 
 def measure(config: EmbeddedConfig, scale: Scale, paths: Paths) -> dict[str, Any]:
@@ -441,25 +309,21 @@ def measure(config: EmbeddedConfig, scale: Scale, paths: Paths) -> dict[str, Any
         "world_model": fidelity.as_dict(),
         "judge": judge["groups"],
         "policy": side_by_side.report["policies"],
-        "run": provenance(seed=config.seed),
+        "run": {key: value for key, value in provenance(seed=config.seed).items() if key != "command"},
     }
 
 
-def write_card(assets: Path, markers: Path) -> dict[str, Any]:
-    """Write the model card (README.md) and the manifest (sizes and SHA-256 of every file) of an assets folder."""
-    stages = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(markers.glob("*.json"))}
-    metrics = json.loads((assets / "metrics.json").read_text(encoding="utf-8"))
-    atomic_write_text(assets / "README.md", model_card(stages, metrics))
-    write_manifest(assets)
-    return {}
+def _forget_folders(path: Path) -> None:
+    """Keep only the names of the data folders in a checkpoint that will be passed on."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["metadata"]["data"] = [Path(folder).name for folder in content["metadata"].get("data", [])]
+    atomic_write_json(path, content)
 
 
-def write_manifest(assets: Path) -> None:
-    """Write ``manifest.json``: SHA-256 of every checkpoint, configuration and start pack, for ``rawdream doctor``."""
-    files = sorted(p for p in assets.rglob("*") if p.suffix in (".safetensors", ".json") and p.name != "manifest.json")
-    atomic_write_json(
-        assets / "manifest.json", {"sha256": {p.relative_to(assets).as_posix(): sha256_file(p) for p in files}}
-    )
+def _settings(config: Any) -> dict[str, Any]:
+    """What a stage depends on: its configuration without folders, which are told by ``needs``, and the progress bar."""
+    left_out = ("data", "out", "world_model", "imagined", "init", "replay", "progress")
+    return {key: value for key, value in asdict(config).items() if key not in left_out}
 
 
 def _install(assets: Path) -> None:

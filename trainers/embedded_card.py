@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rawdream_env.evaluation.report import estimate_text, rate_text
+from rawdream_env.files import atomic_write_json, atomic_write_text, sha256_file
 
 _ORDER = (
     "play",
@@ -131,3 +134,19 @@ def _policy(policies: Any) -> list[str]:
 
 def _rate(rate: Any) -> str:
     return rate_text(rate) if isinstance(rate, Mapping) else "not measured"
+
+
+def write_card(assets: Path, markers: Path) -> None:
+    """Write the model card (README.md) and the manifest (sizes and SHA-256 of every file) of an assets folder."""
+    stages = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(markers.glob("*.json"))}
+    metrics = json.loads((assets / "metrics.json").read_text(encoding="utf-8"))
+    atomic_write_text(assets / "README.md", model_card(stages, metrics))
+    write_manifest(assets)
+
+
+def write_manifest(assets: Path) -> None:
+    """Write ``manifest.json``: SHA-256 of every checkpoint, configuration and start pack, for ``rawdream doctor``."""
+    files = sorted(p for p in assets.rglob("*") if p.suffix in (".safetensors", ".json") and p.name != "manifest.json")
+    atomic_write_json(
+        assets / "manifest.json", {"sha256": {p.relative_to(assets).as_posix(): sha256_file(p) for p in files}}
+    )

@@ -51,7 +51,6 @@ from rawdream_env.trainers.judge_losses import Locator, answer_loss, look_imagin
 from rawdream_env.trainers.run_dir import RunDir, pack_optimizer, unpack_optimizer
 
 
-
 @dataclass(frozen=True)
 class JudgeTrainConfig:
     """Everything a judge run depends on."""

@@ -23,6 +23,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,9 +76,7 @@ class ClipSet:
 
     def only(self, windows: NDArray[np.bool_]) -> ClipSet:
         """The windows of a mask, over the same frames."""
-        return replace(
-            self, spans=self.spans[windows], labels=self.labels[windows], episodes=self.episodes[windows]
-        )
+        return replace(self, spans=self.spans[windows], labels=self.labels[windows], episodes=self.episodes[windows])
 
     def rows(self, windows: Int64Array) -> Int64Array:
         """The rows (B, F) of the frames the judge looks at."""
@@ -251,7 +250,7 @@ class QuestionSampler:
     goal, so that the words alone say nothing about the answer.
     """
 
-    kind_weights = {"on": 3.0, "in": 3.0, "text": 4.0}
+    kind_weights: ClassVar[dict[str, float]] = {"on": 3.0, "in": 3.0, "text": 4.0}
     hard_share = 2 / 3
 
     def __init__(self, clips: ClipSet, questions: int, *, include_held_out: bool = False) -> None:

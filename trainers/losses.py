@@ -122,7 +122,8 @@ def clipped_loss(
     Returns:
         The scalar loss and detached metrics over the tokens with weight > 0: ``approx_kl`` (the estimate
         (r - 1) - ln r, never negative), ``clip_frac`` (tokens whose gradient the clip cuts off), ``ratio_mean``,
-        ``entropy``: plain means; ``ratio_max``, ``ratio_deviation`` (largest |r - 1|); ``num_tokens``.
+        ``ratio_error`` (of |r - 1|), ``entropy``: plain means; ``ratio_max`` and ``ratio_deviation`` (of |r - 1|): the
+        largest; ``num_tokens``.
     """
     counted = weights > 0
     # Masked tokens may hold anything, -inf and NaN included, and must not reach the gradient: 0 * inf is NaN.
@@ -139,6 +140,7 @@ def clipped_loss(
             "approx_kl": (r - 1 - log_r).mean(),
             "clip_frac": cut.to(r.dtype).mean(),
             "ratio_mean": r.mean(),
+            "ratio_error": (r - 1).abs().mean(),
             "entropy": (-logprobs if entropy is None else entropy)[counted].mean(),
             "ratio_max": r.max(),
             "ratio_deviation": (r - 1).abs().max(),

@@ -246,7 +246,8 @@ class GroupCollector:
         mask[list(members)] = True
         seeds: list[int | None] = [members[row].seed if row in members else None for row in range(num_envs)]
         starts = [members[row].group.start if row in members else None for row in range(num_envs)]
-        observation, _ = self.env.reset(seed=seeds, options={"reset_mask": mask, "starts": starts})
+        env: Any = self.env  # Gymnasium's signature knows no seed per row
+        observation, _ = env.reset(seed=seeds, options={"reset_mask": mask, "starts": starts})
         self._images = _as_uint8(observation["image"])
         base: Any = self.env.unwrapped
         for row, member in members.items():
@@ -316,7 +317,7 @@ def _finish(member: _Member, infos: dict[str, Any], row: int) -> Rollout:
 
 
 def _as_uint8(images: Any) -> UInt8Array:
-    return images.cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)  # type: ignore[no-any-return]
+    return images.cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
 
 
 def _why_none(counts: RolloutCounts, max_flagged: int) -> str:
@@ -324,9 +325,9 @@ def _why_none(counts: RolloutCounts, max_flagged: int) -> str:
     rate = f"{counts.successes} of {counts.rollouts} rollouts succeeded"
     most = counts.dropped.most_common(1)[0][0]
     advice = {
-        "all_success": "the policy solves these starts: stop here, choose harder ones (layout, task) or raise temperature",
+        "all_success": "the policy solves these starts: stop here, choose harder ones (layout, task), raise temperature",
         "all_failure": "the policy never succeeds: give it more demonstrations first, choose easier starts (layout, "
-        "task), change temperature, or raise group_size or max_groups",
+        "task), change temperature, or raise group_size or max_groups_per_step",
         "untrustworthy": f"more than max_flagged={max_flagged} members of a group were flagged or invalid: look at the "
         "judge, train the world model longer, or raise max_flagged",
         "all_equal": "all rewards of a group are the same: raise temperature or group_size",

@@ -47,11 +47,13 @@ class StageTimer:
         self._stages: dict[str, float] = {}
 
     def lap(self, stage: str) -> None:
+        """The time since the last lap was spent on ``stage``."""
         now = time.perf_counter()
         self._stages[stage] = now - self._last
         self._last = now
 
     def summary(self, rollouts: Rollouts, env: VectorEnv[Any, Any, Any]) -> dict[str, float]:
+        """Seconds and rates of the step so far; ``frames`` are those imagined, second dreams included."""
         shape = env.single_action_space.shape
         chunk_len = shape[0] if shape else 1
         imagined = (rollouts.counts.chunks + _replayed_chunks(env) - self._replayed) * chunk_len

@@ -143,8 +143,8 @@ class RunDir:
         """Write the checkpoint of ``step``, then remove all but the newest ``keep``. Returns its folder.
 
         ``state``: JSON values (a numpy generator's ``bit_generator.state`` is fine; a ``torch.Generator``'s
-        ``get_state()`` belongs into ``tensors``). Raises ``CheckpointError`` for non-finite tensors and ``RunDirError`` when the disk
-        refuses; earlier checkpoints are intact in both cases.
+        ``get_state()`` belongs into ``tensors``). Raises ``CheckpointError`` for non-finite tensors and ``RunDirError``
+        when the disk refuses; earlier checkpoints are intact in both cases.
         """
         target = self._checkpoints / f"step_{step:08d}"
         temporary = self._checkpoints / f".tmp-{target.name}"

@@ -26,7 +26,7 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from rawdream_env.errors import InvalidOptionError
@@ -260,7 +260,9 @@ def train_sft(config: SFTConfig, *, progress: bool = True) -> SFTResult:
                 scalars = {name: float(value) for name, value in losses.items()}
                 bar.set_postfix({name: f"{value:.3f}" for name, value in scalars.items()}, refresh=False)
                 run.log(step, lr=optimizer.param_groups[0]["lr"], **scalars)
-                run.log_timings(step, samples_per_s=(step - first) * config.batch_size / (time.monotonic() - began - elapsed))
+                run.log_timings(
+                    step, samples_per_s=(step - first) * config.batch_size / (time.monotonic() - began - elapsed)
+                )
             if step % config.save_every == 0:
                 validation = validate(ema, held_out, config)
                 run.log(step, **validation)
@@ -360,7 +362,9 @@ def validate(policy: TinyVLA, held_out: Demonstrations, config: SFTConfig, *, sa
         "val_loss": float(token_loss(logits, batch.actions, config.label_sigma)),
         "val_token_accuracy": float((tokens == predicted).float().mean()),
         "val_action_error": float((decode(predicted) - batch.actions).abs().mean()),
-        "val_gripper_accuracy": float(((decode(predicted)[..., -1] > 0) == (batch.actions[..., -1] > 0)).float().mean()),
+        "val_gripper_accuracy": float(
+            ((decode(predicted)[..., -1] > 0) == (batch.actions[..., -1] > 0)).float().mean()
+        ),
     }
     off = readout.float() * readout.new_tensor(_READOUT_SCALE) - batch.readout
     for name, first in (("tool", 0), ("object", 7), ("goal", 10)):

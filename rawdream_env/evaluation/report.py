@@ -34,6 +34,8 @@ from rawdream_env.types import UInt8Array
 if TYPE_CHECKING:
     from rawdream_env.evaluation.side_by_side import Clip, SideBySide
 
+__all__ = ["clip_frames", "rate_text", "render", "write_report"]
+
 TITLE = "Dream and simulator, side by side"
 
 

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from rawdream_env import text
 from rawdream_env.errors import CheckpointError, InvalidOptionError
@@ -315,7 +315,9 @@ def _waves(size: int, width: int) -> Tensor:
     """
     x, y = _coordinates(size)[0].flatten(1)
     frequency = 2.0 ** torch.linspace(-1.0, 2.0, -(-width // 4))[:, None] * math.pi / 2
-    waves = torch.cat([torch.sin(frequency * x), torch.sin(frequency * y), torch.cos(frequency * x), torch.cos(frequency * y)])
+    waves = torch.cat(
+        [torch.sin(frequency * x), torch.sin(frequency * y), torch.cos(frequency * x), torch.cos(frequency * y)]
+    )
     return waves[:width].T.contiguous()
 
 

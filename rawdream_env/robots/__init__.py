@@ -1,1 +1,1 @@
-
+"""Real arms and their software twins (to come)."""

@@ -1,0 +1,251 @@
+"""The command line: instant help, errors as sentences, exit codes; the doctor; the demo; the recipe's bookkeeping."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+import time
+from dataclasses import is_dataclass
+from importlib import import_module
+
+import numpy as np
+import pytest
+
+from rawdream_env import cli, doctor
+from rawdream_env.errors import InvalidOptionError, RendererError, RunDirError
+
+
+def test_help_is_light_and_lists_every_command():
+    script = (
+        "import sys, time; begin = time.process_time(); from rawdream_env.cli import main; code = main(['--help']); "
+        "took = time.process_time() - begin; "
+        "heavy = [m for m in ('torch', 'mujoco', 'tyro', 'diffusers', 'pyarrow') if m in sys.modules]; "
+        "print(code, heavy, took < 1.0)"
+    )
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120).stdout
+    assert out.splitlines()[-1] == "0 [] True"
+    for name in ("demo", "doctor", "collect", "train-world-model", "train-judge", "sft", "grpo", "evaluate",
+                 "train-embedded", "bench"):  # fmt: skip
+        assert f"  {name} " in out
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_its_config_and_help(name, capsys):
+    command = cli.COMMANDS[name]
+    module = import_module(command.module)
+    assert is_dataclass(getattr(module, command.config)) and callable(getattr(module, command.function))
+    assert cli.main([name, "--help"]) == 0
+    assert f"rawdream {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        ([], 2, "usage: rawdream COMMAND"),
+        (["dokter"], 2, "did you mean 'doctor'?"),
+        (["xyz"], 2, "choose among demo, doctor"),
+        (["grpo", "--run-dir", "RUN", "--policy", "no/such/policy"], 2, "config.json is missing"),
+        (["evaluate", "--policies", "a=x", "a=y"], 2, "give each once as name=folder"),
+        (["train-world-model", "--data", "no/such/data", "--out", "RUN"], 2, "no/such/data"),
+        (["train-embedded", "--out", "RUN", "--until", "dessert"], 2, "is no stage; choose among play"),
+        (["sft", "--out", "RUN"], 2, "--data"),
+        (["grpo", "--run-dir", "RUN", "--group-size", "1"], 2, "group_size=1 must be at least 2"),
+    ],
+)
+def test_mistakes_get_one_sentence_and_code_2(arguments, code, said, capsys, tmp_path):
+    assert cli.main([str(tmp_path / "run") if a == "RUN" else a for a in arguments]) == code
+    err = capsys.readouterr().err
+    assert said in err and "Traceback" not in err
+
+
+def test_debug_raises_and_version_prints(capsys):
+    with pytest.raises(InvalidOptionError, match="no command"):
+        cli.main(["dokter", "--debug"])
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("rawdream-env ")
+
+
+def test_interrupt_is_130_and_bugs_keep_their_traceback(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run", interrupted)
+    assert cli.main(["grpo"]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+    def buggy(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "run", buggy)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["grpo"])
+
+
+def test_explain_knows_what_newcomers_meet():
+    import gymnasium as gym
+
+    assert cli.explain(OSError(errno.ENOSPC, "No space left on device", "/x")).startswith(
+        "no space left on the disk at /x"
+    )
+    assert cli.explain(FileNotFoundError(errno.ENOENT, "No such file", "a.txt")) == "No such file: a.txt."
+    assert "rawdream doctor" in cli.explain(ImportError("cannot import name 'x'"))
+    assert cli.explain(RendererError("no renderer")) == "no renderer"
+    with pytest.raises(gym.error.Error) as caught:
+        gym.make_vec("rawdream/PiperDreem-v0", num_envs=1)
+    assert "PiperDream" in cli.explain(caught.value)
+    assert cli.explain(AssertionError()) is None
+
+
+def test_bench_passes_its_options_on(monkeypatch):
+    seen = []
+    run = import_module("benchmarks.run")
+    monkeypatch.setattr(run, "main", lambda arguments: seen.append(arguments) or 1)
+    assert cli.main(["bench", "--only", "env_layer", "--quick", "--json", "b.json"]) == 1
+    assert seen == [["--only", "env_layer", "--quick", "--json", "b.json"]]
+
+
+# -- doctor ------------------------------------------------------------------------------------------------------------
+
+
+def test_doctor_says_what_is_broken_and_how_to_mend_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "ASSETS", tmp_path)
+    assert cli.main(["doctor", "--no-render"]) == 1
+    out = capsys.readouterr().out
+    assert "BROKEN embedded models" in out and "-> Get the package again" in out and "1 broken." in out
+    assert "ok     packages" in out
+
+
+def test_doctor_checks_the_hashes_of_the_models(tmp_path):
+    from rawdream_env.trainers.embedded_card import write_manifest
+
+    for name in ("world_model", "judge", "policy"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    (tmp_path / "starts_narrow.safetensors").write_bytes(b"x" * 9)
+    (check,) = doctor._models(tmp_path)
+    assert check.state == "note" and "manifest.json" in check.found
+    write_manifest(tmp_path)
+    (check,) = doctor._models(tmp_path)
+    assert check.state == "ok" and "4 files" in check.found and "without model card" in check.found
+    (tmp_path / "judge" / "config.json").write_text("{ }")
+    (check,) = doctor._models(tmp_path)
+    assert check.state == "broken" and "judge/config.json" in check.found
+
+
+def test_doctor_reports_a_renderer_that_fails(monkeypatch):
+    monkeypatch.setattr(doctor, "_RENDER", "raise SystemExit('no display')")
+    check = doctor._renderer()
+    assert check.state == "broken" and "no display" in check.found and "libegl1" in check.fix
+    monkeypatch.setattr(doctor, "_RENDER", "print('fine')")
+    assert doctor._renderer().state == "ok"
+
+
+# -- demo --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny_policy(tmp_path_factory):
+    from rawdream_env.policies.tiny_vla import TinyVLA, TinyVLAConfig
+
+    folder = tmp_path_factory.mktemp("policy")
+    small = TinyVLAConfig(stem_channels=8, trunk_channels=8, width=16, heads=2, decoder_layers=1, bin_rank=8)
+    TinyVLA(small, seed=0).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_demo_trains_compares_and_leaves_page_and_film(tmp_path, tiny_policy, capsys):
+    from PIL import Image
+
+    parts = ["--world-model", "null", "--judge", "scripted", "--starts", "null", "--policy", str(tiny_policy)]
+    budget = ["--steps", "1", "--episodes", "1", "--num-envs", "16", "--sim-workers", "0"]
+    assert cli.main(["demo", "--out", str(tmp_path / "demo"), *parts, *budget]) == 0
+    out = capsys.readouterr().out
+    assert "before" in out and "after dreaming" in out and "n=4" in out
+    assert "gain of 'after dreaming' over 'before', simulator: " in out
+    report = json.loads((tmp_path / "demo" / "report.json").read_text())
+    assert [entry["name"] for entry in report["policies"]] == ["before", "after dreaming"]
+    assert "<html" in (tmp_path / "demo" / "report.html").read_text()
+    film = Image.open(tmp_path / "demo" / "dream.gif")
+    assert film.n_frames >= 4 * 32  # equal pictures are stored once
+    assert np.asarray(film.convert("RGB")).std() > 10
+
+
+# -- the recipe of the embedded models ---------------------------------------------------------------------------------
+
+
+def stages_in(folder, log, *, first=None, fail=False):
+    from rawdream_env.trainers.stages import Stage
+
+    def run(name):
+        def inner():
+            log.append(name)
+            if fail and name == "b":
+                raise RuntimeError("cut off")
+            (folder / name).write_text("made")
+            return {"n": 1}
+
+        return inner
+
+    return [
+        Stage("a", first or {"steps": 1}, (folder / "a",), run("a")),
+        Stage("b", {}, (folder / "b",), run("b"), ("a",)),
+        Stage("c", {}, (folder / "c",), run("c")),
+    ]
+
+
+def test_stages_resume_skip_and_notice_other_settings(tmp_path):
+    from rawdream_env.trainers.stages import run_stages
+
+    log, markers = [], tmp_path / "stages"
+    with pytest.raises(RuntimeError, match="cut off"):
+        run_stages(stages_in(tmp_path, log, fail=True), markers)
+    time.sleep(0.01)
+    hours = run_stages(stages_in(tmp_path, log), markers)
+    assert log == ["a", "b", "b", "c"] and list(hours) == ["a", "b", "c"]
+    assert run_stages(stages_in(tmp_path, log), markers) == hours and len(log) == 4
+    marker = json.loads((markers / "a.json").read_text())
+    assert marker["complete"] and marker["facts"] == {"n": 1} and marker["settings"] == {"steps": 1}
+    (tmp_path / "c").unlink()
+    run_stages(stages_in(tmp_path, log), markers)
+    assert log[4:] == ["c"]
+    with pytest.raises(RunDirError, match="stage 'a' .* other settings"):
+        run_stages(stages_in(tmp_path, log, first={"steps": 2}), markers)
+    (markers / "a.json").unlink()
+    with pytest.raises(RunDirError, match="stage 'b' .* builds on"):
+        run_stages(stages_in(tmp_path, log, first={"steps": 2}), markers)
+
+
+def test_recipe_needs_only_earlier_stages(tmp_path):
+    from rawdream_env.trainers.embedded import PRESETS, EmbeddedConfig, recipe
+
+    for preset, scale in PRESETS.items():
+        seen: set[str] = set()
+        for stage in recipe(EmbeddedConfig(out=tmp_path, preset=preset, device="cpu"), scale):
+            assert set(stage.needs) <= seen, stage.name
+            json.dumps(stage.settings, default=str)
+            assert str(tmp_path) not in json.dumps(stage.settings, default=str), "a moved folder would not resume"
+            seen.add(stage.name)
+
+
+@pytest.mark.slow
+def test_whole_recipe_in_small(tmp_path, capsys):
+    assert (
+        cli.main(["train-embedded", "--preset", "smoke", "--out", str(tmp_path), "--workers", "0", "--no-progress"])
+        == 0
+    )
+    assets = tmp_path / "assets"
+    assert f"The models are in {assets}." in capsys.readouterr().out
+    assert [check.state for check in doctor._models(assets)] == ["ok"]
+    card = (assets / "README.md").read_text()
+    for words in (
+        "## World model on held-out play",
+        "## Judge on held-out clips",
+        "| stack block |",
+        "2048 transitions",
+    ):
+        assert words in card
+    assert cli.main(["train-embedded", "--preset", "smoke", "--out", str(tmp_path), "--seed", "1"]) == 2
+    assert "made with other settings" in capsys.readouterr().err

@@ -1,0 +1,69 @@
+"""A recipe of stages that is run once: complete stages are skipped, changed settings are noticed.
+
+Each stage leaves a marker, a JSON file with its settings, the hours it took and the facts it returned.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rawdream_env.errors import RunDirError
+from rawdream_env.files import atomic_write_json
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the recipe.
+
+    ``run()`` may be called again after it was cut off. The stage is complete when it has returned; its numbers go into
+    the marker. ``needs`` are the stages whose settings it depends on, ``makes`` what has to exist for it to be skipped.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    makes: tuple[Path, ...]
+    run: Callable[[], Mapping[str, Any] | None]
+    needs: tuple[str, ...] = ()
+
+
+def run_stages(stages: Sequence[Stage], markers: Path) -> dict[str, float]:
+    """Run stages in order, skipping complete ones; returns the hours each took (earlier runs included)."""
+    markers.mkdir(parents=True, exist_ok=True)
+    prints: dict[str, str] = {}
+    hours: dict[str, float] = {}
+    for number, stage in enumerate(stages, 1):
+        inherited = {name: prints[name] for name in stage.needs}
+        text = json.dumps({"settings": stage.settings, "needs": inherited}, sort_keys=True, default=str)
+        prints[stage.name] = hashlib.sha256(text.encode()).hexdigest()[:16]
+        path = markers / f"{stage.name}.json"
+        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if known and known["fingerprint"] != prints[stage.name]:
+            raise RunDirError(
+                f"stage {stage.name!r} of {markers.parent} was made with other settings (its own or those of a stage "
+                f"it builds on). Give another out, or delete {path} and what the stage made: "
+                f"{', '.join(map(str, stage.makes))}."
+            )
+        if known.get("complete") and all(made.exists() for made in stage.makes):
+            _logger.info("%d/%d %s: complete", number, len(stages), stage.name)
+            hours[stage.name] = known["hours"]
+            continue
+        begun, earlier = time.monotonic(), float(known.get("hours", 0.0))
+        record = {"fingerprint": prints[stage.name], "settings": json.loads(text)["settings"], "complete": False}
+        facts: Mapping[str, Any] | None = None
+        try:
+            atomic_write_json(path, {**record, "hours": earlier})
+            facts = stage.run()
+            record["complete"] = True
+        finally:
+            hours[stage.name] = earlier + (time.monotonic() - begun) / 3600
+            atomic_write_json(path, {**record, "hours": hours[stage.name], "facts": dict(facts or {})})
+    return hours

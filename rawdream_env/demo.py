@@ -51,6 +51,10 @@ class DemoConfig:
     """The dream: "embedded" or a folder."""
     judge: str = "embedded"
     """Its judge: "embedded" or a folder."""
+    dtype: str = "bfloat16"
+    """Precision of the dream: "bfloat16" is the fast option, "float32" the bit-reproducible one."""
+    num_inference_steps: int = 1
+    """Evaluations of the world model's sampler per chunk; 5 is the paper's, 1 the fast option."""
     starts: str = "pack"
     """Where dreams begin in training: "pack" (shipped), "sim", or a start pack."""
     sim_workers: int = 2
@@ -114,7 +118,13 @@ def grpo_config(config: DemoConfig) -> GRPOConfig:
     return GRPOConfig(
         run_dir=config.out / "grpo",
         policy=config.policy,
-        env_kwargs={"world_model": config.world_model, "judge": config.judge, "starts": config.starts},
+        env_kwargs={
+            "world_model": config.world_model,
+            "judge": config.judge,
+            "starts": config.starts,
+            "dtype": config.dtype,
+            "num_inference_steps": config.num_inference_steps,
+        },
         num_envs=config.num_envs,
         steps=config.steps,
         minutes=config.minutes,
@@ -136,6 +146,8 @@ def evaluate_config(config: DemoConfig) -> EvaluateConfig:
         output=config.out,
         world_model=config.world_model,
         judge=config.judge,
+        dtype=config.dtype,
+        num_inference_steps=config.num_inference_steps,
         diagnose=False,
         sim_workers=config.sim_workers,
         seed=config.seed + 1,

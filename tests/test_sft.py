@@ -18,8 +18,10 @@ from rawdream_env.errors import DatasetError, InvalidOptionError
 from rawdream_env.policies import load_policy
 from rawdream_env.policies.tiny_vla import TinyVLAConfig
 from rawdream_env.relations import OBJECTS, RELATION_NAMES, TASKS, relation_index
+from rawdream_env.seeding import NoiseKey
 from rawdream_env.trainers import demonstrations as demos
 from rawdream_env.trainers import sft
+from rawdream_env.trainers.run_dir import read_jsonl
 from rawdream_env.types import PolicyOutput
 
 SMALL = TinyVLAConfig(
@@ -43,19 +45,24 @@ def dot_frames(places: np.ndarray) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def expert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three 20-step episodes of two tasks: dx follows the square, dy tells the task, the last 10 steps are idle."""
-    root = tmp_path_factory.mktemp("expert")
+    """Three 40-step episodes of two tasks: dx follows the square, dy tells the task, the last 10 steps are idle."""
+    return write_experts(tmp_path_factory.mktemp("expert"), 3)
+
+
+def write_experts(root: Path, per_task: int) -> Path:
     writer = LeRobotWriter(root, fps=10, image_shape=(64, 64, 3), features=FEATURES)
     rng = np.random.default_rng(0)
-    for i in range(6):
-        places = np.repeat(rng.random(5), 8)[:41]
-        frames = dot_frames(np.resize(places, 41))
+    for i in range(2 * per_task):
+        places = np.full(41, rng.random())
+        frames = dot_frames(places)
+        frames[30:] = 120  # nothing to see, nothing to do
         actions = np.zeros((40, 7), np.float32)
-        actions[:, 0] = np.resize(places, 40) * 1.6 - 0.8
-        actions[:, 1] = 0.6 if i % 2 else -0.6
-        actions[30:, :6] = 0.0
+        actions[:30, 0] = places[:30] * 1.6 - 0.8
+        actions[:30, 1] = 0.6 if i % 2 else -0.6
         actions[:, 6] = -1.0
-        writer.add_episode(frames, actions, np.zeros((41, 7), np.float32), TASKS[i % 2].instruction)
+        state = np.zeros((41, 7), np.float32)
+        state[:, 0] = places * 0.3
+        writer.add_episode(frames, actions, state, TASKS[i % 2].instruction)
     writer.finalize()
     return root
 
@@ -219,20 +226,31 @@ def test_split_is_by_episode(expert_folder: Path) -> None:
 # -- training ------------------------------------------------------------------------------------------------------
 
 
-def test_learns_where_and_what(expert_folder: Path, tmp_path: Path) -> None:
+def test_learns_where_and_what(tmp_path: Path) -> None:
+    data = write_experts(tmp_path / "data", 16)
     result = sft.train_sft(
         config(
-            tmp_path, expert_folder, steps=150, batch_size=24, save_every=150, log_every=10, blur_share=0.0, ema=0.9
+            tmp_path / "run",
+            data,
+            steps=180,
+            batch_size=24,
+            save_every=180,
+            log_every=10,
+            demos_per_task=16,
+            ema=0.9,
+            blur_share=0.0,
+            model=replace(SMALL, trunk_channels=24),
+            lr=4e-3,
         ),
         progress=False,
     )
-    lines = [line for line in _metrics(tmp_path) if "loss" in line]
+    lines = [line for line in read_jsonl(tmp_path / "run/metrics.jsonl") if "loss" in line]
     assert lines[-1]["loss"] < lines[0]["loss"] - 1.0
     assert result.validation["val_action_error"] < 0.1
-    policy = load_policy(tmp_path / "policy")
-    frames = dot_frames(np.array([0.2, 0.8]))
+    policy = load_policy(tmp_path / "run/policy")
+    frames = dot_frames(np.array([0.1, 0.9]))
     for task, dy in ((0, -0.6), (1, 0.6)):
-        out = policy.act(frames, [TASKS[task].instruction] * 2, temperature=0.0, keys=[sft.NoiseKey(0)] * 2)
+        out = policy.act(frames, [TASKS[task].instruction] * 2, temperature=0.0, keys=[NoiseKey(0)] * 2)
         assert out.actions[1, 0, 0] - out.actions[0, 0, 0] > 0.5  # looks at the square
         assert abs(float(out.actions[:, 0, 1].mean()) - dy) < 0.25  # listens to the sentence
         assert (out.actions[..., 6] < -0.9).all()
@@ -305,9 +323,3 @@ def test_evaluate_in_sim_does_not_depend_on_the_batch() -> None:
     sft.evaluate_in_sim(apart, "place_pot", 3, seed=50, max_episode_steps=2, batch=2)  # type: ignore[arg-type]
     assert together.seen == apart.seen and len(together.seen) == 6
     assert len({together.seen[s, 0] for s in (50, 51, 52)}) == 3  # three different scenes
-
-
-def _metrics(run: Path) -> list[dict[str, Any]]:
-    from rawdream_env.trainers.run_dir import read_jsonl
-
-    return read_jsonl(run / "metrics.jsonl")

@@ -80,7 +80,7 @@ def chunk_targets(actions: Float32Array, start: int, end: int, chunk_len: int) -
     Beyond ``end`` the target is to hold still: zero motion, the gripper as it was last commanded.
     """
     steps = np.arange(start, end)[:, None] + np.arange(chunk_len)
-    targets = actions[np.minimum(steps, end - 1)].astype(np.float32)
+    targets: Float32Array = actions[np.minimum(steps, end - 1)].astype(np.float32)
     targets[steps >= end, :-1] = 0.0
     return targets
 
@@ -108,7 +108,7 @@ def play_demonstrations(
     By default the four tasks' pairs: the policy that is adapted must not have been trained on its targets. Raises
     ``DatasetError`` when nothing is left.
     """
-    parts = []
+    parts: list[tuple[int, Episode, int, int, int]] = []
     for position in range(len(arrays)):
         episode = arrays.episode(position)
         parts.extend(

@@ -380,7 +380,7 @@ def _backward(
             clip_eps_high=config.clip_eps_high,
             entropy=entropy,
         )
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         total += float(loss.detach())
         metrics.append(part)
     return total, metrics

@@ -169,7 +169,7 @@ def _fit(
     samplers = [QuestionSampler(part, config.questions) for part in clips]
     for number, sampler in enumerate(samplers):
         sampler.balance(mix(config.seed, number, 3))
-    network = _initial(config).to(device=torch.device(config.device), memory_format=torch.channels_last)
+    network = _initial(config).to(torch.device(config.device))
     ema = copy.deepcopy(network).requires_grad_(False)
     with torch.random.fork_rng(devices=[]):  # modules draw their weights from the global generator: borrow, return it
         torch.manual_seed(mix(config.seed, 12))
@@ -188,7 +188,7 @@ def _fit(
                 group["lr"] = rate
             loss, numbers = _loss(config, network, locator, clips, samplers, step)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             numbers["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             decay = min(config.ema, (step + 1) / (step + 10))

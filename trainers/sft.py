@@ -21,10 +21,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -202,8 +203,8 @@ class _Batch:
     readout: Tensor
 
 
-def _gather(parts: Sequence[tuple[Demonstrations, np.ndarray]], rng: np.random.Generator, device: str) -> _Batch:  # type: ignore[type-arg]
-    def cat(arrays: list[np.ndarray]) -> Tensor:  # type: ignore[type-arg]
+def _gather(parts: Sequence[tuple[Demonstrations, NDArray[np.int64]]], rng: np.random.Generator, device: str) -> _Batch:
+    def cat(arrays: list[NDArray[Any]]) -> Tensor:
         return torch.from_numpy(np.concatenate(arrays)).to(device)
 
     return _Batch(
@@ -307,7 +308,7 @@ def _update(policy: TinyVLA, optimizer: torch.optim.Optimizer, batch: _Batch, co
         losses["readout_loss"] = readout_loss(readout, batch.readout)
         total = total + config.readout_weight * losses["readout_loss"]
     optimizer.zero_grad(set_to_none=True)
-    total.backward()  # type: ignore[no-untyped-call]
+    total.backward()
     losses["grad_norm"] = nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
     optimizer.step()
     return {name: value.detach() for name, value in losses.items()}
@@ -402,11 +403,11 @@ def evaluate_in_sim(
             count = min(batch, episodes - first)
             rows = np.arange(count)
             seeds = [seed + first + int(r) for r in rows]
-            frames = workers.reset(rows, seeds, [goal.name] * count)
+            frames = workers.reset(rows.tolist(), seeds, [goal.name] * count)
             for chunk in range(max_episode_steps):
                 keys = [NoiseKey(seeds[r], chunk=chunk) for r in rows]
                 output = policy.act(frames, [goal.instruction] * len(rows), temperature=temperature, keys=keys)
-                result = workers.step(rows, output.actions.cpu().numpy(), every_frame=False)
+                result = workers.step(rows.tolist(), output.actions.cpu().numpy(), every_frame=False)
                 outcomes[first + rows] |= result.success
                 alive = ~result.success
                 rows, frames = rows[alive], result.frames[alive][:, -1]

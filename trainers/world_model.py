@@ -18,6 +18,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -105,15 +106,23 @@ def learning_rate(stage: StageConfig, step: int) -> float:
     return stage.lr * min(1.0, (step + 1) / stage.warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-class _Stage:
-    """Optimiser, EMA, log and checkpoints of one stage; ``loop`` yields the steps that remain."""
+M = TypeVar("M", bound=nn.Module)
 
-    def __init__(self, name: str, config: WorldModelTrainConfig, stage: StageConfig, model: nn.Module) -> None:
+
+class _Stage(Generic[M]):
+    """Optimiser, EMA, log and checkpoints of one stage; ``loop`` yields the steps that remain.
+
+    Weights stay contiguous (only activations are channels-last): AdamW's fused CPU kernel pairs weights and moments element
+    by element in memory, and moments read from a checkpoint are contiguous.
+    """
+
+    def __init__(self, name: str, config: WorldModelTrainConfig, stage: StageConfig, model: M) -> None:
         self.name, self.config, self.stage, self.model = name, config, stage, model
         self.run = RunDir(
             Path(config.out) / name, asdict(config), may_change=("autoencoder", "transformer", "save_every")
         )
-        self.ema = copy.deepcopy(model).requires_grad_(False)
+        self.ema: M = copy.deepcopy(model)
+        self.ema.requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=stage.lr, betas=(0.9, 0.95), weight_decay=stage.weight_decay, fused=True
         )
@@ -143,7 +152,7 @@ class _Stage:
     def update(self, step: int, loss: Tensor, **scalars: float | Tensor) -> None:
         """One optimiser step with clipping, the EMA, and a log line every 25 steps."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         decay = min(self.stage.ema, (step + 1) / (step + 10))
@@ -172,7 +181,6 @@ def train_autoencoder(config: WorldModelTrainConfig, frames: list[np.ndarray]) -
     """Stage 1. ``frames``: one uint8 (N + 1, H, W, 3) array per episode. Returns the averaged, normalised model."""
     torch.manual_seed(mix(config.seed, 1))
     model = PackedFrameAutoencoder(AutoencoderConfig(image_size=frames[0].shape[1])).to(config.device)
-    model = model.to(memory_format=torch.channels_last)
     stage = _Stage("autoencoder", config, config.autoencoder, model)
     background = torch.from_numpy(np.median(np.stack([f[0] for f in frames[:400]]), 0).astype(np.uint8))
     still = pack_frames(background[None, None].expand(1, 4, -1, -1, -1)).to(config.device)
@@ -359,7 +367,7 @@ def world_model_loss(
 def train_transformer(config: WorldModelTrainConfig, episodes: LatentEpisodes) -> WanWorldModelTransformer:
     """Stage 2. Returns the averaged model."""
     torch.manual_seed(mix(config.seed, 2))
-    model = WanWorldModelTransformer(config.model).to(config.device).to(memory_format=torch.channels_last)
+    model = WanWorldModelTransformer(config.model).to(config.device)
     stage = _Stage("transformer", config, config.transformer, model)
     sampler = EpisodeSampler(episodes, config)
     forcing_from = round(config.transformer.steps * (1 - config.self_forcing))

@@ -54,6 +54,8 @@ class EvaluateConfig:
     """"episode": the whole video once; "chunk": after every chunk, ending at the first success."""
     num_inference_steps: int | None = None
     """Evaluations of the world model's sampler per chunk; the checkpoint's own when not given."""
+    dtype: str | None = None
+    """Precision of the world model: "float32" (the default, bit-reproducible) or "bfloat16" (faster)."""
     temperature: float = 0.0
     """Sampling temperature of the policy in both worlds; 0 is greedy."""
     verify: bool = True
@@ -197,6 +199,7 @@ def _open(config: EvaluateConfig, dream: Any, simulator: Any) -> tuple[_Parts, l
             autoreset_mode="Disabled",
             num_inference_steps=config.num_inference_steps,
             device=config.device,
+            dtype=config.dtype,
         )
         opened.append(dream)
     if dream.judge is None:

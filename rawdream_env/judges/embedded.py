@@ -164,7 +164,8 @@ def _model_config(content: object, path: Path) -> EmbeddedJudgeConfig:
         value = content[name]
         if type(value) is not kind or not 0 < value <= 4096:
             raise CheckpointError(f"{path}: {name} is {value!r}, expected a positive {kind.__name__} of at most 4096")
-    return EmbeddedJudgeConfig(**{name: kind(content[name]) for name, kind in known.items()})
+    values: dict[str, Any] = {name: kind(content[name]) for name, kind in known.items()}
+    return EmbeddedJudgeConfig(**values)
 
 
 def _check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:

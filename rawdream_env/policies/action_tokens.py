@@ -62,7 +62,8 @@ def decode(tokens: NDArray[np.integer] | Tensor) -> NDArray[np.float32] | Tensor
     if isinstance(tokens, Tensor):
         centres = torch.from_numpy(BIN_CENTRES.astype(np.float32)).to(tokens.device)
         return centres[tokens.clamp(0, NUM_TOKENS - 2)]
-    return BIN_CENTRES.astype(np.float32)[np.clip(tokens, 0, NUM_TOKENS - 2)]
+    values: NDArray[np.float32] = BIN_CENTRES.astype(np.float32)[np.clip(tokens, 0, NUM_TOKENS - 2)]
+    return values
 
 
 @overload

@@ -203,7 +203,6 @@ class TinyVLA(TokenPolicy):
             self.bin_bias = nn.Parameter(torch.zeros(ACTION_DIM, NUM_TOKENS))
             self.auxiliary_head = nn.Linear(3 * d, AUXILIARY_DIM)
         self.register_buffer("coordinates", _coordinates(config.image_size // 2), persistent=False)
-        self.to(memory_format=torch.channels_last)
 
     def logits(self, images: Any, instructions: Sequence[str]) -> Tensor:
         """Token scores (B, K*A, 256); see ``forward_train`` for the auxiliary read-out as well."""
@@ -241,6 +240,8 @@ class TinyVLA(TokenPolicy):
         image = frames.permute(0, 3, 1, 2).to(self.stem.weight.dtype) / 127.5 - 1.0
         image = F.pixel_unshuffle(image, 2)
         x = torch.cat([image, self.coordinates.expand(len(frames), -1, -1, -1)], dim=1)  # type: ignore[operator]
+        # Only activations are channels-last: AdamW's fused CPU kernel, after a resume, would pair contiguous moments with
+        # channels-last weights element by element.
         x = self.stem(x.contiguous(memory_format=torch.channels_last))
         x = self.down(self.stem_block(x, pooled))
         for block in self.trunk:
@@ -324,4 +325,5 @@ def _waves(size: int, width: int) -> Tensor:
 def _smooth_bins(rank: int) -> Tensor:
     """Cosines over the 256 bins (rank, 256): neighbouring bins start with nearly the same scores, as they should."""
     place = (torch.arange(NUM_TOKENS) + 0.5) / NUM_TOKENS
-    return torch.cos(math.pi * torch.arange(rank)[:, None] * place) * (2.0 / rank) ** 0.5
+    waves: Tensor = torch.cos(math.pi * torch.arange(rank)[:, None] * place)
+    return waves.mul((2.0 / rank) ** 0.5)

@@ -88,7 +88,7 @@ class PackedFrameAutoencoder(nn.Module):
 
     def encode(self, frames: Tensor) -> Tensor:
         """uint8 (N, 4, H, W, 3) -> normalised latents fp32 (N, C, H/8, W/8)."""
-        z = self.encoder(pack_frames(frames).to(self._dtype)).float()
+        z: Tensor = self.encoder(pack_frames(frames).to(self._dtype)).float()
         return (z - self.latent_mean[:, None, None]) / self.latent_std[:, None, None]
 
     def encode_image(self, images: Tensor) -> Tensor:

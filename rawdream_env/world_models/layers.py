@@ -78,4 +78,5 @@ class ResBlock(nn.Module):
             assert condition is not None
             scale, shift = self.film(condition).flatten(0, 1)[:, :, None, None].to(h.dtype).chunk(2, 1)
             h = h * (1 + scale) + shift
-        return x + self.conv2(F.silu(h))
+        y: Tensor = x + self.conv2(F.silu(h))
+        return y

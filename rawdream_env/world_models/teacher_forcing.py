@@ -75,7 +75,7 @@ def denoise_all_chunks(
     index, exists = (x.to(device) for x in chunk_windows(m, g, r))  # then all chunks at once, as rows of a rollout
 
     def window(x: Tensor) -> Tensor:  # (B, N, n*P, Dh) -> (B*T, N, (1+R)*P, Dh)
-        picked = x.unflatten(2, (n, p))[:, :, index]
+        picked: Tensor = x.unflatten(2, (n, p))[:, :, index]
         return picked.permute(0, 2, 1, 3, 4, 5).flatten(0, 1).flatten(2, 3)
 
     causal = torch.ones(g, g, dtype=torch.bool, device=device).tril()

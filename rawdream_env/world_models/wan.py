@@ -310,5 +310,5 @@ class WanWorldModelTransformer(nn.Module):
             for block in self.head:
                 x = block(x, vector)
             x = self.head_out(F.silu(self.head_norm(x)))
-        x = x.float().reshape(b, f, c, h, w)
-        return x if base is None or not self.config.residual else base.float() + x
+        out: Tensor = x.float().reshape(b, f, c, h, w)
+        return out if base is None or not self.config.residual else base.float() + out

@@ -283,12 +283,12 @@ def config(folder: str, out: Path, **changes: object) -> JudgeTrainConfig:
 
 def test_it_learns_who_is_on_whom(folder: str, tmp_path: Path) -> None:
     result = train_judge(
-        config(folder, tmp_path / "run", steps=260, batch_size=16, questions=6, augment=0.2, warmup=30), progress=False
+        config(folder, tmp_path / "run", steps=400, batch_size=16, questions=6, augment=0.2, warmup=30), progress=False
     )
     row = result.report.rows["kind on"].confusion
     assert row.n > 60 and row.agreement.value > 0.8, result.report.table(("kind", "relation on"))
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert metrics["steps"] == 260 and metrics["threshold"] == result.judge.threshold
+    assert metrics["steps"] == 400 and metrics["threshold"] == result.judge.threshold
     on = metrics["groups"]["kind on"]["precision"]
     assert on["low"] <= on["value"] <= on["high"] and on["n"] > 0
     assert metrics["groups"]["held-out pairs"]["n"] > 0 and len(metrics["threshold_sweep"]) > 10

@@ -232,9 +232,9 @@ def test_learns_where_and_what(tmp_path: Path) -> None:
         config(
             tmp_path / "run",
             data,
-            steps=180,
-            batch_size=24,
-            save_every=180,
+            steps=300,
+            batch_size=16,
+            save_every=300,
             log_every=10,
             demos_per_task=16,
             ema=0.9,
@@ -251,7 +251,7 @@ def test_learns_where_and_what(tmp_path: Path) -> None:
     frames = dot_frames(np.array([0.1, 0.9]))
     for task, dy in ((0, -0.6), (1, 0.6)):
         out = policy.act(frames, [TASKS[task].instruction] * 2, temperature=0.0, keys=[NoiseKey(0)] * 2)
-        assert out.actions[1, 0, 0] - out.actions[0, 0, 0] > 0.5  # looks at the square
+        assert out.actions[1, :4, 0].mean() - out.actions[0, :4, 0].mean() > 0.4  # looks at the square
         assert abs(float(out.actions[:, 0, 1].mean()) - dy) < 0.25  # listens to the sentence
         assert (out.actions[..., 6] < -0.9).all()
 

@@ -94,7 +94,7 @@ class EmbeddedJudge:
             frames = torch.stack([resize_frames(clip, size) for clip in clips[part]]).to(self.device)
             tokens = np.stack([tokenize(text, max_len=self.network.config.text_len) for text in texts[part]])
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                logits, _ = self.network(frames, torch.from_numpy(tokens).to(self.device)[:, None])
+                logits = self.network(frames, torch.from_numpy(tokens).to(self.device)[:, None]).logits
             found += torch.sigmoid(logits[:, 0].double()).tolist()
         return found
 

@@ -282,13 +282,16 @@ def config(folder: str, out: Path, **changes: object) -> JudgeTrainConfig:
 
 
 def test_it_learns_who_is_on_whom(folder: str, tmp_path: Path) -> None:
-    result = train_judge(
-        config(folder, tmp_path / "run", steps=400, batch_size=16, questions=6, augment=0.2, warmup=30), progress=False
-    )
-    row = result.report.rows["kind on"].confusion
-    assert row.n > 60 and row.agreement.value > 0.8, result.report.table(("kind", "relation on"))
+    settings = config(folder, tmp_path / "run", steps=240, batch_size=16, questions=6, augment=0.2, warmup=20, ema=0.97)
+    result = train_judge(settings, progress=False)
+    answers = [
+        ((verdict.probability or 0.0) >= 0.5) == clip.label
+        for clip, verdict in zip(result.report.clips, result.report.verdicts, strict=True)
+        if clip.relation.startswith("on:") and not clip.held_out
+    ]
+    assert len(answers) > 40 and np.mean(answers) > 0.8, result.report.table(("kind", "relation on"))
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert metrics["steps"] == 400 and metrics["threshold"] == result.judge.threshold
+    assert metrics["steps"] == 240 and metrics["threshold"] == result.judge.threshold
     on = metrics["groups"]["kind on"]["precision"]
     assert on["low"] <= on["value"] <= on["high"] and on["n"] > 0
     assert metrics["groups"]["held-out pairs"]["n"] > 0 and len(metrics["threshold_sweep"]) > 10

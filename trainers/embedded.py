@@ -201,7 +201,7 @@ def _policy_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[S
         root=str(paths.demonstrations),
         kind="expert",
         episodes=12,
-        action_noise=0.05,
+        action_noise=0.1,
         successes_only=True,
         workers=0,
         seed=config.seed,

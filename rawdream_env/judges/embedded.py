@@ -156,16 +156,18 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _model_config(content: object, path: Path) -> EmbeddedJudgeConfig:
-    known = {field.name: float if field.name == "threshold" else int for field in fields(EmbeddedJudgeConfig)}
+    kinds: dict[str, type] = {"threshold": float, "pointers": bool}
+    known = {field.name: kinds.get(field.name, int) for field in fields(EmbeddedJudgeConfig)}
+    if isinstance(content, dict):
+        content = {"pointers": False, **content}  # the first judges do not say
     if not isinstance(content, dict) or set(content) != set(known):
         found = sorted(content) if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(f"{path}: 'model' has {found}, expected exactly {sorted(known)}")
     for name, kind in known.items():
         value = content[name]
-        if type(value) is not kind or not 0 < value <= 4096:
+        if type(value) is not kind or (kind is not bool and not 0 < value <= 4096):
             raise CheckpointError(f"{path}: {name} is {value!r}, expected a positive {kind.__name__} of at most 4096")
-    values: dict[str, Any] = {name: kind(content[name]) for name, kind in known.items()}
-    return EmbeddedJudgeConfig(**values)
+    return EmbeddedJudgeConfig(**content)
 
 
 def _check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:

@@ -5,15 +5,15 @@ feature map, L text tokens, D width, H W image.
 
 How it looks at a clip. Six frames are kept: the start frame (motion words and "not already true" need it), two along
 the way, and the last, last-4 and last-8 (the final relation decides). A convolutional trunk that does not know the
-instruction turns each into a 16 x 16 map, so several instructions cost one trunk pass; *finders*, one for each object of
-``rawdream_env.relations``, look for their object in every map and say where it is on the table.
+instruction turns each into a 16 x 16 map, so several instructions cost one trunk pass; *finders*, one for each object
+of ``rawdream_env.relations``, look for their object in every map and say where it is on the table.
 
-A text transformer (word order matters: "blue on red" is not "red on blue") yields S slots per instruction. The first two
-*point* at the objects they stand for, which gives two tracks through the frames, a's and b's; all slots then look at the
-maps themselves (is it still in the gripper?) by cross-attention and compare notes across frames by self-attention. One
-summary token is read out, together with the geometry of the two tracks, as the success logit. In training the finders
-and the pointers are told the true places: that ties pixels to objects and words to them, and makes minutes on a CPU
-enough.
+A text transformer (word order matters: "blue on red" is not "red on blue") yields S slots per instruction. The first
+two *point* at the objects they stand for, which gives two tracks through the frames, a's and b's; all slots then look
+at the maps themselves (is it still in the gripper?) by cross-attention and compare notes across frames by
+self-attention. One summary token is read out, together with the geometry of the two tracks, as the success logit. In
+training the finders and the pointers are told the true places: that ties pixels to objects and words to them, and
+makes minutes on a CPU enough.
 
 The paper's judge is an 8B or 32B vision-language model (section 3.2); this one is the same contract at a size that
 needs no download, trained by ``rawdream_env.trainers.judge`` on play data with hindsight labels.
@@ -60,8 +60,8 @@ class EmbeddedJudgeConfig:
     text_len: int = 16
     slots: int = 3
     pointers: bool = True
-    """Finders, pointers and geometry. False: the first judge, whose slots had to learn all of it by cross-attention (in
-    the same training about a third of the way there); kept so that its checkpoints load."""
+    """Finders, pointers and geometry. False: the first judge, whose slots had to learn all of it by cross-attention,
+    which takes several times as many steps; kept so that its checkpoints load."""
     threshold: float = 0.5
     """Success when the probability reaches it; calibrated for precision on validation clips."""
 
@@ -183,8 +183,8 @@ class _Trunk(nn.Module):
 class JudgeAnswer:
     """``logits`` (B, Q); ``pointed`` (B, Q, F, 2, 3) and ``found`` (B, F, O, 3): places in metres.
 
-    ``pointed`` are the tracks of the first two slots' objects, ``found`` those of all objects; where an object is absent
-    its place means nothing. Both are None for a network without pointers.
+    ``pointed`` are the tracks of the first two slots' objects, ``found`` those of all objects; where an object is
+    absent its place means nothing. Both are None for a network without pointers.
     """
 
     logits: Tensor

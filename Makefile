@@ -1,4 +1,4 @@
-# make demo     watch a policy get better by dreaming: installs, trains, compares (about 15 minutes on 2 cores)
+# make demo     a policy practises in a dream, the simulator checks it: installs, trains, compares (about 15 minutes)
 # make install  into the active virtual environment, or into .venv; make test, lint, bench need it
 #
 # PIP_FLAGS     more options for pip, such as the index of a CUDA or a CPU build of torch

@@ -1,6 +1,6 @@
 """The ``rawdream`` command: one subcommand per job, each configured by the frozen dataclass of its function.
 
-    rawdream demo                     watch a policy get better by dreaming
+    rawdream demo                     let a policy practise in a dream, and ask the simulator
     rawdream train-world-model --help every option with its default
     rawdream grpo --run-dir runs/grpo --minutes 10
 
@@ -78,7 +78,7 @@ def _code(result: Any) -> tuple[str, int]:
 _TRAINERS, _EVALUATION = "rawdream_env.trainers", "rawdream_env.evaluation"
 COMMANDS: dict[str, Command] = {
     "demo": Command(
-        "improve the shipped policy in the shipped dream and check it in the simulator (about 10 minutes)",
+        "let the shipped policy practise in the shipped dream; did it get better in the simulator? (10 minutes)",
         "rawdream_env.demo", "DemoConfig", "run_demo", _text,
     ),
     "doctor": Command(

@@ -1,4 +1,4 @@
-"""``rawdream demo``: a policy gets better by dreaming, and the simulator checks the gain.
+"""``rawdream demo``: a policy practises in a dream, and the simulator says whether it got better.
 
 1. GRPO in the dream (paper section 3), from the shipped few-shot policy, for ``minutes``.
 2. Side by side: the policy before and after, the same starts, in the dream and in the simulator.
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rawdream_env.trainers.grpo import GRPOConfig
 
 BEFORE, AFTER = "before", "after dreaming"
-SECONDS_PER_EPISODE = 0.7
+SECONDS_PER_EPISODE = 0.45
 """What one start costs per policy on two cores, dream and simulator together: only to say how long it will take."""
 
 
@@ -159,7 +159,7 @@ def evaluate_config(config: DemoConfig) -> EvaluateConfig:
 
 def table(report: Mapping[str, Any]) -> str:
     """Success rates of a side-by-side report as text: a line per policy and task, dream beside simulator."""
-    from rawdream_env.evaluation.report import rate_text
+    from rawdream_env.evaluation.html import rate_text
 
     lines = [("policy", "task", "dream", "simulator")]
     for entry in report["policies"]:
@@ -170,7 +170,7 @@ def table(report: Mapping[str, Any]) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(4)]
     text = ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     text.insert(1, "-" * max(map(len, text)))
-    return "\n".join([*text, *_gains(report)])
+    return "\n".join([*text, *_gains(report), *_conclusions(report)])
 
 
 def _gains(report: Mapping[str, Any]) -> list[str]:
@@ -184,6 +184,26 @@ def _gains(report: Mapping[str, Any]) -> list[str]:
                 ends = f"{100 * gain['low']:+.1f}, {100 * gain['high']:+.1f}" if known else "no interval"
                 number = f"{100 * gain['value']:+.1f} points [{ends}], n={gain['n']} starts"
             lines.append(f"gain of {entry['name']!r} over {report['reference']!r}, {world}: {number}")
+    return lines
+
+
+def _conclusions(report: Mapping[str, Any]) -> list[str]:
+    """What the gains mean, in words: a dreamed gain counts for nothing without the simulator's."""
+    lines = []
+    for entry in report["policies"]:
+        gain = entry.get("gain")
+        if not gain or any(gain[world]["low"] is None for world in ("dream", "simulator")):
+            continue
+        dream, simulator = gain["dream"], gain["simulator"]
+        if simulator["low"] > 0:
+            said = "really got better: the simulator confirms it."
+        elif simulator["high"] < 0:
+            said = "really got worse."
+            if dream["low"] > 0:
+                said = "got better in the dream and worse in the simulator: it learned where the dream is wrong."
+        else:
+            said = "neither gained nor lost clearly in the simulator; more starts would narrow the interval."
+        lines.append(f"{entry['name']!r} {said}")
     return lines
 
 

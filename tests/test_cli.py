@@ -173,6 +173,31 @@ def test_demo_trains_compares_and_leaves_page_and_film(tmp_path, tiny_policy, ca
     assert np.asarray(film.convert("RGB")).std() > 10
 
 
+@pytest.mark.parametrize(
+    ("dream", "simulator", "said"),
+    [
+        ((0.1, 0.3), (0.05, 0.2), "the simulator confirms it"),
+        ((0.1, 0.3), (-0.4, -0.1), "it learned where the dream is wrong"),
+        ((-0.3, -0.1), (-0.4, -0.1), "really got worse"),
+        ((0.1, 0.3), (-0.1, 0.2), "neither gained nor lost clearly"),
+    ],
+)
+def test_table_says_what_the_gains_mean(dream, simulator, said):
+    from rawdream_env.demo import table
+
+    def gain(ends):
+        return {"value": sum(ends) / 2, "low": ends[0], "high": ends[1], "n": 50}
+
+    rate = {"successes": 5, "n": 10, "value": 0.5, "low": 0.2, "high": 0.8}
+    part = {"dream": rate, "simulator": {**rate, "value": None, "n": 0}}
+    before = {"name": "before", "all": part, "tasks": {"stack_block": part}}
+    after = {**before, "name": "after", "gain": {"dream": gain(dream), "simulator": gain(simulator)}}
+    text = table({"policies": [before, after], "reference": "before"})
+    assert said in text.splitlines()[-1]
+    assert "50.0 % [20.0, 80.0], n=10" in text and "not measured, n=0" in text
+    assert f"dream: {50 * sum(dream):+.1f} points [{100 * dream[0]:+.1f}, {100 * dream[1]:+.1f}], n=50 starts" in text
+
+
 # -- the recipe of the embedded models ---------------------------------------------------------------------------------
 
 

@@ -155,16 +155,17 @@ def _read_config(path: Path) -> dict[str, Any]:
     return content
 
 
-def _model_config(content: object, path: Path) -> EmbeddedJudgeConfig:
+def _model_config(content: Any, path: Path) -> EmbeddedJudgeConfig:
     kinds: dict[str, type] = {"threshold": float, "pointers": bool}
     known = {field.name: kinds.get(field.name, int) for field in fields(EmbeddedJudgeConfig)}
     if isinstance(content, dict):
-        content = {"pointers": False, **content}  # the first judges do not say
+        content = dict[str, Any](content)
+        content.setdefault("pointers", False)  # the first judges do not say
     if not isinstance(content, dict) or set(content) != set(known):
         found = sorted(content) if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(f"{path}: 'model' has {found}, expected exactly {sorted(known)}")
     for name, kind in known.items():
-        value = content[name]
+        value: Any = content[name]
         if type(value) is not kind or (kind is not bool and not 0 < value <= 4096):
             raise CheckpointError(f"{path}: {name} is {value!r}, expected a positive {kind.__name__} of at most 4096")
     return EmbeddedJudgeConfig(**content)

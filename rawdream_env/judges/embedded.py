@@ -166,7 +166,7 @@ def _model_config(content: Any, path: Path) -> EmbeddedJudgeConfig:
         raise CheckpointError(f"{path}: 'model' has {found}, expected exactly {sorted(known)}")
     for name, kind in known.items():
         value: Any = content[name]
-        if type(value) is not kind or (kind is not bool and not 0 < value <= 4096):
+        if type(value) is not kind or (kind is not bool and not 0 < content[name] <= 4096):
             raise CheckpointError(f"{path}: {name} is {value!r}, expected a positive {kind.__name__} of at most 4096")
     return EmbeddedJudgeConfig(**content)
 

@@ -227,6 +227,18 @@ def test_threshold_decides(judge: EmbeddedJudge) -> None:
         assert verdict.outcome is expected and "threshold" in verdict.reason
 
 
+def test_a_verdict_does_not_depend_on_what_else_is_judged() -> None:
+    torch.manual_seed(0)
+    judge = EmbeddedJudge(JudgeNetwork(EmbeddedJudgeConfig()))
+    clips = [
+        Video(np.random.default_rng(i).integers(0, 256, (9 + 8 * i, 64, 64, 3), dtype=np.uint8), 10) for i in range(5)
+    ]
+    texts = ["put the cup into the pot", "go", "place the pot on the stove", "lift the spoon", "go"]
+    together = [verdict.probability for verdict in judge(clips, texts)]
+    assert together[::-1] == [verdict.probability for verdict in judge(clips[::-1], texts[::-1])]
+    assert together == [judge([clip], [text])[0].probability for clip, text in zip(clips, texts, strict=True)]
+
+
 def test_default_network_is_small_and_asks_many_questions_at_once() -> None:
     torch.manual_seed(0)
     network = JudgeNetwork(EmbeddedJudgeConfig()).eval()

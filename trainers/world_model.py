@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -26,12 +26,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rawdream_env.data.reader import LeRobotReader
+from rawdream_env.errors import CheckpointError, DatasetError
 from rawdream_env.files import load_safetensors, save_safetensors
 from rawdream_env.seeding import mix
 from rawdream_env.trainers.run_dir import RunDir, pack_optimizer, unpack_optimizer
 from rawdream_env.world_models.arm_map import ArmMap
 from rawdream_env.world_models.autoencoders import AutoencoderConfig, PackedFrameAutoencoder, pack_frames
-from rawdream_env.world_models.embedded import save_world_model
+from rawdream_env.world_models.embedded import read_world_model, save_world_model
 from rawdream_env.world_models.rollout import RolloutConfig, WanWorldModel
 from rawdream_env.world_models.teacher_forcing import EpisodeBatch, denoise_all_chunks
 from rawdream_env.world_models.wan import WanConfig, WanWorldModelTransformer
@@ -65,6 +66,8 @@ class WorldModelTrainConfig:
     """LeRobotDataset v3 folders of play data."""
     out: str
     """Run folder; the same command continues an interrupted run."""
+    init: str = ""
+    """Folder of a world model to start from: its autoencoder is kept as it is, its transformer trained on."""
     seed: int = 0
     """Seed of initialisation, batches and noise."""
     device: str = "cpu"
@@ -77,6 +80,8 @@ class WorldModelTrainConfig:
     """Stage 1."""
     transformer: StageConfig = field(default_factory=lambda: StageConfig(steps=6000, batch_size=8, lr=6e-4))
     """Stage 2."""
+    autoencoder_model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    """Architecture of the autoencoder; its image size is that of the data."""
     model: WanConfig = field(default_factory=lambda: WanConfig(arm_map_channels=384))
     """Architecture of the transformer."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -180,7 +185,7 @@ def _generator(config: WorldModelTrainConfig, stage: int, step: int) -> tuple[np
 def train_autoencoder(config: WorldModelTrainConfig, frames: list[np.ndarray]) -> PackedFrameAutoencoder:
     """Stage 1. ``frames``: one uint8 (N + 1, H, W, 3) array per episode. Returns the averaged, normalised model."""
     torch.manual_seed(mix(config.seed, 1))
-    model = PackedFrameAutoencoder(AutoencoderConfig(image_size=frames[0].shape[1])).to(config.device)
+    model = PackedFrameAutoencoder(replace(config.autoencoder_model, image_size=frames[0].shape[1])).to(config.device)
     stage = _Stage("autoencoder", config, config.autoencoder, model)
     background = torch.from_numpy(np.median(np.stack([f[0] for f in frames[:400]]), 0).astype(np.uint8))
     still = pack_frames(background[None, None].expand(1, 4, -1, -1, -1)).to(config.device)
@@ -227,12 +232,14 @@ def _normalise_latents(model: PackedFrameAutoencoder, frames: list[np.ndarray], 
 
 @dataclass(frozen=True)
 class LatentEpisodes:
-    """E episodes of equal length in latent space.
+    """E episodes of whole chunks in latent space, one after the other; episode i has ``chunks[i]`` of them.
 
-    ``latents`` fp16 (E, M, C, h, w); ``stills`` fp16 (E, M/G + 1, C, h, w), the frame before each chunk encoded as a
-    still; ``actions`` (E, N, 7); ``poses`` (E, N + 1, 7) commanded poses, before each action.
+    ``chunks`` int64 (E,); ``latents`` fp16 (sum M, C, h, w) with M = G chunks; ``stills`` fp16 (sum chunks + 1, C, h, w),
+    the frame before each chunk (and the last frame) encoded as a still; ``actions`` (sum N, 7); ``poses`` (sum N + 1, 7)
+    commanded poses, before each action.
     """
 
+    chunks: Tensor
     latents: Tensor
     stills: Tensor
     actions: Tensor
@@ -243,8 +250,8 @@ class LatentEpisodes:
 def encode_episodes(
     model: PackedFrameAutoencoder,
     frames: list[np.ndarray],
-    actions: np.ndarray,
-    poses: np.ndarray,
+    actions: list[np.ndarray],
+    poses: list[np.ndarray],
     cache: Path,
     *,
     chunk_len: int,
@@ -261,15 +268,14 @@ def encode_episodes(
             latents.append(model.encode(x[1:].unflatten(0, (-1, 4))).half().cpu())
             stills.append(model.encode_image(x[::chunk_len]).half().cpu())
     result = LatentEpisodes(
-        torch.stack(latents), torch.stack(stills), torch.from_numpy(actions), torch.from_numpy(poses)
+        torch.tensor([len(a) // chunk_len for a in actions]),
+        torch.cat(latents),
+        torch.cat(stills),
+        torch.from_numpy(np.concatenate(actions)),
+        torch.from_numpy(np.concatenate(poses)),
     )
-    save_safetensors(cache, asdict_tensors(result), {})
+    save_safetensors(cache, {name: tensor.contiguous() for name, tensor in vars(result).items()}, {})
     return result
-
-
-def asdict_tensors(episodes: LatentEpisodes) -> dict[str, Tensor]:
-    """The tensors by name."""
-    return {name: getattr(episodes, name).contiguous() for name in ("latents", "stills", "actions", "poses")}
 
 
 class EpisodeSampler:
@@ -277,6 +283,13 @@ class EpisodeSampler:
 
     def __init__(self, episodes: LatentEpisodes, config: WorldModelTrainConfig) -> None:
         self.episodes, self.config = episodes, config
+        if not (long_enough := episodes.chunks >= config.episode_chunks).any():
+            raise DatasetError(
+                f"no episode has {config.episode_chunks} chunks of {config.model.chunk_len} steps (the longest has "
+                f"{int(episodes.chunks.max())}); collect longer ones or lower episode_chunks."
+            )
+        self.usable = torch.nonzero(long_enough)[:, 0]
+        self.first = torch.cumsum(episodes.chunks, 0) - episodes.chunks  # chunks before each episode
         self.arm_map = ArmMap(config.rollout.arm_map) if config.rollout.arm_map else None
         low, high = torch.tensor(config.rollout.action_low), torch.tensor(config.rollout.action_high)
         self.mid, self.half = (low + high) / 2, (high - low) / 2
@@ -285,14 +298,16 @@ class EpisodeSampler:
         """A batch of ``batch_size`` episodes of ``episode_chunks`` chunks."""
         e, cfg = self.episodes, self.config
         g, k, c = cfg.model.chunk_latents, cfg.model.chunk_len, cfg.episode_chunks
-        index = torch.from_numpy(rng.integers(len(e.latents), size=batch_size))
-        start = torch.from_numpy(rng.integers(e.latents.shape[1] // g - c + 1, size=batch_size))
-        frames = index[:, None], start[:, None] * g + torch.arange(c * g)
-        latents = torch.cat([e.stills[index, start][:, None], e.latents[frames]], 1).float()
-        steps = index[:, None], start[:, None] * k + torch.arange(c * k)
+        index = self.usable[torch.from_numpy(rng.integers(len(self.usable), size=batch_size))]
+        start = torch.from_numpy(rng.integers((e.chunks[index] - c + 1).numpy()))
+        chunk = self.first[index] + start
+        # ``stills`` and ``poses`` have one entry more per episode than there are chunks and steps
+        frames = chunk[:, None] * g + torch.arange(c * g)
+        latents = torch.cat([e.stills[chunk + index][:, None], e.latents[frames]], 1).float()
+        steps = chunk[:, None] * k + torch.arange(c * k)
         actions = e.actions[steps].unflatten(1, (c * g, -1))
-        poses = e.poses[steps[0], steps[1] + 1].unflatten(1, (c * g, -1))
-        held = e.poses[index, start * k][:, None, None].expand(-1, 1, poses.shape[2], -1)
+        poses = e.poses[steps + index[:, None] + 1].unflatten(1, (c * g, -1))
+        held = e.poses[chunk * k + index][:, None, None].expand(-1, 1, poses.shape[2], -1)
         actions = torch.cat([torch.zeros_like(actions[:, :1]), actions], 1)
         poses = torch.cat([held, poses], 1)
         parts = [(actions - self.mid) / self.half]
@@ -368,6 +383,8 @@ def train_transformer(config: WorldModelTrainConfig, episodes: LatentEpisodes) -
     """Stage 2. Returns the averaged model."""
     torch.manual_seed(mix(config.seed, 2))
     model = WanWorldModelTransformer(config.model).to(config.device)
+    if config.init:
+        model.load_state_dict(_initial(config).transformer.state_dict())
     stage = _Stage("transformer", config, config.transformer, model)
     sampler = EpisodeSampler(episodes, config)
     forcing_from = round(config.transformer.steps * (1 - config.self_forcing))
@@ -381,10 +398,22 @@ def train_transformer(config: WorldModelTrainConfig, episodes: LatentEpisodes) -
     return stage.ema.eval()
 
 
+def _initial(config: WorldModelTrainConfig) -> WanWorldModel:
+    """The world model named by ``init``; a ``CheckpointError`` unless its architecture is the configured one."""
+    initial = read_world_model(config.init)
+    if initial.transformer.config != config.model:
+        raise CheckpointError(
+            f"{config.init} has another architecture ({initial.transformer.config}) than this run ({config.model})."
+        )
+    return initial
+
+
 def train_world_model(config: WorldModelTrainConfig) -> Path:
     """Both stages; returns the folder of the finished world model."""
+    initial = _initial(config) if config.init else None  # a wrong folder is noticed before the data are read
     frames: list[np.ndarray] = []
-    actions, poses = [], []
+    actions: list[np.ndarray] = []
+    poses: list[np.ndarray] = []
     chunk = config.model.chunk_len
     for root in config.data:
         arrays = LeRobotReader(root).load_all(workers=2, progress=True)
@@ -394,11 +423,10 @@ def train_world_model(config: WorldModelTrainConfig) -> Path:
             frames.append(episode.frames[: steps + 1])
             actions.append(episode.actions[:steps])
             poses.append(episode.state[: steps + 1])
-    autoencoder = train_autoencoder(config, frames)
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    autoencoder = initial.autoencoder.to(config.device).eval() if initial else train_autoencoder(config, frames)
     cache = Path(config.out) / "latents.safetensors"
-    episodes = encode_episodes(
-        autoencoder, frames, np.stack(actions), np.stack(poses), cache, chunk_len=chunk, bf16=config.bf16
-    )
+    episodes = encode_episodes(autoencoder, frames, actions, poses, cache, chunk_len=chunk, bf16=config.bf16)
     del frames
     transformer = train_transformer(config, episodes)
     target = Path(config.out) / "world_model"

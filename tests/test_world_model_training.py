@@ -1,0 +1,180 @@
+"""Training a world model: windows of unequal episodes, starting from another model, resuming after kill -9."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rawdream_env.data import schema
+from rawdream_env.data.lerobot import LeRobotWriter
+from rawdream_env.errors import CheckpointError, DatasetError
+from rawdream_env.files import load_safetensors
+from rawdream_env.piper_geometry import HOME_POSE
+from rawdream_env.trainers.world_model import (
+    EpisodeSampler,
+    LatentEpisodes,
+    StageConfig,
+    WorldModelTrainConfig,
+    train_world_model,
+)
+from rawdream_env.world_models.autoencoders import AutoencoderConfig
+from rawdream_env.world_models.wan import WanConfig
+
+MODEL = WanConfig(
+    num_layers=1, num_attention_heads=2, attention_head_dim=24, ffn_dim=64, stem_channels=16,
+    stem_blocks=1, head_blocks=1, arm_map_channels=384,
+)  # fmt: skip
+
+
+def write_data(root: Path, lengths: tuple[int, ...]) -> str:
+    """A LeRobot folder of a square that slides over a 64 x 64 picture."""
+    features = {schema.ACTION_KEY: schema.numeric_feature(7), schema.STATE_KEY: schema.numeric_feature(7)}
+    writer = LeRobotWriter(root, fps=10, image_shape=(64, 64, 3), features=features)
+    for seed, steps in enumerate(lengths):
+        rng = np.random.default_rng(seed)
+        frames = np.full((steps + 1, 64, 64, 3), 150, np.uint8)
+        for t, frame in enumerate(frames):
+            left = (seed * 5 + t) % 26
+            frame[10:16, left : left + 6] = (200, 40, 40)
+        actions = rng.uniform(-1, 1, (steps, 7)).astype(np.float32)
+        state = np.tile(np.asarray(HOME_POSE, np.float32), (steps + 1, 1)) + rng.normal(0, 0.01, (steps + 1, 7))
+        writer.add_episode(frames, actions, state.astype(np.float32), "play")
+    writer.finalize()
+    return str(root)
+
+
+def config(data: str, out: Path, **changes: object) -> WorldModelTrainConfig:
+    """A run of seconds."""
+    stage = StageConfig(steps=4, batch_size=2, lr=1e-3, warmup=2)
+    base = WorldModelTrainConfig(
+        data=(data,), out=str(out), bf16=False, episode_chunks=3, autoencoder=stage, transformer=stage, model=MODEL,
+        save_every=1,
+        autoencoder_model=AutoencoderConfig(widths=(16, 16)),
+    )  # fmt: skip
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+def numbered_episodes(chunks: tuple[int, ...]) -> LatentEpisodes:
+    """Episodes whose every number says where it comes from: 1000 x episode + position."""
+
+    def numbers(counts: list[int], shape: tuple[int, ...]) -> torch.Tensor:
+        rows = [1000.0 * e + torch.arange(n) for e, n in enumerate(counts)]
+        return torch.cat(rows)[(..., *[None] * len(shape))].expand(-1, *shape)
+
+    steps = [8 * n for n in chunks]
+    return LatentEpisodes(
+        chunks=torch.tensor(chunks),
+        latents=numbers([2 * n for n in chunks], (16, 8, 8)),
+        stills=numbers([n + 1 for n in chunks], (16, 8, 8)),
+        actions=numbers(steps, (7,)),
+        poses=numbers([n + 1 for n in steps], (7,)),
+    )
+
+
+def test_windows_of_unequal_episodes(tmp_path: Path) -> None:
+    chunks = (5, 2, 3)
+    settings = config("", tmp_path, model=replace(MODEL, arm_map_channels=0, pose_dim=0))
+    settings = replace(settings, rollout=replace(settings.rollout, arm_map=None))
+    batch = EpisodeSampler(numbered_episodes(chunks), settings).draw(np.random.default_rng(0), 64)
+    seen = set()
+    for latents, conditions in zip(batch.latents[:, :, 0, 0, 0], batch.conditions, strict=True):
+        episode, start = divmod(int(latents[0]), 1000)  # the anchor: the still before the first chunk
+        seen.add((episode, start))
+        assert latents[1:].tolist() == [1000 * episode + 2 * start + i for i in range(6)]
+        actions = conditions[1:].reshape(24, 7)[:, 0]
+        assert actions.tolist() == [1000 * episode + 8 * start + i for i in range(24)]
+        assert not conditions[0].any()
+    assert seen == {(0, 0), (0, 1), (0, 2), (2, 0)}  # episode 1 is too short, and nothing runs over an end
+
+    with pytest.raises(DatasetError, match="no episode has 3 chunks of 8 steps .the longest has 2"):
+        EpisodeSampler(numbered_episodes((2, 1)), settings)
+
+
+def test_commanded_poses_follow_their_actions(tmp_path: Path) -> None:
+    episodes = numbered_episodes((5, 4))
+    sampler = EpisodeSampler(episodes, config("", tmp_path))
+    assert sampler.arm_map is not None
+    batch = sampler.draw(np.random.default_rng(1), 8)
+    for latents, conditions in zip(batch.latents[:, :, 0, 0, 0], batch.conditions, strict=True):
+        episode, start = divmod(int(latents[0]), 1000)
+        first = 1000.0 * episode + 8 * start
+        expected = first + torch.tensor([0.0] * 4 + [1.0 + i for i in range(24)])  # held, then one after each action
+        poses = sampler.arm_map.normalise(expected.view(1, 7, 4, 1).expand(-1, -1, -1, 7))[0]
+        assert torch.equal(conditions.unflatten(1, (4, 14))[..., 7:], poses)
+
+
+def test_it_goes_on_from_another_world_model(tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data", (40, 24, 12))
+    first = train_world_model(config(data, tmp_path / "first"))
+    still = StageConfig(steps=1, batch_size=2, lr=0.0)
+    again = train_world_model(config(data, tmp_path / "again", init=str(first), transformer=still))
+    for name in ("transformer", "autoencoder"):
+        ours, theirs = (load_safetensors(folder / f"{name}.safetensors") for folder in (again, first))
+        assert all(torch.allclose(ours[key], theirs[key], atol=1e-6) for key in theirs), name
+    assert not (tmp_path / "again" / "autoencoder").exists()
+    wider = replace(MODEL, ffn_dim=96)
+    with pytest.raises(CheckpointError, match=r"first.*has another architecture.*ffn_dim=64.*ffn_dim=96"):
+        train_world_model(config(data, tmp_path / "wider", init=str(first), model=wider))
+    with pytest.raises(CheckpointError, match="no world model in"):
+        train_world_model(config(data, tmp_path / "none", init=str(tmp_path)))
+
+
+KILLED_RUN = """
+import os, random, signal, sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import torch
+torch.set_num_threads(1)
+import test_world_model_training as t
+data, out, kills, rng = sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), random.Random(0)
+
+killed = []
+while True:
+    child = os.fork()
+    if child == 0:
+        t.train_world_model(t.config(data, out))
+        os._exit(0)
+    if len(killed) < kills:  # after a stage's checkpoint has appeared, at a random moment of the next step
+        before = sum(1 for _ in out.glob("*/checkpoints/step_*"))
+        limit = time.monotonic() + 60
+        while sum(1 for _ in out.glob("*/checkpoints/step_*")) <= before and time.monotonic() < limit:
+            if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                break
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0.0, 0.2))
+        os.kill(child, signal.SIGKILL)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status != -9:
+        break
+    killed.append(sorted(str(p.relative_to(out)) for p in out.glob("*/checkpoints/step_*")))
+print(len(killed), status)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_bit_identical(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    data = write_data(tmp_path / "data", (40, 24))
+    unbroken = train_world_model(config(data, tmp_path / "unbroken"))
+    command = [sys.executable, "-c", KILLED_RUN, str(Path(__file__).parent), data, str(tmp_path / "killed"), "4"]
+    output = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert output.returncode == 0, output.stderr
+    killed, status = map(int, output.stdout.split()[-2:])
+    assert killed >= 3 and status == 0, output.stderr
+    for stage in ("autoencoder", "transformer"):
+        hashes = [
+            json.loads((tmp_path / run / stage / "checkpoints/step_00000004/manifest.json").read_text())["files"]
+            for run in ("killed", "unbroken")
+        ]
+        assert hashes[0] == hashes[1], stage
+        weights = [
+            load_safetensors(folder / f"{stage}.safetensors") for folder in (unbroken, tmp_path / "killed/world_model")
+        ]
+        assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])

@@ -19,6 +19,7 @@ from rawdream_env.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Module
 
 PathLike = str | os.PathLike[str]
 
@@ -111,6 +112,27 @@ def load_safetensors(path: PathLike) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is damaged or no safetensors file ({error}). Restore it from a copy.") from error
     _refuse_non_finite(tensors.items(), f"Will not load {path}")
     return tensors
+
+
+def load_weights(module: Module, path: PathLike, config: str = "config.json") -> None:
+    """Load all tensors of ``path`` into ``module``, in the module's precision, or none.
+
+    Raises ``CheckpointError`` naming every tensor that is missing, unknown, of another shape than ``config`` asks for, or
+    of a type that is no floating-point number where one is wanted.
+    """
+    tensors, wanted = load_safetensors(path), module.state_dict()
+    problems = [f"{name} is missing" for name in wanted.keys() - tensors.keys()]
+    problems += [f"{name} is unknown" for name in tensors.keys() - wanted.keys()]
+    for name in wanted.keys() & tensors.keys():
+        ours, theirs = wanted[name], tensors[name]
+        if ours.shape != theirs.shape:
+            problems.append(f"{name} has shape {tuple(theirs.shape)}, expected {tuple(ours.shape)}")
+        elif ours.is_floating_point() != theirs.is_floating_point():
+            problems.append(f"{name} has type {theirs.dtype}, expected {ours.dtype}")
+    if problems:
+        shown = "; ".join(sorted(problems)[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
+        raise CheckpointError(f"{path} does not fit its {config}: {shown}. Use the file that was saved with it.")
+    module.load_state_dict({name: tensor.to(wanted[name].dtype) for name, tensor in tensors.items()})
 
 
 def load_safetensors_metadata(path: PathLike) -> dict[str, str]:

@@ -3,10 +3,15 @@
     rawdream train-embedded --preset cpu     hours on 2 cores; the model card says how many
     rawdream train-embedded --preset gpu     the same recipe with more data and more steps, on a CUDA device
 
-The stages, in order: collect play -> train the world model on it -> imagine clips of other play -> train the judge on
-both -> pre-train the policy on play -> collect 3 demonstrations per task -> fine-tune the policy on them -> render the
-starts -> put the checkpoints together -> measure everything -> write the model card. Nothing but the three
-demonstrations per task and the final measurement knows of the four tasks (paper section 3: task-agnostic).
+The stages, in order: collect play -> pre-train the policy on it -> let that policy act on instructions that are no
+task's -> train the world model on play and these rollouts -> imagine clips of other such rollouts -> train the judge on
+all of it -> collect 3 demonstrations per task -> fine-tune the policy on them -> render the starts -> put the checkpoints
+together -> measure everything -> write the model card. Nothing but the three demonstrations per task and the final
+measurement knows of the four tasks (paper section 3: task-agnostic).
+
+Why rollouts of the pre-trained policy: reinforcement learning drives the dream with sampled action tokens, which jitter
+as scripted play never does, and a world model is only as good as its data are near (paper section 4 has tele-operated
+play beside its policies).
 
 Each stage leaves a marker in ``out/stages`` when it is complete, with its settings and the hours it took, and is
 skipped from then on; a stage that was cut off goes on where its trainer saved last. A marker made with other settings,
@@ -24,6 +29,7 @@ from typing import Any, Literal
 
 import torch
 
+from rawdream_env.data.goals import OTHER_RELATIONS
 from rawdream_env.data.reader import LeRobotReader
 from rawdream_env.errors import InvalidOptionError
 from rawdream_env.evaluation.fidelity import episodes_from_dataset, evaluate_fidelity
@@ -104,7 +110,7 @@ def train_embedded(config: EmbeddedConfig) -> EmbeddedResult:
 
 def recipe(config: EmbeddedConfig, scale: Scale) -> list[Stage]:
     """All stages, in order; ``config.device`` is filled in."""
-    parts = (_world_model_stages, _judge_stages, _policy_stages, _finish_stages)
+    parts = (_play_stages, _world_model_stages, _judge_stages, _policy_stages, _finish_stages)
     return [stage for part in parts for stage in part(config, scale, Paths(config.out))]
 
 
@@ -113,7 +119,8 @@ class Paths:
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self.play, self.other_play, self.held_out = (out / "data" / n for n in ("play", "other_play", "held_out_play"))
+        self.play, self.held_out = out / "data" / "play", out / "data" / "held_out_play"
+        self.rollouts, self.other_rollouts = out / "data" / "rollouts", out / "data" / "other_rollouts"
         self.demonstrations = out / "data" / "demonstrations"
         self.world_model = out / "world_model" / "world_model"
         self.dreams = out / "dreams"
@@ -123,8 +130,8 @@ class Paths:
         self.assets = out / "assets"
 
 
-def _collect_stage(name: str, config: CollectConfig) -> Stage:
-    free = ("root", "workers", "progress")
+def _collect_stage(name: str, config: CollectConfig, needs: tuple[str, ...] = ()) -> Stage:
+    free = ("root", "policy", "workers", "progress")
     settings = {key: value for key, value in asdict(config).items() if key not in free}
     root = Path(config.root)
 
@@ -132,17 +139,41 @@ def _collect_stage(name: str, config: CollectConfig) -> Stage:
         collect(config)
         return {"episodes": config.episodes, "transitions": config.episodes * config.steps}
 
-    return Stage(name, settings, (root / "meta" / "info.json",), run)
+    return Stage(name, settings, (root / "meta" / "info.json",), run, needs)
 
 
-def _world_model_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[Stage]:
+def _play_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[Stage]:
     def play(root: Path, episodes: int, seed: int) -> CollectConfig:
         return CollectConfig(
             root=str(root), kind="play", episodes=episodes, workers=config.workers, seed=seed, progress=config.progress
         )
 
+    def rollouts(root: Path, episodes: int, seed: int) -> CollectConfig:
+        source = replace(play(root, episodes, seed), kind="policy", policy=str(paths.generalist))
+        return replace(source, tasks=OTHER_RELATIONS, action_noise=0.1)
+
+    pretrain = _pretrain(config, scale, paths)
+    # Other seeds, other scenes: what the world model is tested on, and imagines for the judge, it has not seen.
+    return [
+        _collect_stage("play", play(paths.play, scale.play, config.seed)),
+        _collect_stage("held_out_play", play(paths.held_out, scale.held_out, config.seed + 2)),
+        Stage(
+            "pretrained",
+            _settings(pretrain),
+            (paths.generalist / "config.json",),
+            _trained(pretrain, config.progress),
+            ("play",),
+        ),
+        _collect_stage("rollouts", rollouts(paths.rollouts, scale.rollouts, config.seed), ("pretrained",)),
+        _collect_stage(
+            "other_rollouts", rollouts(paths.other_rollouts, scale.other_rollouts, config.seed + 1), ("pretrained",)
+        ),
+    ]
+
+
+def _world_model_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[Stage]:
     train = WorldModelTrainConfig(
-        data=(str(paths.play),),
+        data=(str(paths.play), str(paths.rollouts)),
         out=str(paths.world_model.parent),
         seed=config.seed,
         device=config.device,
@@ -153,18 +184,12 @@ def _world_model_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> l
     def run() -> None:
         train_world_model(train)
 
-    # Other seeds, other scenes: what the world model is tested on, and imagines for the judge, it has not seen.
-    return [
-        _collect_stage("play", play(paths.play, scale.play, config.seed)),
-        _collect_stage("other_play", play(paths.other_play, scale.other_play, config.seed + 1)),
-        _collect_stage("held_out_play", play(paths.held_out, scale.held_out, config.seed + 2)),
-        Stage("world_model", _settings(train), (paths.world_model / "config.json",), run, ("play",)),
-    ]
+    return [Stage("world_model", _settings(train), (paths.world_model / "config.json",), run, ("play", "rollouts"))]
 
 
 def _judge_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[Stage]:
     dreams = DreamClipsConfig(
-        data=str(paths.other_play),
+        data=str(paths.other_rollouts),
         out=str(paths.dreams),
         world_model=str(paths.world_model),
         clips=scale.dream_clips,
@@ -173,7 +198,7 @@ def _judge_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[St
         progress=config.progress,
     )
     train = JudgeTrainConfig(
-        data=(str(paths.play),),
+        data=(str(paths.play), str(paths.rollouts)),
         out=str(paths.judge.parent),
         imagined=(str(paths.dreams),),
         steps=scale.judge_steps,
@@ -191,9 +216,29 @@ def _judge_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[St
         return {"validation": report}
 
     return [
-        Stage("dreams", _settings(dreams), (paths.dreams,), imagine, ("other_play", "world_model")),
-        Stage("judge", _settings(train), (paths.judge / "config.json",), run, ("play", "dreams")),
+        Stage("dreams", _settings(dreams), (paths.dreams,), imagine, ("other_rollouts", "world_model")),
+        Stage("judge", _settings(train), (paths.judge / "config.json",), run, ("play", "rollouts", "dreams")),
     ]
+
+
+def _pretrain(config: EmbeddedConfig, scale: Scale, paths: Paths) -> SFTConfig:
+    return SFTConfig(
+        data=(str(paths.play),),
+        out=str(paths.generalist.parent),
+        stage="pretrain",
+        steps=scale.pretrain_steps,
+        batch_size=scale.pretrain_batch,
+        label_sigma=3.0,
+        readout_weight=3.0,
+        jitter=0.05,
+        blur_share=0.15,
+        device=config.device,
+        seed=config.seed,
+    )
+
+
+def _trained(sft: SFTConfig, progress: bool) -> Callable[[], dict[str, Any]]:
+    return lambda: {"validation": train_sft(sft, progress=progress).validation}
 
 
 def _policy_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[Stage]:
@@ -207,19 +252,7 @@ def _policy_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[S
         seed=config.seed,
         progress=config.progress,
     )
-    pretrain = SFTConfig(
-        data=(str(paths.play),),
-        out=str(paths.generalist.parent),
-        stage="pretrain",
-        steps=scale.pretrain_steps,
-        batch_size=scale.pretrain_batch,
-        label_sigma=3.0,
-        readout_weight=3.0,
-        jitter=0.05,
-        blur_share=0.15,
-        device=config.device,
-        seed=config.seed,
-    )
+    pretrain = _pretrain(config, scale, paths)
     fewshot = replace(
         pretrain,
         data=(str(paths.demonstrations),),
@@ -232,17 +265,13 @@ def _policy_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[S
         demos_per_task=3,
     )
 
-    def trained(sft: SFTConfig) -> Callable[[], dict[str, Any]]:
-        return lambda: {"validation": train_sft(sft, progress=config.progress).validation}
-
     return [
-        Stage("pretrained", _settings(pretrain), (paths.generalist / "config.json",), trained(pretrain), ("play",)),
         _collect_stage("demonstrations", demonstrations),
         Stage(
             "policy",
             _settings(fewshot),
             (paths.policy / "config.json",),
-            trained(fewshot),
+            _trained(fewshot, config.progress),
             ("pretrained", "demonstrations"),
         ),
     ]

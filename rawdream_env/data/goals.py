@@ -40,6 +40,14 @@ DIRECTIONS: Final[dict[str, tuple[float, float]]] = {
 TASK_PAIRS: Final = tuple((task.object_a, task.object_b) for task in TASKS)
 """The ordered object pairs of the four tasks."""
 
+OTHER_RELATIONS: Final = tuple(
+    name
+    for name in PLACE_RELATIONS
+    if not {tuple(name.split(":")[1:]), tuple(name.split(":")[:0:-1])} & set(TASK_PAIRS)
+)
+"""Placing relations between objects that no task brings together, either way round: what a generalist that must not
+know the tasks can be asked to do."""
+
 HELD_OUT_JUDGE_PAIRS: Final = (
     ("red_block", "blue_block"),
     ("spoon", "stove"),

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rawdream_env.errors import CheckpointError
-from rawdream_env.files import atomic_write_json, load_safetensors, save_safetensors
+from rawdream_env.files import atomic_write_json, load_weights, save_safetensors
 from rawdream_env.judges.base import Timer, check_pairs, checked_frames, checked_instruction, invalid
 from rawdream_env.judges.embedded_network import EmbeddedJudgeConfig, JudgeNetwork, frame_indices
 from rawdream_env.text import clean_instruction, tokenize
@@ -129,9 +129,7 @@ class EmbeddedJudge:
         path = Path(folder)
         content = _read_config(path / "config.json")
         network = JudgeNetwork(_model_config(content.get("model"), path / "config.json"))
-        weights = load_safetensors(path / "model.safetensors")
-        _check_weights(weights, network.state_dict(), path / "model.safetensors")
-        network.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+        load_weights(network, path / "model.safetensors")
         metadata = content.get("metadata")
         return cls(network, metadata=metadata if isinstance(metadata, dict) else {}, device=device)
 
@@ -170,14 +168,3 @@ def _model_config(content: Any, path: Path) -> EmbeddedJudgeConfig:
         if type(value) is not kind or (kind is not bool and not 0 < content[name] <= 4096):
             raise CheckpointError(f"{path}: {name} is {value!r}, expected a positive {kind.__name__} of at most 4096")
     return EmbeddedJudgeConfig(**content)
-
-
-def _check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
-    missing, extra = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
-    if missing or extra:
-        raise CheckpointError(f"{path} does not fit config.json: missing {missing[:5]}, unknown {extra[:5]}")
-    for name, tensor in weights.items():
-        if tensor.shape != expected[name].shape:
-            raise CheckpointError(f"{path}: {name} is {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}")
-        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{path}: {name} ({tensor.dtype}) has values that are not finite numbers")

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 from rawdream_env import text
 from rawdream_env.errors import CheckpointError, InvalidOptionError
-from rawdream_env.files import atomic_write_json, load_safetensors, save_safetensors
+from rawdream_env.files import atomic_write_json, load_weights, save_safetensors
 from rawdream_env.policies.action_tokens import NUM_TOKENS
 from rawdream_env.policies.base import TokenPolicy
 from rawdream_env.types import ACTION_DIM
@@ -263,23 +263,7 @@ class TinyVLA(TokenPolicy):
         path = Path(folder)
         config = _read_config(path / "config.json")
         policy = cls(config)
-        tensors = load_safetensors(path / "model.safetensors")
-        expected = policy.state_dict()
-        missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-        if missing or extra:
-            raise CheckpointError(
-                f"{path / 'model.safetensors'} does not match its config.json: {len(missing)} tensors missing "
-                f"{missing[:3]}, {len(extra)} unknown {extra[:3]}. Save it again with the matching version."
-            )
-        for name, tensor in tensors.items():
-            if tensor.shape != expected[name].shape:
-                raise CheckpointError(
-                    f"{path / 'model.safetensors'}: {name} has shape {tuple(tensor.shape)}, config.json asks for "
-                    f"{tuple(expected[name].shape)}."
-                )
-            if not torch.isfinite(tensor).all():
-                raise CheckpointError(f"{path / 'model.safetensors'}: {name} holds NaN or infinite values.")
-        policy.load_state_dict(tensors)
+        load_weights(policy, path / "model.safetensors")
         return policy.to(device).eval()
 
 

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 import torch
-from torch import Tensor, nn
 
 from rawdream_env.errors import CheckpointError
-from rawdream_env.files import atomic_write_json, load_safetensors, save_safetensors
+from rawdream_env.files import atomic_write_json, load_weights, save_safetensors
 from rawdream_env.types import WorldModel
 from rawdream_env.world_models.arm_map import ArmMapConfig
 from rawdream_env.world_models.autoencoders import AutoencoderConfig, PackedFrameAutoencoder
@@ -44,22 +43,6 @@ def dataclass_from_json(cls: type[T], values: dict[str, Any], where: str) -> T:
             value = dataclass_from_json(nested[0], value, where)  # type: ignore[arg-type]
         out[name] = value
     return cls(**out)
-
-
-def load_weights(module: nn.Module, path: Path) -> None:
-    """Load all tensors of ``path`` into ``module`` or none: every missing, unexpected or wrongly shaped one is
-    named.
-    """
-    tensors: dict[str, Tensor] = load_safetensors(path)
-    wanted = module.state_dict()
-    problems = [f"missing {name}" for name in wanted.keys() - tensors.keys()]
-    problems += [f"unexpected {name}" for name in tensors.keys() - wanted.keys()]
-    for name in wanted.keys() & tensors.keys():
-        if wanted[name].shape != tensors[name].shape:
-            problems.append(f"{name} is {tuple(tensors[name].shape)}, expected {tuple(wanted[name].shape)}")
-    if problems:
-        raise CheckpointError(f"{path} does not fit its config.json: " + "; ".join(sorted(problems)))
-    module.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
 
 
 def save_world_model(model: WanWorldModel, folder: str | Path, *, half: bool = False) -> None:

@@ -123,7 +123,7 @@ def random_world_model() -> Any:
             from rawdream_env.world_models.arm_map import ArmMap
 
             channels = int(ArmMap(rollout.arm_map).draw(torch.zeros(1, 1, 4, 7), (8, 8)).shape[2])
-        transformer = WanWorldModelTransformer(WanConfig(arm_map_channels=channels))
+        transformer = WanWorldModelTransformer(WanConfig(arm_map_channels=channels, carry=bool(channels)))
         for parameter in transformer.parameters():  # heads that start at zero would make every output equal
             if not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.02)

@@ -19,11 +19,11 @@ from rawdream_env.world_models.embedded import load_world_model, save_world_mode
 from rawdream_env.world_models.rollout import DreamState, RolloutConfig, WanWorldModel, _ChunkDenoiser
 from rawdream_env.world_models.sampler import flow_sigmas, sample_flow
 from rawdream_env.world_models.teacher_forcing import EpisodeBatch, denoise_all_chunks
-from rawdream_env.world_models.wan import WanConfig, WanWorldModelTransformer
+from rawdream_env.world_models.wan import WanConfig, WanWorldModelTransformer, shifted
 
 TINY = WanConfig(
     num_layers=2, num_attention_heads=2, attention_head_dim=24, ffn_dim=64, stem_channels=16, stem_blocks=1,
-    head_blocks=1, arm_map_channels=384,
+    head_blocks=1, arm_map_channels=384, carry=True,
 )  # fmt: skip
 
 
@@ -140,7 +140,7 @@ def test_noise_and_actions_matter(model: WanWorldModel) -> None:
 def batch(latents: Tensor, seed: int = 0) -> EpisodeBatch:
     gen = torch.Generator().manual_seed(seed)
     b, m = latents.shape[:2]
-    maps = torch.rand(b, m, 384, 8, 8, generator=gen)
+    maps = torch.rand(b, m, TINY.map_channels, 8, 8, generator=gen)
     return EpisodeBatch(latents, torch.randn(b, m, TINY.condition_dim, generator=gen), maps)
 
 
@@ -208,6 +208,23 @@ def test_arm_map_follows_the_kinematics() -> None:
     for action in actions[0].numpy():
         by_hand = piper.integrate_action(by_hand, action)
     np.testing.assert_allclose(arm_map.integrate(pose[None], actions)[0, -1].numpy(), by_hand, atol=1e-6)
+
+
+def test_pictures_are_carried_with_the_tool() -> None:
+    pictures = torch.randn(2, 1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    moved = shifted(pictures, torch.tensor([[[2.0, -1.0]], [[0.0, 0.0]]]))  # right by two cells, up by one
+    torch.testing.assert_close(moved[0, 0, :, :-1, 2:], pictures[0, 0, :, 1:, :-2], atol=1e-5, rtol=0)
+    assert moved[0, 0, :, -1].abs().max() < 1e-5 and moved[0, 0, :, :, :2].abs().max() < 1e-5
+    torch.testing.assert_close(moved[1], pictures[1], atol=1e-5, rtol=0)
+
+    before, after = (torch.tensor(piper.HOME_POSE, dtype=torch.float32) for _ in range(2))
+    before[:3], after[:3] = torch.tensor([0.30, 0.05, 0.10]), torch.tensor([0.25, -0.02, 0.16])
+    poses = torch.stack([before, before, before, after])[None, None]
+    (motion,) = ArmMap().motion(poses, before[None, None], (8, 8))[0]
+    expected = piper.project(after[:3].numpy()[None], 8)[0] - piper.project(before[:3].numpy()[None], 8)[0]
+    np.testing.assert_allclose(motion, [0, 0, *expected[0]], atol=1e-3)
+    with pytest.raises(ValueError, match="needs residual and arm_map_channels"):
+        WanWorldModelTransformer(replace(TINY, arm_map_channels=0))
 
 
 def test_bad_input_is_named(model: WanWorldModel) -> None:

@@ -17,6 +17,7 @@ from rawdream_env.data.lerobot import LeRobotWriter
 from rawdream_env.errors import CheckpointError, DatasetError
 from rawdream_env.files import load_safetensors
 from rawdream_env.piper_geometry import HOME_POSE
+from rawdream_env.seeding import NoiseKey
 from rawdream_env.trainers.world_model import (
     EpisodeSampler,
     LatentEpisodes,
@@ -24,12 +25,14 @@ from rawdream_env.trainers.world_model import (
     WorldModelTrainConfig,
     train_world_model,
 )
-from rawdream_env.world_models.autoencoders import AutoencoderConfig
-from rawdream_env.world_models.wan import WanConfig
+from rawdream_env.world_models.arm_map import ArmMap
+from rawdream_env.world_models.autoencoders import AutoencoderConfig, PackedFrameAutoencoder
+from rawdream_env.world_models.rollout import WanWorldModel
+from rawdream_env.world_models.wan import WanConfig, WanWorldModelTransformer
 
 MODEL = WanConfig(
     num_layers=1, num_attention_heads=2, attention_head_dim=24, ffn_dim=64, stem_channels=16,
-    stem_blocks=1, head_blocks=1, arm_map_channels=384,
+    stem_blocks=1, head_blocks=1, arm_map_channels=384, carry=True,
 )  # fmt: skip
 
 
@@ -80,7 +83,7 @@ def numbered_episodes(chunks: tuple[int, ...]) -> LatentEpisodes:
 
 def test_windows_of_unequal_episodes(tmp_path: Path) -> None:
     chunks = (5, 2, 3)
-    settings = config("", tmp_path, model=replace(MODEL, arm_map_channels=0, pose_dim=0))
+    settings = config("", tmp_path, model=replace(MODEL, arm_map_channels=0, carry=False, pose_dim=0))
     settings = replace(settings, rollout=replace(settings.rollout, arm_map=None))
     batch = EpisodeSampler(numbered_episodes(chunks), settings).draw(np.random.default_rng(0), 64)
     seen = set()
@@ -108,6 +111,23 @@ def test_commanded_poses_follow_their_actions(tmp_path: Path) -> None:
         expected = first + torch.tensor([0.0] * 4 + [1.0 + i for i in range(24)])  # held, then one after each action
         poses = sampler.arm_map.normalise(expected.view(1, 7, 4, 1).expand(-1, -1, -1, 7))[0]
         assert torch.equal(conditions.unflatten(1, (4, 14))[..., 7:], poses)
+
+
+def test_training_draws_the_maps_that_a_rollout_draws(tmp_path: Path) -> None:
+    actions = torch.rand(1, 24, 7, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    first = torch.tensor(HOME_POSE, dtype=torch.float32)[None]
+    poses = torch.cat([first[:, None], ArmMap().integrate(first, actions)], 1)
+    zeros = torch.zeros(7, 16, 8, 8)
+    episodes = LatentEpisodes(torch.tensor([3]), zeros[:6], zeros[:4], actions[0], poses[0])
+    batch = EpisodeSampler(episodes, config("", tmp_path)).draw(np.random.default_rng(0), 1)
+    model = WanWorldModel(WanWorldModelTransformer(MODEL), PackedFrameAutoencoder(AutoencoderConfig(widths=(16, 16))))
+    state = model.start(torch.zeros(1, 64, 64, 3, dtype=torch.uint8), [NoiseKey(0)], first)
+    for chunk in range(3):
+        state, _ = model.imagine(state, actions[:, 8 * chunk : 8 * chunk + 8])
+    assert batch.arm_maps is not None
+    torch.testing.assert_close(state.arm_maps, batch.arm_maps, atol=1e-5, rtol=0)  # the anchor and all six new frames
+    torch.testing.assert_close(state.conditions, batch.conditions, atol=1e-5, rtol=0)
+    assert state.arm_maps[0, 1:, -4:].abs().amax() > 0.3
 
 
 def test_it_goes_on_from_another_world_model(tmp_path: Path) -> None:

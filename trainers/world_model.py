@@ -30,7 +30,7 @@ from rawdream_env.errors import CheckpointError, DatasetError
 from rawdream_env.files import load_safetensors, save_safetensors
 from rawdream_env.seeding import mix
 from rawdream_env.trainers.run_dir import RunDir, pack_optimizer, unpack_optimizer
-from rawdream_env.world_models.arm_map import ArmMap
+from rawdream_env.world_models.arm_map import ArmMap, draw_maps
 from rawdream_env.world_models.autoencoders import AutoencoderConfig, PackedFrameAutoencoder, pack_frames
 from rawdream_env.world_models.embedded import read_world_model, save_world_model
 from rawdream_env.world_models.rollout import RolloutConfig, WanWorldModel
@@ -82,7 +82,7 @@ class WorldModelTrainConfig:
     """Stage 2."""
     autoencoder_model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     """Architecture of the autoencoder; its image size is that of the data."""
-    model: WanConfig = field(default_factory=lambda: WanConfig(arm_map_channels=384))
+    model: WanConfig = field(default_factory=lambda: WanConfig(arm_map_channels=384, carry=True))
     """Architecture of the transformer."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """Rollout settings saved with the model; its arm map is also the one trained on."""
@@ -314,7 +314,12 @@ class EpisodeSampler:
         maps = None
         if self.arm_map is not None:
             parts.append(self.arm_map.normalise(poses))
-            maps = self.arm_map.draw(poses, (latents.shape[-2], latents.shape[-1])).to(cfg.device)
+            # poses before each frame's chunk: the anchor's own, then the last one of the frame before the chunk
+            before = poses[:, torch.arange(c) * g, -1].repeat_interleave(g, 1)
+            before = torch.cat([poses[:, :1, -1], before], 1)
+            maps = draw_maps(self.arm_map, poses, before, tuple(latents.shape[-2:]), carry=cfg.model.carry).to(
+                cfg.device
+            )
         return EpisodeBatch(latents.to(cfg.device), torch.cat(parts, -1).flatten(2).to(cfg.device), maps)
 
 

@@ -5,6 +5,11 @@ commanded arm into the camera plane hands it that knowledge in its own coordinat
 Ctrl-World do). On a small training budget it is the difference between an arm that dissolves and one that is right to
 the end.
 
+The same kinematics tell how far the tool moves in the picture. Shifting the last context frame by that much shows the
+model what a held object would look like now (the idea of warping the previous frame by predicted motions: Finn et al.
+2016, "Unsupervised learning for physical interaction through video prediction"), so that carrying has to be recognised
+rather than drawn anew.
+
 Shape letters: B batch, F latent frames, S segments, R map resolution, H W latent height and width.
 """
 
@@ -67,6 +72,19 @@ class ArmMap:
         assert folded.shape[-1] == w
         return folded.reshape(b, f, n * folded.shape[1], h, w)
 
+    def motion(self, poses: Tensor, reference: Tensor, latent_size: tuple[int, int]) -> Tensor:
+        """How far the tool has moved in the picture since ``reference``, the pose before the chunk.
+
+        ``poses`` (B, F, 4, 7), ``reference`` (B, F, 7) -> (B, F, 4): u, v at the first and at the last of a latent's four
+        frames, in latent cells.
+        """
+        h, w = latent_size
+        assert h == w
+        stacked = torch.stack([reference, poses[:, :, 0], poses[:, :, -1]], 2)  # (B, F, 3, 7)
+        tool = piper.arm_points(stacked.reshape(-1, 7).numpy().astype(np.float64))[:, _POINT["tool"]]
+        place = torch.from_numpy(piper.project(tool, w)[0].astype(np.float32)).view(*stacked.shape[:3], 2)
+        return (place[:, :, 1:] - place[:, :, :1]).flatten(2)
+
     def _channels(self, poses: Tensor) -> Tensor:
         pose = poses.numpy().astype(np.float64)
         points, r = piper.arm_points(pose), self.config.resolution
@@ -105,3 +123,15 @@ class ArmMap:
         t = ((du * along[..., 0:1] + dv * along[..., 1:2]) / length2).clamp(0, 1)
         distance = torch.hypot(du - t * along[..., 0:1], dv - t * along[..., 1:2])
         return torch.sigmoid((radius[..., None] - distance) / self.config.softness)
+
+
+def draw_maps(arm_map: ArmMap, poses: Tensor, before: Tensor, latent_size: tuple[int, int], *, carry: bool) -> Tensor:
+    """The map tensor of ``WanConfig``: the arm map and, with ``carry``, the tool's motion in every cell.
+
+    ``poses`` (B, F, 4, 7), ``before`` (B, F, 7) the pose before each frame's chunk -> (B, F, C_m, H, W).
+    """
+    maps = arm_map.draw(poses, latent_size)
+    if not carry:
+        return maps
+    motion = arm_map.motion(poses, before, latent_size)[..., None, None]
+    return torch.cat([maps, motion.expand(-1, -1, -1, *latent_size)], 2)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rawdream_env.errors import InvalidActionError
 from rawdream_env.seeding import NoiseKey, keyed_normal
-from rawdream_env.world_models.arm_map import ArmMap, ArmMapConfig
+from rawdream_env.world_models.arm_map import ArmMap, ArmMapConfig, draw_maps
 from rawdream_env.world_models.autoencoders import FRAMES_PER_LATENT, PackedFrameAutoencoder
 from rawdream_env.world_models.sampler import sample_flow
 from rawdream_env.world_models.wan import KeyValues, WanWorldModelTransformer, frame_mask, rope_tables
@@ -189,7 +189,7 @@ class WanWorldModel:
         b, r = len(frames), cfg.context_latents
         still = torch.zeros(b, 1, FRAMES_PER_LATENT, cfg.action_dim)
         held = pose[:, None, None].expand(-1, 1, FRAMES_PER_LATENT, -1)
-        conditions, maps = self._conditions(still, held), self._maps(held)
+        conditions, maps = self._conditions(still, held), self._maps(held, pose)
         return DreamState(
             anchor=anchor,
             recent=anchor.new_zeros(b, r, *anchor.shape[1:]),
@@ -214,7 +214,7 @@ class WanWorldModel:
         poses = self._integrate(state.pose, actions)
         split = (cfg.chunk_latents, FRAMES_PER_LATENT)
         new_conditions = self._conditions(actions.unflatten(1, split), poses.unflatten(1, split))
-        new_maps = self._maps(poses.unflatten(1, split))
+        new_maps = self._maps(poses.unflatten(1, split), state.pose)
         new = state.anchor.new_empty(len(state), cfg.chunk_latents, *state.anchor.shape[1:])
         times = [self._time(chunk) for chunk in state.chunks]
         for time in sorted(set(times)):  # rows whose context has the same length and positions are denoised together
@@ -310,12 +310,16 @@ class WanWorldModel:
             parts.append(self._arm_map.normalise(poses))
         return torch.cat(parts, -1).flatten(2).to(self.device)
 
-    def _maps(self, poses: Tensor) -> Tensor:
-        """(B, F, 4, P) -> arm maps (B, F, C_m, H, W) on the model's device; C_m = 0 without one."""
-        _, h, w = self.transformer.config.latent_shape
+    def _maps(self, poses: Tensor, reference: Tensor) -> Tensor:
+        """(B, F, 4, P) and the pose before the chunk (B, P) -> maps (B, F, C_m, H, W) on the model's device; C_m = 0
+        without an arm map.
+        """
+        cfg = self.transformer.config
+        _, h, w = cfg.latent_shape
         if self._arm_map is None:
             return torch.zeros(*poses.shape[:2], 0, h, w, device=self.device)
-        return self._arm_map.draw(poses, (h, w)).to(self.device)
+        before = reference[:, None].expand(-1, poses.shape[1], -1)
+        return draw_maps(self._arm_map, poses, before, (h, w), carry=cfg.carry).to(self.device)
 
 
 class _ChunkDenoiser:

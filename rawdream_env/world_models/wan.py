@@ -24,6 +24,8 @@ from torch.nn import functional as F
 
 from rawdream_env.world_models.layers import ResBlock, RowExactConv2d, RowExactLinear
 
+MOTION_CHANNELS = 4
+"""The tool's motion since the last context frame: u, v in latent cells at a latent's first and last video frame."""
 KeyValues = list[tuple[Tensor, Tensor]]
 """Per block: keys and values (B, N, F*P, D/N), rotated."""
 
@@ -54,6 +56,9 @@ class WanConfig:
     """Commanded-pose dimensions added to the action condition; 0 for actions alone, as in the paper."""
     arm_map_channels: int = 0
     """Channels of the arm map at latent resolution, per latent frame; 0 for none."""
+    carry: bool = False
+    """Show each new frame the last context frame shifted with the tool, to its first and last video frame, beside the
+    shift itself (4 more map channels, then 2 C of picture); needs the arm map and ``residual``."""
     stem_channels: int = 96
     """Width of the convolutional stem and head; 0 for Wan's plain patch embedding."""
     stem_blocks: int = 2
@@ -81,6 +86,11 @@ class WanConfig:
         return self.actions_per_latent * (self.action_dim + self.pose_dim)
 
     @property
+    def map_channels(self) -> int:
+        """Channels of the map tensor: the arm map and, with ``carry``, the tool's motion."""
+        return self.arm_map_channels + (MOTION_CHANNELS if self.carry else 0)
+
+    @property
     def chunk_len(self) -> int:
         """Actions in a chunk K."""
         return self.chunk_latents * self.actions_per_latent
@@ -89,6 +99,18 @@ class WanConfig:
     def tokens_per_frame(self) -> int:
         """P."""
         return (self.latent_shape[1] // self.patch_size) * (self.latent_shape[2] // self.patch_size)
+
+
+def shifted(pictures: Tensor, motion: Tensor) -> Tensor:
+    """Move (B, F, C, H, W) by (u, v) cells, ``motion`` (B, F, 2); bilinear, zeros come in at the border."""
+    b, f, _, h, w = pictures.shape
+    rows = (torch.arange(h, device=pictures.device) * 2 + 1) / h - 1
+    cols = (torch.arange(w, device=pictures.device) * 2 + 1) / w - 1
+    grid = torch.stack(torch.meshgrid(cols, rows, indexing="xy"), -1)
+    scale = torch.tensor([2 / w, 2 / h], device=pictures.device)
+    grid = grid - (motion.float() * scale).view(b * f, 1, 1, 2)
+    moved = F.grid_sample(pictures.flatten(0, 1).float(), grid, align_corners=False)
+    return moved.view(pictures.shape).to(pictures.dtype)
 
 
 def timestep_embedding(noise_level: Tensor, dim: int) -> Tensor:
@@ -235,7 +257,9 @@ class WanWorldModelTransformer(nn.Module):
         d, p = config.width, config.patch_size
         if h % p or w % p:
             raise ValueError(f"latent_shape {config.latent_shape} is not a multiple of patch_size {p}")
-        channels = c * (2 if config.residual else 1) + config.arm_map_channels
+        if config.carry and not (config.residual and config.arm_map_channels):
+            raise ValueError("carry shifts the last context frame with the arm: it needs residual and arm_map_channels")
+        channels = c * (2 if config.residual else 1) + config.map_channels + (2 * c if config.carry else 0)
         s = config.stem_channels
         self.condition_embedder = ConditionEmbedder(config)
         self.stem_in = RowExactConv2d(channels, s, 3, padding=1) if s else None
@@ -259,7 +283,7 @@ class WanWorldModelTransformer(nn.Module):
         """Inputs of F frames -> tokens (B, F, P, D), stem features (B*F, s, H, W), condition (B, F, D), modulation.
 
         ``latents`` (B, F, C, H, W); ``base`` the last context frame for frames to be imagined, zeros for context
-        frames; ``arm_map`` (B, F, channels, H, W); ``noise_level`` (B, F); ``conditions`` (B, F, condition_dim).
+        frames; ``arm_map`` (B, F, map_channels, H, W); ``noise_level`` (B, F); ``conditions`` (B, F, condition_dim).
         """
         b, f = latents.shape[:2]
         vector, modulation = self.condition_embedder(noise_level, conditions)
@@ -269,6 +293,10 @@ class WanWorldModelTransformer(nn.Module):
         if self.config.arm_map_channels:
             assert arm_map is not None
             parts.append(arm_map.to(latents.dtype))
+        if self.config.carry:
+            assert arm_map is not None
+            motion = arm_map[:, :, self.config.arm_map_channels :, 0, 0]
+            parts += [shifted(parts[1], motion[..., :2]), shifted(parts[1], motion[..., 2:])]
         x = torch.cat(parts, 2).flatten(0, 1).to(self.patch_embedding.weight.dtype)
         if x.dtype != torch.float32 or torch.is_grad_enabled():
             x = x.contiguous(memory_format=torch.channels_last)

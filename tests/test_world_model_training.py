@@ -16,14 +16,16 @@ from rawdream_env.data import schema
 from rawdream_env.data.lerobot import LeRobotWriter
 from rawdream_env.errors import CheckpointError, DatasetError
 from rawdream_env.files import load_safetensors
-from rawdream_env.piper_geometry import HOME_POSE
+from rawdream_env.piper_geometry import HOME_POSE, project
 from rawdream_env.seeding import NoiseKey
 from rawdream_env.trainers.world_model import (
     EpisodeSampler,
     LatentEpisodes,
     StageConfig,
     WorldModelTrainConfig,
+    focus_cells,
     train_world_model,
+    world_model_loss,
 )
 from rawdream_env.world_models.arm_map import ArmMap
 from rawdream_env.world_models.autoencoders import AutoencoderConfig, PackedFrameAutoencoder
@@ -128,6 +130,44 @@ def test_training_draws_the_maps_that_a_rollout_draws(tmp_path: Path) -> None:
     torch.testing.assert_close(state.arm_maps, batch.arm_maps, atol=1e-5, rtol=0)  # the anchor and all six new frames
     torch.testing.assert_close(state.conditions, batch.conditions, atol=1e-5, rtol=0)
     assert state.arm_maps[0, 1:, -4:].abs().amax() > 0.3
+
+
+def test_the_loss_looks_where_objects_are_handled() -> None:
+    poses = np.tile(np.asarray([0.30, 0.0, 0.20, 0, 0, 0, 1], np.float32), (17, 1))
+    places = np.full((17, 4, 3), np.nan)
+    places[:, 0] = (0.25, -0.10, 0.02)  # stands still, out of reach
+    places[:, 1] = (0.30, 0.03, 0.19)  # held out to the tool, still
+    places[:, 2] = (0.35, 0.10, 0.02)
+    places[12:, 2] = (0.35, 0.02, 0.02)  # pushed in the second chunk
+    cells = focus_cells(places, poses, MODEL)
+    assert cells.shape == (4, 8, 8) and cells.dtype == np.uint8
+
+    def marked(frame: int, place: tuple[float, float, float]) -> bool:
+        u, v = project(np.asarray([place]), 8)[0][0]
+        return bool(cells[frame, int(v), int(u)])
+
+    assert not any(marked(m, (0.25, -0.10, 0.02)) for m in range(4))
+    assert all(marked(m, (0.30, 0.03, 0.19)) for m in range(4))
+    assert [marked(m, (0.35, 0.02, 0.02)) for m in range(4)] == [False, False, True, True]
+    assert [marked(m, (0.35, 0.10, 0.02)) for m in range(4)] == [False, False, True, True]  # where it has left
+    assert not focus_cells(None, poses, MODEL).any()
+
+
+def test_object_weight_weighs_the_cells_in_focus(tmp_path: Path) -> None:
+    settings = config("", tmp_path, change_weight=0.0)
+    model = WanWorldModelTransformer(MODEL)
+    episodes = numbered_episodes((3,))
+    latents = torch.randn(episodes.latents.shape, generator=torch.Generator().manual_seed(0))
+    episodes = replace(episodes, latents=latents, stills=episodes.stills[..., :1, :1].expand(-1, -1, 8, 8) * 0)
+    batch = EpisodeSampler(episodes, settings).draw(np.random.default_rng(0), 2)
+
+    def loss(focus: torch.Tensor | None) -> float:
+        chosen = replace(batch, focus=focus)
+        return world_model_loss(settings, model, chosen, torch.Generator().manual_seed(1), 0)[0].item()
+
+    everywhere, nowhere = torch.ones(2, 6, 8, 8, dtype=torch.uint8), torch.zeros(2, 6, 8, 8, dtype=torch.uint8)
+    assert loss(nowhere) == loss(None)
+    assert loss(everywhere) == pytest.approx((1 + settings.object_weight) * loss(None), rel=1e-4)
 
 
 def test_it_goes_on_from_another_world_model(tmp_path: Path) -> None:

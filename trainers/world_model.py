@@ -28,6 +28,7 @@ from tqdm import tqdm
 from rawdream_env.data.reader import LeRobotReader
 from rawdream_env.errors import CheckpointError, DatasetError
 from rawdream_env.files import load_safetensors, save_safetensors
+from rawdream_env.piper_geometry import project
 from rawdream_env.seeding import mix
 from rawdream_env.trainers.run_dir import RunDir, pack_optimizer, unpack_optimizer
 from rawdream_env.world_models.arm_map import ArmMap, draw_maps
@@ -94,6 +95,10 @@ class WorldModelTrainConfig:
     """Share of target chunks at t = 1."""
     change_weight: float = 3.0
     """Extra loss weight of latent cells that differ from the last context frame."""
+    object_weight: float = 12.0
+    """Extra loss weight of latent cells in which an object moves or is within reach of the gripper, where the data say
+    so (``privileged.object_poses``): a block is a few pixels, and what becomes of it is all that a judge asks about.
+    """
     self_forcing: float = 0.4
     """Share of training, at its end, in which the context is the model's own prediction."""
     self_forcing_depth: int = 3
@@ -236,7 +241,7 @@ class LatentEpisodes:
 
     ``chunks`` int64 (E,); ``latents`` fp16 (sum M, C, h, w) with M = G chunks; ``stills`` fp16 (sum chunks + 1, C, h, w),
     the frame before each chunk (and the last frame) encoded as a still; ``actions`` (sum N, 7); ``poses`` (sum N + 1, 7)
-    commanded poses, before each action.
+    commanded poses, before each action; ``focus`` uint8 (sum M, h, w), 1 where ``object_weight`` applies.
     """
 
     chunks: Tensor
@@ -244,6 +249,7 @@ class LatentEpisodes:
     stills: Tensor
     actions: Tensor
     poses: Tensor
+    focus: Tensor | None = None
 
 
 @torch.no_grad()
@@ -274,8 +280,35 @@ def encode_episodes(
         torch.from_numpy(np.concatenate(actions)),
         torch.from_numpy(np.concatenate(poses)),
     )
-    save_safetensors(cache, {name: tensor.contiguous() for name, tensor in vars(result).items()}, {})
+    save_safetensors(cache, {name: x.contiguous() for name, x in vars(result).items() if x is not None}, {})
     return result
+
+
+def focus_cells(places: np.ndarray | None, poses: np.ndarray, model: WanConfig) -> np.ndarray:
+    """Latent cells in which an object moves or is within 5 cm of the tool: uint8 (M, h, w).
+
+    ``places`` (N + 1, O, 3) in metres, NaN for absent objects, or None when they are not known (then nothing is in
+    focus); ``poses`` (N + 1, 7) commanded poses. An object is marked where it is in each of a latent's frames and where it
+    was before the chunk, from where it may have to vanish.
+    """
+    _, h, w = model.latent_shape
+    n, g = model.actions_per_latent, model.chunk_latents
+    cells = np.zeros(((len(poses) - 1) // n, h, w), np.uint8)
+    if places is None:
+        return cells
+    before = np.arange(len(cells)) // g * g * n
+    frames = np.arange(len(cells))[:, None] * n + 1 + np.arange(n)
+    now, was = places[frames], places[before][:, None]  # (M, n, O, 3), (M, 1, O, 3)
+    moved = np.linalg.norm(now - was, axis=-1) > 0.003
+    near = np.linalg.norm(now - poses[frames][..., None, :3], axis=-1) < 0.05
+    chosen = (moved | near).any(1)  # (M, O); False for absent objects
+    shown = np.concatenate([was, now], 1)
+    pixels, _ = project(np.nan_to_num(shown.reshape(-1, 3)), w)
+    u, v = pixels.reshape(*shown.shape[:3], 2).transpose(3, 0, 1, 2)
+    rows, columns = np.arange(h)[:, None] + 0.5, np.arange(w) + 0.5
+    reach = 0.9  # cells: an object is smaller than one and marks those it can touch
+    hit = (np.abs(u[..., None, None] - columns) < reach) & (np.abs(v[..., None, None] - rows) < reach)
+    return (hit & chosen[:, None, :, None, None]).any((1, 2)).astype(np.uint8)
 
 
 class EpisodeSampler:
@@ -320,7 +353,9 @@ class EpisodeSampler:
             maps = draw_maps(self.arm_map, poses, before, tuple(latents.shape[-2:]), carry=cfg.model.carry).to(
                 cfg.device
             )
-        return EpisodeBatch(latents.to(cfg.device), torch.cat(parts, -1).flatten(2).to(cfg.device), maps)
+        focus = None if e.focus is None else e.focus[frames].to(cfg.device)
+        conditions = torch.cat(parts, -1).flatten(2).to(cfg.device)
+        return EpisodeBatch(latents.to(cfg.device), conditions, maps, focus)
 
 
 def _noise_levels(config: WorldModelTrainConfig, b: int, m: int, gen: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -372,6 +407,8 @@ def world_model_loss(
     out, base = denoise_all_chunks(model, batch, clean, clean_level, noisy, level)
     change = (target - base).abs().mean(2, keepdim=True)
     weight = 1 + config.change_weight * (change / 0.5).clamp(max=1)
+    if batch.focus is not None:
+        weight = weight + config.object_weight * batch.focus[:, :, None]
     if config.model.residual:
         error = (out - target) ** 2
         weight = weight * (0.5 / (level[lift] ** 2 + 0.15))  # near a velocity loss, without its blow-up at t -> 0
@@ -419,6 +456,7 @@ def train_world_model(config: WorldModelTrainConfig) -> Path:
     frames: list[np.ndarray] = []
     actions: list[np.ndarray] = []
     poses: list[np.ndarray] = []
+    focus: list[np.ndarray] = []
     chunk = config.model.chunk_len
     for root in config.data:
         arrays = LeRobotReader(root).load_all(workers=2, progress=True)
@@ -428,10 +466,15 @@ def train_world_model(config: WorldModelTrainConfig) -> Path:
             frames.append(episode.frames[: steps + 1])
             actions.append(episode.actions[:steps])
             poses.append(episode.state[: steps + 1])
+            objects = episode.privileged.get("object_poses")
+            places = None if objects is None else objects[: steps + 1].reshape(steps + 1, -1, 7)[..., :3]
+            focus.append(focus_cells(places, poses[-1], config.model))
     Path(config.out).mkdir(parents=True, exist_ok=True)
     autoencoder = initial.autoencoder.to(config.device).eval() if initial else train_autoencoder(config, frames)
     cache = Path(config.out) / "latents.safetensors"
     episodes = encode_episodes(autoencoder, frames, actions, poses, cache, chunk_len=chunk, bf16=config.bf16)
+    if config.object_weight:
+        episodes = replace(episodes, focus=torch.from_numpy(np.concatenate(focus)))
     del frames
     transformer = train_transformer(config, episodes)
     target = Path(config.out) / "world_model"

@@ -20,12 +20,13 @@ from rawdream_env.world_models.wan import WanWorldModelTransformer, frame_mask, 
 @dataclass(frozen=True)
 class EpisodeBatch:
     """``latents`` (B, M+1, C, H, W), the anchor first; ``conditions`` (B, M+1, D_c); ``arm_maps`` (B, M+1, C_m, H, W)
-    or None.
+    or None; ``focus`` (B, M, H, W), 1 where the loss should look closer, or None.
     """
 
     latents: Tensor
     conditions: Tensor
     arm_maps: Tensor | None
+    focus: Tensor | None = None
 
 
 def chunk_windows(num_latents: int, chunk_latents: int, context_latents: int) -> tuple[Tensor, Tensor]:

@@ -39,7 +39,7 @@ CPU = Scale(
     other_rollouts=320,
     held_out=200,
     autoencoder=StageConfig(steps=3200, batch_size=16, lr=2e-3, ema=0.99),
-    transformer=StageConfig(steps=7600, batch_size=4, lr=6e-4),
+    transformer=StageConfig(steps=7500, batch_size=4, lr=6e-4, decay=0.7),
     dream_clips=1200,
     judge_steps=1600,
     judge_batch=32,

@@ -60,8 +60,8 @@ class EmbeddedJudgeConfig:
     text_len: int = 16
     slots: int = 3
     pointers: bool = True
-    """Finders, pointers and geometry. False: the first judge, whose slots had to learn all of it by cross-attention,
-    which takes several times as many steps; kept so that its checkpoints load."""
+    """Finders, pointers and geometry. False: slots that find and compare by cross-attention alone; the shipped judge is
+    one (docs/embedded_models.md compares the two)."""
     threshold: float = 0.5
     """Success when the probability reaches it; calibrated for precision on validation clips."""
 

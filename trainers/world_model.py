@@ -308,7 +308,8 @@ def focus_cells(places: np.ndarray | None, poses: np.ndarray, model: WanConfig) 
     rows, columns = np.arange(h)[:, None] + 0.5, np.arange(w) + 0.5
     reach = 0.9  # cells: an object is smaller than one and marks those it can touch
     hit = (np.abs(u[..., None, None] - columns) < reach) & (np.abs(v[..., None, None] - rows) < reach)
-    return (hit & chosen[:, None, :, None, None]).any((1, 2)).astype(np.uint8)
+    cells[(hit & chosen[:, None, :, None, None]).any((1, 2))] = 1
+    return cells
 
 
 class EpisodeSampler:
@@ -350,9 +351,9 @@ class EpisodeSampler:
             # poses before each frame's chunk: the anchor's own, then the last one of the frame before the chunk
             before = poses[:, torch.arange(c) * g, -1].repeat_interleave(g, 1)
             before = torch.cat([poses[:, :1, -1], before], 1)
-            maps = draw_maps(self.arm_map, poses, before, tuple(latents.shape[-2:]), carry=cfg.model.carry).to(
-                cfg.device
-            )
+            maps = draw_maps(
+                self.arm_map, poses, before, (latents.shape[-2], latents.shape[-1]), carry=cfg.model.carry
+            ).to(cfg.device)
         focus = None if e.focus is None else e.focus[frames].to(cfg.device)
         conditions = torch.cat(parts, -1).flatten(2).to(cfg.device)
         return EpisodeBatch(latents.to(cfg.device), conditions, maps, focus)

@@ -4,7 +4,7 @@
     rawdream train-embedded --preset gpu     the same recipe with more data and more steps, on a CUDA device
 
 The stages, in order: collect play -> pre-train the policy on it -> let that policy act on instructions that are no
-task's -> train the world model on play and these rollouts -> imagine clips of other such rollouts -> train the judge on
+task's -> train the world model on play and these rollouts -> imagine clips of other play -> train the judge on
 all of it -> collect 3 demonstrations per task -> fine-tune the policy on them -> render the starts -> put the checkpoints
 together -> measure everything -> write the model card. Nothing but the three demonstrations per task and the final
 measurement knows of the four tasks (paper section 3: task-agnostic).
@@ -120,7 +120,7 @@ class Paths:
     def __init__(self, out: Path) -> None:
         self.out = out
         self.play, self.held_out = out / "data" / "play", out / "data" / "held_out_play"
-        self.rollouts, self.other_rollouts = out / "data" / "rollouts", out / "data" / "other_rollouts"
+        self.rollouts, self.other_play = out / "data" / "rollouts", out / "data" / "other_play"
         self.demonstrations = out / "data" / "demonstrations"
         self.world_model = out / "world_model" / "world_model"
         self.dreams = out / "dreams"
@@ -156,6 +156,7 @@ def _play_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[Sta
     # Other seeds, other scenes: what the world model is tested on, and imagines for the judge, it has not seen.
     return [
         _collect_stage("play", play(paths.play, scale.play, config.seed)),
+        _collect_stage("other_play", play(paths.other_play, scale.other_play, config.seed + 1)),
         _collect_stage("held_out_play", play(paths.held_out, scale.held_out, config.seed + 2)),
         Stage(
             "pretrained",
@@ -165,9 +166,6 @@ def _play_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[Sta
             ("play",),
         ),
         _collect_stage("rollouts", rollouts(paths.rollouts, scale.rollouts, config.seed), ("pretrained",)),
-        _collect_stage(
-            "other_rollouts", rollouts(paths.other_rollouts, scale.other_rollouts, config.seed + 1), ("pretrained",)
-        ),
     ]
 
 
@@ -189,7 +187,7 @@ def _world_model_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> l
 
 def _judge_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[Stage]:
     dreams = DreamClipsConfig(
-        data=str(paths.other_rollouts),
+        data=str(paths.other_play),
         out=str(paths.dreams),
         world_model=str(paths.world_model),
         clips=scale.dream_clips,
@@ -216,7 +214,7 @@ def _judge_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[St
         return {"validation": report}
 
     return [
-        Stage("dreams", _settings(dreams), (paths.dreams,), imagine, ("other_rollouts", "world_model")),
+        Stage("dreams", _settings(dreams), (paths.dreams,), imagine, ("other_play", "world_model")),
         Stage("judge", _settings(train), (paths.judge / "config.json",), run, ("play", "rollouts", "dreams")),
     ]
 

@@ -12,10 +12,10 @@ from rawdream_env.files import atomic_write_json, atomic_write_text, sha256_file
 
 _ORDER = (
     "play",
+    "other_play",
     "held_out_play",
     "pretrained",
     "rollouts",
-    "other_rollouts",
     "world_model",
     "dreams",
     "judge",

@@ -15,8 +15,8 @@ class Scale:
     """Play episodes (128 control steps each) for world model, judge and policy."""
     rollouts: int
     """Rollouts of the pre-trained policy, on instructions that are no task's, for the world model and the judge."""
-    other_rollouts: int
-    """More of them, which the world model does not see, for the imagined clips."""
+    other_play: int
+    """Play episodes the world model does not see, for the imagined clips."""
     held_out: int
     """Play episodes nothing sees, to measure the world model on."""
     autoencoder: StageConfig
@@ -36,7 +36,7 @@ class Scale:
 CPU = Scale(
     play=1568,
     rollouts=960,
-    other_rollouts=320,
+    other_play=320,
     held_out=200,
     autoencoder=StageConfig(steps=3200, batch_size=16, lr=2e-3, ema=0.99),
     transformer=StageConfig(steps=7500, batch_size=4, lr=6e-4, decay=0.7),
@@ -52,7 +52,7 @@ CPU = Scale(
 GPU = Scale(
     play=6000,
     rollouts=4000,
-    other_rollouts=800,
+    other_play=800,
     held_out=200,
     autoencoder=StageConfig(steps=10_000, batch_size=64, lr=2e-3, ema=0.995),
     transformer=StageConfig(steps=20_000, batch_size=32, lr=6e-4),
@@ -68,7 +68,7 @@ GPU = Scale(
 SMOKE = Scale(
     play=16,
     rollouts=8,
-    other_rollouts=8,
+    other_play=8,
     held_out=2,
     autoencoder=StageConfig(steps=2, batch_size=2, lr=1e-3),
     transformer=StageConfig(steps=2, batch_size=1, lr=1e-4),

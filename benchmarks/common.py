@@ -113,21 +113,16 @@ def random_world_model() -> Any:
 
     from rawdream_env.world_models.autoencoders import AutoencoderConfig, PackedFrameAutoencoder
     from rawdream_env.world_models.rollout import RolloutConfig, WanWorldModel
-    from rawdream_env.world_models.wan import WanConfig, WanWorldModelTransformer
+    from rawdream_env.world_models.wan import WanWorldModelTransformer
+    from rawdream_env.world_models.wan_config import WAN_CONFIGS
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        rollout = RolloutConfig()
-        channels = WanConfig().arm_map_channels
-        if rollout.arm_map is not None and not channels:
-            from rawdream_env.world_models.arm_map import ArmMap
-
-            channels = int(ArmMap(rollout.arm_map).draw(torch.zeros(1, 1, 4, 7), (8, 8)).shape[2])
-        transformer = WanWorldModelTransformer(WanConfig(arm_map_channels=channels, carry=bool(channels)))
+        transformer = WanWorldModelTransformer(WAN_CONFIGS["embedded"])
         for parameter in transformer.parameters():  # heads that start at zero would make every output equal
             if not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.02)
-        return WanWorldModel(transformer, PackedFrameAutoencoder(AutoencoderConfig()), rollout)
+        return WanWorldModel(transformer, PackedFrameAutoencoder(AutoencoderConfig()), RolloutConfig())
 
 
 def random_judge() -> Any:

@@ -23,7 +23,7 @@ class Adapter:
 
     def reuse(self, on: bool) -> None:
         """Switch the reuse of the context's keys and values."""
-        self.model.reuse_context = on
+        self.model.reuse = "step" if on else "none"
 
     def full_state(self, batch: int) -> tuple[Any, Any]:
         """A state whose context is full, and a chunk of actions."""
@@ -41,11 +41,11 @@ class Adapter:
         return state, actions
 
     def without_decoder(self, batch: int) -> Any:
-        """A stand-in for the decoder; assign it to ``model.autoencoder.decode_frames`` to time the denoiser alone."""
+        """A stand-in for the decoder; assign it to ``model.autoencoder.decode_next`` to time the denoiser alone."""
         import torch
 
-        frames = torch.zeros(batch * self.model.chunk_len, *self.model.frame_shape, dtype=torch.uint8)
-        return lambda latents: frames
+        frames = torch.zeros(batch, self.model.chunk_len, *self.model.frame_shape, dtype=torch.uint8)
+        return lambda state, latents: (state, frames[: len(latents)])
 
 
 def run(quick: bool = False) -> Result:
@@ -66,12 +66,12 @@ def run(quick: bool = False) -> Result:
         identical = torch.equal(fast_frames, slow_frames) and torch.equal(fast_state.recent, slow_state.recent)
         sides = {"reuse": lambda: step(True), "recompute": lambda: step(False)}
         whole = interleave(sides, ROUNDS)
-        decode = model.autoencoder.decode_frames
-        model.autoencoder.decode_frames = adapter.without_decoder(batch)
+        decode = model.autoencoder.decode_next
+        model.autoencoder.decode_next = adapter.without_decoder(batch)
         try:
             denoiser = interleave(sides, ROUNDS)
         finally:
-            model.autoencoder.decode_frames = decode
+            model.autoencoder.decode_next = decode
         gain, whole_gain = ratio(denoiser["recompute"], denoiser["reuse"]), ratio(whole["recompute"], whole["reuse"])
         fps = batch * model.chunk_len / whole["reuse"].best
         ok = bool(identical and gain["median"] >= goal)

@@ -57,7 +57,7 @@ def run(quick: bool = False) -> Result:
     env = DreamVectorEnv(BATCH, world_model=model, judge=judge, starts="null", autoreset_mode="Disabled")
     env.judge = watch.wrap("judge", env.judge)
     policy.act = watch.wrap("policy", policy.act)
-    model.autoencoder.decode_frames = watch.wrap("decoder", model.autoencoder.decode_frames)
+    model.autoencoder.decode_next = watch.wrap("decoder", model.autoencoder.decode_next)
     model.imagine = watch.wrap("imagine", model.imagine)
     model.start = watch.wrap("start", model.start)
     total = {"episodes": 0.0}

@@ -15,12 +15,20 @@ from rawdream_env.errors import CheckpointError, InvalidActionError
 from rawdream_env.seeding import NoiseKey
 from rawdream_env.world_models.arm_map import ArmMap
 from rawdream_env.world_models.autoencoders import AutoencoderConfig, PackedFrameAutoencoder, pack_frames, unpack_frames
+from rawdream_env.world_models.chunk import ChunkDenoiser, Constants, Context, Reuse
+from rawdream_env.world_models.dream_state import DreamState
 from rawdream_env.world_models.embedded import load_world_model, save_world_model
-from rawdream_env.world_models.rollout import DreamState, RolloutConfig, WanWorldModel, _ChunkDenoiser
+from rawdream_env.world_models.rollout import RolloutConfig, WanWorldModel
 from rawdream_env.world_models.sampler import flow_sigmas, sample_flow
 from rawdream_env.world_models.teacher_forcing import EpisodeBatch, denoise_all_chunks
-from rawdream_env.world_models.wan import WanConfig, WanWorldModelTransformer, shifted
+from rawdream_env.world_models.wan import WanWorldModelTransformer, shifted
+from rawdream_env.world_models.wan_config import WanConfig
 
+WAN = WanConfig(
+    num_layers=2, num_attention_heads=2, attention_head_dim=24, ffn_dim=64, text_dim=16, text_rows=2, pose_dim=0,
+    stem_channels=0, residual=False,
+)  # fmt: skip
+"""Wan's own shape: velocity, a prompt, no stem, no arm map."""
 TINY = WanConfig(
     num_layers=2, num_attention_heads=2, attention_head_dim=24, ffn_dim=64, stem_channels=16, stem_blocks=1,
     head_blocks=1, arm_map_channels=384, carry=True,
@@ -37,10 +45,18 @@ def transformer(config: WanConfig = TINY) -> WanWorldModelTransformer:
     return model.eval()
 
 
-@pytest.fixture(scope="module")
-def model() -> WanWorldModel:
+def build(config: WanConfig, reuse: Reuse = "step") -> WanWorldModel:
+    torch.manual_seed(0)
     autoencoder = PackedFrameAutoencoder(AutoencoderConfig(widths=(16, 16)))
-    return WanWorldModel(transformer(), autoencoder, RolloutConfig(num_inference_steps=2))
+    rollout = RolloutConfig(num_inference_steps=2)
+    if not config.pose_dim:
+        rollout = replace(rollout, arm_map=None, max_time=7, anchor_noise_start=1)
+    return WanWorldModel(transformer(config), autoencoder, rollout, reuse=reuse)
+
+
+@pytest.fixture(scope="module", params=[TINY, WAN], ids=["embedded", "wan"])
+def model(request: pytest.FixtureRequest) -> WanWorldModel:
+    return build(request.param)
 
 
 def start_frames(rows: list[int]) -> Tensor:
@@ -118,13 +134,69 @@ def test_rows_at_different_chunks_share_a_batch(model: WanWorldModel) -> None:
 
 def test_context_reuse_is_bit_identical(model: WanWorldModel) -> None:
     state, frames = dream(model, [0, 1, 2])
-    model.reuse_context = False
+    model.reuse = "none"
     try:
         slow_state, slow_frames = dream(model, [0, 1, 2])
     finally:
-        model.reuse_context = True
+        model.reuse = "step"
     assert torch.equal(state.recent, slow_state.recent)
     assert torch.equal(frames, slow_frames)
+
+
+@pytest.mark.parametrize("config", [TINY, WAN], ids=["embedded", "wan"])
+@pytest.mark.parametrize("recent", [0, 2, 6])
+def test_context_reuse_in_float64(config: WanConfig, recent: int) -> None:
+    """The saving is algebra, not luck of rounding: 1e-12 at every length of the growing window."""
+    net, gen = transformer(config).double(), torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(2, *shape, generator=gen, dtype=torch.float64)
+
+    n, maps = 1 + recent, config.map_channels
+    seen = Context(normal(n, 16, 8, 8), 0.05, [0.1, 0.1], ["same", "same"], normal(n, config.condition_dim),
+                   normal(n, maps, 8, 8), 1 + recent)  # fmt: skip
+    for part in (seen.frames, seen.conditions, seen.maps):
+        part[1, 0] = part[0, 0]  # two rows with one anchor
+    inputs = normal(2, config.condition_dim), normal(2, maps, 8, 8)
+    x = normal(2, 16, 8, 8)
+    with torch.no_grad():
+        fast, slow = (ChunkDenoiser(net, Constants(net), seen, *inputs, reuse)(x, 0.6) for reuse in ("step", "none"))
+    assert fast.dtype == torch.float64
+    torch.testing.assert_close(fast, slow, rtol=0, atol=1e-12)
+
+
+def test_rows_that_share_a_start_are_what_they_are_alone(model: WanWorldModel) -> None:
+    """A group computes its anchor's keys and values once; no row changes by a bit, nor do strangers in the batch."""
+    starts, own = start_frames([0, 0, 3, 0]), [NoiseKey(7), NoiseKey(8), NoiseKey(9), NoiseKey(7, draw=1)]
+    poses = torch.tensor(np.stack([piper.HOME_POSE] * 4), dtype=torch.float32)
+    actions = torch.rand(4, 6, 8, 7, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+    def run(rows: list[int]) -> Tensor:
+        state = model.start(starts[rows], [own[i] for i in rows], poses[rows])
+        for chunk in range(6):
+            state, _ = model.imagine(state, actions[rows, chunk])
+        return state.recent
+
+    together = run([0, 1, 2, 3])
+    for i in range(4):
+        assert torch.equal(together[i : i + 1], run([i]))
+    assert not torch.equal(together[0], together[1])
+
+
+@pytest.mark.parametrize("config", [TINY, WAN], ids=["embedded", "wan"])
+def test_rolling_cache_is_close_and_its_rows_are_independent(config: WanConfig) -> None:
+    exact, rolling = build(config), build(config, "rolling")
+    (early, _), (early_rolling, _) = dream(exact, [0, 1], chunks=2), dream(rolling, [0, 1], chunks=2)
+    torch.testing.assert_close(early.recent, early_rolling.recent, rtol=0, atol=1e-5)  # nothing is kept before chunk 2
+    (late, _), (state, _) = dream(exact, [0, 1]), dream(rolling, [0, 1])
+    assert not torch.equal(late.recent, state.recent)
+    assert torch.isfinite(state.recent).all()
+    fresh, _ = dream(rolling, [0, 1], chunks=0)
+    mixed = DreamState.cat([DreamState.where([True, False], fresh, state)[[1]], fresh[[0]]])
+    actions = torch.zeros(2, 8, 7)
+    (after, _), (alone, _) = rolling.imagine(mixed, actions), rolling.imagine(state[[1]], actions[:1])
+    assert torch.equal(after.recent[:1], alone.recent)
+    assert all(torch.equal(a[:1], b) for a, b in zip(after.cache, alone.cache, strict=True))
 
 
 def test_noise_and_actions_matter(model: WanWorldModel) -> None:
@@ -178,11 +250,10 @@ def test_teacher_forcing_sees_what_a_rollout_sees() -> None:
         packed, _ = denoise_all_chunks(net, data, latents[:, :7], level, noisy, torch.full((2, 8), 0.7))
         assert data.arm_maps is not None
         context, new = slice(0, 5), slice(5, 7)
-        last = latents[:, 4:5].expand(-1, 2, -1, -1, -1)
-        denoiser = _ChunkDenoiser(
-            net, latents[:, context], level[:, context], data.conditions[:, context], data.arm_maps[:, context], last,
-            data.conditions[:, new], data.arm_maps[:, new], 5, True,
-        )  # fmt: skip
+        seen = Context(
+            latents[:, context], 0.05, [0.05, 0.05], [0, 1], data.conditions[:, context], data.arm_maps[:, context], 5
+        )
+        denoiser = ChunkDenoiser(net, Constants(net), seen, data.conditions[:, new], data.arm_maps[:, new])
         window = denoiser(noisy[:, 4:6], 0.7)
     torch.testing.assert_close(packed[:, 4:6], window, rtol=0, atol=2e-5)
 
@@ -233,8 +304,9 @@ def test_bad_input_is_named(model: WanWorldModel) -> None:
         model.start(torch.zeros(1, 32, 32, 3, dtype=torch.uint8), [NoiseKey(0)], pose)
     with pytest.raises(ValueError, match="1 start frames but 2 noise keys"):
         model.start(start_frames([0]), [NoiseKey(0), NoiseKey(1)], pose)
-    with pytest.raises(ValueError, match="give proprio"):
-        model.start(start_frames([0]), [NoiseKey(0)])
+    if model.transformer.arch.pose_dim:
+        with pytest.raises(ValueError, match="give proprio"):
+            model.start(start_frames([0]), [NoiseKey(0)])
     state = model.start(start_frames([0]), [NoiseKey(0)], pose)
     with pytest.raises(InvalidActionError, match=r"shape \(1, 8, 7\)"):
         model.imagine(state, torch.zeros(1, 4, 7))
@@ -253,17 +325,23 @@ def test_checkpoint_round_trip_and_errors(model: WanWorldModel, tmp_path) -> Non
     assert isinstance(fast, WanWorldModel)
     assert fast.config.num_inference_steps == 1
 
-    config = json.loads((folder / "config.json").read_text())
-    config["transformer"]["num_layers"] = 3
-    (folder / "config.json").write_text(json.dumps(config))
+    settings = folder / "transformer" / "config.json"
+    config = json.loads(settings.read_text())
+    config["num_layers"] = 3
+    settings.write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"blocks\.2\.\S+ is missing"):
         load_world_model(folder)
-    config["transformer"]["wings"] = 2
-    (folder / "config.json").write_text(json.dumps(config))
+    config["wings"] = 2
+    settings.write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="wings"):
         load_world_model(folder)
-    (folder / "config.json").write_text("{")
+    settings.write_text("{")
     with pytest.raises(CheckpointError, match="not valid JSON"):
+        load_world_model(folder)
+    (folder / "config.json").write_text('{"format": "rawdream-world-model-1"}')
+    with pytest.raises(
+        CheckpointError, match="expected format 'rawdream-world-model-2', found 'rawdream-world-model-1'"
+    ):
         load_world_model(folder)
     with pytest.raises(CheckpointError, match=r"config\.json is missing"):
         load_world_model(tmp_path / "nothing")

@@ -36,7 +36,8 @@ from rawdream_env.world_models.autoencoders import AutoencoderConfig, PackedFram
 from rawdream_env.world_models.embedded import read_world_model, save_world_model
 from rawdream_env.world_models.rollout import RolloutConfig, WanWorldModel
 from rawdream_env.world_models.teacher_forcing import EpisodeBatch, denoise_all_chunks
-from rawdream_env.world_models.wan import WanConfig, WanWorldModelTransformer
+from rawdream_env.world_models.wan import WanWorldModelTransformer
+from rawdream_env.world_models.wan_config import WAN_CONFIGS, WanConfig
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class WorldModelTrainConfig:
     """Stage 2."""
     autoencoder_model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     """Architecture of the autoencoder; its image size is that of the data."""
-    model: WanConfig = field(default_factory=lambda: WanConfig(arm_map_channels=384, carry=True))
+    model: WanConfig = field(default_factory=lambda: WAN_CONFIGS["embedded"])
     """Architecture of the transformer."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """Rollout settings saved with the model; its arm map is also the one trained on."""
@@ -438,17 +439,23 @@ def train_transformer(config: WorldModelTrainConfig, episodes: LatentEpisodes) -
         with torch.autocast(config.device.split(":")[0], torch.bfloat16, enabled=config.bf16):
             loss, scalars = world_model_loss(config, model, batch, gen, depth)
         stage.update(step, loss, depth=depth, **scalars)
-    return stage.ema.eval()
+    stage.ema.eval()
+    return stage.ema
 
 
 def _initial(config: WorldModelTrainConfig) -> WanWorldModel:
     """The world model named by ``init``; a ``CheckpointError`` unless its architecture is the configured one."""
     initial = read_world_model(config.init)
-    if initial.transformer.config != config.model:
+    if initial.transformer.arch != config.model:
         raise CheckpointError(
-            f"{config.init} has another architecture ({initial.transformer.config}) than this run ({config.model})."
+            f"{config.init} has another architecture ({initial.transformer.arch}) than this run ({config.model})."
         )
     return initial
+
+
+def _codec(model: WanWorldModel) -> PackedFrameAutoencoder:
+    assert isinstance(model.autoencoder, PackedFrameAutoencoder)
+    return model.autoencoder
 
 
 def train_world_model(config: WorldModelTrainConfig) -> Path:
@@ -471,7 +478,7 @@ def train_world_model(config: WorldModelTrainConfig) -> Path:
             places = None if objects is None else objects[: steps + 1].reshape(steps + 1, -1, 7)[..., :3]
             focus.append(focus_cells(places, poses[-1], config.model))
     Path(config.out).mkdir(parents=True, exist_ok=True)
-    autoencoder = initial.autoencoder.to(config.device).eval() if initial else train_autoencoder(config, frames)
+    autoencoder = _codec(initial).to(config.device).eval() if initial else train_autoencoder(config, frames)
     cache = Path(config.out) / "latents.safetensors"
     episodes = encode_episodes(autoencoder, frames, actions, poses, cache, chunk_len=chunk, bf16=config.bf16)
     if config.object_weight:

@@ -5,6 +5,8 @@ Shape letters: B batch, C channels, H W height and width, L tokens, D width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,6 +20,17 @@ def needs_exact_rows(x: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
     )
+
+
+def each_row(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``function`` of every element of dim 0 on its own where rows must not depend on the batch, else of all at once.
+
+    For small inputs: matrix products of few rows and the vectorised ends of elementwise functions round differently by
+    the place of a row in the batch.
+    """
+    if not needs_exact_rows(x) or len(x) == 1:
+        return function(x)
+    return torch.cat([function(row) for row in x.split(1)])
 
 
 class RowExactConv2d(nn.Conv2d):
@@ -42,16 +55,23 @@ class RowExactConv2d(nn.Conv2d):
 
 
 class RowExactLinear(nn.Linear):
-    """``Linear`` for inputs with only a few rows per batch element, where CPU kernels depend on the total row count.
+    """``Linear`` for inputs with only a few rows, where CPU kernels depend on their number.
 
-    In CPU fp32 inference each element of dim 0 is multiplied on its own; elsewhere it is an ordinary ``Linear``.
+    In CPU fp32 inference each row is multiplied on its own; elsewhere it is an ordinary ``Linear``.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, ..., D) -> (B, ..., D')."""
-        if not needs_exact_rows(x):
-            return super().forward(x)
-        return torch.stack([F.linear(row, self.weight, self.bias) for row in x])
+        """(..., D) -> (..., D')."""
+        return each_row(super().forward, x.flatten(0, -2)).view(*x.shape[:-1], self.out_features)
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMS norm in the precision of its input (under autocast the weight is fp32, which would take a slow path)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        assert self.weight is not None
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class ResBlock(nn.Module):

@@ -1,31 +1,35 @@
-"""The world model as one object: autoencoder, transformer, keyed noise, autoregressive rollout (paper section 3.1,
+"""The world model as one object: frame codec, transformer, keyed noise, autoregressive rollout (paper section 3.1,
 A.3).
 
-Each call of ``imagine`` makes G latent frames from the anchor and the most recent ones, wholly in latent space. The
-context gets noise level 0.05 (t = 50 of 1000), drawn once per chunk, so its keys and values are the same at every
-evaluation and are computed once. The anchor's level follows t(s) = min(10 * max(s - 3, 0), 300), which cures
-first-frame ghosting.
+Each call of ``imagine`` makes G latent frames from the anchor and the most recent ones, wholly in latent space; frames are
+decoded as a stream, each latent once. The context gets noise level 0.05 (t = 50 of 1000), drawn once per chunk, so its keys
+and values are the same at every evaluation and are computed once (``chunk.py``). The anchor's level follows t(s) = min(10 *
+max(s - 3, 0), 300), which cures first-frame ghosting; its noise is named by the start picture, chunk and draw, so that
+episodes from one start share it.
 
 Shape letters: B rows, K actions in a chunk, A action dims, R recent latent frames, G new ones, C H W latent frame.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rawdream_env.errors import InvalidActionError
 from rawdream_env.seeding import NoiseKey, keyed_normal
 from rawdream_env.world_models.arm_map import ArmMap, ArmMapConfig, draw_maps
-from rawdream_env.world_models.autoencoders import FRAMES_PER_LATENT, PackedFrameAutoencoder
+from rawdream_env.world_models.autoencoders import FRAMES_PER_LATENT, FrameCodec
+from rawdream_env.world_models.chunk import ChunkDenoiser, Constants, Context, Reuse
+from rawdream_env.world_models.dream_state import DreamState
 from rawdream_env.world_models.sampler import sample_flow
-from rawdream_env.world_models.wan import KeyValues, WanWorldModelTransformer, frame_mask, rope_tables
+from rawdream_env.world_models.wan import WanWorldModelTransformer
 
-LATENT_STREAM, CONTEXT_STREAM = 0, 1
+LATENT_STREAM, CONTEXT_STREAM, ANCHOR_STREAM = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -60,59 +64,6 @@ class RolloutConfig:
         return min(self.anchor_noise_step * max(chunk - self.anchor_noise_start, 0), self.anchor_noise_max)
 
 
-@dataclass(frozen=True)
-class DreamState:
-    """B episodes in latent space. ``recent`` is right-aligned: only the last min(R, G * chunk) frames are valid."""
-
-    anchor: Tensor  # (B, C, H, W)
-    recent: Tensor  # (B, R, C, H, W)
-    conditions: Tensor  # (B, R + 1, D_c): the anchor's first
-    arm_maps: Tensor  # (B, R + 1, C_m, H, W): the anchor's first
-    pose: Tensor  # (B, P) commanded pose, on the CPU
-    keys: tuple[NoiseKey, ...]
-    chunks: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def __getitem__(self, rows: Sequence[int] | np.ndarray | Tensor | slice) -> DreamState:
-        """The chosen rows (indices, slice or boolean mask) as a state of their own."""
-        index = np.arange(len(self))[rows.numpy() if isinstance(rows, Tensor) else rows]
-        picked = torch.as_tensor(np.atleast_1d(index))
-        return DreamState(
-            **{name: getattr(self, name)[picked.to(getattr(self, name).device)] for name in _TENSORS},
-            keys=tuple(self.keys[i] for i in picked.tolist()),
-            chunks=tuple(self.chunks[i] for i in picked.tolist()),
-        )
-
-    @staticmethod
-    def where(mask: Sequence[bool] | np.ndarray | Tensor, a: DreamState, b: DreamState) -> DreamState:
-        """Row by row ``a`` where ``mask`` (B,) is true, else ``b``."""
-        chosen = [bool(m) for m in mask]
-        pick = torch.tensor(chosen)
-
-        def mix(x: Tensor, y: Tensor) -> Tensor:
-            return torch.where(pick.to(x.device).view(-1, *[1] * (x.dim() - 1)), x, y)
-
-        return DreamState(
-            **{name: mix(getattr(a, name), getattr(b, name)) for name in _TENSORS},
-            keys=tuple(x if m else y for m, x, y in zip(chosen, a.keys, b.keys, strict=True)),
-            chunks=tuple(x if m else y for m, x, y in zip(chosen, a.chunks, b.chunks, strict=True)),
-        )
-
-    @staticmethod
-    def cat(states: Sequence[DreamState]) -> DreamState:
-        """Join states along the rows."""
-        return DreamState(
-            **{name: torch.cat([getattr(s, name) for s in states]) for name in _TENSORS},
-            keys=sum((s.keys for s in states), ()),
-            chunks=sum((s.chunks for s in states), ()),
-        )
-
-
-_TENSORS = ("anchor", "recent", "conditions", "arm_maps", "pose")
-
-
 class WanWorldModel:
     """Batched, keyed, autoregressive imagination behind the ``WorldModel`` protocol.
 
@@ -122,31 +73,37 @@ class WanWorldModel:
         transformer: the denoiser.
         autoencoder: frames to latents and back.
         config: rollout settings.
-        reuse_context: compute the context's keys and values once per chunk; False recomputes all frames at each
-            evaluation (same output; for benchmarks and tests).
+        reuse: which keys and values are computed again, see ``chunk.py``. "step" is exact, "none" its slow equal,
+            "rolling" the named approximation.
     """
 
     def __init__(
         self,
         transformer: WanWorldModelTransformer,
-        autoencoder: PackedFrameAutoencoder,
+        autoencoder: FrameCodec,
         config: RolloutConfig = RolloutConfig(),
         *,
-        reuse_context: bool = True,
+        reuse: Reuse = "step",
     ) -> None:
-        self.transformer = transformer.eval().requires_grad_(False)
-        self.autoencoder = autoencoder.eval().requires_grad_(False)
+        transformer.eval().requires_grad_(False)
+        self.transformer = transformer
+        cast(nn.Module, autoencoder).eval().requires_grad_(False)
+        self.autoencoder = autoencoder
         self.config = config
-        self.reuse_context = reuse_context
-        self.chunk_len = transformer.config.chunk_len
-        size = autoencoder.config.image_size
-        self.frame_shape = (size, size, 3)
+        self.reuse: Reuse = reuse
+        arch = transformer.arch
+        self.chunk_len = arch.chunk_len
+        self.frame_shape = autoencoder.frame_shape
         self.fps = config.fps
-        if config.max_time <= transformer.config.context_latents:
+        if autoencoder.latent_shape != arch.latent_shape:
             raise ValueError(
-                f"max_time {config.max_time} must exceed context_latents {transformer.config.context_latents}"
+                f"the frame codec makes latents {autoencoder.latent_shape}, the transformer takes {arch.latent_shape}; use "
+                "the codec it was trained with, at the same image size"
             )
+        if config.max_time <= arch.context_latents:
+            raise ValueError(f"max_time {config.max_time} must exceed context_latents {arch.context_latents}")
         self._arm_map = ArmMap(config.arm_map) if config.arm_map is not None else None
+        self._constants = Constants(transformer)
         self._rowwise = False
         self._verified: set[tuple[str, int]] = set()
         low, high = torch.tensor(config.action_low), torch.tensor(config.action_high)
@@ -160,7 +117,8 @@ class WanWorldModel:
     def to(self, device: str | torch.device, dtype: torch.dtype = torch.float32) -> WanWorldModel:
         """Move to a device and precision (in place); bf16 is the fast option on CPUs with AVX512-BF16 and on GPUs."""
         self.transformer.to(device, dtype)
-        self.autoencoder.to(device, dtype)
+        cast(nn.Module, self.autoencoder).to(device, dtype)
+        self._constants = Constants(self.transformer)
         return self
 
     @torch.no_grad()
@@ -176,18 +134,22 @@ class WanWorldModel:
             )
         if len(keys) != len(frames):
             raise ValueError(f"{len(frames)} start frames but {len(keys)} noise keys")
-        cfg = self.transformer.config
+        arch = self.transformer.arch
         if proprio is None:
-            if cfg.pose_dim:
+            if arch.pose_dim:
                 raise ValueError(
                     "this world model draws the arm from its pose: give proprio (B, 7) with the start frames"
                 )
             proprio = torch.zeros(len(frames), 7)
         pose = torch.as_tensor(proprio, dtype=torch.float32).cpu()
         frames = frames.to(self.device)
-        anchor = self._by_rows("encode", len(frames), lambda rows: self.autoencoder.encode_image(frames[rows]))
-        b, r = len(frames), cfg.context_latents
-        still = torch.zeros(b, 1, FRAMES_PER_LATENT, cfg.action_dim)
+        codec, (b, r) = self.autoencoder, (len(frames), arch.context_latents)
+        anchor = self._by_rows("encode", b, lambda rows: (codec.encode_image(frames[rows]),))[0]
+        decoder = self._by_rows("start decoding", b, lambda rows: codec.start_decoding(anchor[rows]))
+        rolling = (b, arch.num_attention_heads, r * arch.tokens_per_frame, arch.attention_head_dim)
+        dtype = self.transformer.proj_out.weight.dtype
+        cache = [torch.zeros(rolling, dtype=dtype, device=self.device) for _ in range(2 * arch.num_layers)]
+        still = torch.zeros(b, 1, FRAMES_PER_LATENT, arch.action_dim)
         held = pose[:, None, None].expand(-1, 1, FRAMES_PER_LATENT, -1)
         conditions, maps = self._conditions(still, held), self._maps(held, pose)
         return DreamState(
@@ -198,24 +160,28 @@ class WanWorldModel:
             pose=pose,
             keys=tuple(keys),
             chunks=(0,) * b,
+            anchors=tuple(_name(frame, own) for frame, own in zip(frames.cpu(), pose, strict=True)),
+            decoder=decoder,
+            cache=tuple(cache) if self.reuse == "rolling" else (),
         )
 
     @torch.no_grad()
     def imagine(self, state: DreamState, actions: Tensor) -> tuple[DreamState, Tensor]:
         """One chunk for every row: ``actions`` (B, K, A) in [-1, 1] -> next state, frames uint8 (B, K, H, W, 3)."""
-        cfg = self.transformer.config
+        arch = self.transformer.arch
         actions = torch.as_tensor(actions, dtype=torch.float32).cpu()
-        if actions.shape != (len(state), self.chunk_len, cfg.action_dim):
+        if actions.shape != (len(state), self.chunk_len, arch.action_dim):
             raise InvalidActionError(
-                f"actions must have shape {(len(state), self.chunk_len, cfg.action_dim)}, got {tuple(actions.shape)}"
+                f"actions must have shape {(len(state), self.chunk_len, arch.action_dim)}, got {tuple(actions.shape)}"
             )
         if not torch.isfinite(actions).all():
             raise InvalidActionError("actions contain NaN or infinity; check the policy before stepping")
         poses = self._integrate(state.pose, actions)
-        split = (cfg.chunk_latents, FRAMES_PER_LATENT)
+        split = (arch.chunk_latents, FRAMES_PER_LATENT)
         new_conditions = self._conditions(actions.unflatten(1, split), poses.unflatten(1, split))
         new_maps = self._maps(poses.unflatten(1, split), state.pose)
-        new = state.anchor.new_empty(len(state), cfg.chunk_latents, *state.anchor.shape[1:])
+        new = state.anchor.new_empty(len(state), arch.chunk_latents, *state.anchor.shape[1:])
+        cache = [torch.empty_like(x) for x in state.cache]
         times = [self._time(chunk) for chunk in state.chunks]
         for time in sorted(set(times)):  # rows whose context has the same length and positions are denoised together
             rows = [i for i, t in enumerate(times) if t == time]
@@ -224,11 +190,13 @@ class WanWorldModel:
 
             def denoise(
                 some: slice, part: DreamState = part, c: Tensor = conditions, m: Tensor = maps, time: int = time
-            ) -> Tensor:
+            ) -> tuple[Tensor, ...]:
                 return self._denoise(part[some], c[some], m[some], time)
 
-            new[index] = self._by_rows(f"denoise {time}", len(rows), denoise)
-        r = cfg.context_latents
+            new[index], *changed = self._by_rows(f"denoise {time}", len(rows), denoise)
+            for whole, some in zip(cache, changed, strict=True):
+                whole[index] = some
+        r = arch.context_latents
         nxt = replace(
             state,
             recent=torch.cat([state.recent, new], 1)[:, -r:],
@@ -238,13 +206,17 @@ class WanWorldModel:
             arm_maps=torch.cat([state.arm_maps[:, :1], torch.cat([state.arm_maps[:, 1:], new_maps], 1)[:, -r:]], 1),
             pose=poses[:, -1],
             chunks=tuple(c + 1 for c in state.chunks),
+            cache=tuple(cache),
         )
-        frames = self._by_rows(
-            "decode", len(state), lambda rows: self.autoencoder.decode_frames(new[rows].flatten(0, 1))
-        )
-        return nxt, frames.reshape(len(state), self.chunk_len, *self.frame_shape)
 
-    def _by_rows(self, what: str, n: int, compute: Callable[[slice], Tensor]) -> Tensor:
+        def decode(rows: slice) -> tuple[Tensor, ...]:
+            decoder, frames = self.autoencoder.decode_next(tuple(x[rows] for x in state.decoder), new[rows])
+            return (frames, *decoder)
+
+        frames, *decoder = self._by_rows("decode", len(state), decode)
+        return replace(nxt, decoder=tuple(decoder)), frames
+
+    def _by_rows(self, what: str, n: int, compute: Callable[[slice], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """``compute`` over all ``n`` rows such that, on a CPU in fp32, each row is what it would be alone.
 
         CPU kernels may sum in another order for another batch size. The first time a batch size is met its first and
@@ -259,42 +231,48 @@ class WanWorldModel:
             out = compute(everything)
             if (what, n) in self._verified:
                 return out
-            per_row = len(out) // n
-            alone = all(torch.equal(out[i * per_row : (i + 1) * per_row], compute(slice(i, i + 1))) for i in (0, n - 1))
-            if alone:
+            if all(
+                torch.equal(whole[i : i + 1], alone)
+                for i in (0, n - 1)
+                for whole, alone in zip(out, compute(slice(i, i + 1)), strict=True)
+            ):
                 self._verified.add((what, n))
                 return out
             self._rowwise = True
-        return torch.cat([compute(slice(i, i + 1)) for i in range(n)])
+        return tuple(torch.cat(rows) for rows in zip(*(compute(slice(i, i + 1)) for i in range(n)), strict=True))
 
     def _time(self, chunk: int) -> int:
         """Position of the first new latent frame at autoregressive step ``chunk``; the anchor's is 0."""
-        return min(self.transformer.config.chunk_latents * chunk + 1, self.config.max_time)
+        return min(self.transformer.arch.chunk_latents * chunk + 1, self.config.max_time)
 
-    def _denoise(self, state: DreamState, conditions: Tensor, maps: Tensor, time: int) -> Tensor:
-        """New latents (B, G, C, H, W) at position ``time`` for rows whose context is equally long."""
-        model, cfg, c = self.transformer, self.transformer.config, self.config
-        b, device = len(state), self.device
-        valid = min(cfg.context_latents, time - 1)
+    def _denoise(self, state: DreamState, conditions: Tensor, maps: Tensor, time: int) -> tuple[Tensor, ...]:
+        """New latents (B, G, C, H, W) at position ``time`` for rows whose context is equally long, and the new rolling
+        cache.
+        """
+        arch, c, device = self.transformer.arch, self.config, self.device
+        valid, r, shape = min(arch.context_latents, time - 1), arch.context_latents, tuple(state.anchor.shape[1:])
         keys = [key.at(chunk=chunk) for key, chunk in zip(state.keys, state.chunks, strict=True)]
-        shape = tuple(state.anchor.shape[1:])
-        keep = slice(cfg.context_latents - valid, None)
-        context = torch.cat([state.anchor[:, None], state.recent[:, keep]], 1)
-        level = torch.full((b, 1 + valid), c.context_noise)
-        level[:, 0] = torch.tensor([c.anchor_noise(chunk) for chunk in state.chunks])
-        level = level.to(device)
-        mixed = level[..., None, None, None]
-        eps = keyed_normal(keys, (cfg.context_latents + 1, *shape), CONTEXT_STREAM)
-        eps = torch.cat([eps[:, :1], eps[:, 1:][:, keep]], 1).to(device)
-        context = (1 - mixed) * context + mixed * eps
-        noise = keyed_normal(keys, (cfg.chunk_latents, *shape), LATENT_STREAM).to(device)
-        last = context[:, -1:].expand(-1, cfg.chunk_latents, -1, -1, -1)
-        rest = [0, *range(1 + cfg.context_latents - valid, 1 + cfg.context_latents)]
-        evaluate = _ChunkDenoiser(
-            model, context, level, state.conditions[:, rest], state.arm_maps[:, rest], last, conditions, maps,
-            time, self.reuse_context,
-        )  # fmt: skip
-        return sample_flow(evaluate, noise, c.num_inference_steps, c.shift)
+        names = [NoiseKey(a, chunk=k.chunk, draw=k.draw) for a, k in zip(state.anchors, keys, strict=True)]
+        anchor_level = [c.anchor_noise(chunk) for chunk in state.chunks]
+        level = torch.tensor(anchor_level, device=device).view(-1, 1, 1, 1)
+        anchor = (1 - level) * state.anchor + level * keyed_normal(names, shape, ANCHOR_STREAM).to(device)
+        recent = state.recent[:, r - valid :]
+        eps = keyed_normal(keys, (r, *shape), CONTEXT_STREAM)[:, r - valid :].to(device)
+        recent = (1 - c.context_noise) * recent + c.context_noise * eps
+        rest = [0, *range(1 + r - valid, 1 + r)]
+        context = Context(
+            torch.cat([anchor[:, None], recent], 1),
+            c.context_noise,
+            anchor_level,
+            names,
+            state.conditions[:, rest],
+            state.arm_maps[:, rest],
+            time,
+            state.cache,
+        )
+        evaluate = ChunkDenoiser(self.transformer, self._constants, context, conditions, maps, self.reuse)
+        noise = keyed_normal(keys, (arch.chunk_latents, *shape), LATENT_STREAM).to(device)
+        return sample_flow(evaluate, noise, c.num_inference_steps, c.shift), *evaluate.cache
 
     def _integrate(self, pose: Tensor, actions: Tensor) -> Tensor:
         """Commanded poses after each action: (B, P), (B, K, A) -> (B, K, P)."""
@@ -305,7 +283,7 @@ class WanWorldModel:
     def _conditions(self, actions: Tensor, poses: Tensor) -> Tensor:
         """(B, F, 4, A), (B, F, 4, P) -> (B, F, D_c) on the model's device."""
         parts = [(actions - self._action_mid) / self._action_half]
-        if self.transformer.config.pose_dim:
+        if self.transformer.arch.pose_dim:
             assert self._arm_map is not None
             parts.append(self._arm_map.normalise(poses))
         return torch.cat(parts, -1).flatten(2).to(self.device)
@@ -314,52 +292,15 @@ class WanWorldModel:
         """(B, F, 4, P) and the pose before the chunk (B, P) -> maps (B, F, C_m, H, W) on the model's device; C_m = 0
         without an arm map.
         """
-        cfg = self.transformer.config
-        _, h, w = cfg.latent_shape
+        arch = self.transformer.arch
+        _, h, w = arch.latent_shape
         if self._arm_map is None:
             return torch.zeros(*poses.shape[:2], 0, h, w, device=self.device)
         before = reference[:, None].expand(-1, poses.shape[1], -1)
-        return draw_maps(self._arm_map, poses, before, (h, w), carry=cfg.carry).to(self.device)
+        return draw_maps(self._arm_map, poses, before, (h, w), carry=arch.carry).to(self.device)
 
 
-class _ChunkDenoiser:
-    """Clean-sample estimate of one chunk at a noise level, with the context computed once (or, to compare, each
-    time).
-    """
-
-    def __init__(
-        self, model: WanWorldModelTransformer, context: Tensor, context_level: Tensor, context_conditions: Tensor,
-        context_maps: Tensor, last: Tensor, conditions: Tensor, maps: Tensor, time: int, reuse: bool,
-    ) -> None:  # fmt: skip
-        cfg = model.config
-        self.model, self.last, self.conditions, self.maps, self.reuse = model, last, conditions, maps, reuse
-        self.context = (context, None, context_maps, context_level, context_conditions)
-        n, g = context.shape[1], cfg.chunk_latents
-        grid = (cfg.latent_shape[1] // cfg.patch_size, cfg.latent_shape[2] // cfg.patch_size)
-        times = torch.cat([torch.zeros(1), torch.arange(time - n + 1, time + g)]).long().to(context.device)
-        rope = rope_tables(times, grid, cfg.attention_head_dim)
-        split = n * cfg.tokens_per_frame
-        self.rope_all = rope
-        self.rope_context = (rope[0][:split], rope[1][:split])
-        self.rope_new = (rope[0][split:], rope[1][split:])
-        causal = torch.ones(n + g, n + g, dtype=torch.bool, device=context.device).tril()
-        self.mask_all = frame_mask(causal, cfg.tokens_per_frame)
-        self.mask_context = self.mask_all[:split, :split]
-        self.mask_new = self.mask_all[split:]
-        self.keys_values: KeyValues | None = None
-        if reuse:
-            tokens, _, _, modulation = model.embed(*self.context)
-            _, self.keys_values = model.run_blocks(tokens, modulation, self.rope_context, self.mask_context)
-
-    def __call__(self, x: Tensor, sigma: float) -> Tensor:
-        level = torch.full(x.shape[:2], sigma, device=x.device)
-        tokens, stem, vector, modulation = self.model.embed(x, self.last, self.maps, level, self.conditions)
-        if self.reuse:
-            tokens, _ = self.model.run_blocks(tokens, modulation, self.rope_new, self.mask_new, self.keys_values)
-        else:
-            before, _, _, before_modulation = self.model.embed(*self.context)
-            joint, joint_modulation = torch.cat([before, tokens], 1), torch.cat([before_modulation, modulation], 1)
-            joint, _ = self.model.run_blocks(joint, joint_modulation, self.rope_all, self.mask_all)
-            tokens = joint[:, before.shape[1] :]
-        out = self.model.predict(tokens, stem, vector, self.last)
-        return out if self.model.config.residual else x - sigma * out
+def _name(frame: Tensor, pose: Tensor) -> int:
+    """A 63-bit name of a start: the same for the same picture and pose."""
+    digest = hashlib.sha256(frame.numpy().tobytes() + pose.numpy().tobytes()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rawdream_env.world_models.wan import WanWorldModelTransformer, frame_mask, rope_tables
+from rawdream_env.world_models.attention import rope_tables, rotate, token_mask
+from rawdream_env.world_models.wan import Condition, WanWorldModelTransformer
 
 
 @dataclass(frozen=True)
@@ -52,26 +53,27 @@ def denoise_all_chunks(
     ``clean`` (B, M-G+1, C, H, W) context with noise level ``clean_level`` (B, M-G+1); ``noisy`` (B, M, C, H, W) targets
     at ``level`` (B, M). Returns the model output (B, M, C, H, W) and the base each frame's residual stands on.
     """
-    config, device = model.config, noisy.device
+    arch, device = model.arch, noisy.device
     b, m = noisy.shape[:2]
-    g, n, r, p = config.chunk_latents, clean.shape[1], config.context_latents, config.tokens_per_frame
+    g, n, r, p = arch.chunk_latents, clean.shape[1], arch.context_latents, arch.tokens_per_frame
     t = m // g
     base_noisy = clean[:, torch.arange(m, device=device) // g * g]  # the clean frame just before each target's chunk
     order = torch.cat([torch.arange(n), torch.arange(1, m + 1)]).to(device)
-    tokens, stem, vector, modulation = model.embed(
+    embedder = model.condition_embedder
+    condition = embedder.time(torch.cat([clean_level, level], 1)) + embedder.action(batch.conditions[:, order])
+    tokens, stem = model.embed(
         torch.cat([clean, noisy], 1),
         torch.cat([torch.zeros_like(clean), base_noisy], 1),
         None if batch.arm_maps is None else batch.arm_maps[:, order],
-        torch.cat([clean_level, level], 1),
-        batch.conditions[:, order],
+        condition,
     )
-    grid = (config.latent_shape[1] // config.patch_size, config.latent_shape[2] // config.patch_size)
-    cos, sin = rope_tables(order, grid, config.attention_head_dim)
+    cos, sin = rope_tables(order, arch.grid, arch.attention_head_dim)
+    prompt = model.prompt_keys()
 
     frame = torch.arange(n)  # the clean stream: causal, no further back than the context reaches
     visible = (frame[None] <= frame[:, None]) & ((frame[None] > frame[:, None] - r) | (frame[None] == 0))
-    mask = frame_mask(visible.to(device), p)
-    _, caches = model.run_blocks(tokens[:, :n], modulation[:, :n], (cos[: n * p], sin[: n * p]), mask)
+    mask, clean_rope = token_mask(visible.to(device), p), (cos[: n * p], sin[: n * p])
+    _, caches = model.run_blocks(tokens[:, :n], condition[:n], clean_rope, mask, None, prompt, keys_only=True)
 
     index, exists = (x.to(device) for x in chunk_windows(m, g, r))  # then all chunks at once, as rows of a rollout
 
@@ -84,9 +86,10 @@ def denoise_all_chunks(
     sees = sees.repeat_interleave(p, 1).repeat_interleave(p, 2).repeat(b, 1, 1)[:, None]
     rope = tuple(x[n * p :].view(t, 1, g * p, -1).repeat(b, 1, 1, 1) for x in (cos, sin))
     rows = tokens[:, n:].unflatten(1, (t, g)).flatten(0, 1)
-    row_modulation = modulation[:, n:].unflatten(1, (t, g)).flatten(0, 1)
-    context = [(window(k), window(v)) for k, v in caches]
-    features, _ = model.run_blocks(rows, row_modulation, (rope[0], rope[1]), sees, context)
+    targets = condition[n:]
+    row_condition = Condition(*(x.unflatten(1, (t, g)).flatten(0, 1) for x in (targets.vector, targets.modulation)))
+    context = [(window(rotate(k, clean_rope).to(v.dtype)), window(v)) for k, v in caches]
+    features, _ = model.run_blocks(rows, row_condition, (rope[0], rope[1]), sees, context, prompt)
     features = features.unflatten(0, (b, t)).flatten(1, 2)
     stem = stem.unflatten(0, (b, -1))[:, n:].flatten(0, 1)
-    return model.predict(features, stem, vector[:, n:], base_noisy), base_noisy
+    return model.predict(features, stem, targets, base_noisy), base_noisy

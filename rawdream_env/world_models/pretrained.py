@@ -1,0 +1,198 @@
+"""Reading and writing model folders in diffusers' layout, strictly: whole or not at all.
+
+A folder holds ``config.json`` and ``diffusion_pytorch_model.safetensors``, or numbered shards with an index. diffusers'
+own loader only warns of missing and unknown tensors; here they are one error that names them all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import torch
+from torch import Tensor, nn
+
+from rawdream_env.errors import CheckpointError
+from rawdream_env.files import fsync_folder
+
+WEIGHTS = "diffusion_pytorch_model"
+T = TypeVar("T")
+
+
+def dataclass_from_json(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    """Build a frozen dataclass from JSON (lists become tuples); unknown keys are a ``CheckpointError``."""
+    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    if unknown := sorted(set(values) - known):
+        raise CheckpointError(
+            f"{where} has unknown settings {unknown}: it was written by another version of the package"
+        )
+    hints = get_type_hints(cls)
+    out: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, list):
+            value = tuple(value)
+        elif isinstance(value, dict):
+            nested = [t for t in (hints[name], *getattr(hints[name], "__args__", ())) if is_dataclass(t)]
+            value = dataclass_from_json(nested[0], value, where)  # type: ignore[arg-type]
+        out[name] = value
+    return cls(**out)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; ``CheckpointError`` when the file is missing or holds anything else."""
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path.name} is missing in {path.parent}; check the folder, or copy the checkpoint again."
+        )
+    try:
+        value = json.loads(path.read_text())
+    except (ValueError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); copy the checkpoint again.") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, expected an object.")
+    return value
+
+
+def find_folder(
+    source: str | os.PathLike[str],
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The local folder of a checkpoint; ``owner/name`` is fetched from the Hugging Face hub when no such folder exists."""
+    path = Path(source)
+    if not path.is_dir():
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+            raise CheckpointError(f"there is no folder {source}; check the path.")
+        from huggingface_hub import snapshot_download
+
+        wanted = [f"{subfolder or ''}{'/' if subfolder else ''}{kind}" for kind in ("*.json", "*.safetensors")]
+        try:
+            path = Path(
+                snapshot_download(
+                    str(source), revision=revision, local_files_only=local_files_only, allow_patterns=wanted
+                )
+            )
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{source} is neither a folder here nor a repository that can be fetched ({type(error).__name__}: "
+                f"{str(error).splitlines()[0]})."
+            ) from error
+    return path / subfolder if subfolder else path
+
+
+def read_config(folder: Path, class_name: str) -> dict[str, Any]:
+    """``config.json`` of a model of class ``class_name``."""
+    config = read_json(folder / "config.json")
+    if config.get("_class_name", class_name) != class_name:
+        raise CheckpointError(f"{folder} holds a {config['_class_name']}, expected a {class_name}.")
+    return config
+
+
+def read_tensors(folder: Path, stem: str = WEIGHTS) -> tuple[dict[str, Tensor], list[str]]:
+    """Every tensor of a folder, from one safetensors file or numbered shards, on the CPU; and what is wrong with them.
+
+    ``CheckpointError`` when a file is missing or unreadable; tensors that are not finite are in the list of problems.
+    """
+    whole, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if whole.is_file():
+        names = [whole.name]
+    elif index.is_file():
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        if gone := [name for name in names if not (folder / name).is_file()]:
+            raise CheckpointError(
+                f"{folder} lacks {', '.join(gone)}, which {index.name} lists; copy the checkpoint again."
+            )
+    else:
+        raise CheckpointError(f"{folder} holds neither {whole.name} nor {index.name}; copy the checkpoint again.")
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        try:
+            tensors |= load_file(os.fspath(folder / name))
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(f"{folder / name} is damaged or no safetensors file ({error}).") from error
+    return tensors, not_finite(tensors)
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """A line for every floating-point tensor with NaN or infinity in it."""
+    return [f"{k} is not finite" for k, v in tensors.items() if v.is_floating_point() and not torch.isfinite(v).all()]
+
+
+def misfits(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+    """A line for every tensor that is missing, unknown, or of another shape or kind than ``wanted``."""
+    problems = [f"{name} is missing" for name in wanted.keys() - tensors.keys()]
+    problems += [f"{name} is unknown" for name in tensors.keys() - wanted.keys()]
+    for name in wanted.keys() & tensors.keys():
+        ours, theirs = wanted[name], tensors[name]
+        if ours.shape != theirs.shape:
+            problems.append(f"{name} has shape {tuple(theirs.shape)}, expected {tuple(ours.shape)}")
+        elif ours.is_floating_point() != theirs.is_floating_point():
+            problems.append(f"{name} has type {theirs.dtype}, expected {ours.dtype}")
+    return problems
+
+
+def refuse(problems: Iterable[str], where: str | Path, advice: str) -> None:
+    """Raise one ``CheckpointError`` naming all ``problems``, if there are any."""
+    if lines := sorted(problems):
+        raise CheckpointError(
+            f"{where} cannot be loaded, {len(lines)} tensors do not fit: {'; '.join(lines)}. {advice}"
+        )
+
+
+def load_pretrained(model: nn.Module, folder: Path, stem: str = WEIGHTS) -> None:
+    """Load all tensors of a folder into ``model``, in the model's precision, or none (``CheckpointError``)."""
+    tensors, problems = read_tensors(folder, stem)
+    wanted = model.state_dict()
+    refuse(problems + misfits(tensors, wanted), folder, "Use the weights that were saved with its config.json.")
+    model.load_state_dict({name: tensor.to(wanted[name].dtype) for name, tensor in tensors.items()})
+
+
+def write_pretrained(model: Any, folder: Path, *, half: bool = False, max_shard_size: str = "5GB") -> None:
+    """Write a diffusers model's folder; ``half`` stores fp16. ``CheckpointError`` when a tensor is not finite.
+
+    Everything is written beside the folder first; then the files are moved in, the configuration last.
+    """
+    state = {k: v.detach().to("cpu", torch.float16 if half and v.is_floating_point() else v.dtype) for k, v in
+             model.state_dict().items()}  # fmt: skip
+    if problems := not_finite(state):
+        raise CheckpointError(f"will not write {folder}: {'; '.join(problems)}. The run has diverged.")
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+    try:
+        from huggingface_hub import save_torch_state_dict
+
+        save_torch_state_dict(
+            state, temporary, filename_pattern=WEIGHTS + "{suffix}.safetensors", max_shard_size=max_shard_size
+        )
+        (temporary / "config.json").write_text(model.to_json_string())
+        fresh = sorted(temporary.iterdir(), key=lambda path: path.name == "config.json")
+        for path in fresh:
+            path.chmod(0o666 & ~_umask())
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(path, folder / path.name)
+        for stale in folder.glob(f"{WEIGHTS}*"):
+            if stale.name not in {path.name for path in fresh}:
+                stale.unlink()
+        fsync_folder(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask

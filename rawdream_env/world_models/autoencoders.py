@@ -1,14 +1,20 @@
-"""The embedded autoencoder: four frames packed in the channels, 2-D convolutions, stride (4, 8, 8), C = 16.
+"""What turns frames into latents and back: the ``FrameCodec`` protocol and its embedded implementation.
 
-It stands where the full-size model has Wan's causal 3-D VAE, which is about a hundred times too slow for a CPU. Same
-contract: a latent frame covers four video frames, and the first latent of an episode is the start frame four times.
+Stride (4, 8, 8) everywhere: the first latent, the anchor, is one frame; each later one covers four frames. 1 + 4M
+frames are 1 + M latents (paper section A.3). Decoding goes on from an explicit state, so that an episode can stop,
+start over or move to another batch row without its neighbours.
 
-Shape letters: N latent frames, C channels, H W height and width.
+``PackedFrameAutoencoder`` packs four frames in the channels of 2-D convolutions; its anchor is the start frame four
+times. It stands where the full-size model has Wan's causal 3-D VAE (``wan_vae.py``, and ``tiny_decoder.py`` for its
+approximate fast decoder), which is about a hundred times too slow for a CPU.
+
+Shape letters: N rows, M latents after the anchor, G latents of a chunk, C channels, H W frame size, h w latent size.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +22,56 @@ from torch import Tensor, nn
 from rawdream_env.world_models.layers import ResBlock, RowExactConv2d
 
 FRAMES_PER_LATENT = 4
+
+DecoderState = tuple[Tensor, ...]
+"""What a decoder remembers of the past. Every tensor has the rows as dim 0: index, ``torch.where`` and ``torch.cat``
+them all alike to drop, restart or join rows. Rows of any age share a batch.
+"""
+
+
+class FrameCodec(Protocol):
+    """Frames to latents and back, causal in time. A result's row depends on nothing but the same row of the input."""
+
+    @property
+    def frame_shape(self) -> tuple[int, int, int]:
+        """(H, W, 3)."""
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w)."""
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """uint8 (N, H, W, 3) -> normalised latents fp32 (N, C, h, w): the anchor."""
+
+    def encode_video(self, frames: Tensor) -> Tensor:
+        """uint8 (N, 1 + 4M, H, W, 3) -> (N, 1 + M, C, h, w), the anchor first."""
+
+    def start_decoding(self, anchors: Tensor) -> DecoderState:
+        """Anchors (N, C, h, w) -> the state from which the latents after them are decoded."""
+
+    def decode_next(self, state: DecoderState, latents: Tensor) -> tuple[DecoderState, Tensor]:
+        """Latents (N, G, C, h, w) -> next state, uint8 (N, 4G, H, W, 3). ``state`` is left as it was."""
+
+
+def check_frames(frames: Tensor, frame_shape: tuple[int, int, int], video: bool = False) -> None:
+    """``ValueError`` unless ``frames`` is uint8 (N, H, W, 3), or (N, 1 + 4M, H, W, 3) for a ``video``."""
+    wanted = ("N", "1 + 4M", *frame_shape) if video else ("N", *frame_shape)
+    whole = not video or (frames.dim() == 5 and frames.shape[1] % FRAMES_PER_LATENT == 1)
+    if frames.dtype != torch.uint8 or frames.dim() != len(wanted) or frames.shape[-3:] != frame_shape or not whole:
+        shape = ", ".join(map(str, wanted))
+        raise ValueError(
+            f"frames must be uint8 ({shape}), got {frames.dtype} {tuple(frames.shape)}; resize them"
+            + (" and cut the video to 1 + 4M frames" if video else "")
+        )
+
+
+def check_latents(latents: Tensor, latent_shape: tuple[int, int, int], rows: int | None = None) -> None:
+    """``ValueError`` unless ``latents`` is (N, C, h, w), or (N, G, C, h, w) with as many ``rows`` as the state has."""
+    chunk = () if rows is None else ("G",)
+    wanted = ("N" if rows is None else rows, *chunk, *latent_shape)
+    fits = latents.dim() == len(wanted) and latents.shape[-3:] == latent_shape and rows in (None, len(latents))
+    if not fits:
+        raise ValueError(f"latents must have shape ({', '.join(map(str, wanted))}), got {tuple(latents.shape)}")
 
 
 @dataclass(frozen=True)
@@ -81,6 +137,11 @@ class PackedFrameAutoencoder(nn.Module):
         self.latent_std: Tensor
 
     @property
+    def frame_shape(self) -> tuple[int, int, int]:
+        """(H, W, 3)."""
+        return self.config.image_size, self.config.image_size, 3
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H/8, W/8)."""
         side = self.config.image_size // 8
@@ -94,6 +155,25 @@ class PackedFrameAutoencoder(nn.Module):
     def encode_image(self, images: Tensor) -> Tensor:
         """uint8 (N, H, W, 3) -> latents of a still: the image four times."""
         return self.encode(images[:, None].expand(-1, FRAMES_PER_LATENT, -1, -1, -1))
+
+    def encode_video(self, frames: Tensor) -> Tensor:
+        """uint8 (N, 1 + 4M, H, W, 3) -> (N, 1 + M, C, h, w): a still of the first frame, then groups of four."""
+        check_frames(frames, self.frame_shape, video=True)
+        still = frames[:, :1].expand(-1, FRAMES_PER_LATENT, -1, -1, -1)
+        groups = torch.cat([still, frames[:, 1:]], 1).unflatten(1, (-1, FRAMES_PER_LATENT))
+        latents: Tensor = self.encode(groups.flatten(0, 1)).unflatten(0, groups.shape[:2])
+        return latents
+
+    def start_decoding(self, anchors: Tensor) -> DecoderState:
+        """Nothing: every latent is decoded on its own."""
+        check_latents(anchors, self.latent_shape)
+        return ()
+
+    def decode_next(self, state: DecoderState, latents: Tensor) -> tuple[DecoderState, Tensor]:
+        """Latents (N, G, C, h, w) -> the empty state, uint8 (N, 4G, H, W, 3)."""
+        check_latents(latents, self.latent_shape, len(latents))
+        frames = self.decode_frames(latents.flatten(0, 1))
+        return state, frames.unflatten(0, latents.shape[:2]).flatten(1, 2)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents (N, C, h, w) -> packed frames float (N, 12, H, W), nominally in [-1, 1]."""

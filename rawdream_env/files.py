@@ -101,26 +101,53 @@ def save_safetensors(path: PathLike, tensors: Mapping[str, Tensor], metadata: Ma
 
 def load_safetensors(path: PathLike) -> dict[str, Tensor]:
     """Read every tensor onto the CPU. ``CheckpointError`` names the file when it is missing, damaged or not finite."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not Path(path).is_file():
-        raise CheckpointError(f"There is no file {path}. Check the path, or save or download the checkpoint first.")
-    try:
-        tensors: dict[str, Tensor] = load_file(os.fspath(path))
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{path} is damaged or no safetensors file ({error}). Restore it from a copy.") from error
+    tensors = _read_safetensors(path)
     _refuse_non_finite(tensors.items(), f"Will not load {path}")
+    return tensors
+
+
+def load_tensors(path: PathLike) -> dict[str, Tensor]:
+    """Read a file of another project, safetensors or PyTorch's own format by its ending (.pth, .pt, .ckpt, .bin),
+    onto the CPU; nothing but tensors is ever unpickled. Their values are not looked at: ``check_weights`` does that.
+
+    Raises ``CheckpointError`` when the file is missing, damaged, or holds anything but named tensors.
+    """
+    import torch
+
+    if Path(path).suffix not in {".pth", ".pt", ".ckpt", ".bin"}:
+        return _read_safetensors(path)
+    _require(path)
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file makes the reader fail in every way there is
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(
+            f"{path} is damaged or holds more than tensors, which is not loaded for safety ({reason}). "
+            "Restore it from a copy."
+        ) from error
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
+    ):
+        raise CheckpointError(f"{path} is no table of named tensors. Use the file of weights, not a training state.")
     return tensors
 
 
 def load_weights(module: Module, path: PathLike, config: str = "config.json") -> None:
     """Load all tensors of ``path`` into ``module``, in the module's precision, or none.
 
-    Raises ``CheckpointError`` naming every tensor that is missing, unknown, of another shape than ``config`` asks for, or
-    of a type that is no floating-point number where one is wanted.
+    Raises ``CheckpointError`` as ``check_weights``.
     """
-    tensors, wanted = load_safetensors(path), module.state_dict()
+    tensors, wanted = _read_safetensors(path), module.state_dict()
+    check_weights(tensors, wanted, path, config)
+    module.load_state_dict({name: tensor.to(wanted[name].dtype) for name, tensor in tensors.items()})
+
+
+def check_weights(
+    tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: PathLike, config: str = "config.json"
+) -> None:
+    """Raise one ``CheckpointError`` naming every tensor that is missing, unknown, not finite, of another shape than
+    ``config`` asks for, or of a type that is no floating-point number where one is wanted.
+    """
     problems = [f"{name} is missing" for name in wanted.keys() - tensors.keys()]
     problems += [f"{name} is unknown" for name in tensors.keys() - wanted.keys()]
     for name in wanted.keys() & tensors.keys():
@@ -129,10 +156,11 @@ def load_weights(module: Module, path: PathLike, config: str = "config.json") ->
             problems.append(f"{name} has shape {tuple(theirs.shape)}, expected {tuple(ours.shape)}")
         elif ours.is_floating_point() != theirs.is_floating_point():
             problems.append(f"{name} has type {theirs.dtype}, expected {ours.dtype}")
+        if bad := _non_finite(theirs):
+            problems.append(f"{name} holds {bad} non-finite of {theirs.numel()} values")
     if problems:
         shown = "; ".join(sorted(problems)[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
-        raise CheckpointError(f"{path} does not fit its {config}: {shown}. Use the file that was saved with it.")
-    module.load_state_dict({name: tensor.to(wanted[name].dtype) for name, tensor in tensors.items()})
+        raise CheckpointError(f"{where} does not fit its {config}: {shown}. Use the file that was saved with it.")
 
 
 def load_safetensors_metadata(path: PathLike) -> dict[str, str]:
@@ -146,15 +174,36 @@ def load_safetensors_metadata(path: PathLike) -> dict[str, str]:
         raise CheckpointError(f"{path} is missing, damaged or no safetensors file ({error}).") from error
 
 
+def _require(path: PathLike) -> None:
+    if not Path(path).is_file():
+        raise CheckpointError(f"There is no file {path}. Check the path, or save or download the checkpoint first.")
+
+
+def _read_safetensors(path: PathLike) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    _require(path)
+    try:
+        tensors: dict[str, Tensor] = load_file(os.fspath(path))
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is damaged or no safetensors file ({error}). Restore it from a copy.") from error
+    return tensors
+
+
+def _non_finite(tensor: Tensor) -> int:
+    """How many values are NaN or infinite."""
+    if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.numel() == 0:
+        return 0
+    values = tensor.detach()
+    if values.element_size() == 1:  # float8 has no isfinite kernel
+        values = values.float()
+    return int((~values.isfinite()).sum())
+
+
 def _refuse_non_finite(tensors: Iterable[tuple[str, Tensor]], what: str) -> None:
     for name, tensor in tensors:
-        if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.numel() == 0:
-            continue
-        values = tensor.detach()
-        if values.element_size() == 1:  # float8 has no isfinite kernel
-            values = values.float()
-        bad = int((~values.isfinite()).sum())
-        if bad:
+        if bad := _non_finite(tensor):
             raise CheckpointError(
                 f"{what}: tensor {name!r} holds {bad} non-finite of {tensor.numel()} values. "
                 "The training diverged or the file was altered; use an earlier checkpoint."

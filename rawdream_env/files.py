@@ -159,8 +159,10 @@ def check_weights(
         if bad := _non_finite(theirs):
             problems.append(f"{name} holds {bad} non-finite of {theirs.numel()} values")
     if problems:
-        shown = "; ".join(sorted(problems)[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
-        raise CheckpointError(f"{where} does not fit its {config}: {shown}. Use the file that was saved with it.")
+        raise CheckpointError(
+            f"{where} does not fit its {config}, {len(problems)} problems: {'; '.join(sorted(problems))}. "
+            "Use the file that was saved with it."
+        )
 
 
 def load_safetensors_metadata(path: PathLike) -> dict[str, str]:

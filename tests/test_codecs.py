@@ -278,7 +278,7 @@ def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
     path.write_text("{")
     refused(tmp_path, "config.json is not valid JSON")
     path.write_text("[]")
-    refused(tmp_path, "no table of settings")
+    refused(tmp_path, "holds a JSON list, expected an object")
     path.write_text(json.dumps(good))
     (tmp_path / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": {"a": "../a.safetensors"}}))
     refused(tmp_path, "index.json has no weight_map from tensors to files beside it")

@@ -192,7 +192,7 @@ def test_shards_and_precision(wan: tuple[nn.Module, Path], tmp_path: Path) -> No
     assert len(list((tmp_path / "m").iterdir())) == 2, "shards of an older save are gone"
     assert load_file(tmp_path / "m" / "diffusion_pytorch_model.safetensors")["proj_out.weight"].dtype == torch.float16
     (next((tmp_path / "m").glob("*.safetensors"))).unlink()
-    with pytest.raises(CheckpointError, match="holds neither"):
+    with pytest.raises(CheckpointError, match="There is no file"):
         WanWorldModelTransformer.from_pretrained(tmp_path / "m")
 
 
@@ -209,7 +209,7 @@ def test_bad_weights_are_one_error_that_names_them_all(wan: tuple[nn.Module, Pat
     with pytest.raises(CheckpointError) as caught:
         read_wan_transformer(tmp_path, 8)
     for said in ("blocks.0.attn2.to_q.bias is missing", "blocks.1.ffn.net.2.bias has shape (7,), expected (48,)",
-                 "wings.weight is unknown", "proj_out.bias is not finite", "4 tensors do not fit"):  # fmt: skip
+                 "wings.weight is unknown", "proj_out.bias holds 1 non-finite of 16 values", "4 problems"):  # fmt: skip
         assert said in str(caught.value)
 
     config = json.loads((target / "config.json").read_text())
@@ -228,10 +228,10 @@ def test_unreadable_sources_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"neither a folder nor a file .*download"):
         read_wan_transformer(tmp_path / "nothing", 32)
     torch.save({"a": Path("/")}, tmp_path / "code.pth")
-    with pytest.raises(CheckpointError, match="holds more than weights"):
+    with pytest.raises(CheckpointError, match="holds more than tensors"):
         read_wan_transformer(tmp_path / "code.pth", 32)
     torch.save({"step": 3}, tmp_path / "other.pth")
-    with pytest.raises(CheckpointError, match="does not hold a dictionary of tensors"):
+    with pytest.raises(CheckpointError, match="no table of named tensors"):
         read_wan_transformer(tmp_path / "other.pth", 32)
     save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
     with pytest.raises(CheckpointError, match=r"not a Wan 2.1 transformer: patch_embedding.weight"):

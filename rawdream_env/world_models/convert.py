@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from rawdream_env.errors import CheckpointError
-from rawdream_env.files import load_safetensors
-from rawdream_env.world_models.pretrained import misfits, not_finite, read_json, read_tensors, refuse
+from rawdream_env.files import check_weights, load_tensors
+from rawdream_env.world_models.pretrained import read_folder, read_json
 from rawdream_env.world_models.wan import WanWorldModelTransformer
 from rawdream_env.world_models.wan_config import WanConfig, wan_config
 
@@ -91,9 +91,7 @@ def is_original(tensors: Tensors) -> bool:
     return any(".self_attn." in name for name in tensors)
 
 
-def build_transformer(
-    tensors: Tensors, config: WanConfig, where: str | Path, problems: list[str] | None = None
-) -> WanWorldModelTransformer:
+def build_transformer(tensors: Tensors, config: WanConfig, where: str | Path) -> WanWorldModelTransformer:
     """A world model with Wan's weights (diffusers' names) and a new action path at zero.
 
     ``CheckpointError`` names all tensors that are missing, unknown, of the wrong shape or not finite.
@@ -106,11 +104,8 @@ def build_transformer(
         torch.manual_seed(0)  # the hidden layer of the action path; its output layer is zero
         model = WanWorldModelTransformer(config)
     wanted = model.state_dict()
-    found = misfits(given, {name: tensor for name, tensor in wanted.items() if not _added(name)})
-    advice = (
-        f"These weights are not of {config.num_layers} layers of width {config.width} with a prompt, as configured."
-    )
-    refuse([*(not_finite(given) if problems is None else problems), *found], where, advice)
+    size = f"size, {config.num_layers} layers of width {config.width} with a prompt"
+    check_weights(given, {name: tensor for name, tensor in wanted.items() if not _added(name)}, where, size)
     model.load_state_dict({name: given.get(name, tensor).to(tensor.dtype) for name, tensor in wanted.items()})
     model.eval()
     return model
@@ -168,21 +163,6 @@ def config_from_original(tensors: Tensors, latent_size: int, base: WanConfig) ->
     )
 
 
-def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """Tensors of one .safetensors or .pth file; a .pth is read without running any code in it."""
-    if path.suffix == ".safetensors":
-        return load_safetensors(path)
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be read as a weights-only checkpoint ({error}).") from error
-    except Exception as error:
-        raise CheckpointError(f"{path} holds more than weights; it is not opened ({type(error).__name__}).") from error
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise CheckpointError(f"{path} does not hold a dictionary of tensors.")
-    return loaded
-
-
 def read_wan_transformer(
     source: str | os.PathLike[str], latent_size: int, prompt: Tensor | None = None, base: WanConfig | None = None
 ) -> WanWorldModelTransformer:
@@ -193,12 +173,11 @@ def read_wan_transformer(
     """
     base = wan_config("wan2.1-1.3b") if base is None else base
     path = Path(source)
-    problems: list[str] | None = None
     if path.is_dir() and (path / "transformer").is_dir():
         path = path / "transformer"
     if path.is_dir():
         names = read_json(path / "config.json") if (path / "config.json").is_file() else {}
-        tensors, problems = read_tensors(path)
+        tensors, where = read_folder(path)
         original = is_original(tensors)
         tensors = from_original(tensors) if original else tensors
         if original:
@@ -208,7 +187,7 @@ def read_wan_transformer(
         else:
             config = config_from_diffusers(names, latent_size, base)
     elif path.is_file():
-        tensors = read_checkpoint(path)
+        tensors, where = load_tensors(path), path
         tensors = from_original(tensors) if is_original(tensors) else tensors
         config = config_from_original(tensors, latent_size, base)
     else:
@@ -216,7 +195,7 @@ def read_wan_transformer(
             f"there is neither a folder nor a file {path}; download Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
         )
     rows = 1 if prompt is None else len(torch.unique(prompt, dim=0))
-    model = build_transformer(tensors, replace(config, text_rows=rows), path, problems)
+    model = build_transformer(tensors, replace(config, text_rows=rows), where)
     if prompt is not None:
         model.set_prompt(prompt)
     return model

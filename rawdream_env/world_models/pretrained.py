@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from rawdream_env.errors import CheckpointError
-from rawdream_env.files import fsync_folder
+from rawdream_env.files import check_weights, fsync_folder, load_tensors
 
-WEIGHTS = "diffusion_pytorch_model"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 T = TypeVar("T")
 
 
@@ -97,65 +97,28 @@ def read_config(folder: Path, class_name: str) -> dict[str, Any]:
     return config
 
 
-def read_tensors(folder: Path, stem: str = WEIGHTS) -> tuple[dict[str, Tensor], list[str]]:
-    """Every tensor of a folder, from one safetensors file or numbered shards, on the CPU; and what is wrong with them.
+def read_folder(folder: Path) -> tuple[dict[str, Tensor], Path]:
+    """Every tensor of a folder, on the CPU, from one safetensors file or numbered shards; and the file that lists them.
 
-    ``CheckpointError`` when a file is missing or unreadable; tensors that are not finite are in the list of problems.
+    Their values are not looked at: ``check_weights`` does that. ``CheckpointError`` when a file is missing or damaged.
     """
-    whole, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-    if whole.is_file():
-        names = [whole.name]
-    elif index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        if gone := [name for name in names if not (folder / name).is_file()]:
-            raise CheckpointError(
-                f"{folder} lacks {', '.join(gone)}, which {index.name} lists; copy the checkpoint again."
-            )
-    else:
-        raise CheckpointError(f"{folder} holds neither {whole.name} nor {index.name}; copy the checkpoint again.")
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+    whole, index = folder / WEIGHTS, folder / f"{WEIGHTS}.index.json"
+    if not index.is_file():
+        return load_tensors(whole), whole
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(s, str) and Path(s).name == s for s in shards.values()):
+        raise CheckpointError(f"{index} has no weight_map from tensors to files beside it; restore it from a copy.")
     tensors: dict[str, Tensor] = {}
-    for name in names:
-        try:
-            tensors |= load_file(os.fspath(folder / name))
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"{folder / name} is damaged or no safetensors file ({error}).") from error
-    return tensors, not_finite(tensors)
+    for shard in sorted(set(shards.values())):
+        tensors |= load_tensors(folder / shard)
+    return tensors, index
 
 
-def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """A line for every floating-point tensor with NaN or infinity in it."""
-    return [f"{k} is not finite" for k, v in tensors.items() if v.is_floating_point() and not torch.isfinite(v).all()]
-
-
-def misfits(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
-    """A line for every tensor that is missing, unknown, or of another shape or kind than ``wanted``."""
-    problems = [f"{name} is missing" for name in wanted.keys() - tensors.keys()]
-    problems += [f"{name} is unknown" for name in tensors.keys() - wanted.keys()]
-    for name in wanted.keys() & tensors.keys():
-        ours, theirs = wanted[name], tensors[name]
-        if ours.shape != theirs.shape:
-            problems.append(f"{name} has shape {tuple(theirs.shape)}, expected {tuple(ours.shape)}")
-        elif ours.is_floating_point() != theirs.is_floating_point():
-            problems.append(f"{name} has type {theirs.dtype}, expected {ours.dtype}")
-    return problems
-
-
-def refuse(problems: Iterable[str], where: str | Path, advice: str) -> None:
-    """Raise one ``CheckpointError`` naming all ``problems``, if there are any."""
-    if lines := sorted(problems):
-        raise CheckpointError(
-            f"{where} cannot be loaded, {len(lines)} tensors do not fit: {'; '.join(lines)}. {advice}"
-        )
-
-
-def load_pretrained(model: nn.Module, folder: Path, stem: str = WEIGHTS) -> None:
+def load_pretrained(model: nn.Module, folder: Path) -> None:
     """Load all tensors of a folder into ``model``, in the model's precision, or none (``CheckpointError``)."""
-    tensors, problems = read_tensors(folder, stem)
+    tensors, where = read_folder(folder)
     wanted = model.state_dict()
-    refuse(problems + misfits(tensors, wanted), folder, "Use the weights that were saved with its config.json.")
+    check_weights(tensors, wanted, where)
     model.load_state_dict({name: tensor.to(wanted[name].dtype) for name, tensor in tensors.items()})
 
 
@@ -166,15 +129,17 @@ def write_pretrained(model: Any, folder: Path, *, half: bool = False, max_shard_
     """
     state = {k: v.detach().to("cpu", torch.float16 if half and v.is_floating_point() else v.dtype) for k, v in
              model.state_dict().items()}  # fmt: skip
-    if problems := not_finite(state):
-        raise CheckpointError(f"will not write {folder}: {'; '.join(problems)}. The run has diverged.")
+    check_weights(state, state, f"will not write {folder}: a diverged model")
     folder.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
     try:
         from huggingface_hub import save_torch_state_dict
 
         save_torch_state_dict(
-            state, temporary, filename_pattern=WEIGHTS + "{suffix}.safetensors", max_shard_size=max_shard_size
+            state,
+            temporary,
+            filename_pattern=Path(WEIGHTS).stem + "{suffix}.safetensors",
+            max_shard_size=max_shard_size,
         )
         (temporary / "config.json").write_text(model.to_json_string())
         fresh = sorted(temporary.iterdir(), key=lambda path: path.name == "config.json")
@@ -183,7 +148,7 @@ def write_pretrained(model: Any, folder: Path, *, half: bool = False, max_shard_
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(path, folder / path.name)
-        for stale in folder.glob(f"{WEIGHTS}*"):
+        for stale in folder.glob(f"{Path(WEIGHTS).stem}*"):
             if stale.name not in {path.name for path in fresh}:
                 stale.unlink()
         fsync_folder(folder)

@@ -29,8 +29,8 @@ from torch.nn import functional as F
 from rawdream_env.errors import CheckpointError
 from rawdream_env.files import atomic_write_json, check_weights, load_tensors, save_safetensors
 from rawdream_env.world_models.autoencoders import DecoderState, check_frames, check_latents
+from rawdream_env.world_models.pretrained import WEIGHTS, read_folder, read_json
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 SPATIAL_STRIDE = 8
 ORIGINAL_BASE_DIM = 96
 
@@ -136,7 +136,7 @@ class WanVAE(nn.Module):
             config = {"base_dim": ORIGINAL_BASE_DIM if first is None or first.dim() != 5 else len(first)}
         else:
             config = _read_config(path)
-            tensors, where = _read_folder(path)
+            tensors, where = read_folder(path)
         try:
             with torch.device("meta"):  # neither memory nor random numbers for weights that are about to be replaced
                 vae = build(config)
@@ -254,31 +254,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"no VAE in {folder}: config.json is missing; download the folder vae of Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
         )
-    config = _read_json(path)
+    config = read_json(path)
     if config.get("_class_name") != "AutoencoderKLWan":
         raise CheckpointError(f"{path} describes {config.get('_class_name')!r}, expected 'AutoencoderKLWan'")
     return config
-
-
-def _read_folder(folder: Path) -> tuple[dict[str, Tensor], Path]:
-    """The tensors of a folder in diffusers' layout and the file that lists them."""
-    index = folder / f"{WEIGHTS}.index.json"
-    if not index.is_file():
-        return load_tensors(folder / WEIGHTS), folder / WEIGHTS
-    shards = _read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(s, str) and Path(s).name == s for s in shards.values()):
-        raise CheckpointError(f"{index} has no weight_map from tensors to files beside it; restore it from a copy")
-    tensors: dict[str, Tensor] = {}
-    for shard in sorted(set(shards.values())):
-        tensors |= load_tensors(folder / shard)
-    return tensors, index
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); copy the checkpoint again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no table of settings; copy the checkpoint again")
-    return value

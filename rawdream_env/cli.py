@@ -93,6 +93,10 @@ COMMANDS: dict[str, Command] = {
         "turn LIBERO or robomimic demonstration files into a data set (LeRobotDataset v3.0)",
         "rawdream_env.data.import_hdf5", "ImportConfig", "import_hdf5", _folder,
     ),
+    "convert-wan": Command(
+        "make a world model of Wan 2.1's weights: a folder of diffusers or of Wan's release",
+        "rawdream_env.world_models.convert", "ConvertWanConfig", "convert_wan", _folder,
+    ),
     "train-world-model": Command(
         "train the dream: autoencoder and video transformer, from play data",
         f"{_TRAINERS}.world_model", "WorldModelTrainConfig", "train_world_model", _folder,

@@ -66,6 +66,7 @@ class DreamVectorEnv(ChunkVectorEnv):
         render_mode: str | None = None,
         return_frames: bool = False,
         num_inference_steps: int | None = None,
+        approximations: Sequence[str] = (),
     ) -> None:
         """Load the parts and set the spaces up.
 
@@ -86,9 +87,15 @@ class DreamVectorEnv(ChunkVectorEnv):
             render_mode: None, "rgb_array" or "rgb_tiles".
             return_frames: put every chunk's frames into ``infos["frames"]``.
             num_inference_steps: denoising steps; None: the model's own.
+            approximations: opt-in shortcuts of the world model that cost accuracy: "rolling_cache", "tiny_decoder",
+                "fp8".
         """
         self.world_model = load_world_model(
-            world_model, device=device, dtype=dtype, num_inference_steps=num_inference_steps
+            world_model,
+            device=device,
+            dtype=dtype,
+            num_inference_steps=num_inference_steps,
+            approximations=approximations,
         )
         self.judge = load_judge(judge, device=device)
         self.judge_every = parse_choice("judge_every", judge_every, ("episode", "chunk"))

@@ -46,7 +46,12 @@ class Replay:
 
 
 def load_world_model(
-    world_model: Any, *, device: str, dtype: str | None, num_inference_steps: int | None
+    world_model: Any,
+    *,
+    device: str,
+    dtype: str | None,
+    num_inference_steps: int | None,
+    approximations: Sequence[str] = (),
 ) -> WorldModel:
     """The ``world_model`` option as an object: "embedded", "null", a folder, or an object of that kind already."""
     if isinstance(world_model, str) and world_model == "null":
@@ -59,11 +64,14 @@ def load_world_model(
         kwargs: dict[str, Any] = {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
         if dtype is not None:
             kwargs["dtype"] = dtype
+        if approximations:
+            kwargs["approximations"] = tuple(approximations)
         loaded: WorldModel = load(str(world_model), device=device, **kwargs)
         return loaded
-    if num_inference_steps is not None or dtype is not None:
+    if num_inference_steps is not None or dtype is not None or approximations:
         raise InvalidOptionError(
-            "num_inference_steps and dtype apply when the world model is loaded here; set them on the object you pass."
+            "num_inference_steps, dtype and approximations apply when the world model is loaded here; set them on the "
+            "object you pass."
         )
     model: WorldModel = _require(world_model, "world_model", ("start", "imagine", "chunk_len", "frame_shape", "fps"))
     return model

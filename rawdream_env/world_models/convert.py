@@ -13,18 +13,22 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
+from tyro.conf import Positional
 
 from rawdream_env.errors import CheckpointError
 from rawdream_env.files import check_weights, load_tensors
+from rawdream_env.world_models.embedded import save_world_model
 from rawdream_env.world_models.pretrained import read_folder, read_json
+from rawdream_env.world_models.rollout import WAN_ROLLOUT, WanWorldModel
 from rawdream_env.world_models.wan import WanWorldModelTransformer
-from rawdream_env.world_models.wan_config import WanConfig, wan_config
+from rawdream_env.world_models.wan_config import PROMPT_ROWS, WanConfig, wan_config
+from rawdream_env.world_models.wan_vae import WanVAE
 
 Tensors = Mapping[str, Tensor]
 
@@ -199,3 +203,62 @@ def read_wan_transformer(
     if prompt is not None:
         model.set_prompt(prompt)
     return model
+
+
+def empty_prompt(text_encoder: Path) -> Tensor:
+    """Wan's empty prompt (512, text_dim): the encoding of the end-of-text token alone, and rows of padding.
+
+    ``text_encoder``: folder of Wan's UMT5 encoder in transformers' layout.
+    """
+    if not (text_encoder / "config.json").is_file():
+        raise CheckpointError(
+            f"there is no text encoder in {text_encoder}; download it, or convert with --prompt zero."
+        )
+    from transformers import UMT5EncoderModel
+
+    encoder = UMT5EncoderModel.from_pretrained(text_encoder, local_files_only=True).eval()
+    with torch.no_grad():
+        row = encoder(torch.tensor([[encoder.config.eos_token_id]])).last_hidden_state[0].float()
+    return torch.cat([row, torch.zeros(PROMPT_ROWS - 1, row.shape[1])])
+
+
+@dataclass(frozen=True)
+class ConvertWanConfig:
+    """Options of ``rawdream convert-wan``."""
+
+    src: Annotated[str, Positional]
+    """Folder of Wan2.1-T2V-1.3B in diffusers' layout or of Wan's own release, or its transformer's single file."""
+    dst: Annotated[str, Positional]
+    """Folder of the world model to write; must not hold one yet."""
+    vae: str = ""
+    """Folder or file of the VAE, when it is not where it belongs in SRC (vae/ or Wan2.1_VAE.pth)."""
+    image_size: int = 256
+    """Height and width of the frames in pixels; a multiple of 16."""
+    prompt: Literal["zero", "empty"] = "zero"
+    """The prompt the model will always see: all zero, or Wan's empty prompt, which needs SRC/text_encoder."""
+    fps: float = 10.0
+    """Frames per second of the robot data it will be trained on."""
+
+
+def convert_wan(config: ConvertWanConfig) -> Path:
+    """Write a world model folder whose transformer is Wan 2.1 with an action path at zero; returns the folder.
+
+    Everything is read and checked before anything is written.
+    """
+    source, target = Path(config.src), Path(config.dst)
+    if (target / "config.json").exists():
+        raise CheckpointError(f"{target} already holds a model; choose another folder.")
+    vae = Path(config.vae) if config.vae else _find_vae(source)
+    codec = WanVAE.from_pretrained(vae, config.image_size)
+    prompt = empty_prompt(source / "text_encoder") if config.prompt == "empty" else None
+    transformer = read_wan_transformer(source, codec.latent_shape[1], prompt)
+    save_world_model(WanWorldModel(transformer, codec, replace(WAN_ROLLOUT, fps=config.fps)), target)
+    return target
+
+
+def _find_vae(source: Path) -> Path:
+    folder = source if source.is_dir() else source.parent
+    for place in (folder / "vae", folder / "Wan2.1_VAE.pth", folder / "Wan2.1_VAE.safetensors"):
+        if place.exists():
+            return place
+    raise CheckpointError(f"there is neither vae/ nor Wan2.1_VAE.pth in {folder}; say where the VAE is with --vae.")

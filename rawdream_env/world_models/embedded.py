@@ -1,15 +1,17 @@
 """Loading and saving world models: a folder of safetensors and JSON, checked on the way in.
 
-    config.json     format, kind of frame codec, rollout settings
+    config.json     format and rollout settings
     transformer/    WanWorldModelTransformer in diffusers' layout
     autoencoder/    PackedFrameAutoencoder (embedded size), or
     vae/            AutoencoderKLWan in diffusers' layout (full size)
+    taew2_1.*       the tiny decoder, when it is there: .safetensors or .pth
 
 Weights may be stored in fp16; they are loaded as fp32 and cast by ``dtype``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib import resources
 from pathlib import Path
@@ -17,21 +19,30 @@ from typing import Any
 
 import torch
 
-from rawdream_env.errors import CheckpointError
+from rawdream_env.errors import CheckpointError, InvalidOptionError
 from rawdream_env.files import atomic_write_json, load_weights, save_safetensors
 from rawdream_env.types import WorldModel
 from rawdream_env.world_models.arm_map import ArmMapConfig
 from rawdream_env.world_models.autoencoders import AutoencoderConfig, FrameCodec, PackedFrameAutoencoder
 from rawdream_env.world_models.chunk import Reuse
+from rawdream_env.world_models.fp8 import use_fp8
 from rawdream_env.world_models.pretrained import dataclass_from_json, read_json
 from rawdream_env.world_models.rollout import RolloutConfig, WanWorldModel
+from rawdream_env.world_models.tiny_decoder import TinyDecoder, TinyDecoderCodec
 from rawdream_env.world_models.wan import WanWorldModelTransformer
+from rawdream_env.world_models.wan_vae import SPATIAL_STRIDE, WanVAE
 
 FORMAT = "rawdream-world-model-2"
+APPROXIMATIONS = ("rolling_cache", "tiny_decoder", "fp8")
 
 
 def save_codec(codec: FrameCodec, folder: Path, *, half: bool = False) -> None:
     """Write a frame codec into its place in a world model's ``folder``."""
+    if isinstance(codec, TinyDecoderCodec):
+        codec = codec.base
+    if isinstance(codec, WanVAE):
+        codec.save_pretrained(folder / "vae")
+        return
     assert isinstance(codec, PackedFrameAutoencoder)
     target = folder / "autoencoder"
     target.mkdir(parents=True, exist_ok=True)
@@ -40,8 +51,19 @@ def save_codec(codec: FrameCodec, folder: Path, *, half: bool = False) -> None:
     atomic_write_json(target / "config.json", asdict(codec.config))
 
 
-def read_codec(folder: Path) -> FrameCodec:
-    """The frame codec in a world model's ``folder``."""
+def read_codec(folder: Path, latent_size: int, *, tiny: bool = False) -> FrameCodec:
+    """The frame codec in a world model's ``folder``, for latents of ``latent_size`` rows and columns.
+
+    ``tiny`` decodes with the tiny decoder that lies beside the VAE; ``CheckpointError`` says where to get it.
+    """
+    if (folder / "vae").is_dir():
+        vae = WanVAE.from_pretrained(folder / "vae", latent_size * SPATIAL_STRIDE)
+        if not tiny:
+            return vae
+        files = sorted(folder.glob("taew2_1.*"))
+        return TinyDecoderCodec(vae, TinyDecoder.from_pretrained(files[0] if files else folder / "taew2_1.safetensors"))
+    if tiny:
+        raise CheckpointError(f"the tiny decoder is for the VAE of Wan 2.1, but {folder} has another frame codec.")
     path = folder / "autoencoder"
     values = read_json(path / "config.json")
     codec = PackedFrameAutoencoder(dataclass_from_json(AutoencoderConfig, values, str(path / "config.json")))
@@ -58,7 +80,9 @@ def save_world_model(model: WanWorldModel, folder: str | Path, *, half: bool = F
     atomic_write_json(folder / "config.json", {"format": FORMAT, "rollout": asdict(model.config)})
 
 
-def read_world_model(folder: str | Path, *, reuse: Reuse = "step", **rollout: Any) -> WanWorldModel:
+def read_world_model(
+    folder: str | Path, *, reuse: Reuse = "step", tiny_decoder: bool = False, **rollout: Any
+) -> WanWorldModel:
     """Load a world model folder; ``rollout`` overrides fields of its ``RolloutConfig`` (``num_inference_steps=1``)."""
     folder = Path(folder)
     path = folder / "config.json"
@@ -73,7 +97,8 @@ def read_world_model(folder: str | Path, *, reuse: Reuse = "step", **rollout: An
         )
     settings = dataclass_from_json(RolloutConfig, config["rollout"], str(path))
     transformer = WanWorldModelTransformer.from_pretrained(folder / "transformer")
-    return WanWorldModel(transformer, read_codec(folder), replace(settings, **rollout), reuse=reuse)
+    codec = read_codec(folder, transformer.arch.latent_shape[1], tiny=tiny_decoder)
+    return WanWorldModel(transformer, codec, replace(settings, **rollout), reuse=reuse)
 
 
 def load_world_model(
@@ -82,11 +107,17 @@ def load_world_model(
     dtype: str = "float32",
     *,
     num_inference_steps: int | None = None,
-    reuse: Reuse = "step",
+    approximations: Sequence[str] = (),
 ) -> WorldModel:
     """The world model called ``spec``: "embedded" (shipped with the package), "null", a folder, or an object as it
     is.
+
+    ``approximations`` are opt-in and cost accuracy (their price: docs/world_model.md): "rolling_cache" keeps the context's
+    keys and values across chunks, "tiny_decoder" decodes Wan's latents with TAEHV's, "fp8" rounds the blocks' matrix
+    products. Fewer evaluations is ``num_inference_steps``.
     """
+    if unknown := sorted(set(approximations) - set(APPROXIMATIONS)):
+        raise InvalidOptionError(f"there is no approximation {unknown}; choose among {', '.join(APPROXIMATIONS)}.")
     if not isinstance(spec, str | Path):
         return spec
     if spec == "null":
@@ -95,8 +126,12 @@ def load_world_model(
         return NullWorldModel()
     folder = Path(str(resources.files("rawdream_env.assets") / "world_model")) if spec == "embedded" else Path(spec)
     overrides = {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
-    model = read_world_model(folder, reuse=reuse, **overrides)
-    return model.to(device, getattr(torch, dtype))
+    reuse: Reuse = "rolling" if "rolling_cache" in approximations else "step"
+    model = read_world_model(folder, reuse=reuse, tiny_decoder="tiny_decoder" in approximations, **overrides)
+    model.to(device, getattr(torch, dtype))
+    if "fp8" in approximations:
+        use_fp8(model.transformer)
+    return model
 
 
 __all__ = ["ArmMapConfig", "load_world_model", "read_world_model", "save_world_model"]

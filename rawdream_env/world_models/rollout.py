@@ -64,6 +64,10 @@ class RolloutConfig:
         return min(self.anchor_noise_step * max(chunk - self.anchor_noise_start, 0), self.anchor_noise_max)
 
 
+WAN_ROLLOUT = RolloutConfig(shift=3.0, max_time=7, arm_map=None)
+"""Settings for a model that starts from Wan 2.1: nine latents at positions 0 to 8, Wan's own flow shift at this size."""
+
+
 class WanWorldModel:
     """Batched, keyed, autoregressive imagination behind the ``WorldModel`` protocol.
 
@@ -75,6 +79,7 @@ class WanWorldModel:
         config: rollout settings.
         reuse: which keys and values are computed again, see ``chunk.py``. "step" is exact, "none" its slow equal,
             "rolling" the named approximation.
+        micro_batch: rows that are denoised, encoded or decoded at once, to bound the memory for activations; 0: all.
     """
 
     def __init__(
@@ -84,6 +89,7 @@ class WanWorldModel:
         config: RolloutConfig = RolloutConfig(),
         *,
         reuse: Reuse = "step",
+        micro_batch: int = 0,
     ) -> None:
         transformer.eval().requires_grad_(False)
         self.transformer = transformer
@@ -91,6 +97,7 @@ class WanWorldModel:
         self.autoencoder = autoencoder
         self.config = config
         self.reuse: Reuse = reuse
+        self.micro_batch = micro_batch
         arch = transformer.arch
         self.chunk_len = arch.chunk_len
         self.frame_shape = autoencoder.frame_shape
@@ -104,7 +111,7 @@ class WanWorldModel:
             raise ValueError(f"max_time {config.max_time} must exceed context_latents {arch.context_latents}")
         self._arm_map = ArmMap(config.arm_map) if config.arm_map is not None else None
         self._constants = Constants(transformer)
-        self._rowwise = False
+        self._rowwise: set[str] = set()
         self._verified: set[tuple[str, int]] = set()
         low, high = torch.tensor(config.action_low), torch.tensor(config.action_high)
         self._action_mid, self._action_half = (low + high) / 2, (high - low) / 2
@@ -221,13 +228,24 @@ class WanWorldModel:
 
         CPU kernels may sum in another order for another batch size. The first time a batch size is met its first and
         last rows are compared with those rows computed alone; if they differ on this machine, rows are computed one by
-        one from then on.
+        one from then on, wherever ``what`` is done.
         """
+        if 0 < self.micro_batch < n:
+            parts = []
+            for first in range(0, n, self.micro_batch):
+                size = min(self.micro_batch, n - first)
+
+                def some(rows: slice, first: int = first, size: int = size) -> tuple[Tensor, ...]:
+                    begin, end, _ = rows.indices(size)
+                    return compute(slice(first + begin, first + end))
+
+                parts.append(self._by_rows(what, size, some))
+            return tuple(torch.cat(pieces) for pieces in zip(*parts, strict=True))
         everything = slice(None)
         weight = self.transformer.patch_embedding.weight
         if n == 1 or weight.device.type != "cpu" or weight.dtype != torch.float32:
             return compute(everything)
-        if not self._rowwise:
+        if what not in self._rowwise:
             out = compute(everything)
             if (what, n) in self._verified:
                 return out
@@ -238,7 +256,7 @@ class WanWorldModel:
             ):
                 self._verified.add((what, n))
                 return out
-            self._rowwise = True
+            self._rowwise.add(what)
         return tuple(torch.cat(rows) for rows in zip(*(compute(slice(i, i + 1)) for i in range(n)), strict=True))
 
     def _time(self, chunk: int) -> int:

@@ -2,14 +2,17 @@
 
 Other people's folders may lack the extra last frame and the privileged columns: an episode of F rows is then F - 1
 actions with F frames, and the last action, whose outcome nobody saw, is left out. So the convention is one everywhere:
-``frames[t]`` is seen before ``actions[t]`` and ``frames[t + 1]`` after it.
+``frames[t]`` is seen before ``actions[t]`` and ``frames[t + 1]`` after it. They may also have several cameras, pictures of
+any size in videos or in the data files, a state of any length or none, and any number of action dimensions.
+
+A data set need not fit in memory: iterating over a reader holds one episode at a time, and one data file without its
+pictures.
 
 Shape letters: N actions in an episode, E episodes, R = sum of N + 1 rows, H W image size, A action dims, P proprio.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,6 +25,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from rawdream_env.data import schema
+from rawdream_env.data.images import decode_pictures, resize_frames
 from rawdream_env.data.video import decode_video
 from rawdream_env.errors import DatasetError
 from rawdream_env.types import Float32Array, UInt8Array
@@ -31,6 +35,7 @@ from rawdream_env.types import Float32Array, UInt8Array
 class Episode:
     """One episode: ``frames`` uint8 (N+1, H, W, 3), ``actions`` (N, A), ``state`` (N+1, P), float32.
 
+    P is 0 where the data have no state.
     ``privileged`` maps the name without its prefix to (N+1, ...) float32: empty for data without ground truth.
     """
 
@@ -116,18 +121,32 @@ class LeRobotReader:
 
     Args:
         root: the folder that holds ``meta/info.json``.
-        image_key: which camera to read; by default ``observation.image``, else the first one.
+        image_key: which camera to read, by its feature name or the last part of it (``wrist_image`` for
+            ``observation.images.wrist_image``); by default ``observation.image``, else the first one.
+        image_size: height and width the frames are resized to (``resize_frames``); by default they stay as they are.
+        action_key: the feature that holds the actions.
+        state_key: the feature that holds the state. Data without it have episodes with P = 0.
 
     Attributes:
         info, fps, features, tasks: from ``meta``; stats: feature -> statistic -> array (empty when not in the folder).
+        image_key: full name of the camera.
         lengths: int64 (E,), the number of actions of every episode.
 
     Raises:
         DatasetError: a file is missing or damaged, or two files disagree. The message names the file.
     """
 
-    def __init__(self, root: str | Path, *, image_key: str | None = None) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        image_key: str | None = None,
+        image_size: tuple[int, int] | None = None,
+        action_key: str = schema.ACTION_KEY,
+        state_key: str = schema.STATE_KEY,
+    ) -> None:
         self.root = Path(root)
+        self.image_size = image_size
         self.info = schema.read_json(self.root / schema.INFO_PATH)
         version = str(self.info.get("codebase_version"))
         if not version.startswith("v3"):
@@ -136,9 +155,13 @@ class LeRobotReader:
                 "with lerobot's convert_dataset_v21_to_v30 script."
             )
         self.features: dict[str, dict[str, Any]] = self.info.get("features", {})
-        for name in (schema.ACTION_KEY, schema.STATE_KEY):
-            if name not in self.features:
-                raise DatasetError(f"{self.root / schema.INFO_PATH}: no feature {name}; found {sorted(self.features)}.")
+        if action_key not in self.features:
+            raise DatasetError(
+                f"{self.root / schema.INFO_PATH}: no feature {action_key}; found {sorted(self.features)}. Name the one "
+                "that holds the actions with action_key."
+            )
+        self.action_key = action_key
+        self.state_key = state_key if state_key in self.features else None
         self.fps = float(self.info["fps"])
         self.image_key = self._pick_camera(image_key)
         self._entries = self._load_entries()
@@ -154,12 +177,15 @@ class LeRobotReader:
         self._cached: tuple[tuple[int, int], pa.Table] | None = None
 
     def _pick_camera(self, image_key: str | None) -> str:
-        cameras = [name for name, feature in self.features.items() if feature["dtype"] in ("video", "image")]
+        cameras = [name for name, feature in self.features.items() if _is_camera(feature)]
         if image_key is None:
             image_key = schema.IMAGE_KEY if schema.IMAGE_KEY in cameras else next(iter(cameras), "")
-        if image_key not in cameras:
+        if image_key in cameras:
+            return image_key
+        found = [name for name in cameras if name.rpartition(".")[2] == image_key]
+        if len(found) != 1:
             raise DatasetError(f"{self.root / schema.INFO_PATH}: no camera {image_key!r}; it has {cameras}.")
-        return image_key
+        return found[0]
 
     def _load_entries(self) -> list[_Entry]:
         paths = sorted(self.root.glob("meta/episodes/chunk-*/file-*.parquet"))
@@ -173,7 +199,7 @@ class LeRobotReader:
             keys += [f"{video}/chunk_index", f"{video}/file_index", f"{video}/from_timestamp"]
         found: dict[int, _Entry] = {}
         for path in paths:
-            table = schema.read_parquet(path)
+            table = schema.read_parquet(path, keys)
             missing = set(keys) - set(table.column_names)
             if missing:
                 raise DatasetError(f"{path}: lacks the columns {sorted(missing)}; convert the data set to v3.0 again.")
@@ -209,24 +235,24 @@ class LeRobotReader:
         """Read one episode. With ``frames=False`` its frames are an empty (0, H, W, 3) array and no video is opened."""
         if not 0 <= index < len(self):
             raise IndexError(f"episode {index} of {len(self)}")
-        entry = self._entries[index]
         table = self._rows(index)
-        columns = {
-            name: self._column(table, name) for name in (schema.ACTION_KEY, schema.STATE_KEY, *self._privileged(table))
-        }
+        privileged = [name for name in table.column_names if name.startswith(schema.PRIVILEGED_PREFIX)]
+        nothing = np.empty((len(table), 0), np.float32)
         return Episode(
             index=index,
-            frames=self._frames(index, table) if frames else np.empty((0, *self.frame_shape), np.uint8),
-            actions=columns[schema.ACTION_KEY][:-1],
-            state=columns[schema.STATE_KEY],
-            task=entry.task,
+            frames=self._frames(index) if frames else np.empty((0, *self.frame_shape), np.uint8),
+            actions=self._column(table, self.action_key)[:-1],
+            state=nothing if self.state_key is None else self._column(table, self.state_key),
+            task=self._entries[index].task,
             fps=self.fps,
-            privileged={name.removeprefix(schema.PRIVILEGED_PREFIX): columns[name] for name in self._privileged(table)},
+            privileged={name.removeprefix(schema.PRIVILEGED_PREFIX): self._column(table, name) for name in privileged},
         )
 
     @property
     def frame_shape(self) -> tuple[int, int, int]:
-        """(H, W, 3), whichever order ``info.json`` has it in."""
+        """(H, W, 3) of the frames that are read, whichever order ``info.json`` has it in."""
+        if self.image_size is not None:
+            return (*self.image_size, 3)
         shape = tuple(int(n) for n in self.features[self.image_key]["shape"])
         height, width = shape[:2] if shape[2] == 3 else shape[1:]
         return height, width, 3
@@ -236,25 +262,34 @@ class LeRobotReader:
         return self.root / name
 
     def _rows(self, index: int) -> pa.Table:
-        """The data rows of one episode."""
+        """The data rows of one episode, without pictures."""
         entry = self._entries[index]
-        path = self._path(self.info.get("data_path") or schema.DATA_PATH, entry.data_file)
+        path = self._data_path(entry)
         if self._cached is None or self._cached[0] != entry.data_file:
-            self._cached = (entry.data_file, schema.read_parquet(path))
-        table = self._cached[1]
-        needed = {schema.ACTION_KEY, schema.STATE_KEY, "episode_index"} - set(table.column_names)
-        if needed:
-            raise DatasetError(f"{path}: lacks the columns {sorted(needed)} that info.json promises. Copy it again.")
+            wanted = [self.action_key, "episode_index", *([] if self.state_key is None else [self.state_key])]
+            extra = [name for name in self.features if name.startswith(schema.PRIVILEGED_PREFIX)]
+            table = schema.read_parquet(path, [*wanted, *extra])
+            needed = set(wanted) - set(table.column_names)
+            if needed:
+                raise DatasetError(
+                    f"{path}: lacks the columns {sorted(needed)} that info.json promises. Copy it again."
+                )
+            self._cached = (entry.data_file, table)
+        return self._of_episode(index, self._cached[1])
+
+    def _data_path(self, entry: _Entry) -> Path:
+        return self._path(self.info.get("data_path") or schema.DATA_PATH, entry.data_file)
+
+    def _of_episode(self, index: int, table: pa.Table) -> pa.Table:
+        """The rows of one episode in the table of its data file."""
+        entry = self._entries[index]
         rows = np.flatnonzero(table["episode_index"].to_numpy() == index)
         if len(rows) != entry.length or (len(rows) and rows[-1] - rows[0] + 1 != len(rows)):
             raise DatasetError(
-                f"{path}: {len(rows)} rows of episode {index}, but the episode table says {entry.length}. The two "
-                "files are from different versions of the data set: copy the whole folder again."
+                f"{self._data_path(entry)}: {len(rows)} rows of episode {index}, but the episode table says "
+                f"{entry.length}. The two files are from different versions of the data set: copy the whole folder again."
             )
         return table.slice(int(rows[0]), len(rows))
-
-    def _privileged(self, table: pa.Table) -> list[str]:
-        return [name for name in table.column_names if name.startswith(schema.PRIVILEGED_PREFIX)]
 
     def _column(self, table: pa.Table, name: str) -> Float32Array:
         values = schema.from_column(table[name], len(table)).astype(np.float32)
@@ -265,12 +300,23 @@ class LeRobotReader:
             )
         return values.reshape(len(table), *shape)
 
-    def _frames(self, index: int, table: pa.Table) -> UInt8Array:
+    def _frames(self, index: int) -> UInt8Array:
         entry = self._entries[index]
         if entry.video_file is None:
-            return _decode_images(table[self.image_key])
-        path = self._path(self.info.get("video_path") or schema.VIDEO_PATH, entry.video_file)
-        return decode_video(path, self.fps, start=entry.from_timestamp, count=entry.length)
+            frames = decode_pictures(self._pictures(index), self.root)
+        else:
+            path = self._path(self.info.get("video_path") or schema.VIDEO_PATH, entry.video_file)
+            frames = decode_video(path, self.fps, start=entry.from_timestamp, count=entry.length)
+        return frames if self.image_size is None else resize_frames(frames, self.image_size)
+
+    def _pictures(self, index: int) -> pa.ChunkedArray:
+        """The encoded pictures of one episode, read a row group at a time: a data file may hold gigabytes of them."""
+        entry = self._entries[index]
+        path = self._data_path(entry)
+        groups = schema.read_row_groups(path, [self.image_key, "episode_index"], "episode_index", index)
+        if self.image_key not in groups.column_names:
+            raise DatasetError(f"{path}: lacks the column {self.image_key} that info.json promises. Copy it again.")
+        return self._of_episode(index, groups)[self.image_key]
 
     def windows(self, length: int, stride: int = 1, episodes: Sequence[int] | None = None) -> NDArray[np.int64]:
         """Windows of ``length`` frames inside one episode, every ``stride`` frames: (M, 2) of (episode, first)."""
@@ -298,16 +344,14 @@ class LeRobotReader:
         images = np.empty((int(offsets[-1]) if frames else 0, *self.frame_shape), np.uint8)
 
         def decode(position: int) -> None:
-            index = wanted[position]
-            table = self._rows(index) if self._entries[index].video_file is None else None
-            images[offsets[position] : offsets[position + 1]] = self._frames(index, table)
+            images[offsets[position] : offsets[position + 1]] = self._frames(wanted[position])
 
         if frames:
             with ThreadPoolExecutor(max_workers=max(workers, 1)) as pool:
                 done = pool.map(decode, range(len(wanted)))
                 list(tqdm(done, total=len(wanted), desc="decoding", unit="ep", disable=not progress))
         names = list(numbers[0].privileged) if numbers else []
-        zero = np.zeros((1, *self.features[schema.ACTION_KEY]["shape"]), np.float32)
+        zero = np.zeros((1, *self.features[self.action_key]["shape"]), np.float32)
         return EpisodeArrays(
             frames=images,
             actions=np.concatenate([part for e in numbers for part in (e.actions, zero)] or [zero[:0]]),
@@ -320,9 +364,8 @@ class LeRobotReader:
         )
 
 
-def _decode_images(column: pa.ChunkedArray) -> UInt8Array:
-    """Frames kept as encoded pictures in the data file (``dtype: image``)."""
-    from PIL import Image
-
-    pictures = (Image.open(io.BytesIO(cell["bytes"])).convert("RGB") for cell in column.to_pylist())
-    return np.stack([np.asarray(picture, dtype=np.uint8) for picture in pictures])
+def _is_camera(feature: Mapping[str, Any]) -> bool:
+    """An RGB camera: depth maps are videos too, but no pictures."""
+    info = feature.get("info") or {}
+    depth = info.get("is_depth_map") or info.get("video.is_depth_map")
+    return feature["dtype"] in ("video", "image") and not depth

@@ -185,15 +185,37 @@ def parquet_bytes(table: pa.Table) -> bytes:
 
 
 def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read one Parquet file, as a ``DatasetError`` naming the file when it is missing or damaged."""
+    """Read one Parquet file, as a ``DatasetError`` naming the file when it is missing or damaged.
+
+    Of ``columns`` those that the file lacks are left out of the table.
+    """
     try:
         return pq.ParquetFile(path).read(columns=None if columns is None else list(columns))
     except (OSError, pa.ArrowException) as error:
-        what = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
-        raise DatasetError(
-            f"{path}: {what}. Copy the file again from its source; in a data set collected here, delete the three "
-            "files of that number (data, videos, meta/episodes) and run the same collection command again."
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def read_row_groups(path: Path, columns: Sequence[str], key: str, value: int) -> pa.Table:
+    """Those row groups of a Parquet file whose column ``key`` may hold ``value``; columns and errors as above."""
+    try:
+        file = pq.ParquetFile(path)
+        leaves = [file.schema.column(i).path for i in range(len(file.schema.names))]
+        wanted = []
+        for group in range(file.num_row_groups):
+            bounds = file.metadata.row_group(group).column(leaves.index(key)).statistics if key in leaves else None
+            if bounds is None or not bounds.has_min_max or bounds.min <= value <= bounds.max:
+                wanted.append(group)
+        return file.read_row_groups(wanted, columns=list(columns))
+    except (OSError, pa.ArrowException) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> DatasetError:
+    what = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
+    return DatasetError(
+        f"{path}: {what}. Copy the file again from its source; in a data set collected here, delete the three "
+        "files of that number (data, videos, meta/episodes) and run the same collection command again."
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -89,6 +89,10 @@ COMMANDS: dict[str, Command] = {
         "record play, demonstrations or a policy in the simulator (LeRobotDataset v3.0)",
         f"{_TRAINERS}.collect", "CollectConfig", "collect", _folder,
     ),
+    "import-hdf5": Command(
+        "turn LIBERO or robomimic demonstration files into a data set (LeRobotDataset v3.0)",
+        "rawdream_env.data.import_hdf5", "ImportConfig", "import_hdf5", _folder,
+    ),
     "train-world-model": Command(
         "train the dream: autoencoder and video transformer, from play data",
         f"{_TRAINERS}.world_model", "WorldModelTrainConfig", "train_world_model", _folder,

@@ -211,11 +211,15 @@ def _begin(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
 
 def _wait(folder: Path, identity: dict[str, Any], patience_s: float) -> None:
     end = time.monotonic() + patience_s
-    while not ((folder / INDEX).exists() and read_index(folder)["complete"]):
+    while True:
+        if (folder / INDEX).exists():
+            index = read_index(folder)
+            check_identity(folder, index, identity)  # at once: rank 0 stops for the same reason
+            if index["complete"]:
+                return
         if time.monotonic() > end:
             raise DatasetError(f"{folder} was not finished by rank 0 within {patience_s:.0f} s. See what rank 0 says.")
         time.sleep(min(5.0, patience_s / 10))
-    check_identity(folder, read_index(folder), identity)
 
 
 @contextmanager

@@ -280,7 +280,7 @@ class Mixture:
             episode = int(np.searchsorted(ends[s], number, side="right"))
             first = int(number - (ends[s][episode - 1] if episode else 0))
             places[row] = episode, first, int(share[row] * first) if far[row] and first else first
-        rows = [self._row(int(s), *map(int, place), num_chunks) for s, place in zip(source, places, strict=True)]
+        rows = [self._row(s, e, c, a, num_chunks) for s, (e, c, a) in zip(source, places.tolist(), strict=True)]
         latents, actions, poses, focus = (torch.stack(parts) for parts in zip(*rows, strict=True))
         gap = (places[:, 1] - places[:, 2]) * (self.chunk_len // FRAMES_PER_LATENT)
         times = 1 + np.minimum(gap, max_offset)[:, None] + np.arange(latents.shape[1] - 1)
@@ -310,6 +310,7 @@ class Mixture:
     def _row(
         self, source: int, episode: int, first: int, anchor: int, num_chunks: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One window (latents, actions, poses, focus), with the still at chunk boundary ``anchor``."""
         dataset = self.datasets[source]
         window = dataset.window(episode, first, num_chunks)
         near = anchor == first

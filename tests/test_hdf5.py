@@ -123,9 +123,9 @@ def test_an_interrupted_import_goes_on_to_the_same_bytes(config: ImportConfig, m
     import_hdf5(config)
     assert next(count) == 11  # the four finished episodes were not read again
     assert files(config.root) == files(str(whole))
-    with pytest.raises(DatasetError, match="was imported with flip 'auto', now 'none'"):
+    with pytest.raises(DatasetError, match="was imported with flip='auto', now it is 'none'"):
         import_hdf5(replace(config, flip="none"))
-    with pytest.raises(DatasetError, match="demonstrations 9 episodes, now 8 episodes"):
+    with pytest.raises(DatasetError, match="from 9 demonstrations, now there are 8"):
         import_hdf5(replace(config, skip=("sub/c.hdf5:demo_1",)))
 
 

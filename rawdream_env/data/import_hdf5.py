@@ -133,11 +133,15 @@ def _claim_folder(config: ImportConfig, demos: list[Demo]) -> None:
     stored = schema.read_json(path)
     for name, value in wanted.items():
         old = stored.get(name)
-        if old != value:
-            old, new = (f"{len(x)} episodes" if isinstance(x, list) else repr(x) for x in (old, value))
+        if isinstance(value, list) and old != value:
             raise DatasetError(
-                f"{config.root} was imported with {name} {old}, now {new} that differ. Import into another folder, or "
-                "repeat the old setting and sources to continue."
+                f"{config.root} was imported from {len(old or ())} demonstrations, now there are {len(value)} and their "
+                f"{name} differ. Import into another folder, or give the old files and skips to continue."
+            )
+        if old != value:
+            raise DatasetError(
+                f"{config.root} was imported with {name}={old!r}, now it is {value!r}. Import into another folder, or "
+                "repeat the old setting to continue."
             )
 
 

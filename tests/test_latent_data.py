@@ -44,22 +44,6 @@ class MeanCodec(nn.Module):
         return torch.cat([self.encode_image(frames[:, 0])[:, None], later], 1)
 
 
-class PackedCodec(nn.Module):
-    """The embedded autoencoder as a codec."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = PackedFrameAutoencoder(AutoencoderConfig(16, 4, (8, 8), (1, 1), (1, 1))).eval()
-        self.config = self.model.config
-
-    def encode_image(self, images: Tensor) -> Tensor:
-        return self.model.encode_image(images)
-
-    def encode_video(self, frames: Tensor) -> Tensor:
-        later = self.model.encode(frames[:, 1:].unflatten(1, (-1, 4)).flatten(0, 1)).unflatten(0, (len(frames), -1))
-        return torch.cat([self.encode_image(frames[:, 0])[:, None], later], 1)
-
-
 def write_data(root: Path, *, action_dim: int = 7, scale: float = 1.0, lengths=LENGTHS) -> LeRobotReader:
     features = {"action": schema.numeric_feature(action_dim), "observation.state": schema.numeric_feature(3)}
     writer = LeRobotWriter(root, fps=10, image_shape=(16, 16, 3), features=features)
@@ -188,11 +172,16 @@ class TestCache:
             codec_fingerprint(object())  # type: ignore[arg-type]
 
     def test_the_embedded_autoencoder_fits(self, cached, tmp_path: Path) -> None:
-        codec = PackedCodec()
-        dataset = LatentDataset(cache_latents(LeRobotReader(cached[0] / "data-b"), codec, tmp_path, CONFIG))
-        frames = torch.from_numpy(LeRobotReader(cached[0] / "data-b").episode(1).frames)
+        reader = LeRobotReader(cached[0] / "data-b")
+        codec = PackedFrameAutoencoder(AutoencoderConfig(16, 4, (8, 8), (1, 1), (1, 1))).eval()
+        dataset = LatentDataset(cache_latents(reader, codec, tmp_path, CONFIG))
+        frames = torch.from_numpy(reader.episode(1).frames)
         with torch.no_grad():
-            torch.testing.assert_close(dataset.still(1, 2), codec.model.encode_image(frames[16:17])[0].half())
+            assert torch.equal(dataset.still(1, 2), codec.encode_image(frames[16:17])[0].half())
+            assert torch.equal(dataset.window(1, 1, 2).latents, codec.encode_video(frames[None])[0, 3:].half())
+        codec = PackedFrameAutoencoder(AutoencoderConfig(32, 4, (8, 8), (1, 1), (1, 1)))
+        with pytest.raises(DatasetError, match=r"read as frames \(16, 16, 3\), .* image_size=\(32, 32\)"):
+            cache_latents(reader, codec, tmp_path / "x", CONFIG)
 
 
 class TestMixture:

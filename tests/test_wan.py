@@ -11,9 +11,23 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rawdream_env.errors import CheckpointError
+from rawdream_env.cli import main
+from rawdream_env.errors import CheckpointError, InvalidOptionError
+from rawdream_env.seeding import NoiseKey
 from rawdream_env.world_models.attention import attend, collapse_prompt, frame_mask
-from rawdream_env.world_models.convert import read_wan_transformer, to_diffusers, to_original
+from rawdream_env.world_models.convert import (
+    ConvertWanConfig,
+    convert_wan,
+    read_wan_transformer,
+    to_diffusers,
+    to_original,
+)
+from rawdream_env.world_models.convert import empty_prompt as prompt_of
+from rawdream_env.world_models.dream_state import DreamState
+from rawdream_env.world_models.embedded import load_world_model
+from rawdream_env.world_models.fp8 import quantise, use_fp8
+from rawdream_env.world_models.rollout import WanWorldModel
+from rawdream_env.world_models.tiny_decoder import TinyDecoder
 from rawdream_env.world_models.wan import WanWorldModelTransformer
 from rawdream_env.world_models.wan_config import WAN_CONFIGS, WanConfig, wan_config
 
@@ -250,3 +264,110 @@ def test_full_size_has_the_parameters_of_wan() -> None:
     assert sum(p.numel() for p in model.parameters()) - added == 1_418_996_800
     assert model.arch.tokens_per_frame == 256
     assert model.arch.chunk_len == 8
+
+
+@pytest.fixture(scope="module")
+def wan_release(wan: tuple[nn.Module, Path]) -> Path:
+    """The tiny Wan with a VAE and a text encoder, as in a full download."""
+    from diffusers import AutoencoderKLWan
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    torch.manual_seed(1)
+    folder = wan[1]
+    mean, std = [0.1 * i for i in range(4)], [1.0 + i for i in range(4)]
+    AutoencoderKLWan(base_dim=8, z_dim=4, latents_mean=mean, latents_std=std).save_pretrained(folder / "vae")
+    text = UMT5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    UMT5EncoderModel(text).save_pretrained(folder / "text_encoder")
+    return folder
+
+
+@pytest.mark.parametrize("prompt", ["zero", "empty"])
+def test_convert_wan_makes_a_world_model_that_dreams(wan_release: Path, tmp_path: Path, prompt: str) -> None:
+    target = tmp_path / "wm"
+    said = main(["convert-wan", str(wan_release), str(target), "--image-size", "64", "--prompt", prompt])
+    assert said == 0
+    model = load_world_model(target)
+    assert isinstance(model, WanWorldModel)
+    assert model.frame_shape == (64, 64, 3)
+    assert model.transformer.arch.text_rows == (2 if prompt == "empty" else 1)
+    frames = torch.randint(0, 256, (2, 64, 64, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    keys = [NoiseKey(0), NoiseKey(1)]
+    state, _ = model.imagine(model.start(frames, keys), torch.zeros(2, 8, 7))
+    state, video = model.imagine(state, torch.zeros(2, 8, 7))
+    assert video.shape == (2, 8, 64, 64, 3)
+    alone = model.start(frames[1:], keys[1:])
+    for _ in range(2):
+        alone, own = model.imagine(alone, torch.zeros(1, 8, 7))
+    assert torch.equal(own, video[1:]), "a row does not depend on its neighbours"
+    mixed = DreamState.cat([state[[1]], model.start(frames[:1], keys[:1])])
+    assert torch.equal(
+        model.imagine(mixed, torch.zeros(2, 8, 7))[0].decoder[0][:1],
+        model.imagine(alone, torch.zeros(1, 8, 7))[0].decoder[0],
+    )
+
+
+def test_empty_prompt_is_what_the_pipeline_makes(wan_release: Path) -> None:
+    """Padding to 512 tokens and masking it gives the same row as the end-of-text token alone."""
+    from transformers import UMT5EncoderModel
+
+    encoder = UMT5EncoderModel.from_pretrained(wan_release / "text_encoder").eval()
+    ids, mask = torch.zeros(1, 512, dtype=torch.long), torch.zeros(1, 512, dtype=torch.long)
+    ids[0, 0] = mask[0, 0] = 1
+    with torch.no_grad():
+        hidden = encoder(ids, attention_mask=mask).last_hidden_state[0] * mask[0, :, None]
+    torch.testing.assert_close(prompt_of(wan_release / "text_encoder"), hidden, rtol=0, atol=1e-6)
+
+
+def test_convert_wan_says_what_is_wrong(wan_release: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def says(*arguments: str) -> str:
+        assert main(["convert-wan", *arguments]) == 2
+        return capsys.readouterr().err
+
+    nothing, target = str(tmp_path / "nothing"), str(tmp_path / "wm")
+    assert "say where the VAE is with --vae" in says(nothing, target)
+    assert "image_size must be a multiple of 16" in says(str(wan_release), target, "--image-size", "100")
+    vae = str(wan_release / "vae")
+    assert "neither a folder nor a file" in says(nothing, target, "--vae", vae, "--image-size", "64")
+    assert "there is no text encoder" in says(nothing, target, "--vae", vae, "--prompt", "empty", "--image-size", "64")
+    assert not (tmp_path / "wm").exists(), "nothing is written before everything is read"
+    (tmp_path / "wm").mkdir()
+    (tmp_path / "wm" / "config.json").write_text("{}")
+    assert "already holds a model" in says(str(wan_release), target, "--image-size", "64")
+
+
+def test_approximations_are_opt_in_and_named(wan_release: Path, tmp_path: Path) -> None:
+    target = tmp_path / "wm"
+    convert_wan(ConvertWanConfig(str(wan_release), str(target), image_size=64))
+    with pytest.raises(InvalidOptionError, match=r"no approximation \['speed'\]; choose among rolling_cache"):
+        load_world_model(target, approximations=["speed"])
+    with pytest.raises(CheckpointError, match=r"Download safetensors/taew2_1.safetensors"):
+        load_world_model(target, approximations=["tiny_decoder"])
+    with pytest.raises(CheckpointError, match="has another frame codec"):
+        load_world_model("embedded", approximations=["tiny_decoder"])
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "rawdream_env.world_models.embedded.TinyDecoder.from_pretrained", lambda path: TinyDecoder(4, (16, 8, 8, 8))
+        )
+        model = load_world_model(target, approximations=["tiny_decoder", "rolling_cache", "fp8"])
+    assert isinstance(model, WanWorldModel)
+    assert model.reuse == "rolling"
+    state = model.start(torch.zeros(1, 64, 64, 3, dtype=torch.uint8), [NoiseKey(0)])
+    for _ in range(3):
+        state, frames = model.imagine(state, torch.zeros(1, 8, 7))
+    assert frames.shape == (1, 8, 64, 64, 3)
+    assert torch.isfinite(state.recent).all()
+
+
+def test_fp8_is_close(wan: tuple[nn.Module, Path]) -> None:
+    """e4m3 has three bits of mantissa: 1 / 16 at most per factor, a few per cent over two blocks."""
+    exact, coarse = (read_wan_transformer(wan[1], 8, empty_prompt()) for _ in range(2))
+    assert use_fp8(coarse) == 2 * (4 + 4 + 2)
+    gen = torch.Generator().manual_seed(1)
+    inputs = torch.randn(1, 3, 4, 8, 8, generator=gen), torch.full((1, 3), 0.5), torch.zeros(1, 3, 28)
+    with torch.no_grad():
+        a, b = exact(*inputs), coarse(*inputs)
+    error = (a - b).norm() / a.norm()
+    assert 1e-3 < error < 0.1
+    weights, scale = quantise(torch.tensor([[1.0, -448.0, 0.0], [0.0, 0.0, 0.0]]))
+    torch.testing.assert_close(weights.float() * scale, torch.tensor([[1.0, -448.0, 0.0], [0.0, 0.0, 0.0]]))

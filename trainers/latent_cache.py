@@ -45,14 +45,14 @@ from rawdream_env.data.reader import Episode, LeRobotReader
 from rawdream_env.errors import DatasetError
 from rawdream_env.files import atomic_write_bytes, atomic_write_json, serialize_safetensors, sha256_file
 from rawdream_env.trainers.run_dir import to_json
+from rawdream_env.world_models.autoencoders import FRAMES_PER_LATENT
 
 FORMAT = 1
-FRAMES_PER_LATENT = 4
 INDEX = "index.json"
 
 
-class FrameCodec(Protocol):
-    """What turns frames into latents. Frames are uint8 on the device it is called with."""
+class FrameEncoder(Protocol):
+    """The half of ``FrameCodec`` that is needed here. Frames are uint8, on the device of ``CacheConfig``."""
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Pictures (N, H, W, 3), each on its own -> (N, C, h, w)."""
@@ -86,17 +86,20 @@ class CacheConfig:
     """Show a progress bar."""
 
 
-def codec_fingerprint(codec: FrameCodec) -> str:
+def codec_fingerprint(codec: FrameEncoder) -> str:
     """SHA-256 of a codec's configuration and weights.
 
-    The codec's own ``fingerprint`` (a string or a method) where it has one; else of a module's ``config`` and tensors.
+    The codec's own ``fingerprint`` (a string or a method) where it has one; else of the ``config`` of the module and of
+    every module in it, and of their tensors. Configuration keys with an underscore (paths, versions) do not count.
     """
     own = getattr(codec, "fingerprint", None)
     if own is not None:
         return str(own() if callable(own) else own)
     if not isinstance(codec, nn.Module):
         raise TypeError(f"{type(codec).__name__} is no torch module: give it a `fingerprint`, a string that names it.")
-    digest = hashlib.sha256(json.dumps(to_json(getattr(codec, "config", None)), sort_keys=True).encode())
+    configs = {name: to_json(part.config) for name, part in codec.named_modules() if hasattr(part, "config")}
+    plain = {name: {k: v for k, v in config.items() if k[0] != "_"} for name, config in configs.items()}
+    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
     for name, tensor in sorted(codec.state_dict().items()):
         value = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -119,7 +122,7 @@ def source_fingerprint(reader: LeRobotReader, episodes: Sequence[int]) -> str:
 
 def cache_latents(
     reader: LeRobotReader,
-    codec: FrameCodec,
+    codec: FrameEncoder,
     folder: str | Path,
     config: CacheConfig = CacheConfig(),
     *,
@@ -133,12 +136,18 @@ def cache_latents(
     Rank 0 encodes, other ranks wait for it, at most ``patience_s`` seconds. Episodes shorter than a chunk are left out.
 
     Raises:
-        DatasetError: the folder is a cache of something else, is in use, a shard is damaged, or the data hold values that
-            are not finite. The message says which and what to do.
+        DatasetError: the frames are not of the codec's size, the folder is a cache of something else or in use, a shard is
+            damaged, or values are not finite. The message says which and what to do.
     """
     folder = Path(folder)
     if config.chunk_len < 1 or config.chunk_len % FRAMES_PER_LATENT:
         raise DatasetError(f"chunk_len {config.chunk_len} has to be a multiple of {FRAMES_PER_LATENT} frames.")
+    shape = getattr(codec, "frame_shape", reader.frame_shape)
+    if tuple(shape) != reader.frame_shape:
+        raise DatasetError(
+            f"{reader.root} is read as frames {reader.frame_shape}, the codec encodes {tuple(shape)}. Open the data set "
+            f"with LeRobotReader(..., image_size={tuple(shape[:2])})."
+        )
     wanted = list(range(len(reader)) if episodes is None else dict.fromkeys(episodes))
     identity = {
         "format": FORMAT,
@@ -234,7 +243,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _encode_all(
     reader: LeRobotReader,
-    codec: FrameCodec,
+    codec: FrameEncoder,
     folder: Path,
     config: CacheConfig,
     wanted: list[int],
@@ -280,7 +289,7 @@ def _ahead(reader: LeRobotReader, episodes: Sequence[int]) -> Iterator[Episode]:
 
 @torch.no_grad()
 def _encode(
-    reader: LeRobotReader, codec: FrameCodec, episode: Episode, config: CacheConfig, focus: FocusFunction | None
+    reader: LeRobotReader, codec: FrameEncoder, episode: Episode, config: CacheConfig, focus: FocusFunction | None
 ) -> dict[str, Tensor]:
     """The tensors of one episode, cut to whole chunks."""
     n = len(episode) // config.chunk_len * config.chunk_len

@@ -27,8 +27,9 @@ from torch import Tensor
 from rawdream_env.data import schema
 from rawdream_env.errors import DatasetError
 from rawdream_env.files import atomic_write_json
-from rawdream_env.trainers.latent_cache import FRAMES_PER_LATENT, read_index, verify_shard
+from rawdream_env.trainers.latent_cache import read_index, verify_shard
 from rawdream_env.types import Float32Array
+from rawdream_env.world_models.autoencoders import FRAMES_PER_LATENT
 
 QuantileBounds = tuple[NDArray[np.float64], NDArray[np.float64]]
 """The quantiles q01 and q99 of every action dimension, (A,) each."""

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rawdream_env.errors import CheckpointError
+from rawdream_env.errors import CheckpointError, InvalidOptionError
 from rawdream_env.files import atomic_write_json, check_weights, load_tensors, save_safetensors
 from rawdream_env.world_models.autoencoders import DecoderState, check_frames, check_latents
 from rawdream_env.world_models.pretrained import WEIGHTS, read_folder, read_json
@@ -44,14 +44,14 @@ class WanVAE(nn.Module):
             patches).
 
     Raises:
-        ValueError: ``image_size`` does not fit.
+        InvalidOptionError: ``image_size`` does not fit.
         CheckpointError: the network is another kind of Wan VAE, or its normalisation cannot be used.
     """
 
     def __init__(self, vae: Any, image_size: int = 256) -> None:
         super().__init__()
         if image_size < 16 or image_size % 16:
-            raise ValueError(f"image_size must be a multiple of 16, got {image_size}; 256 is the paper's")
+            raise InvalidOptionError(f"image_size must be a multiple of 16, got {image_size}; 256 is the paper's")
         config: Mapping[str, Any] = vae.config
         _check_config(config, "this network")
         self.vae = vae.eval().requires_grad_(False)
@@ -123,7 +123,7 @@ class WanVAE(nn.Module):
             image_size: as for the class.
 
         Raises:
-            ValueError: ``image_size`` does not fit.
+            InvalidOptionError: ``image_size`` does not fit.
             CheckpointError: something is missing or damaged; one error names every tensor that is missing, unknown,
                 wrongly shaped or not finite.
         """

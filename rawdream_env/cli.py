@@ -63,6 +63,12 @@ def _evaluation(result: Any) -> tuple[str, int]:
     return table(result.report), 0
 
 
+def _fidelity(result: Any) -> tuple[str, int]:
+    from rawdream_env.evaluation.world_model_report import summary
+
+    return summary(result)
+
+
 def _text(result: Any) -> tuple[str, int]:
     return str(result), 0
 
@@ -116,6 +122,10 @@ COMMANDS: dict[str, Command] = {
     "evaluate": Command(
         "the same policy and the same starts in the dream and in the simulator, with a report",
         f"{_EVALUATION}.side_by_side", "EvaluateConfig", "evaluate", _evaluation,
+    ),
+    "evaluate-world-model": Command(
+        "a world model's frames against recorded ones: PSNR, SSIM, LPIPS, FVD, ghosting, whether it heeds its actions",
+        f"{_EVALUATION}.world_model", "EvaluateWorldModelConfig", "evaluate_world_model", _fidelity,
     ),
     "train-embedded": Command(
         "make the shipped models again from nothing, stage by stage",

@@ -216,7 +216,8 @@ def empty_prompt(text_encoder: Path) -> Tensor:
         )
     from transformers import UMT5EncoderModel
 
-    encoder = UMT5EncoderModel.from_pretrained(text_encoder, local_files_only=True).eval()
+    encoder: Any = UMT5EncoderModel.from_pretrained(text_encoder, local_files_only=True)
+    encoder.eval()
     with torch.no_grad():
         row = encoder(torch.tensor([[encoder.config.eos_token_id]])).last_hidden_state[0].float()
     return torch.cat([row, torch.zeros(PROMPT_ROWS - 1, row.shape[1])])

@@ -17,7 +17,17 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-NAMES = ("context_reuse", "streamed_decode", "env_layer", "dual_noise", "memory", "embedded_vs_twin")
+NAMES = (
+    "context_reuse",
+    "exact_trims",
+    "approximations",
+    "refill",
+    "streamed_decode",
+    "env_layer",
+    "dual_noise",
+    "memory",
+    "embedded_vs_twin",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -52,3 +52,7 @@ class RunDirError(RawDreamError, ValueError):
 
 class JudgeUnavailableError(RawDreamError, RuntimeError):
     """The judge cannot be reached at all."""
+
+
+class NotEnoughMemoryError(RawDreamError, MemoryError):
+    """What was asked for does not fit into the memory that is free; nothing has been allocated."""

@@ -1,0 +1,121 @@
+"""Episodes of different lengths on 8 slots: a slot whose episode is over goes to a waiting one, against stepping
+finished episodes until the longest of the batch is over.
+
+Lengths have mean/max = 0.6 (4 to 10 chunks; no batch of 8 lacks a longest one). Wan-shaped small model with random
+weights and its decoder; every episode must be bit-identical on both sides. Useful frames are those of running episodes;
+the ideal gain is 1/0.6 = 1.67.
+
+``imagine`` denoises rows at different places in their episode one after the other until the largest position is reached
+(``RolloutConfig.max_time``), so refilled slots pay for smaller batches; how much depends on the device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.common import ROUNDS, Result, interleave, milliseconds, ratio
+
+GOAL = 1.4
+SLOTS = 8
+LENGTHS = (10, 6, 4, 5, 7, 4, 6, 6)  # mean 6
+
+
+class Episodes:
+    """N episodes with their own starts, keys, actions and lengths."""
+
+    def __init__(self, model: Any, batches: int) -> None:
+        import torch
+
+        from rawdream_env.seeding import NoiseKey
+
+        self.lengths = [n for b in range(batches) for n in LENGTHS[b % SLOTS :] + LENGTHS[: b % SLOTS]]
+        generator = torch.Generator().manual_seed(0)
+        count = len(self.lengths)
+        shape = (count, *model.frame_shape)
+        self.frames = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        self.actions = torch.rand(count, max(LENGTHS), model.chunk_len, 7, generator=generator) * 2 - 1
+        self.keys = [NoiseKey(i) for i in range(count)]
+        self.model, self.steps = model, 0
+
+    def start(self, rows: list[int]) -> Any:
+        """States of some episodes at their beginning."""
+        return self.model.start(self.frames[rows], [self.keys[i] for i in rows])
+
+    def step(self, state: Any, rows: list[int], chunks: list[int]) -> tuple[Any, Any]:
+        """One chunk of some episodes, each at its own."""
+        import torch
+
+        self.steps += len(rows)
+        chosen = [self.actions[i, c] for i, c in zip(rows, chunks, strict=True)]
+        return self.model.imagine(state, torch.stack(chosen))
+
+    def lockstep(self) -> dict[int, Any]:
+        """8 at a time, to the end of the longest. Returns the last frames of each episode."""
+        last: dict[int, Any] = {}
+        for first in range(0, len(self.lengths), SLOTS):
+            rows = list(range(first, min(first + SLOTS, len(self.lengths))))
+            state = self.start(rows)
+            for chunk in range(max(self.lengths[i] for i in rows)):
+                state, frames = self.step(state, rows, [chunk] * len(rows))
+                last |= {i: frames[k] for k, i in enumerate(rows) if chunk + 1 == self.lengths[i]}
+        return last
+
+    def refilled(self) -> dict[int, Any]:
+        """8 slots; those that become free are given to waiting episodes at once."""
+        from rawdream_env.world_models.dream_state import DreamState
+
+        last: dict[int, Any] = {}
+        waiting = list(range(len(self.lengths)))
+        rows, chunks, state = [], [], None
+        while rows or waiting:
+            free = min(SLOTS - len(rows), len(waiting))
+            if free:
+                joining, waiting = waiting[:free], waiting[free:]
+                fresh = self.start(joining)
+                state = fresh if state is None or not rows else DreamState.cat([state, fresh])
+                rows, chunks = rows + joining, chunks + [0] * free
+            state, frames = self.step(state, rows, chunks)
+            chunks = [c + 1 for c in chunks]
+            last |= {i: frames[k] for k, i in enumerate(rows) if chunks[k] == self.lengths[i]}
+            going = [k for k, i in enumerate(rows) if chunks[k] < self.lengths[i]]
+            if len(going) < len(rows):
+                rows, chunks, state = [rows[k] for k in going], [chunks[k] for k in going], state[going]
+        return last
+
+
+def run(quick: bool = False) -> Result:
+    """24 episodes (16 when ``quick``)."""
+    import numpy as np
+    import torch
+
+    from benchmarks.exact_trims import build
+
+    model = build(layers=2)
+    episodes = Episodes(model, 2 if quick else 3)
+    work, last = {}, {}
+    for name, side in (("lockstep", episodes.lockstep), ("refilled", episodes.refilled)):
+        episodes.steps = 0
+        last[name] = side()
+        work[name] = episodes.steps
+    identical = all(torch.equal(last["lockstep"][i], last["refilled"][i]) for i in range(len(episodes.lengths)))
+    times = interleave({"lockstep": episodes.lockstep, "refilled": episodes.refilled}, ROUNDS)
+    gain = ratio(times["lockstep"], times["refilled"])
+    useful = sum(episodes.lengths) * model.chunk_len
+    numbers = {
+        "threads": torch.get_num_threads(),
+        "identical": identical,
+        "mean_over_max": float(np.mean(episodes.lengths) / max(episodes.lengths)),
+        "rows_imagined": work,
+        "ratio": gain,
+        "useful_frames_per_s": {name: useful / side.best for name, side in times.items()},
+        **{name: side.as_dict() for name, side in times.items()},
+    }
+    lines = [
+        f"{len(episodes.lengths)} episodes, mean/max length {numbers['mean_over_max']:.2f}: {gain['min']:.2f}x min, "
+        f"{gain['median']:.2f}x median useful frames (rounds {gain['lowest_round']:.2f} to "
+        f"{gain['highest_round']:.2f}): {milliseconds(times['lockstep'])} -> {milliseconds(times['refilled'])}; "
+        f"rows imagined {work['lockstep']} -> {work['refilled']} ({work['lockstep'] / work['refilled']:.2f}x); "
+        + ("bit-identical" if identical else "NOT IDENTICAL")
+    ]
+    passed = bool(identical and gain["median"] >= GOAL)
+    return Result("refill", f">= {GOAL}x useful frames, bit-identical", passed, lines, numbers)

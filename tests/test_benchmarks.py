@@ -1,0 +1,68 @@
+"""The benchmarks' own parts: operation counts, timing, and the GPU script at its tiny size on a CPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import flops
+from benchmarks.device import counting_syncs, hardware, peak_memory, timed
+from rawdream_env.seeding import NoiseKey
+from rawdream_env.world_models.autoencoders import AutoencoderConfig, PackedFrameAutoencoder
+from rawdream_env.world_models.rollout import RolloutConfig, WanWorldModel
+from rawdream_env.world_models.wan import WanWorldModelTransformer
+from rawdream_env.world_models.wan_config import WanConfig, wan_config
+
+WAN = WanConfig(
+    num_layers=3, num_attention_heads=2, attention_head_dim=24, ffn_dim=64, text_dim=16, text_rows=2, pose_dim=0,
+    stem_channels=0, residual=False,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("reuse", ["step", "none", "rolling"])
+def test_flops_from_shapes_equal_those_counted(reuse: str) -> None:
+    codec = PackedFrameAutoencoder(AutoencoderConfig(widths=(8, 8)))
+    rollout = RolloutConfig(num_inference_steps=3, arm_map=None, anchor_noise_step=0.0)
+    model = WanWorldModel(WanWorldModelTransformer(WAN), codec, rollout, reuse=reuse)  # type: ignore[arg-type]
+    model.to("cpu", torch.bfloat16)
+    state = model.start(torch.zeros(2, 64, 64, 3, dtype=torch.uint8), [NoiseKey(0), NoiseKey(1)])
+    for _ in range(4):  # the context is full, constants are in their tables
+        state, _ = model.imagine(state, torch.zeros(2, 8, 7))
+    row = state[:1]
+    found = flops.counted(lambda: model._denoise(row, row.conditions[:, -2:], row.arm_maps[:, -2:], 9))
+    assert found == flops.denoiser_flops(WAN, 3, reuse, dense=True)
+    two = flops.counted(lambda: model._denoise(state, state.conditions[:, -2:], state.arm_maps[:, -2:], 9))
+    assert two == 2 * flops.denoiser_flops(WAN, 3, reuse, dense=True, shared=1 if reuse == "none" else 2)
+
+
+def test_flops_of_the_full_size() -> None:
+    """Attention over masked pairs and over all 512 rows of the prompt costs 34.8 and 12.7 TFLOP; without, less."""
+    arch = wan_config("wan2.1-1.3b")
+    for reuse, expected, trimmed in (
+        ("none", 34.8e12, 28.3e12),
+        ("step", 12.7e12, 10.9e12),
+        ("rolling", 9.8e12, 8.5e12),
+    ):
+        whole = flops.denoiser_flops(replace(arch, text_rows=512), 5, reuse, dense=True)
+        assert whole == pytest.approx(expected, rel=0.02), reuse
+        assert flops.denoiser_flops(arch, 5, reuse) == pytest.approx(trimmed, rel=0.02), reuse
+    with pytest.raises(ValueError, match="without a convolutional stem"):
+        flops.denoiser_flops(wan_config("embedded"), 5)
+
+
+def test_timing_on_a_cpu() -> None:
+    calls: list[str] = []
+    times = timed({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, "cpu")
+    assert calls[2:8] == ["a", "b", "b", "a", "a", "b"]
+    assert len(times["a"].seconds) == 7
+    with pytest.raises(TimeoutError, match="7 rounds take"):
+        timed({"a": lambda: sum(range(10**5))}, "cpu", budget=lambda: 0.0)
+    with pytest.raises(ValueError, match="3 rounds"):
+        timed({}, "cpu", rounds=3)
+    assert peak_memory(lambda: None, "cpu") is None
+    with counting_syncs("cpu") as places:
+        pass
+    assert places == [] and hardware("cpu")["name"]
+    assert flops.matmul_peak(64, torch.float32) > 1e6

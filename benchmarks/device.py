@@ -66,6 +66,14 @@ def timed(
     return {name: Times(*np.array(values).T) for name, values in spent.items()}
 
 
+def matmul_rate(size: int, dtype: Any, device: str = "cpu") -> float:
+    """The best rate of a square matrix product on this machine, in operations per second."""
+    import torch
+
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return float(2 * size**3 / timed({"matmul": lambda: a @ b}, device)["matmul"].best)
+
+
 def peak_memory(function: Callable[[], Any], device: str) -> int | None:
     """Most bytes allocated on a CUDA device while ``function`` runs; None elsewhere."""
     import torch

@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks import flops
 from benchmarks.common import ROUNDS, Result, interleave, milliseconds, ratio
+from benchmarks.device import matmul_rate
 
 BATCH, SIZE, STEPS = 8, 64, 5
 TOLERANCE = 1e-5
@@ -116,7 +117,7 @@ def run(quick: bool = False) -> Result:
             + ("bit-identical" if errors[name] == 0 else f"relative difference {errors[name]:.1g}")
         )
     operations = BATCH * flops.denoiser_flops(transformer.arch, STEPS, dense=True, shared=BATCH)
-    peak = flops.matmul_peak(1024, torch.float32)
+    peak = matmul_rate(1024, torch.float32)
     rate = operations / times["trimmed"].best
     numbers |= {"trimmed": times["trimmed"].as_dict(), "flops": operations, "rate": rate, "matmul_peak": peak}
     lines.append(

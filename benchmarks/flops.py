@@ -83,14 +83,3 @@ def decode_flops(codec: Any, latents: int = 2) -> int:
     given = torch.empty(1, latents, *codec.latent_shape, device="meta")
     state = shadow.start_decoding(given[:, 0])
     return counted(lambda: shadow.decode_next(state, given))
-
-
-def matmul_peak(size: int, dtype: Any, device: str = "cpu", repeats: int = 5) -> float:
-    """The best rate of a square matrix product on this machine, in operations per second."""
-    import torch
-
-    from benchmarks.device import timed
-
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    times = timed({"matmul": lambda: a @ b}, device, rounds=max(repeats, 7))
-    return 2 * size**3 / times["matmul"].best

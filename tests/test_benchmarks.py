@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import flops
-from benchmarks.device import counting_syncs, hardware, peak_memory, timed
+from benchmarks import exact_trims, flops, gpu, gpu_rows, refill
+from benchmarks.device import counting_syncs, hardware, matmul_rate, peak_memory, timed
+from benchmarks.gpu_models import FULL
+from rawdream_env.errors import NotEnoughMemoryError
 from rawdream_env.seeding import NoiseKey
 from rawdream_env.world_models.autoencoders import AutoencoderConfig, PackedFrameAutoencoder
 from rawdream_env.world_models.rollout import RolloutConfig, WanWorldModel
@@ -65,4 +70,54 @@ def test_timing_on_a_cpu() -> None:
     with counting_syncs("cpu") as places:
         pass
     assert places == [] and hardware("cpu")["name"]
-    assert flops.matmul_peak(64, torch.float32) > 1e6
+    assert matmul_rate(64, torch.float32) > 1e6
+
+
+@pytest.mark.slow
+def test_gpu_script_runs_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "gpu.json"
+    assert gpu.main(["--tiny", "--device", "cpu", "--json", str(path)]) == 0
+    found = json.loads(path.read_text())
+    assert found["size"] == "tiny" and found["hardware"]["name"]
+    assert {name: row["status"] for name, row in found["rows"].items()} == dict.fromkeys(gpu_rows.ROWS, "done")
+    numbers = {name: row["numbers"] for name, row in found["rows"].items()}
+    assert {"B=1", "B=2"} <= set(numbers["exact"])
+    assert all(row["frames_per_s"] > 0 for row in numbers["options"].values())
+    assert numbers["naive"]["relative_difference"] < 0.02
+    assert numbers["decode"]["largest_difference"] <= 2
+    measured = [goal["goal"] for goal in found["goals"] if goal["found"] is not None]
+    assert len(measured) == 6 and not any(goal["met"] for goal in found["goals"])  # B=8, B=64, waiting for a GPU: not
+    assert "not judged at this size" in capsys.readouterr().out
+
+
+def test_gpu_rows_say_why_they_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = gpu_rows.Bench(FULL, "cpu", time.monotonic() + 5)
+    assert bench.run("exact") == {"status": "skipped", "reason": "needs 60 s, 5 s are left", "seconds": 0.0}
+
+    def raises(error: Exception) -> object:
+        def row(bench: gpu_rows.Bench) -> gpu_rows.Found:
+            raise error
+
+        return row
+
+    for error, status in (
+        (NotEnoughMemoryError("full"), "skipped"),
+        (TimeoutError(), "skipped"),
+        (KeyError(1), "failed"),
+    ):
+        monkeypatch.setitem(gpu_rows.ROWS, "exact", (raises(error), 0.0))
+        assert bench.run("exact")["status"] == status
+    if not torch.cuda.is_available():
+        assert gpu.main([]) == 2
+    missed = gpu.goals({"decode": {"numbers": {"ratio": {"median": 3.0}}}})
+    assert [goal["met"] for goal in missed if goal["found"] is not None] == [False]
+
+
+def test_refilled_slots_leave_episodes_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refill, "LENGTHS", (3, 1, 2))
+    monkeypatch.setattr(refill, "SLOTS", 3)
+    episodes = refill.Episodes(exact_trims.build(layers=1), 2)
+    lockstep, steps = episodes.lockstep(), episodes.steps
+    refilled = episodes.refilled()
+    assert (steps, episodes.steps - steps) == (18, 12)
+    assert all(torch.equal(lockstep[i], refilled[i]) for i in range(6))

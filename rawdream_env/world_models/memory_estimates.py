@@ -4,9 +4,9 @@
 upper estimate of what the code holds at once. Models are laid out on PyTorch's "meta" device, so that asking for the
 full size costs neither memory nor time. What follows from the estimates is in ``memory.py``.
 
-At the full size (256 pixels, bfloat16) an environment costs, in MB: 310 for the decoder's stream, counted twice because
-``imagine`` leaves the old state as it was; and while its rows are imagined 660 for the context's keys and values: 330
-of them stay for the step, as much again is alive while rotated and joined.
+At the full size (256 pixels, bfloat16) an environment costs, in MB: 310 for the decoder's stream, as often as
+``STATE_COPIES`` says; and while its rows are imagined 660 for the context's keys and values: 330 of them stay for the
+step, as much again is alive while they are rotated and joined.
 
 What is not counted and why: the text encoder (the prompt is fixed when the weights are converted, it is never loaded),
 the policy and the judge (they may live on another device).
@@ -37,6 +37,9 @@ FIXED_HEADROOM = GIB
 """Bytes that no tensor owns: the CUDA context and the work space of its libraries."""
 HEADROOM = 0.08
 """Share of the sum that the allocator loses to fragmentation."""
+STATE_COPIES = {"whole": 3, "micro-batches": 4}
+"""How often a state's tensors are alive in ``imagine``: the old ones, those of the rows picked for denoising, the new ones,
+and the new ones of micro-batches until they are joined."""
 OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "sgd": 0}
 """Bytes of optimiser state per parameter."""
 Optimizer = Literal["adamw", "adamw8bit", "sgd"]
@@ -66,8 +69,9 @@ class _LiveBytes(TorchDispatchMode):
     """Follows the bytes of all storages made under it; ``peak`` is the most that lived at once."""
 
     def __init__(self, existing: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.live = self.peak = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live: int = 0
+        self.peak: int = 0
         # Held on to, so that no new storage can take the place of an old one.
         self._known: dict[int, object] = {s._cdata: s for s in (tensor.untyped_storage() for tensor in existing)}
 
@@ -101,7 +105,8 @@ def peak_bytes(function: Callable[[], object], existing: Iterable[Tensor] = ()) 
     with torch.no_grad(), _LiveBytes(existing) as mode:
         kept = function()
         del kept
-    return mode.peak
+    peak: int = mode.peak
+    return peak
 
 
 @lru_cache(maxsize=16)
@@ -219,12 +224,13 @@ def rollout_memory(
         parts = _codec_bytes(codec, dtype, arch.chunk_latents)
     rows = num_envs if micro_batch is None else min(micro_batch, num_envs)
     denoise = denoise_bytes(arch, dtype, reuse)
+    held = num_envs * STATE_COPIES["micro-batches" if rows < num_envs else "whole"]
     return _with_headroom(
         {
             "weights": _transformer_numbers(arch)[1] * dtype.itemsize + parts.weights,
-            "states": 2 * num_envs * state_bytes(arch),
-            "decoder streams": 2 * num_envs * parts.stream,
-            "rolling caches": 2 * num_envs * rolling_bytes(arch, dtype) if reuse == "rolling" else 0,
+            "states": held * state_bytes(arch),
+            "decoder streams": held * parts.stream,
+            "rolling caches": held * rolling_bytes(arch, dtype) if reuse == "rolling" else 0,
             "a micro-batch at work": rows * max(denoise, parts.working),
         }
     )

@@ -87,7 +87,7 @@ def test_collapsed_prompt_equals_512_rows(wan: tuple[nn.Module, Path]) -> None:
         for embeds in (empty_prompt(), torch.zeros(512, 16)):
             rows, counts = collapse_prompt(embeds)
             ours = attention.add(x, norm, attention.prepare(embedder(rows), counts))
-            whole = attention.add(x, norm, attention.prepare(embedder(embeds), torch.ones(512)))
+            whole = attention.add(x, norm, attention.prepare(embedder(embeds), torch.ones(512, dtype=torch.long)))
             torch.testing.assert_close(ours, whole, rtol=0, atol=1e-6)
     assert counts.tolist() == [512]
 

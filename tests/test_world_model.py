@@ -154,7 +154,7 @@ def test_context_reuse_in_float64(config: WanConfig, recent: int) -> None:
 
     n, maps = 1 + recent, config.map_channels
     seen = Context(normal(n, 16, 8, 8), 0.05, [0.1, 0.1], ["same", "same"], normal(n, config.condition_dim),
-                   normal(n, maps, 8, 8), 1 + recent)  # fmt: skip
+                   normal(n, maps, 8, 8), [1 + recent, 2 + recent])  # fmt: skip
     for part in (seen.frames, seen.conditions, seen.maps):
         part[1, 0] = part[0, 0]  # two rows with one anchor
     inputs = normal(2, config.condition_dim), normal(2, maps, 8, 8)
@@ -251,7 +251,13 @@ def test_teacher_forcing_sees_what_a_rollout_sees() -> None:
         assert data.arm_maps is not None
         context, new = slice(0, 5), slice(5, 7)
         seen = Context(
-            latents[:, context], 0.05, [0.05, 0.05], [0, 1], data.conditions[:, context], data.arm_maps[:, context], 5
+            latents[:, context],
+            0.05,
+            [0.05, 0.05],
+            [0, 1],
+            data.conditions[:, context],
+            data.arm_maps[:, context],
+            [5, 5],
         )
         denoiser = ChunkDenoiser(net, Constants(net), seen, data.conditions[:, new], data.arm_maps[:, new])
         window = denoiser(noisy[:, 4:6], 0.7)

@@ -67,6 +67,7 @@ class DreamVectorEnv(ChunkVectorEnv):
         return_frames: bool = False,
         num_inference_steps: int | None = None,
         approximations: Sequence[str] = (),
+        micro_batch: int = 0,
     ) -> None:
         """Load the parts and set the spaces up.
 
@@ -89,6 +90,7 @@ class DreamVectorEnv(ChunkVectorEnv):
             num_inference_steps: denoising steps; None: the model's own.
             approximations: opt-in shortcuts of the world model that cost accuracy: "rolling_cache", "tiny_decoder",
                 "fp8".
+            micro_batch: rows the world model computes at once, to bound its memory (docs/world_model.md); 0: all.
         """
         self.world_model = load_world_model(
             world_model,
@@ -96,6 +98,7 @@ class DreamVectorEnv(ChunkVectorEnv):
             dtype=dtype,
             num_inference_steps=num_inference_steps,
             approximations=approximations,
+            micro_batch=micro_batch,
         )
         self.judge = load_judge(judge, device=device)
         self.judge_every = parse_choice("judge_every", judge_every, ("episode", "chunk"))

@@ -101,7 +101,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """Scaled dot-product attention (B, N, Lq, Dh) under ``mask``; FlexAttention for a block mask."""
     if not isinstance(mask, BlockMask):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    flex = _compiled_flex() if q.device.type == "cuda" else flex_attention
+    compiled = q.device.type == "cuda" and not torch.compiler.is_compiling()  # inside a compiled caller it is already
+    flex = _compiled_flex() if compiled else flex_attention
     out: Tensor = flex(q, k, v, block_mask=mask)
     return out
 
@@ -143,28 +144,34 @@ class WanCrossAttention(WanAttention):
     """Attention to the prompt's different rows, each weighing as much as the rows it stands for."""
 
     def prepare(self, rows: Tensor, counts: Tensor) -> PromptKeys:
-        """Embedded rows (U, D) and how often each occurs (U,) -> what ``add`` needs."""
+        """Embedded rows (U, D) and how often each occurs, integers (U,) -> what ``add`` needs."""
         if len(rows) == 1:
             constant: Tensor = self.to_out[0](self.to_v(rows))[0]
             return constant
         k, v = self.project(rows)
-        return k, v, counts.to(k.dtype).log()[None]
+        exact = torch.float64 if k.dtype == torch.float64 else torch.float32  # bfloat16 cannot tell 511 from 512
+        return k, v, counts.to(exact).log()[None]
 
     def add(self, x: Tensor, normed: nn.Module, prompt: PromptKeys) -> Tensor:
         """(B, L, D) -> ``x`` plus its attention to the prompt; ``normed`` is the norm of the queries."""
         if isinstance(prompt, Tensor):
             return x + prompt.to(x.dtype)
-        k, v, log_counts = (t.to(x.dtype) for t in prompt)
+        k, v, log_counts = prompt
         q = self._split(self.norm_q(self.to_q(normed(x))))
-        out = F.scaled_dot_product_attention(q, k.expand(len(x), -1, -1, -1), v.expand(len(x), -1, -1, -1), log_counts)
+        if q.dtype == log_counts.dtype:
+            size = (len(x), -1, -1, -1)
+            out = F.scaled_dot_product_attention(q, k.expand(size), v.expand(size), log_counts)
+        else:  # the kernel would round the counts; few rows are cheap by hand
+            scores = (q @ k.to(q.dtype).transpose(-1, -2)).float() / q.shape[-1] ** 0.5 + log_counts
+            out = scores.softmax(-1).to(q.dtype) @ v.to(q.dtype)
         y: Tensor = x + self.to_out[0](out.transpose(1, 2).flatten(2))
         return y
 
 
 def collapse_prompt(embeds: Tensor) -> tuple[Tensor, Tensor]:
-    """A prompt's embedding (L, text_dim), padding included -> its different rows (U, text_dim) and counts (U,) fp32.
+    """A prompt's embedding (L, text_dim), padding included -> its different rows (U, text_dim) and counts (U,).
 
     The order of keys does not matter to attention.
     """
     rows, counts = torch.unique(embeds, dim=0, return_counts=True)
-    return rows, counts.float()
+    return rows, counts

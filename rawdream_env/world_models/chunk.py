@@ -65,8 +65,8 @@ class Context:
     """What B rows look back on, noise added; their contexts are equally long.
 
     ``frames`` (B, 1 + n, C, H, W), the anchor first; ``anchor_level`` and ``anchor_name`` of each row; ``conditions``
-    (B, 1 + n, D_c); ``maps`` (B, 1 + n, C_m, H, W); ``time``: position of the first new frame; ``cache``: rolling keys and
-    values of the n - G older recent frames, right-aligned in R frames.
+    (B, 1 + n, D_c); ``maps`` (B, 1 + n, C_m, H, W); ``times``: each row's position of the first new frame; ``cache``: rolling
+    keys and values of the n - G older recent frames, right-aligned in R frames.
     """
 
     frames: Tensor
@@ -75,7 +75,7 @@ class Context:
     anchor_name: Sequence[object]
     conditions: Tensor
     maps: Tensor
-    time: int
+    times: Sequence[int]
     cache: tuple[Tensor, ...] = field(default=())
 
 
@@ -96,17 +96,33 @@ class ChunkDenoiser:
         self.n, g, p = context.frames.shape[1], arch.chunk_latents, arch.tokens_per_frame
         self.base = context.frames[:, -1:].expand(-1, g, -1, -1, -1)
         self.action = model.condition_embedder.action(conditions)
-        times = torch.cat([torch.zeros(1), torch.arange(context.time - self.n + 1, context.time + g)]).long().to(device)
-        self.rope = rope_tables(times, arch.grid, arch.attention_head_dim)
+        self.rope = self._positions(device)
         self.causal = torch.ones(self.n + g, self.n + g, dtype=torch.bool).tril()
         self.mask_new = frame_mask(self.causal[self.n :], p, device)
         self.cache: tuple[Tensor, ...] = ()
         self.keys_values = None if reuse == "none" else self._context_keys()
 
+    def _positions(self, device: torch.device) -> Rope:
+        """Rotary tables of all frames: (L, Dh/2), or (B, 1, L, Dh/2) when rows have come to different times."""
+        arch, times = self.model.arch, self.context.times
+
+        def table(time: int) -> Rope:
+            frames = torch.cat([torch.zeros(1), torch.arange(time - self.n + 1, time + arch.chunk_latents)])
+            return rope_tables(frames.long().to(device), arch.grid, arch.attention_head_dim)
+
+        tables = {time: table(time) for time in set(times)}
+        if len(tables) == 1:
+            return tables[times[0]]
+        cos, sin = (torch.stack([tables[time][i] for time in times])[:, None] for i in (0, 1))
+        return cos, sin
+
     def _rope(self, frames: slice) -> Rope:
         p = self.model.arch.tokens_per_frame
+        if frames.stop == 1:  # the anchor's position is 0 for every row
+            cos, sin = (x if x.dim() == 2 else x[0, 0] for x in self.rope)
+            return cos[:p], sin[:p]
         tokens = slice(*(None if i is None else i * p for i in (frames.start, frames.stop)))
-        return self.rope[0][tokens], self.rope[1][tokens]
+        return self.rope[0][..., tokens, :], self.rope[1][..., tokens, :]
 
     def _context_condition(self, rows: Tensor | None, frames: slice) -> Condition:
         """Conditions of context frames: all of the anchor's, or all of the recent ones'."""
@@ -152,23 +168,13 @@ class ChunkDenoiser:
                     for i in range(0, len(cached), 2)]  # fmt: skip
         else:
             old = 0
-        before = anchor
-        if old:
-            rope = self._rope(slice(1, 1 + old))
-            before = [
-                (torch.cat([a, rotate(k, rope).to(v.dtype)], 2), torch.cat([b, v], 2))
-                for (a, b), (k, v) in zip(anchor, kept, strict=True)
-            ]
+        before = _joined(anchor, list(kept), self._rope(slice(1, 1 + old))) if old else anchor
         new = self._pass(None, slice(1 + old, n), before)
         if self.reuse == "rolling":
             joined = [(torch.cat([k0, k1], 2), torch.cat([v0, v1], 2))
                       for (k0, v0), (k1, v1) in zip(kept, new, strict=True)]  # fmt: skip
             self.cache = self._pad(joined)
-        rope = self._rope(slice(1 + old, n))
-        return [
-            (torch.cat([a, rotate(k, rope).to(v.dtype)], 2), torch.cat([b, v], 2))
-            for (a, b), (k, v) in zip(before, new, strict=True)
-        ]
+        return _joined(before, new, self._rope(slice(1 + old, n)))
 
     def _pad(self, caches: KeyValues) -> tuple[Tensor, ...]:
         """Right-aligned in room for R frames, so that rows of any age can share a batch."""
@@ -182,7 +188,7 @@ class ChunkDenoiser:
         tokens, stem = model.embed(x, self.base, self.maps, condition)
         if self.keys_values is not None:
             rope = self._rope(slice(self.n, None))
-            tokens, _ = model.run_blocks(tokens, condition, rope, self.mask_new, self.keys_values, prompt)
+            tokens, _ = model.run_blocks(tokens, condition, rope, self.mask_new, self.keys_values, prompt, keep=False)
         else:
             tokens = self._joint(tokens, condition, prompt)
         out = model.predict(tokens, stem, condition, self.base)
@@ -198,8 +204,20 @@ class ChunkDenoiser:
         joint = Condition(torch.cat([x.vector for x in parts], 1), torch.cat([x.modulation for x in parts], 1))
         before, _ = self.model.embed(c.frames, None, c.maps, joint[:n])
         mask = frame_mask(self.causal, self.model.arch.tokens_per_frame, tokens.device)
-        features, _ = self.model.run_blocks(torch.cat([before, tokens], 1), joint, self.rope, mask, None, prompt)
+        both = torch.cat([before, tokens], 1)
+        features, _ = self.model.run_blocks(both, joint, self.rope, mask, None, prompt, keep=False)
         return features[:, n:]
+
+
+def _joined(before: KeyValues, after: KeyValues, rope: Rope) -> KeyValues:
+    """Rotated keys and values ``before``, then those ``after``, rotated here; both lists are emptied on the way, so that
+    hardly more than the result is ever in memory.
+    """
+    out: KeyValues = []
+    while after:
+        (k0, v0), (k1, v1) = before.pop(0), after.pop(0)
+        out.append((torch.cat([k0, rotate(k1, rope).to(v1.dtype)], 2), torch.cat([v0, v1], 2)))
+    return out
 
 
 def _shared(names: Sequence[object], device: torch.device) -> tuple[Tensor, Tensor]:

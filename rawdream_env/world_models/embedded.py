@@ -81,7 +81,7 @@ def save_world_model(model: WanWorldModel, folder: str | Path, *, half: bool = F
 
 
 def read_world_model(
-    folder: str | Path, *, reuse: Reuse = "step", tiny_decoder: bool = False, **rollout: Any
+    folder: str | Path, *, reuse: Reuse = "step", tiny_decoder: bool = False, micro_batch: int = 0, **rollout: Any
 ) -> WanWorldModel:
     """Load a world model folder; ``rollout`` overrides fields of its ``RolloutConfig`` (``num_inference_steps=1``)."""
     folder = Path(folder)
@@ -98,7 +98,7 @@ def read_world_model(
     settings = dataclass_from_json(RolloutConfig, config["rollout"], str(path))
     transformer = WanWorldModelTransformer.from_pretrained(folder / "transformer")
     codec = read_codec(folder, transformer.arch.latent_shape[1], tiny=tiny_decoder)
-    return WanWorldModel(transformer, codec, replace(settings, **rollout), reuse=reuse)
+    return WanWorldModel(transformer, codec, replace(settings, **rollout), reuse=reuse, micro_batch=micro_batch)
 
 
 def load_world_model(
@@ -108,13 +108,14 @@ def load_world_model(
     *,
     num_inference_steps: int | None = None,
     approximations: Sequence[str] = (),
+    micro_batch: int = 0,
 ) -> WorldModel:
     """The world model called ``spec``: "embedded" (shipped with the package), "null", a folder, or an object as it
     is.
 
     ``approximations`` are opt-in and cost accuracy (their price: docs/world_model.md): "rolling_cache" keeps the context's
     keys and values across chunks, "tiny_decoder" decodes Wan's latents with TAEHV's, "fp8" rounds the blocks' matrix
-    products. Fewer evaluations is ``num_inference_steps``.
+    products. Fewer evaluations is ``num_inference_steps``. ``micro_batch``: rows computed at once, to bound memory; 0: all.
     """
     if unknown := sorted(set(approximations) - set(APPROXIMATIONS)):
         raise InvalidOptionError(f"there is no approximation {unknown}; choose among {', '.join(APPROXIMATIONS)}.")
@@ -127,7 +128,8 @@ def load_world_model(
     folder = Path(str(resources.files("rawdream_env.assets") / "world_model")) if spec == "embedded" else Path(spec)
     overrides = {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
     reuse: Reuse = "rolling" if "rolling_cache" in approximations else "step"
-    model = read_world_model(folder, reuse=reuse, tiny_decoder="tiny_decoder" in approximations, **overrides)
+    tiny = "tiny_decoder" in approximations
+    model = read_world_model(folder, reuse=reuse, tiny_decoder=tiny, micro_batch=micro_batch, **overrides)
     model.to(device, getattr(torch, dtype))
     if "fp8" in approximations:
         use_fp8(model.transformer)

@@ -189,18 +189,19 @@ class WanWorldModel:
         new_maps = self._maps(poses.unflatten(1, split), state.pose)
         new = state.anchor.new_empty(len(state), arch.chunk_latents, *state.anchor.shape[1:])
         cache = [torch.empty_like(x) for x in state.cache]
-        times = [self._time(chunk) for chunk in state.chunks]
-        for time in sorted(set(times)):  # rows whose context has the same length and positions are denoised together
-            rows = [i for i, t in enumerate(times) if t == time]
+        light = replace(state, decoder=())  # the decoder's memory is large and of no use here
+        lengths = [min(arch.context_latents, self._time(chunk) - 1) for chunk in state.chunks]
+        for length in sorted(set(lengths)):  # rows whose contexts are equally long are denoised together
+            rows = [i for i, n in enumerate(lengths) if n == length]
             index = torch.tensor(rows, device=new.device)
-            part, conditions, maps = state[rows], new_conditions[index], new_maps[index]
+            part, conditions, maps = light[rows], new_conditions[index], new_maps[index]
 
             def denoise(
-                some: slice, part: DreamState = part, c: Tensor = conditions, m: Tensor = maps, time: int = time
+                some: slice, part: DreamState = part, c: Tensor = conditions, m: Tensor = maps, length: int = length
             ) -> tuple[Tensor, ...]:
-                return self._denoise(part[some], c[some], m[some], time)
+                return self._denoise(part[some], c[some], m[some], length)
 
-            new[index], *changed = self._by_rows(f"denoise {time}", len(rows), denoise)
+            new[index], *changed = self._by_rows(f"denoise after {length}", len(rows), denoise)
             for whole, some in zip(cache, changed, strict=True):
                 whole[index] = some
         r = arch.context_latents
@@ -231,7 +232,7 @@ class WanWorldModel:
         one from then on, wherever ``what`` is done.
         """
         if 0 < self.micro_batch < n:
-            parts = []
+            whole: tuple[Tensor, ...] = ()
             for first in range(0, n, self.micro_batch):
                 size = min(self.micro_batch, n - first)
 
@@ -239,8 +240,11 @@ class WanWorldModel:
                     begin, end, _ = rows.indices(size)
                     return compute(slice(first + begin, first + end))
 
-                parts.append(self._by_rows(what, size, some))
-            return tuple(torch.cat(pieces) for pieces in zip(*parts, strict=True))
+                parts = self._by_rows(what, size, some)
+                whole = whole or tuple(part.new_empty(n, *part.shape[1:]) for part in parts)
+                for target, part in zip(whole, parts, strict=True):
+                    target[first : first + size] = part
+            return whole
         everything = slice(None)
         weight = self.transformer.patch_embedding.weight
         if n == 1 or weight.device.type != "cpu" or weight.dtype != torch.float32:
@@ -250,9 +254,9 @@ class WanWorldModel:
             if (what, n) in self._verified:
                 return out
             if all(
-                torch.equal(whole[i : i + 1], alone)
+                torch.equal(batched[i : i + 1], alone)
                 for i in (0, n - 1)
-                for whole, alone in zip(out, compute(slice(i, i + 1)), strict=True)
+                for batched, alone in zip(out, compute(slice(i, i + 1)), strict=True)
             ):
                 self._verified.add((what, n))
                 return out
@@ -263,12 +267,10 @@ class WanWorldModel:
         """Position of the first new latent frame at autoregressive step ``chunk``; the anchor's is 0."""
         return min(self.transformer.arch.chunk_latents * chunk + 1, self.config.max_time)
 
-    def _denoise(self, state: DreamState, conditions: Tensor, maps: Tensor, time: int) -> tuple[Tensor, ...]:
-        """New latents (B, G, C, H, W) at position ``time`` for rows whose context is equally long, and the new rolling
-        cache.
-        """
+    def _denoise(self, state: DreamState, conditions: Tensor, maps: Tensor, valid: int) -> tuple[Tensor, ...]:
+        """New latents (B, G, C, H, W) for rows that have ``valid`` recent frames, and the new rolling cache."""
         arch, c, device = self.transformer.arch, self.config, self.device
-        valid, r, shape = min(arch.context_latents, time - 1), arch.context_latents, tuple(state.anchor.shape[1:])
+        r, shape = arch.context_latents, tuple(state.anchor.shape[1:])
         keys = [key.at(chunk=chunk) for key, chunk in zip(state.keys, state.chunks, strict=True)]
         names = [NoiseKey(a, chunk=k.chunk, draw=k.draw) for a, k in zip(state.anchors, keys, strict=True)]
         anchor_level = [c.anchor_noise(chunk) for chunk in state.chunks]
@@ -285,7 +287,7 @@ class WanWorldModel:
             names,
             state.conditions[:, rest],
             state.arm_maps[:, rest],
-            time,
+            [self._time(chunk) for chunk in state.chunks],
             state.cache,
         )
         evaluate = ChunkDenoiser(self.transformer, self._constants, context, conditions, maps, self.reuse)

@@ -251,7 +251,7 @@ class WanWorldModelTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
             nn.init.zeros_(self.head_out.bias)
         if config.text_dim:
             self.register_buffer("prompt_rows", torch.zeros(config.text_rows, config.text_dim))
-            self.register_buffer("prompt_counts", torch.full((config.text_rows,), PROMPT_ROWS / config.text_rows))
+            self.register_buffer("prompt_counts", torch.full((config.text_rows,), PROMPT_ROWS // config.text_rows))
         self.prompt_rows: Tensor
         self.prompt_counts: Tensor
 
@@ -317,7 +317,7 @@ class WanWorldModelTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         mask = frame_mask(visible.tril() if causal else visible, arch.tokens_per_frame, device)
         condition = self.condition_embedder.time(noise_level) + self.condition_embedder.action(conditions)
         tokens, stem = self.embed(latents, base, arm_map, condition)
-        tokens, _ = self.run_blocks(tokens, condition, rope, mask)
+        tokens, _ = self.run_blocks(tokens, condition, rope, mask, keep=False)
         return self.predict(tokens, stem, condition, base)
 
     def embed(
@@ -359,11 +359,13 @@ class WanWorldModelTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         prompt: Sequence[PromptKeys | None] | None = None,
         *,
         keys_only: bool = False,
+        keep: bool = True,
     ) -> tuple[Tensor, KeyValues]:
         """All blocks over (B, F, P, D); returns features and each block's own keys (not rotated) and values.
 
         ``context``: rotated keys and values that come first; ``prompt``: ``prompt_keys()`` when already known.
         ``keys_only`` stops in the last block once its keys and values are there; the features are then of no use.
+        ``keep=False`` returns no keys and values, which would fill the memory for nothing.
         """
         caches: KeyValues = []
         prompt = self.prompt_keys() if prompt is None else prompt
@@ -376,7 +378,8 @@ class WanWorldModelTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 tokens, own = self._gradient_checkpointing_func(block, *inputs)
             else:
                 tokens, own = block(*inputs)
-            caches.append(own)
+            if keep:
+                caches.append(own)
         return tokens, caches
 
     def predict(self, tokens: Tensor, stem: Tensor, condition: Condition, base: Tensor | None) -> Tensor:

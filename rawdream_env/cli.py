@@ -63,6 +63,10 @@ def _evaluation(result: Any) -> tuple[str, int]:
     return table(result.report), 0
 
 
+def _world_model(result: Any) -> tuple[str, int]:
+    return f"{result.table()}\nThe report is {result.folder}/report.html.", 0
+
+
 def _text(result: Any) -> tuple[str, int]:
     return str(result), 0
 
@@ -108,6 +112,10 @@ COMMANDS: dict[str, Command] = {
     "evaluate": Command(
         "the same policy and the same starts in the dream and in the simulator, with a report",
         f"{_EVALUATION}.side_by_side", "EvaluateConfig", "evaluate", _evaluation,
+    ),
+    "evaluate-world-model": Command(
+        "how far a world model's imagined frames follow recorded ones, with a report",
+        f"{_EVALUATION}.world_model", "EvaluateWorldModelConfig", "evaluate_world_model", _world_model,
     ),
     "train-embedded": Command(
         "make the shipped models again from nothing, stage by stage",

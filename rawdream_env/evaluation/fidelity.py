@@ -180,6 +180,19 @@ class Fidelity:
         rows = [[pictures.upscale(pictures.pad_time(pair[i], length), scale) for pair in self.samples] for i in (0, 1)]
         return pictures.grid(rows)
 
+    def comparison(self, scale: int = 1) -> UInt8Array:
+        """Moving grid (F, H', W', 3): a row per sample episode, real | imagined | their difference, three times as
+        strong; a shorter episode holds its last frame.
+        """
+        length = max(len(dream) for _, dream in self.samples)
+        rows = []
+        for pair in self.samples:
+            real, dream = (pictures.pad_time(clip, length) for clip in pair)
+            difference = 3 * np.abs(dream.astype(np.int16) - real.astype(np.int16))
+            clips = (real, dream, difference.clip(0, 255).astype(np.uint8))
+            rows.append([pictures.upscale(clip, scale) for clip in clips])
+        return pictures.headed(pictures.grid(rows), ("real", "imagined", "difference x3"))
+
     def save(self, folder: str | Path) -> None:
         """Write ``fidelity.json``, ``fidelity.png`` and ``fidelity.gif`` into ``folder``."""
         from rawdream_env.files import atomic_write_bytes, atomic_write_json

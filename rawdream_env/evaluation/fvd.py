@@ -61,11 +61,16 @@ def frechet_distance(a: Float64Array, b: Float64Array) -> float:
     """
     if len(a) < 2 or len(b) < 2:
         return math.nan
-    roots = [np.linalg.qr((x - x.mean(0)) / math.sqrt(len(x) - 1), mode="r") for x in (a, b)]
-    cross = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
-    mean = float(((a.mean(0) - b.mean(0)) ** 2).sum())
-    # Rounding may leave -1e-12 for equal sets.
-    return max(0.0, mean + float((roots[0] ** 2).sum() + (roots[1] ** 2).sum() - 2.0 * cross))
+    root_a, root_b = _root(a), _root(b)
+    cross = np.linalg.svd(root_a @ root_b.T, compute_uv=False).sum()
+    squares = ((a.mean(0) - b.mean(0)) ** 2).sum() + (root_a**2).sum() + (root_b**2).sum()
+    return max(0.0, float(squares - 2.0 * cross))  # rounding may leave -1e-12 for equal sets
+
+
+def _root(rows: Float64Array) -> Float64Array:
+    """R (min(N, D), D) with R^T R the sample covariance of ``rows`` (N, D)."""
+    centred = (rows - rows.mean(0)) / math.sqrt(len(rows) - 1)
+    return np.asarray(np.linalg.qr(centred, mode="r"), dtype=np.float64)
 
 
 def frechet_video_distance(real: Sequence[Float64Array], fake: Sequence[Float64Array]) -> dict[str, Any]:
@@ -92,7 +97,8 @@ def frechet_video_distance(real: Sequence[Float64Array], fake: Sequence[Float64A
     half = math.nan
     if groups > 2 and np.isfinite(left_out).all():
         half = 1.96 * math.sqrt((groups - 1) / groups * float(((left_out - left_out.mean()) ** 2).sum()))
-    return {**Estimate(value, max(0.0, value - half), value + half, n).as_dict(), "clips": clips, "features": size}
+    low = float(np.maximum(0.0, value - half))  # keeps NaN
+    return {**Estimate(value, low, value + half, n).as_dict(), "clips": clips, "features": size}
 
 
 def windows(low: int, high: int, available: int, length: int = CLIP_FRAMES) -> list[tuple[int, int]]:

@@ -1,6 +1,7 @@
 """First-frame ghosting: does an object that was moved away reappear where it was at the start?
 
-Measured from frames of a fixed camera alone. In each episode
+Measured from frames of a fixed camera alone; the episodes have to differ in where things lie, or else the background
+holds the things. In each episode
 
 - an *object's place* is what differs from the background (the median picture) in the start frame and lies still for
   the first chunk: a patch of foreground any part of which moves in that time is taken for the arm and left out;
@@ -53,7 +54,7 @@ def _grow(seeds: BoolArray, inside: BoolArray) -> BoolArray:
 def object_places(truth: UInt8Array, background: UInt8Array, still_frames: int) -> BoolArray:
     """Where objects lie at the start of ``truth`` (F+1, H, W, 3) that rest for ``still_frames`` frames: (H, W)."""
     foreground = _differs(truth[0], background)
-    moved = _differs(truth[1 : still_frames + 1], truth[0]).any(0)
+    moved = np.asarray(_differs(truth[1 : still_frames + 1], truth[0]).any(0))
     return foreground & ~_grow(moved, foreground)
 
 

@@ -71,7 +71,7 @@ def distance(
         if selected is None:
             total += where.mean((1, 2)).double().cpu().numpy()
             continue
-        share = F.adaptive_avg_pool2d(selected.to(where), where.shape[1:])[:, 0]
+        share = F.adaptive_avg_pool2d(selected.to(where), (where.shape[1], where.shape[2]))[:, 0]
         count = share.sum((1, 2))
         mean = (where * share).sum((1, 2)) / count.clamp_min(1e-12)
         total += torch.where(count > 0, mean, torch.nan).double().cpu().numpy()

@@ -58,6 +58,10 @@ def test_ghosting_of_perfect_copying_and_half_ghostly_models() -> None:
     late = truth[1:].copy()
     late[12:, 14:18, 4:8] = truth[0, 14:18, 4:8]  # gone for four frames, then back
     assert counts(late, truth)["dream"]["value"] == counts(late, truth)["reappeared"]["value"] == 0.5
+    other = truth[1:].copy()
+    other[8:, 14:18, 4:8] = 30  # a dark arm where the red object was: closer to it than to the table, but not alike
+    assert counts(other, truth)["dream"]["value"] == 1.0 and counts(other, truth)["alike"]["value"] == 0.0
+    assert counts(late, truth)["alike"]["value"] == 0.5
 
 
 def test_only_what_lay_still_and_left_counts() -> None:
@@ -145,7 +149,7 @@ def test_the_command_writes_its_files(play: Path, tmp_path: Path) -> None:
     assert report["overall"]["dream"]["lpips"]["n"] == 3 and report["overall"]["dream"]["fvd"]["clips"] == 3
     assert "3 clips of 3 features" in report["notes"][-1]
     page = (out / "report.html").read_text()
-    assert page.count("<svg") == 8 and "data:video/mp4;base64" in page
+    assert page.count("<svg") == 7 and "Ghosts: not measured" in page and "data:video/mp4;base64" in page
     assert not re.search(r'(?:src|href)="(?!data:)', page)
     from PIL import Image
 
@@ -162,7 +166,7 @@ def test_the_command_line_prints_the_table(play: Path, tmp_path: Path, capsys: p
     options = ["--data", str(play), "--world-model", "null", "--out", str(tmp_path), "--episodes", "2", "--videos", "0"]
     assert cli.main(["evaluate-world-model", *options]) == 0
     out = capsys.readouterr().out
-    assert "copy of the last true frame" in out and "Ghosting, %" in out and f"{tmp_path}/report.html" in out
+    assert "copy of the last true frame" in out and "Ghosts, %" in out and f"{tmp_path}/report.html" in out
     assert not (tmp_path / "grid.mp4").exists()
 
 

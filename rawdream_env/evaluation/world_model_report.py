@@ -10,6 +10,8 @@ from rawdream_env.evaluation.charts import Series, line_chart, point
 from rawdream_env.evaluation.html import cells, element, estimate_text, page, table, text, what_was_run, when
 
 Json = Mapping[str, Any]
+_Line = tuple[str, str, list[Json]]
+"""A source's name, its class in the style sheet, and an estimate per column."""
 
 TITLE = "World model against the recording"
 
@@ -30,7 +32,8 @@ _SOURCES = (
 )
 _GHOSTS = (
     ("dream", "dream", "s-dream"),
-    ("reappeared", "dream, gone and back again", "s-last"),
+    ("alike", "dream, alike the start", "s-alike"),
+    ("reappeared", "dream, gone and back", "s-last"),
     ("copy_first", "copy of the first frame", "s-first"),
     ("truth", "truth", "s-truth"),
 )
@@ -43,12 +46,12 @@ def _columns(report: Json) -> list[tuple[str, Json]]:
     return [*rows, ("all", report["overall"])]
 
 
-def _lines(metric: str, columns: Sequence[tuple[str, Json]]) -> list[tuple[str, str, list[Json]]]:
-    """(source, css, an estimate per column) of one metric."""
+def _lines(metric: str, columns: Sequence[tuple[str, Json]]) -> list[_Line]:
+    """The lines of one metric; nothing measured where the report has none."""
     return [(name, css, [row[key].get(metric, _NOTHING) for _, row in columns]) for key, name, css in _SOURCES]
 
 
-def _ghost_lines(columns: Sequence[tuple[str, Json]]) -> list[tuple[str, str, list[Json]]]:
+def _ghost_lines(columns: Sequence[tuple[str, Json]]) -> list[_Line]:
     return [(name, css, [row["ghosting"][key] for _, row in columns]) for key, name, css in _GHOSTS]
 
 
@@ -67,7 +70,7 @@ def text_table(report: Json) -> str:
     counts = [row["dream"]["psnr"]["n"] for _, row in columns]
     grid = [["frames after the start", *(f"{label} (n={n})" for (label, _), n in zip(columns, counts, strict=True))]]
 
-    def add(title: str, lines: Sequence[tuple[str, str, list[Json]]], digits: int, scale: float = 1.0) -> None:
+    def add(title: str, lines: Sequence[_Line], digits: int, scale: float = 1.0) -> None:
         grid.append([title, *[""] * len(columns)])
         for name, _, estimates in lines:
             shown = [_short(e, digits, scale) for e in estimates]
@@ -76,16 +79,16 @@ def text_table(report: Json) -> str:
             grid.append([f"  {name}", *shown])
 
     for key, title, unit, digits in METRICS:
-        lines = _lines(key, columns)
-        if any(e["value"] is not None for _, _, estimates in lines for e in estimates):
-            add(f"{title} ({unit})", lines, digits)
+        known = any(e["value"] is not None for _, _, estimates in _lines(key, columns) for e in estimates)
+        if known:
+            add(f"{title} ({unit})", _lines(key, columns), digits)
         else:
             grid.append([title, "not measured", *[""] * (len(columns) - 1)])
-    add("Ghosting, % of vacated pixels (lower is better)", _ghost_lines(columns), 1, 100.0)
+    add("Ghosts, % of vacated pixels (lower is better)", _ghost_lines(columns), 1, 100.0)
     widths = [max(len(row[i]) for row in grid if i == 0 or row[i]) for i in range(len(grid[0]))]
     widths[0] = max(len(f"  {name}") for _, name, _ in (*_SOURCES, *_GHOSTS))
-    lines_out = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in grid]
-    return "\n".join([*lines_out, "", *_sensitivity_text(report), *report["notes"]])
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in grid]
+    return "\n".join([*lines, "", *_sensitivity_text(report), *report["notes"]])
 
 
 def _sensitivity_text(report: Json) -> list[str]:
@@ -98,13 +101,14 @@ def _sensitivity_text(report: Json) -> list[str]:
         times = (
             "fresh noise changes nothing" if ratio is None else f"{estimate_text(ratio)} times what fresh noise does"
         )
-        lines.append(f"With {name} the frames change by {estimate_text(s[key]['interval'])} of 255 levels: {times}.")
+        change = estimate_text(s[key]["interval"])
+        lines.append(f"With {name} the frames change by {change} of 255 levels, {times}.")
     return lines
 
 
 def render(report: Json, film: bytes | None) -> str:
     """The page as one string; ``film`` is the grid as MP4, or None."""
-    return page(TITLE, [_header(report), _cards(report), *_charts(report), _film(film), what_was_run(report, _READING)])
+    return page(TITLE, [_header(report), _cards(report), _film(film), *_charts(report), what_was_run(report, _READING)])
 
 
 def _header(report: Json) -> str:
@@ -127,7 +131,8 @@ def _cards(report: Json) -> str:
         copy = estimate_text(overall["copy_first"][metric], 1)
         shown.append((name, overall["dream"][metric], 1, 1.0, " dB", f"copy of the first frame: {copy}"))
     ghosts = overall["ghosting"]
-    back = f"gone and back again: {_short(ghosts['reappeared'], 1, 100.0)} %; a copy of the first frame: 100 %"
+    alike, back = (_short(ghosts[key], 1, 100.0) for key in ("alike", "reappeared"))
+    back = f"alike the start: {alike}; gone and back: {back}; a copy of the first frame: 100"
     shown.append(("Ghosts at vacated places", ghosts["dream"], 1, 100.0, " %", back))
     if s is not None:
         ratio = s["swapped"]["ratio"]
@@ -154,11 +159,14 @@ def _charts(report: Json) -> list[str]:
     for key, title, unit, digits in METRICS:
         series = [Series(name, css, [point(e) for e in estimates]) for name, css, estimates in _lines(key, buckets)]
         charts.append(line_chart(title, unit, labels, series))
-        for name, _, estimates in _lines(key, columns):
-            rows.append([element("th", text(title)), *cells(name, *[_cell(e, digits) for e in estimates])])
+        if any(e["value"] is not None for _, _, estimates in _lines(key, columns) for e in estimates):
+            rows += _rows(title, _lines(key, columns), digits)
+        else:
+            rows.append([element("th", text(title)), *cells("not measured", *[""] * len(columns))])
     ghosts = [Series(name, css, [point(e) for e in estimates]) for name, css, estimates in _ghost_lines(buckets)]
-    for name, _, estimates in _ghost_lines(columns):
-        rows.append([element("th", "Ghosting, share"), *cells(name, *[_cell(e, 3) for e in estimates])])
+    rows += _rows("Ghosts, % of vacated pixels", _ghost_lines(columns), 1, 100.0)
+    counts = [str(row["ghosting"]["pixels"]) for _, row in columns]
+    rows.append([element("th", "Vacated pixels"), *cells("truth, summed over frames", *counts)])
     pixels = report["overall"]["ghosting"]["pixels"]
     return [
         element("h2", "By horizon") + element("p", text(_HORIZON), css="muted") + _key(_SOURCES),
@@ -166,15 +174,27 @@ def _charts(report: Json) -> list[str]:
         element("h2", "Ghosts of the first frame")
         + element("p", text(_GHOSTING.format(pixels=pixels)))
         + _key(_GHOSTS),
-        element("div", line_chart("Ghosts", "share of vacated pixels", labels, ghosts), css="charts"),
+        element("div", line_chart("Ghosts", "share of vacated pixels", labels, ghosts), style="max-width:510px"),
         element("h2", "Do actions matter?"),
         *[element("p", text(line)) for line in _sensitivity_text(report)],
         element("h2", "Numbers") + table(["", "", *[label for label, _ in columns]], rows),
     ]
 
 
-def _cell(estimate: Json, digits: int) -> str:
-    return "not measured" if estimate["value"] is None else f"{_short(estimate, digits)}, n={estimate['n']}"
+def _rows(title: str, lines: Sequence[_Line], digits: int, scale: float = 1.0) -> list[list[str]]:
+    """Rows of the table of numbers: a line of cells per source, its interval and n under each value."""
+    rows = []
+    for i, (name, _, estimates) in enumerate(lines):
+        head = [element("th", text(title), rowspan=len(lines))] if i == 0 else []
+        rows.append([*head, *cells(name), *[_cell(e, digits, scale) for e in estimates]])
+    return rows
+
+
+def _cell(estimate: Json, digits: int, scale: float) -> str:
+    if estimate["value"] is None:
+        return element("td", "not measured", css="muted")
+    value, interval = _short(estimate, digits, scale).split(" ", 1)
+    return element("td", f"<b>{value}</b>", element("span", f"{interval}, n={estimate['n']}", css="ci"), css="rate")
 
 
 def _film(film: bytes | None) -> str:
@@ -194,7 +214,8 @@ _HORIZON = (
 _GHOSTING = (
     "Where an object lay still at the start and has since been taken away, is it gone in the imagination too? A pixel "
     "is a ghost when it is closer to the first frame than to the truth, which is background there; {pixels} such pixels, "
-    "summed over frames. Gone and back again: it had been imagined empty before. The rest never left, as when the "
+    "summed over frames. Alike the start: nearer to it than half the way to the truth; the other ghosts may be some other "
+    "thing in that place. Gone and back: it had been imagined empty before; the other ghosts never left, as when the "
     "imagined arm misses an object. n counts episodes with a vacated pixel."
 )
 _READING = (

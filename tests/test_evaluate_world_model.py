@@ -18,6 +18,7 @@ from rawdream_env.data.lerobot import LeRobotWriter
 from rawdream_env.errors import CheckpointError, DatasetError, InvalidOptionError
 from rawdream_env.evaluation import ghosting, world_model
 from rawdream_env.evaluation.fidelity import RecordedEpisode, evaluate_fidelity
+from rawdream_env.evaluation.replay import deafness
 from rawdream_env.evaluation.world_model import EvaluateWorldModelConfig, evaluate_world_model
 from rawdream_env.world_models.null import NullWorldModel
 
@@ -102,6 +103,14 @@ def test_a_model_that_ignores_actions_is_called_so(noise: int) -> None:
     fidelity = evaluate_fidelity(Deaf(noise), episodes)
     assert "The world model ignores its actions" in fidelity.notes[0] and "n=3" in fidelity.notes[0]
     assert fidelity.overall["ghosting"]["dream"]["value"] == 1.0
+
+
+def test_little_more_than_noise_is_not_listening() -> None:
+    ratio = {"value": 1.2, "low": 0.9, "high": 1.6, "n": 5}
+    heard = {"change": 3.0, "ratio": {**ratio, "low": 1.1}}
+    assert deafness({"n": 5, "swapped": heard, "zeroed": heard}) == ""
+    said = deafness({"n": 5, "swapped": heard, "zeroed": {"change": 3.0, "ratio": ratio}})
+    assert "no motion at all" in said and "1.20 times" in said and "n=5" in said
 
 
 class ToyVideoFeatures:

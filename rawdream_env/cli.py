@@ -63,10 +63,8 @@ def _evaluation(result: Any) -> tuple[str, int]:
     return table(result.report), 0
 
 
-def _fidelity(result: Any) -> tuple[str, int]:
-    from rawdream_env.evaluation.world_model_report import summary
-
-    return summary(result)
+def _world_model(result: Any) -> tuple[str, int]:
+    return f"{result.table()}\nThe report is {result.folder}/report.html.", 0
 
 
 def _text(result: Any) -> tuple[str, int]:
@@ -124,8 +122,8 @@ COMMANDS: dict[str, Command] = {
         f"{_EVALUATION}.side_by_side", "EvaluateConfig", "evaluate", _evaluation,
     ),
     "evaluate-world-model": Command(
-        "a world model's frames against recorded ones: PSNR, SSIM, LPIPS, FVD, ghosting, whether it heeds its actions",
-        f"{_EVALUATION}.world_model", "EvaluateWorldModelConfig", "evaluate_world_model", _fidelity,
+        "how far a world model's imagined frames follow recorded ones, with a report",
+        f"{_EVALUATION}.world_model", "EvaluateWorldModelConfig", "evaluate_world_model", _world_model,
     ),
     "train-embedded": Command(
         "make the shipped models again from nothing, stage by stage",

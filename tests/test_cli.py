@@ -27,6 +27,7 @@ def test_help_is_light_and_lists_every_command():
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120).stdout
     assert out.splitlines()[-1] == "0 [] True"
     for name in ("demo", "doctor", "collect", "train-world-model", "train-judge", "sft", "grpo", "evaluate",
+                 "evaluate-world-model",
                  "train-embedded", "bench"):  # fmt: skip
         assert f"  {name} " in out
 

@@ -1,230 +1,211 @@
-"""LPIPS and FVD against formulas worked out by hand, ghosting against dreams whose ghosts are known, the command."""
+"""Ghosting on synthetic videos, and ``rawdream evaluate-world-model`` from a data folder to its files."""
 
 from __future__ import annotations
 
+import io
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
 
-from rawdream_env.cli import main
-from rawdream_env.errors import CheckpointError, DatasetError
-from rawdream_env.evaluation.fidelity import RecordedEpisode
-from rawdream_env.evaluation.ghosting import ghost_counts
-from rawdream_env.evaluation.perceptual import I3DFeatures, LpipsAlexNet, frechet_distance, fvd, lpips
-from rawdream_env.evaluation.world_model import EvaluateWorldModelConfig, evaluate_world_model, score_world_model
-from rawdream_env.evaluation.world_model_report import summary
+from rawdream_env import cli
+from rawdream_env.data import schema
+from rawdream_env.data.lerobot import LeRobotWriter
+from rawdream_env.errors import CheckpointError, InvalidOptionError
+from rawdream_env.evaluation import ghosting, world_model
+from rawdream_env.evaluation.fidelity import RecordedEpisode, evaluate_fidelity
+from rawdream_env.evaluation.replay import deafness
+from rawdream_env.evaluation.world_model import EvaluateWorldModelConfig, evaluate_world_model
 from rawdream_env.world_models.null import NullWorldModel
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-RNG = np.random.default_rng(0)
+SIZE, K, STEPS = 24, 4, 16
+TABLE = np.full((SIZE, SIZE, 3), 150, np.uint8)
 
 
-def noise(*shape: int) -> np.ndarray:
-    return RNG.integers(0, 256, shape, dtype=np.uint8)
-
-
-class TwoLayers:
-    """Colours, and colours at half the resolution with the second layer counted double."""
-
-    def __call__(self, frames: np.ndarray) -> list[Tensor]:
-        x = torch.from_numpy(frames.copy()).double().permute(0, 3, 1, 2) + 1
-        unit = x / x.square().sum(1, keepdim=True).sqrt()
-        small = nn.functional.avg_pool2d(x, 2)
-        return [unit, np.sqrt(2) * small / small.square().sum(1, keepdim=True).sqrt()]
-
-
-def test_lpips_is_the_formula() -> None:
-    a, b = noise(2, 8, 8, 3), noise(2, 8, 8, 3)
-    expected = np.zeros(2)
-    for n in range(2):
-        for half, weight in ((False, 1.0), (True, 2.0)):
-            pictures = [x[n].astype(np.float64) + 1 for x in (a, b)]
-            if half:
-                pictures = [x.reshape(4, 2, 4, 2, 3).mean((1, 3)) for x in pictures]
-            units = [x / np.sqrt((x**2).sum(-1, keepdims=True)) for x in pictures]
-            expected[n] += weight * ((units[0] - units[1]) ** 2).sum(-1).mean()
-    np.testing.assert_allclose(lpips(TwoLayers(), a, b), expected, rtol=1e-12)
-    assert lpips(TwoLayers(), a, a).tolist() == [0, 0]
-    mask = np.zeros((2, 8, 8), bool)
-    mask[0] = True
-    masked = lpips(TwoLayers(), a, b, mask)
-    assert masked[0] == pytest.approx(expected[0]) and np.isnan(masked[1])
-
-
-def alexnet(folder: Path) -> tuple[Path, Path]:
-    """Tiny values in the real layouts of torchvision's AlexNet and of LPIPS's heads."""
-    torch.manual_seed(0)
-    sizes = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}
-    trunk = {"classifier.1.weight": torch.zeros(2, 2)}
-    for number, (out, channels, kernel) in sizes.items():
-        trunk[f"features.{number}.weight"] = torch.randn(out, channels, kernel, kernel) / kernel / channels**0.5
-        trunk[f"features.{number}.bias"] = 0.1 * torch.randn(out)
-    heads = {f"lin{i}.model.1.weight": torch.rand(1, sizes[n][0], 1, 1) for i, n in enumerate(sizes)}
-    torch.save(trunk, folder / "alexnet.pth")
-    torch.save(heads, folder / "alex.pth")
-    return folder / "alexnet.pth", folder / "alex.pth"
-
-
-def test_lpips_alexnet_reads_the_usual_files(tmp_path: Path) -> None:
-    files = alexnet(tmp_path)
-    network = LpipsAlexNet(*files)
-    a, b = noise(2, 64, 64, 3), noise(2, 64, 64, 3)
-    trunk, heads = torch.load(files[0], weights_only=True), torch.load(files[1], weights_only=True)
-
-    def by_hand(frames: np.ndarray) -> list[Tensor]:
-        x = torch.from_numpy(frames).permute(0, 3, 1, 2) / 255 * 2 - 1
-        x = (x - torch.tensor([-0.030, -0.088, -0.188])[:, None, None]) / torch.tensor([0.458, 0.448, 0.450])[
-            :, None, None
-        ]
-        layers = nn.Sequential(
-            nn.Conv2d(3, 64, 11, 4, 2), nn.ReLU(), nn.MaxPool2d(3, 2), nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(),
-            nn.MaxPool2d(3, 2), nn.Conv2d(192, 384, 3, padding=1), nn.ReLU(), nn.Conv2d(384, 256, 3, padding=1), nn.ReLU(),
-            nn.Conv2d(256, 256, 3, padding=1), nn.ReLU(),
-        )  # fmt: skip
-        layers.load_state_dict({k.removeprefix("features."): v for k, v in trunk.items() if k.startswith("features.")})
-        out = []
-        for i, layer in enumerate(layers):
-            x = layer(x)
-            if i in (1, 4, 7, 9, 11):
-                out.append(x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10))
-        return out
-
-    with torch.no_grad():
-        expected = sum(
-            nn.functional.conv2d((x - y) ** 2, heads[f"lin{i}.model.1.weight"]).mean((1, 2, 3))
-            for i, (x, y) in enumerate(zip(by_hand(a), by_hand(b), strict=True))
-        )
-    np.testing.assert_allclose(lpips(network, a, b), expected, rtol=1e-4)
-    broken = torch.load(files[1], weights_only=True)
-    del broken["lin0.model.1.weight"]
-    broken["lin1.model.1.weight"] = torch.zeros(1, 5, 1, 1)
-    torch.save(broken, files[1])
-    with pytest.raises(CheckpointError, match=r"lin0.model.1.weight is missing; lin1.model.1.weight has shape"):
-        LpipsAlexNet(*files)
-
-
-def test_frechet_distance_of_known_gaussians() -> None:
-    """Diagonal covariances: the squared difference of means and of standard deviations."""
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((400, 3))
-    x = (x - x.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(x, rowvar=False))).T  # exactly white
-    a, b = x * [1, 2, 3] + [0, 0, 1], x * [2, 2, 0.5] + [1, 0, 0]
-    assert frechet_distance(a, b) == pytest.approx(1 + 1 + 1 + 0 + 2.5**2)
-    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
-    few = rng.standard_normal((5, 20)), rng.standard_normal((7, 20))  # singular covariances
-    assert frechet_distance(*few) == pytest.approx(frechet_distance(*few[::-1]))
-    with pytest.raises(ValueError, match=r"at least two equally long rows, got \(1, 3\), \(400, 3\)"):
-        frechet_distance(a[:1], b)
-
-
-class Detector(nn.Module):
-    """Called as the I3D network is: means over the picture of the first and the last frame."""
-
-    def forward(self, x: Tensor, rescale: bool, resize: bool, return_features: bool) -> Tensor:
-        assert rescale and resize and return_features
-        return torch.cat([x[:, :, 0].mean((2, 3)), x[:, :, -1].mean((2, 3))], 1)
-
-
-def test_fvd_runs_a_torchscript_network(tmp_path: Path) -> None:
-    torch.jit.script(Detector()).save(str(tmp_path / "i3d.pt"))
-    network = I3DFeatures(tmp_path / "i3d.pt", batch_size=3)
-    truth = [noise(10, 8, 8, 3) for _ in range(5)]
-    assert fvd(network, truth, truth) == {"value": pytest.approx(0, abs=1e-4), "n": 5, "dimensions": 6}
-    brighter = [np.minimum(clip, 245) + 10 for clip in truth]
-    assert fvd(network, brighter, truth)["value"] > 100
-    with pytest.raises(CheckpointError, match="download i3d_torchscript.pt"):
-        I3DFeatures(tmp_path / "nothing.pt")
-    (tmp_path / "text.pt").write_text("hello")
-    with pytest.raises(CheckpointError, match="is no TorchScript network"):
-        I3DFeatures(tmp_path / "text.pt")
-
-
-def slides(x: int) -> np.ndarray:
-    frame = np.full((16, 16, 3), 20, np.uint8)
-    frame[4:8, x : x + 4] = 200
+def scene(object_at: tuple[int, int] | None, arm_at: int) -> np.ndarray:
+    """A grey table, an arm (a dark bar from the top) and perhaps an object (a red square of 4 x 4)."""
+    frame = TABLE.copy()
+    frame[:6, arm_at : arm_at + 3] = 30
+    if object_at is not None:
+        y, x = object_at
+        frame[y : y + 4, x : x + 4] = (220, 20, 20)
     return frame
 
 
-def test_ghosts_are_counted_where_something_has_left() -> None:
-    start, background = slides(0), np.full((16, 16, 3), 20, np.uint8)
-    truth = np.stack([slides(0), slides(2), slides(8)])
-    counts = ghost_counts(truth, truth, start, background)
-    assert counts.tolist() == [[0, 0], [0, 8], [0, 16]]
-    still = np.broadcast_to(start, truth.shape)
-    assert ghost_counts(still, truth, start, background).tolist() == [[0, 0], [8, 8], [16, 16]]
-    half = truth.copy()
-    half[2, 4:6, 0:4] = 200
-    assert ghost_counts(half, truth, start, background)[2].tolist() == [8, 16]
+def moving_away(row: int = 14) -> np.ndarray:
+    """The arm moves from the first frame on; the object leaves its place after frame 8: (STEPS + 1, H, W, 3)."""
+    return np.stack([scene((row, 4 if t <= 8 else 16), arm_at=2 + t) for t in range(STEPS + 1)])
+
+
+def counts(dream: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
+    per_episode = [ghosting.episode_ghosts(dream, truth, TABLE, K) for _ in range(3)]
+    return ghosting.summarise_ghosts(per_episode, 8, STEPS)
+
+
+def test_ghosting_of_perfect_copying_and_half_ghostly_models() -> None:
+    truth = moving_away()
+    perfect = counts(truth[1:], truth)
+    assert perfect["dream"]["value"] == 0.0 and perfect["truth"]["value"] == 0.0
+    assert perfect["copy_first"]["value"] == 1.0
+    assert perfect["pixels"] == 3 * 16 * 8 and perfect["dream"]["n"] == 3  # 16 pixels, 8 frames, 3 episodes
+    assert counts(truth[:1].repeat(STEPS, 0), truth)["dream"]["value"] == 1.0
+    half = truth[1:].copy()
+    half[8:, 14:16, 4:8] = truth[0, 14:16, 4:8]
+    assert counts(half, truth)["dream"]["value"] == 0.5 and counts(half, truth)["reappeared"]["value"] == 0.0
+    late = truth[1:].copy()
+    late[12:, 14:18, 4:8] = truth[0, 14:18, 4:8]  # gone for four frames, then back
+    assert counts(late, truth)["dream"]["value"] == counts(late, truth)["reappeared"]["value"] == 0.5
+    other = truth[1:].copy()
+    other[8:, 14:18, 4:8] = 30  # a dark arm where the red object was: closer to it than to the table, but not alike
+    assert counts(other, truth)["dream"]["value"] == 1.0 and counts(other, truth)["alike"]["value"] == 0.0
+    assert counts(late, truth)["alike"]["value"] == 0.5
+
+
+def test_only_what_lay_still_and_left_counts() -> None:
+    truth = moving_away()
+    places = ghosting.object_places(truth, TABLE, K)
+    assert np.argwhere(places).min(0).tolist() == [14, 4] and places.sum() == 16  # not the arm
+    still = np.stack([scene((14, 4), arm_at=2 + t) for t in range(STEPS + 1)])
+    nothing = counts(still[1:], still)
+    assert nothing["pixels"] == 0 and nothing["dream"] == {"value": None, "low": None, "high": None, "n": 0}
+    covered = still.copy()
+    covered[9:, 14:18, 4:8] = 30  # the arm stands before it: not background, so nothing was vacated
+    assert counts(covered[1:], covered)["pixels"] == 0
 
 
 class Deaf:
-    """Dreams the same whatever is done."""
+    """A world model that shows the start frame whatever it is told, with keyed noise when ``noise`` is positive."""
 
-    chunk_len, frame_shape, fps = 8, (64, 64, 3), 10.0
+    chunk_len, frame_shape, fps = K, (SIZE, SIZE, 3), 10.0
 
-    def start(self, frames: Tensor, keys: list, proprio: Tensor | None = None) -> Tensor:
-        return frames
+    def __init__(self, noise: int = 0) -> None:
+        self.noise = noise
 
-    def imagine(self, state: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        return state, state[:, None].expand(-1, 8, -1, -1, -1)
+    def start(self, frames: torch.Tensor, keys: Any, proprio: Any = None) -> Any:
+        rows = []
+        for frame, key in zip(frames.numpy(), keys, strict=True):
+            fresh = key.numpy(0).integers(0, self.noise + 1, frame.shape)
+            rows.append((frame.astype(int) + fresh).clip(0, 255).astype(np.uint8))
+        return torch.from_numpy(np.stack(rows))
 
-
-def episodes(count: int, steps: int = 20) -> list[RecordedEpisode]:
-    return [
-        RecordedEpisode(noise(steps + 1, 64, 64, 3), RNG.uniform(-1, 1, (steps, 7)).astype(np.float32))
-        for _ in range(count)
-    ]
-
-
-def test_report_says_what_is_wrong_and_what_is_missing(tmp_path: Path) -> None:
-    fidelity, report = score_world_model(Deaf(), episodes(3))  # type: ignore[arg-type]
-    assert len(report["warnings"]) == 2
-    assert "does not listen to its actions: swapped actions change the picture by 0.00" in report["warnings"][0]
-    assert [m.split(":")[0] for m in report["missing"]] == ["LPIPS is not measured", "FVD is not measured"]
-    assert fidelity.episodes == 3
-    assert "lpips" not in report["horizon"][0]["dream"]
-    with pytest.raises(DatasetError, match=r"at least one chunk \(8 actions\)"):
-        score_world_model(Deaf(), episodes(1, 5))  # type: ignore[arg-type]
+    def imagine(self, state: torch.Tensor, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return state, state[:, None].expand(-1, K, -1, -1, -1)
 
 
-def test_all_metrics_by_bucket(tmp_path: Path) -> None:
-    torch.jit.script(Detector()).save(str(tmp_path / "i3d.pt"))
-    network = I3DFeatures(tmp_path / "i3d.pt")
-    _, report = score_world_model(
-        NullWorldModel(), [*episodes(4, 40), *episodes(1, 8)], frame_features=TwoLayers(), video_features=network
-    )
-    assert report["missing"] == []
-    assert [row["frames"] for row in report["horizon"]] == [[0, 8], [8, 16], [16, 32], [32, 40]]
-    for row, n in zip(report["horizon"], (5, 4, 4, 4), strict=True):
-        assert {"psnr", "ssim_moving", "lpips", "lpips_moving", "fvd"} <= row["dream"].keys()
-        assert row["dream"]["lpips"]["n"] == n
-        assert 0 <= row["ghosting"]["value"] <= 1 or row["ghosting"]["value"] is None
-    assert report["horizon"][0]["dream"]["fvd"]["why"] == "needs clips of 10 frames"
-    assert report["horizon"][2]["dream"]["fvd"]["n"] == 4
-    assert report["horizon"][2]["copy_last"]["fvd"]["value"] >= 0
-    assert any("4 videos, fewer than its 6 dimensions" in said for said in report["warnings"])
-    report["config"] = {"out": "x"}
-    text, code = summary(report)
-    assert code == 0 and "FVD" in text and "needs clips of 10 frames" in text
+@pytest.mark.parametrize("noise", [0, 5])
+def test_a_model_that_ignores_actions_is_called_so(noise: int) -> None:
+    actions = np.random.default_rng(0).uniform(-1, 1, (3, STEPS, 7)).astype(np.float32)
+    episodes = [RecordedEpisode(moving_away(row), a) for row, a in zip((8, 13, 18), actions, strict=True)]
+    fidelity = evaluate_fidelity(Deaf(noise), episodes)
+    assert "The world model ignores its actions" in fidelity.notes[0] and "n=3" in fidelity.notes[0]
+    assert fidelity.overall["ghosting"]["dream"]["value"] == 1.0
 
 
-def test_the_command_writes_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["collect", "--root", str(tmp_path / "play"), "--episodes", "2", "--steps-per-episode", "16"]) == 0
+def test_little_more_than_noise_is_not_listening() -> None:
+    ratio = {"value": 1.2, "low": 0.9, "high": 1.6, "n": 5}
+    heard = {"change": 3.0, "ratio": {**ratio, "low": 1.1}}
+    assert deafness({"n": 5, "swapped": heard, "zeroed": heard}) == ""
+    said = deafness({"n": 5, "swapped": heard, "zeroed": {"change": 3.0, "ratio": ratio}})
+    assert "no motion at all" in said and "1.20 times" in said and "n=5" in said
+
+
+class ToyVideoFeatures:
+    """Mean colour of a clip."""
+
+    def __call__(self, clips: np.ndarray) -> np.ndarray:
+        return clips.mean((1, 2, 3), dtype=np.float64)
+
+
+class ToyFrameFeatures:
+    """The colours themselves."""
+
+    weights = (torch.ones(3, dtype=torch.float64),)
+
+    def __call__(self, frames: np.ndarray) -> list[torch.Tensor]:
+        return [torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).double()]
+
+
+@pytest.fixture(scope="module")
+def play(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four episodes of 64 x 64 and 20 actions."""
+    root = tmp_path_factory.mktemp("data") / "play"
+    rng = np.random.default_rng(0)
+    features = {"action": schema.numeric_feature(7), "observation.state": schema.numeric_feature(7)}
+    writer = LeRobotWriter(root, fps=10, image_shape=(64, 64, 3), features=features)
+    for _ in range(4):
+        small = np.concatenate([moving_away(), moving_away()[:4]])[:, :16, :16]
+        actions = rng.uniform(-1, 1, (20, 7)).astype(np.float32)
+        state = rng.normal(size=(21, 7)).astype(np.float32)
+        writer.add_episode(small.repeat(4, axis=1).repeat(4, axis=2), actions, state, "play")
+    writer.finalize()
+    return root
+
+
+def test_the_command_writes_its_files(play: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    arguments = ["evaluate-world-model", "--data", str(tmp_path / "play"), "--out", str(out)]
-    assert main([*arguments, "--world-model", "null", "--episodes", "2"]) == 0
-    printed = capsys.readouterr().out
-    assert "ghosting" in printed and "copy of the last true frame" in printed and "2 episodes." in printed
-    assert {p.name for p in out.iterdir()} == {"fidelity.json", "fidelity.gif", "fidelity.png", "report.html"}
+    config = EvaluateWorldModelConfig((str(play),), "null", str(out), episodes=3, horizon=16, videos=2)
+    first = evaluate_world_model(
+        config, frame_features=ToyFrameFeatures(), video_features=ToyVideoFeatures(), progress=False
+    )
+    assert sorted(p.name for p in out.iterdir()) == ["fidelity.json", "grid.gif", "grid.mp4", "report.html"]
     report = json.loads((out / "fidelity.json").read_text())
-    assert report["run"]["versions"]["torch"] and report["config"]["episodes"] == 2
+    assert report == json.loads(json.dumps(first.report)) and report["episodes"] == 3 and "versions" in report["run"]
+    assert [row["frames"] for row in report["horizon"]] == [[0, 8], [8, 16]]
+    assert report["overall"]["dream"]["lpips"]["n"] == 3 and report["overall"]["dream"]["fvd"]["clips"] == 3
+    assert "3 clips of 3 features" in report["notes"][-1]
     page = (out / "report.html").read_text()
-    assert page.count("<svg") == 5 and "data:video/mp4" in page and "http" not in page.replace("github.com", "")
-    assert main([*arguments, "--lpips", "one.pth"]) == 2
-    assert "--lpips takes two files" in capsys.readouterr().err
-    with pytest.raises(CheckpointError, match=r"There is no file .*download i3d"):
-        evaluate_world_model(EvaluateWorldModelConfig((str(tmp_path / "play"),), fvd=str(tmp_path / "no.pt")))
+    assert page.count("<svg") == 7 and "Ghosts: not measured" in page and "data:video/mp4;base64" in page
+    assert not re.search(r'(?:src|href)="(?!data:)', page)
+    from PIL import Image
+
+    with Image.open(io.BytesIO((out / "grid.gif").read_bytes())) as gif:
+        assert gif.size == (3 * 64 + 2 * 2, 2 * 64 + 2 + 16)
+    assert "FVD, 16-frame clips (lower is better)" in first.table()
+    again = evaluate_world_model(config, progress=False)  # in the same folder, without extractors
+    assert again.report["horizon"][0]["dream"]["psnr"] == first.report["horizon"][0]["dream"]["psnr"]
+    assert "LPIPS, whole picture" in again.table() and "not measured" in again.table()
+    assert sum("is not measured" in note and "--" in note for note in again.report["notes"]) == 2
+
+
+def test_the_command_line_prints_the_table(play: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--data", str(play), "--world-model", "null", "--out", str(tmp_path), "--episodes", "2", "--videos", "0"]
+    assert cli.main(["evaluate-world-model", *options]) == 0
+    out = capsys.readouterr().out
+    assert "copy of the last true frame" in out and "Ghosts, %" in out and f"{tmp_path}/report.html" in out
+    assert not (tmp_path / "grid.mp4").exists()
+
+
+def test_recordings_of_another_size_are_resized_and_it_is_said(play: Path, tmp_path: Path) -> None:
+    config = EvaluateWorldModelConfig(
+        data=(str(play),), out=str(tmp_path), episodes=1, horizon=8, sensitivity_episodes=0
+    )
+    report = evaluate_world_model(config, world_model=NullWorldModel((32, 32, 3)), progress=False).report
+    assert any("frames of (64, 64, 3), resized here to (32, 32, 3)" in note for note in report["notes"])
+
+
+def test_mistakes_are_found_before_the_work(play: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("nothing may be imagined")
+
+    monkeypatch.setattr(world_model, "evaluate_fidelity", never)
+
+    def run(model: Any = None, **options: Any) -> None:
+        given: dict[str, Any] = {"data": (str(play),), "world_model": "null", "out": str(tmp_path / "o"), **options}
+        evaluate_world_model(EvaluateWorldModelConfig(**given), world_model=model)
+
+    with pytest.raises(InvalidOptionError, match="--data FOLDER"):
+        run(data=())
+    with pytest.raises(InvalidOptionError, match="batch_size=0"):
+        run(batch_size=0)
+    with pytest.raises(InvalidOptionError, match="horizon=4 is less than one chunk"):
+        run(horizon=4)
+    with pytest.raises(CheckpointError, match="alexnet-owt"):
+        run(lpips=str(tmp_path))
+    with pytest.raises(CheckpointError, match="i3d_torchscript.pt"):
+        run(fvd=str(tmp_path / "i3d_torchscript.pt"))
+    with pytest.raises(AssertionError, match="imagined"):
+        run()

@@ -13,6 +13,7 @@ from rawdream_env.evaluation.statistics import (
     Confusion,
     Estimate,
     Rate,
+    bootstrap_ratio,
     cohen_kappa,
     difference_interval,
     kendall_tau,
@@ -168,3 +169,8 @@ def test_rule_of_three_is_close_to_wilson() -> None:
 
 def test_kappa_against_one_constant_rater_has_no_interval() -> None:
     assert str(Confusion.over([1, 1, 0, 1], [1, 1, 1, 1]).kappa) == "0.000 [no interval], n=4"
+
+
+def test_one_unit_has_a_value_and_no_interval():
+    one = bootstrap_ratio([0.4], [0.8])
+    assert one.value == pytest.approx(0.5) and math.isnan(one.low) and math.isnan(one.high) and one.n == 1

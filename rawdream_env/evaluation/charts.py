@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 Scale = Callable[[float], float]
+Point = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,15 @@ class Series:
 
     label: str
     css: str
-    points: Sequence[tuple[float, float, float] | None]
+    points: Sequence[Point | None]
+
+
+def point(estimate: Mapping[str, Any]) -> Point | None:
+    """A point of a line from an estimate's JSON form; None where it was not measured."""
+    value, low, high = estimate["value"], estimate["low"], estimate["high"]
+    if value is None:
+        return None
+    return value, value if low is None else low, value if high is None else high
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:

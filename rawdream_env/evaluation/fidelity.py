@@ -1,8 +1,9 @@
 """Open-loop fidelity: recorded actions through a world model, its frames against what the camera really saw.
 
 The model gets the first recorded frame, the first proprioception and then only actions; nothing recorded later reaches
-it. PSNR and SSIM are reported per *horizon bucket* (frames 0-8, 8-16, 16-32, 32-64, ... after the start), over the
-whole picture and over the *moving region*, beside two baselines that know nothing about actions:
+it. PSNR, SSIM and, with an extractor of features, LPIPS are reported per *horizon bucket* (frames 0-8, 8-16, 16-32,
+32-64, ... after the start) and over all frames, over the whole picture and over the *moving region*; FVD, with an
+extractor, over the whole picture. Beside them two baselines that know nothing about actions:
 
 - ``copy_first``: the start frame for ever;
 - ``copy_last``: the last *true* frame before the current chunk. It is told the truth every chunk, which the model never
@@ -10,16 +11,17 @@ whole picture and over the *moving region*, beside two baselines that know nothi
 
 Averages are of per-frame values (PSNR capped at 60 dB, about the quantisation noise of 8-bit frames, since a still
 frame copied exactly has infinite PSNR), first within an episode, then over episodes; intervals are bootstrapped over
-episodes.
+episodes. What else is in a row: :mod:`rawdream_env.evaluation.ghosting`; the replay itself and the question whether the
+model listens to its actions: :mod:`rawdream_env.evaluation.replay`.
 
-Shape letters: B episodes, N actions in an episode, K actions in a chunk, F frames, H W C picture.
-Paper: table of world-model fidelity (PSNR, SSIM); ours adds the horizon, the moving region and the baselines.
+Shape letters: E episodes, K actions in a chunk, F frames, M metrics, H W C picture.
+Paper: table of world-model fidelity (PSNR, SSIM, LPIPS, FVD); ours adds the horizon, the moving region, the baselines and
+ghosting.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,102 +31,87 @@ from numpy.typing import NDArray
 
 from rawdream_env.errors import DatasetError
 from rawdream_env.evaluation import pictures
+from rawdream_env.evaluation.ghosting import episode_ghosts, summarise_ghosts
 from rawdream_env.evaluation.metrics import METRICS, PSNR_CAP_DB, buckets, frame_scores, moving_region
+from rawdream_env.evaluation.replay import (
+    SOURCES,
+    RecordedEpisode,
+    action_sensitivity,
+    background,
+    baselines,
+    deafness,
+    dream_episodes,
+    episodes_from_dataset,
+)
 from rawdream_env.evaluation.statistics import Estimate, bootstrap_ratio
-from rawdream_env.seeding import NoiseKey
-from rawdream_env.types import Float32Array, UInt8Array, WorldModel
+from rawdream_env.types import UInt8Array, WorldModel
 
 if TYPE_CHECKING:
-    from rawdream_env.data.reader import LeRobotReader
+    from rawdream_env.evaluation.fvd import VideoFeatures
+    from rawdream_env.evaluation.lpips import FrameFeatures
+
+__all__ = [
+    "Fidelity",
+    "RecordedEpisode",
+    "action_sensitivity",
+    "background",
+    "compare_episode",
+    "dream_episodes",
+    "episodes_from_dataset",
+    "evaluate_fidelity",
+    "summarise",
+]
 
 Float64Array = NDArray[np.float64]
 
-
-@dataclass(frozen=True)
-class RecordedEpisode:
-    """What really happened: ``frames`` uint8 (N+1, H, W, 3), frame t seen before action t; ``actions`` float32 (N, A);
-    ``proprio`` float32 (P,) at the start, or None.
-    """
-
-    frames: UInt8Array
-    actions: Float32Array
-    proprio: Float32Array | None = None
-    name: str = ""
-
-
-def background(episodes: Sequence[RecordedEpisode], samples: int = 200) -> UInt8Array:
-    """Median picture of a fixed camera over frames spread across the episodes: uint8 (H, W, 3)."""
-    every = max(1, sum(len(e.frames) for e in episodes) // samples)
-    sample = np.concatenate([e.frames[::every] for e in episodes])
-    return np.asarray(np.median(sample, axis=0).astype(np.uint8))
-
-
-def dream_episodes(
-    world_model: WorldModel,
-    episodes: Sequence[RecordedEpisode],
-    *,
-    seed: int = 0,
-    draw: int = 0,
-    batch_size: int = 16,
-    change_actions: Callable[[int, Float32Array], Float32Array] | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> Iterator[UInt8Array]:
-    """Imagine each episode's actions from its first frame; yields (N', H, W, 3) in order, N' = N rounded down to
-    chunks.
-
-    Episode i uses noise key ``NoiseKey(seed, episode=i, draw=draw)`` whatever the batch. Shorter episodes leave the
-    batch when they end. ``change_actions(i, actions)`` replaces the actions (used for the sensitivity ratio).
-    """
-    import torch
-
-    k = world_model.chunk_len
-    device = getattr(world_model, "device", "cpu")
-    for first in range(0, len(episodes), batch_size):
-        batch = episodes[first : first + batch_size]
-        actions = [
-            e.actions if change_actions is None else change_actions(first + i, e.actions) for i, e in enumerate(batch)
-        ]
-        chunks = np.array([len(a) // k for a in actions])
-        proprio = [e.proprio for e in batch if e.proprio is not None]
-        known = torch.from_numpy(np.stack(proprio)).to(device) if len(proprio) == len(batch) else None
-        frames = torch.from_numpy(np.stack([e.frames[0] for e in batch])).to(device)
-        keys = [NoiseKey(seed, episode=first + i, draw=draw) for i in range(len(batch))]
-        imagined: list[list[UInt8Array]] = [[] for _ in batch]
-        with torch.inference_mode():
-            state = world_model.start(frames, keys, known)
-            rows = np.arange(len(batch))
-            for c in range(int(chunks.max(initial=0))):
-                keep = np.flatnonzero(chunks[rows] > c)
-                if len(keep) < len(rows):
-                    state, rows = state[torch.from_numpy(keep)], rows[keep]
-                part = np.stack([actions[r][c * k : (c + 1) * k] for r in rows]).astype(np.float32)
-                state, out = world_model.imagine(state, torch.from_numpy(part).to(device))
-                for r, clip in zip(rows, out.cpu().numpy(), strict=True):
-                    imagined[r].append(clip)
-        for clips, episode in zip(imagined, batch, strict=True):
-            yield np.concatenate(clips) if clips else np.empty((0, *episode.frames.shape[1:]), np.uint8)
-        if progress is not None:
-            progress(len(batch))
+ALL_METRICS = (*METRICS, "lpips", "lpips_moving")
+"""Columns of the scores of an episode; the last two only with an extractor."""
 
 
 def compare_episode(
-    dream: UInt8Array, truth: UInt8Array, chunk_len: int, reference: UInt8Array | None = None
+    dream: UInt8Array,
+    truth: UInt8Array,
+    chunk_len: int,
+    reference: UInt8Array | None = None,
+    features: FrameFeatures | None = None,
 ) -> dict[str, Float64Array]:
     """Scores (F, 4) of the dream (F, H, W, 3) and of both baselines against ``truth`` (F+1 or more frames, start
-    first).
+    first); (F, 6) with LPIPS when ``features`` are given.
 
     ``reference`` (H, W, 3) is what the moving region is measured against; the start frame when None.
     """
     n = len(dream)
     target = truth[1 : n + 1]
     region = moving_region(target, truth[0] if reference is None else reference)
-    last = truth[(np.arange(n) // chunk_len) * chunk_len]
-    copies = {"copy_first": np.broadcast_to(truth[0], target.shape), "copy_last": last}
-    return {name: frame_scores(clip, target, region) for name, clip in {"dream": dream, **copies}.items()}
+    clips = {"dream": dream, **baselines(truth, n, chunk_len)}
+    scores = {name: frame_scores(clip, target, region) for name, clip in clips.items()}
+    if features is None:
+        return scores
+    perceptual = _lpips_scores(dream, truth, chunk_len, region, features)
+    return {name: np.concatenate([scores[name], perceptual[name]], axis=1) for name in scores}
+
+
+def _lpips_scores(
+    dream: UInt8Array, truth: UInt8Array, chunk_len: int, region: NDArray[np.bool_], features: FrameFeatures
+) -> dict[str, Float64Array]:
+    """LPIPS (F, 2), whole picture and moving region. Frames of the baselines are the truth's: seen once."""
+    from rawdream_env.evaluation.lpips import distance
+
+    parts: dict[str, list[Float64Array]] = {name: [] for name in SOURCES}
+    first = features(truth[:1])
+    for lo in range(0, len(dream), chunk_len):  # a chunk at a time: feature maps are large
+        rows = slice(lo, min(lo + chunk_len, len(dream)))
+        target = features(truth[rows.start + 1 : rows.stop + 1])
+        maps = {"dream": features(dream[rows]), "copy_first": first, "copy_last": features(truth[lo : lo + 1])}
+        for name, own in maps.items():
+            same = [layer.expand(rows.stop - lo, *layer.shape[1:]) for layer in own]
+            pair = [distance(same, target, features.weights, mask) for mask in (None, region[rows])]
+            parts[name].append(np.stack(pair, axis=-1))
+    return {name: np.concatenate(part) if part else np.empty((0, 2)) for name, part in parts.items()}
 
 
 def _bucket_means(scores: Sequence[Float64Array], lo: int, hi: int) -> Float64Array:
-    """Per-episode means (E, 4) over frames lo..hi; NaN where an episode is too short or nothing moves."""
+    """Per-episode means (E, M) over frames lo..hi; NaN where an episode is too short or nothing moves."""
     rows = []
     for s in scores:
         part = s[lo:hi]
@@ -137,86 +124,27 @@ def _bucket_means(scores: Sequence[Float64Array], lo: int, hi: int) -> Float64Ar
 def summarise(per_episode: Sequence[dict[str, Float64Array]], chunk_len: int) -> list[dict[str, Any]]:
     """One row per horizon bucket: ``{"frames": [lo, hi], "dream": {"psnr": {...}, ...}, "copy_first": ...}``."""
     longest = max((len(p["dream"]) for p in per_episode), default=0)
-    table = []
-    for lo, hi in buckets(longest, chunk_len):
-        row: dict[str, Any] = {"frames": [lo, hi]}
-        for source in ("dream", "copy_first", "copy_last"):
-            means = _bucket_means([p[source] for p in per_episode], lo, hi)
-            row[source] = {metric: _mean_interval(means[:, i]).as_dict() for i, metric in enumerate(METRICS)}
-        table.append(row)
-    return table
+    return [_row(per_episode, lo, hi) for lo, hi in buckets(longest, chunk_len)]
+
+
+def _row(per_episode: Sequence[dict[str, Float64Array]], lo: int, hi: int) -> dict[str, Any]:
+    row: dict[str, Any] = {"frames": [lo, hi]}
+    for source in SOURCES:
+        means = _bucket_means([p[source] for p in per_episode], lo, hi)
+        names = ALL_METRICS[: means.shape[1]]
+        row[source] = {metric: _mean_interval(means[:, i]).as_dict() for i, metric in enumerate(names)}
+    return row
 
 
 def _mean_interval(values: Float64Array) -> Estimate:
     return bootstrap_ratio(values[np.isfinite(values)], resamples=1000)
 
 
-def action_sensitivity(
-    world_model: WorldModel,
-    episodes: Sequence[RecordedEpisode],
-    *,
-    seed: int = 0,
-    batch_size: int = 16,
-    progress: Callable[[int], None] | None = None,
-) -> dict[str, Any]:
-    """How much the dream listens to its actions, relative to how much it changes with noise alone.
-
-    Mean absolute pixel change (0-255) of the imagined frames when the actions are *swapped* with the next episode's and
-    when motion is *zeroed* (the gripper command, which is absolute, is kept), divided by the change between noise draws
-    0 and 1 under the recorded actions. Well above 1: actions steer. About 1: noise does. ``ratio`` is None when the
-    draws are identical (a deterministic model). Needs at least two episodes; each is replayed four times.
-    """
-    if len(episodes) < 2:
-        raise DatasetError(
-            f"the action-sensitivity ratio swaps actions between episodes: need at least 2, got {len(episodes)}"
-        )
-
-    def swapped(i: int, actions: Float32Array) -> Float32Array:
-        other = episodes[(i + 1) % len(episodes)].actions
-        return np.resize(other, actions.shape) if len(other) < len(actions) else other[: len(actions)]
-
-    def zeroed(_: int, actions: Float32Array) -> Float32Array:
-        still = np.zeros_like(actions)
-        still[:, -1] = actions[:, -1]
-        return still
-
-    def clips(draw: int, change: Callable[[int, Float32Array], Float32Array] | None = None) -> list[UInt8Array]:
-        return list(
-            dream_episodes(
-                world_model,
-                episodes,
-                seed=seed,
-                draw=draw,
-                batch_size=batch_size,
-                change_actions=change,
-                progress=progress,
-            )
-        )
-
-    recorded = clips(0)
-
-    def change(other: list[UInt8Array]) -> Float64Array:
-        return np.array(
-            [
-                np.abs(a.astype(np.int16) - b.astype(np.int16)).mean()
-                for a, b in zip(recorded, other, strict=True)
-                if len(a)
-            ]
-        )
-
-    noise = change(clips(1))
-    result: dict[str, Any] = {"noise_change": float(noise.mean()), "n": len(noise)}
-    for name, function in (("swapped", swapped), ("zeroed", zeroed)):
-        changed = change(clips(0, function))
-        ratio = bootstrap_ratio(changed, noise, resamples=1000).as_dict() if noise.any() else None
-        result[name] = {"change": float(changed.mean()), "ratio": ratio}
-    return result
-
-
 @dataclass(frozen=True)
 class Fidelity:
-    """The result: ``table`` (see :func:`summarise`), ``sensitivity`` (see :func:`action_sensitivity`), number of
-    episodes and a few (truth, dream) clips for the pictures.
+    """The result: ``table`` (see :func:`summarise`; with ``ghosting`` and, if measured, ``fvd``), ``sensitivity`` (see
+    :func:`~rawdream_env.evaluation.replay.action_sensitivity`), number of episodes, a few (truth, dream) clips for the
+    pictures, ``overall`` (one more row, of all frames) and ``notes``, sentences on what to beware of.
     """
 
     table: list[dict[str, Any]]
@@ -224,6 +152,8 @@ class Fidelity:
     episodes: int
     fps: float
     samples: list[tuple[UInt8Array, UInt8Array]]
+    overall: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form, without the pictures."""
@@ -231,7 +161,9 @@ class Fidelity:
             "episodes": self.episodes,
             "psnr_cap_db": PSNR_CAP_DB,
             "horizon": self.table,
+            "overall": self.overall,
             "action_sensitivity": self.sensitivity,
+            "notes": list(self.notes),
         }
 
     def picture(self, columns: int = 9, scale: int = 2) -> UInt8Array:
@@ -247,6 +179,19 @@ class Fidelity:
         length = max(len(dream) for _, dream in self.samples)
         rows = [[pictures.upscale(pictures.pad_time(pair[i], length), scale) for pair in self.samples] for i in (0, 1)]
         return pictures.grid(rows)
+
+    def comparison(self, scale: int = 1) -> UInt8Array:
+        """Moving grid (F, H', W', 3): a row per sample episode, real | imagined | their difference, three times as
+        strong; a shorter episode holds its last frame.
+        """
+        length = max(len(dream) for _, dream in self.samples)
+        rows = []
+        for pair in self.samples:
+            real, dream = (pictures.pad_time(clip, length) for clip in pair)
+            difference = 3 * np.abs(dream.astype(np.int16) - real.astype(np.int16))
+            clips = (real, dream, difference.clip(0, 255).astype(np.uint8))
+            rows.append([pictures.upscale(clip, scale) for clip in clips])
+        return pictures.headed(pictures.grid(rows), ("real", "imagined", "difference x3"))
 
     def save(self, folder: str | Path) -> None:
         """Write ``fidelity.json``, ``fidelity.png`` and ``fidelity.gif`` into ``folder``."""
@@ -269,15 +214,28 @@ def evaluate_fidelity(
     region: str = "start",
     sensitivity_episodes: int = 32,
     samples: int = 6,
+    frame_features: FrameFeatures | None = None,
+    video_features: VideoFeatures | None = None,
     progress: bool = False,
-    watch: Callable[[RecordedEpisode, UInt8Array], None] | None = None,
 ) -> Fidelity:
     """Replay ``episodes`` through ``world_model`` and score every frame.
 
-    ``region``: what the moving region is measured against, "start" (each episode's first frame) or "background" (the
-    median picture). ``sensitivity_episodes``: how many episodes the sensitivity ratio uses (0: none; it costs four more
-    replays of each). ``watch`` is shown every episode with its dream. Raises DatasetError when there is no episode of at
-    least one chunk.
+    Args:
+        world_model: what is measured.
+        episodes: recorded episodes; those shorter than a chunk are left out.
+        seed: of the noise.
+        batch_size: episodes imagined at once.
+        region: what the moving region is measured against, "start" (each episode's first frame) or "background" (the
+            median picture of its camera).
+        sensitivity_episodes: how many episodes the sensitivity ratio uses (0: none; it costs three more replays of each).
+        samples: how many clips to keep for the pictures.
+        frame_features: measures LPIPS, for example ``LpipsAlex``.
+        video_features: measures FVD, for example ``I3DTorchScript``.
+        progress: show bars.
+
+    Raises:
+        DatasetError: there is no episode of at least one chunk.
+        ValueError: ``region`` is neither of the two.
     """
     from tqdm import tqdm
 
@@ -287,33 +245,59 @@ def evaluate_fidelity(
     usable = [e for e in episodes if len(e.actions) >= k]
     if not usable:
         raise DatasetError(f"no episode is at least one chunk ({k} actions) long; collect longer episodes")
-    reference = background(usable) if region == "background" else None
-    scores: list[dict[str, Float64Array]] = []
-    shown: list[tuple[UInt8Array, UInt8Array]] = []
-    with tqdm(total=len(usable), desc="fidelity", unit="episode", disable=not progress) as bar:
-        stream = dream_episodes(
-            world_model, usable, seed=seed, batch_size=batch_size, progress=lambda n: bar.update(n) and None
-        )
-        for episode, dream in zip(usable, stream, strict=True):
-            scores.append(compare_episode(dream, episode.frames, k, reference))
-            if watch is not None:
-                watch(episode, dream)
-            if len(shown) < samples:
-                shown.append((episode.frames[1 : len(dream) + 1], dream))
-    chosen = usable[:sensitivity_episodes]
-    listens = None
-    if len(chosen) > 1:
-        with tqdm(total=4 * len(chosen), desc="action sensitivity", unit="replay", disable=not progress) as bar:
+    chosen = usable[:sensitivity_episodes] if sensitivity_episodes > 1 else []
+    chosen = chosen if len(chosen) > 1 else []
+    chunks = sum(len(e.actions) // k for e in usable)
+    more = 3 * sum(len(e.actions) // k for e in chosen)  # swapped, zeroed, fresh noise
+    with tqdm(total=chunks + more, desc="imagining", unit="chunk", disable=not progress) as bar:
+
+        def tell(count: int) -> None:
+            bar.update(count)
+
+        dreams = list(dream_episodes(world_model, usable, seed=seed, batch_size=batch_size, progress=tell))
+        listens = None
+        if chosen:
             listens = action_sensitivity(
-                world_model, chosen, seed=seed, batch_size=batch_size, progress=lambda n: bar.update(n) and None
+                world_model, chosen, seed=seed, batch_size=batch_size, recorded=dreams[: len(chosen)], progress=tell
             )
-    return Fidelity(summarise(scores, k), listens, len(usable), world_model.fps, shown)
+    cameras = dict.fromkeys(e.camera for e in usable)
+    backgrounds = {camera: background([e for e in usable if e.camera == camera]) for camera in cameras}
+    scores, ghosts = [], []
+    pairs = list(zip(usable, dreams, strict=True))
+    for episode, dream in tqdm(pairs, desc="scoring", unit="episode", disable=not progress):
+        behind = backgrounds[episode.camera]
+        reference = behind if region == "background" else None
+        scores.append(compare_episode(dream, episode.frames, k, reference, frame_features))
+        ghosts.append(episode_ghosts(dream, episode.frames, behind, k))
+    table = summarise(scores, k)
+    overall = _row(scores, 0, max(map(len, dreams)))
+    for row in (*table, overall):
+        row["ghosting"] = summarise_ghosts(ghosts, *row["frames"])
+    if video_features is not None:
+        from rawdream_env.evaluation.fvd import add_fvd
+
+        add_fvd((*table, overall), pairs, k, video_features, progress=progress)
+    shown = [(e.frames[1 : len(d) + 1], d) for e, d in pairs[:samples]]
+    return Fidelity(table, listens, len(usable), world_model.fps, shown, overall, _notes(overall, listens))
 
 
-def episodes_from_dataset(
-    reader: LeRobotReader, indices: Iterable[int] | None = None, limit: int | None = None
-) -> Iterator[RecordedEpisode]:
-    """Recorded episodes of a data set; ``indices`` (say, the held-out ones) or all, at most ``limit``."""
-    for index in itertools.islice(range(len(reader)) if indices is None else indices, limit):
-        episode = reader.episode(index)
-        yield RecordedEpisode(episode.frames, episode.actions, episode.state[0], f"{index}: {episode.task}")
+def _notes(overall: dict[str, Any], sensitivity: dict[str, Any] | None) -> tuple[str, ...]:
+    """What a reader should beware of, a sentence each."""
+    from rawdream_env.evaluation import fvd, lpips
+
+    notes = [deafness(sensitivity)] if sensitivity is not None else []
+    if sensitivity is None:
+        notes.append(
+            "Whether the model listens to its actions is not measured: that swaps actions between two episodes."
+        )
+    if overall["ghosting"]["pixels"] == 0:
+        notes.append(
+            "Ghosting is not measured: no object that lay still at the start left its place in these episodes."
+        )
+    if "lpips" not in overall["dream"]:
+        notes.append(lpips.HOW_TO_GET)
+    if "fvd" not in overall["dream"]:
+        notes.append(fvd.HOW_TO_GET)
+    else:
+        notes.append(fvd.caution(overall["dream"]["fvd"]))
+    return tuple(note for note in notes if note)

@@ -1,13 +1,16 @@
-"""The pieces a report is put together from: elements, rates with a bar for their interval, confusion tables.
+"""The pieces a report is put together from: elements, rates with a bar for their interval, confusion tables, the page.
 
 Text is escaped where it enters (``text``, attribute values); ``element`` takes parts that are HTML already.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
+
+from rawdream_env.evaluation.style import CSS
 
 Json = Mapping[str, Any]
 
@@ -104,4 +107,37 @@ def matrix(title: str, note: str, rater: str, confusion: Json) -> str:
         table([f"{rater} says", "true success", "true failure"], rows),
         element("p", "<br>".join(text(line) for line in lines)),
         css="matrix",
+    )
+
+
+def page(title: str, sections: Sequence[str]) -> str:
+    """The whole document around ``sections`` (HTML), with its style."""
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{text(title)}</title><style>{CSS}</style></head><body><main>{''.join(sections)}</main></body></html>\n"
+    )
+
+
+def when(report: Json) -> str:
+    """The time in a report's provenance, for people."""
+    return str(report["run"]["time"]).replace("T", " ").replace("+00:00", " UTC")
+
+
+def what_was_run(report: Json, reading: str) -> str:
+    """The last section: command, hardware, versions, settings, and ``reading``: how to read the page (text)."""
+    run = report["run"]
+    known = {key.replace("_", " "): value for key, value in run["hardware"].items() if value is not None}
+    hardware = ", ".join(f"{key}: {value}" for key, value in known.items())
+    versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items())
+    settings = "\n".join(f"{key} = {json.dumps(value)}" for key, value in report["config"].items())
+    return "".join(
+        [
+            element("h2", "What was run"),
+            element("pre", text(run["command"])),
+            element("p", text(hardware)),
+            element("p", text(versions), css="muted"),
+            element("details", element("summary", "All settings"), element("pre", text(settings))),
+            element("details", element("summary", "How to read this page"), element("p", text(reading))),
+        ]
     )

@@ -63,6 +63,18 @@ def grid(cells: Sequence[Sequence[UInt8Array]], gap: int = 2, gap_level: int = 2
     return np.concatenate(stack, axis=-3)
 
 
+def headed(frames: UInt8Array, titles: Sequence[str], height: int = 16) -> UInt8Array:
+    """Frames (..., H, W, 3) under a white strip of ``height`` pixels with ``titles`` spread evenly over the width."""
+    from PIL import Image, ImageDraw
+
+    strip = Image.new("RGB", (frames.shape[-2], height), "white")
+    draw = ImageDraw.Draw(strip)
+    for i, title in enumerate(titles):
+        draw.text((frames.shape[-2] * i // len(titles) + 2, 2), title, fill="black")
+    head = np.broadcast_to(np.asarray(strip, np.uint8), (*frames.shape[:-3], height, frames.shape[-2], 3))
+    return np.concatenate([head, frames], axis=-3)
+
+
 def png_bytes(picture: UInt8Array) -> bytes:
     """One picture (H, W, 3) as PNG."""
     from PIL import Image

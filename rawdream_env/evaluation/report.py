@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rawdream_env.evaluation import pictures
-from rawdream_env.evaluation.charts import Series, line_chart
+from rawdream_env.evaluation.charts import Series, line_chart, point
 from rawdream_env.evaluation.html import (
     Json,
     cells,
@@ -22,13 +22,15 @@ from rawdream_env.evaluation.html import (
     estimate_text,
     gain_cell,
     matrix,
+    page,
     percent,
     rate_cell,
     rate_text,
     table,
     text,
+    what_was_run,
+    when,
 )
-from rawdream_env.evaluation.style import CSS
 from rawdream_env.types import UInt8Array
 
 if TYPE_CHECKING:
@@ -48,21 +50,16 @@ def write_report(result: SideBySide, folder: str | Path, fps: float) -> Path:
     lines = [json.dumps({**asdict(record), "flagged": record.flagged}) for record in result.records]
     atomic_write_text(folder / "episodes.jsonl", "".join(line + "\n" for line in lines))
     atomic_write_json(folder / "report.json", result.report)
-    page = folder / "report.html"
-    atomic_write_text(page, render(result.report, result.clips, fps))
-    return page
+    path = folder / "report.html"
+    atomic_write_text(path, render(result.report, result.clips, fps))
+    return path
 
 
 def render(report: Json, clips: Sequence[Clip], fps: float) -> str:
     """The page as one string."""
     sections = [_header(report), _headline(report), _tasks(report)]
     sections += [_policy(entry) for entry in report["policies"]]
-    sections += [_ranking(report), _films(clips, fps), _run(report)]
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{TITLE}</title><style>{CSS}</style></head><body><main>{''.join(sections)}</main></body></html>\n"
-    )
+    return page(TITLE, [*sections, _ranking(report), _films(clips, fps), what_was_run(report, _READING)])
 
 
 def _header(report: Json) -> str:
@@ -75,7 +72,7 @@ def _header(report: Json) -> str:
         "model, where a judge decides, and in the simulator, where the truth is known."
     )
     note = (
-        f"{report['run']['time'].replace('T', ' ').replace('+00:00', ' UTC')}. Brackets are 95 % intervals: Wilson for rates, bootstrap over starts or episodes "
+        f"{when(report)}. Brackets are 95 % intervals: Wilson for rates, bootstrap over starts or episodes "
         "for differences, correlations and PSNR."
     )
     return element("h1", TITLE) + element("p", text(lead), css="lead") + element("p", text(note), css="muted")
@@ -197,7 +194,7 @@ def _horizon(horizon: Json) -> str:
     for source, rows in horizon.items():
         labels = [f"{row['frames'][0]}-{row['frames'][1]}" for row in rows]
         for metric, region in (("psnr", "whole picture"), ("psnr_moving", "moving region")):
-            series = [Series(label, css, [_point(row[key][metric]) for row in rows]) for key, label, css in _LINES]
+            series = [Series(label, css, [point(row[key][metric]) for row in rows]) for key, label, css in _LINES]
             charts.append(line_chart(f"PSNR, {region}, {_SOURCES[source]}", "dB", labels, series))
         tables.append(_horizon_table(_SOURCES[source], labels, rows))
     note = (
@@ -213,13 +210,6 @@ def _horizon(horizon: Json) -> str:
             element("details", element("summary", "Numbers, with SSIM"), *tables),
         ]
     )
-
-
-def _point(estimate: Json) -> tuple[float, float, float] | None:
-    value, low, high = estimate["value"], estimate["low"], estimate["high"]
-    if value is None:
-        return None
-    return value, value if low is None else low, value if high is None else high
 
 
 def _horizon_table(title: str, labels: Sequence[str], rows: Sequence[Json]) -> str:
@@ -309,21 +299,3 @@ _READING = (
     "different starts succeed. Kappa is agreement beyond chance. PSNR is averaged over frames (cut at 60 dB), then "
     "over episodes. Every number is in report.json, every episode in episodes.jsonl."
 )
-
-
-def _run(report: Json) -> str:
-    run = report["run"]
-    known = {key.replace("_", " "): value for key, value in run["hardware"].items() if value is not None}
-    hardware = ", ".join(f"{key}: {value}" for key, value in known.items())
-    versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items())
-    settings = "\n".join(f"{key} = {json.dumps(value)}" for key, value in report["config"].items())
-    return "".join(
-        [
-            element("h2", "What was run"),
-            element("pre", text(run["command"])),
-            element("p", text(hardware)),
-            element("p", text(versions), css="muted"),
-            element("details", element("summary", "All settings"), element("pre", text(settings))),
-            element("details", element("summary", "How to read this page"), element("p", text(_READING))),
-        ]
-    )

@@ -191,6 +191,8 @@ def bootstrap_ratio(
         tops[first : first + block], bottoms[first : first + block] = top[rows].sum(1), bottom[rows].sum(1)
     draws = np.where(bottoms != 0, tops / np.where(bottoms != 0, bottoms, 1.0), np.nan)
     value = float(top.sum() / bottom.sum()) if bottom.sum() else math.nan
+    if n == 1:  # one unit resampled is itself: an interval of no width would claim certainty
+        return Estimate(value, math.nan, math.nan, n)
     return _percentile(value, draws, n, confidence)
 
 

@@ -44,7 +44,8 @@ th { font-weight: 600; font-size: 13px; color: var(--muted); } tbody th { color:
 .chart g { stroke: var(--c); fill: var(--c); } .chart polyline { fill: none; stroke-width: 2; }
   .chart .bar { stroke-width: 1.5; opacity: .55; }
 .chart .s-dream, .key .s-dream { --c: var(--dream); } .chart .s-first, .key .s-first { --c: var(--first); }
-  .chart .s-last, .key .s-last { --c: var(--last); }
+  .chart .s-last, .key .s-last { --c: var(--last); } .chart .s-truth, .key .s-truth { --c: var(--good); }
+  .chart .s-alike, .key .s-alike { --c: var(--bad); }
 .key span { margin-right: 18px; font-size: 13px; color: var(--muted); } .key i { display: inline-block;
   width: 18px; height: 3px; margin-right: 6px; vertical-align: middle; background: var(--c); }
 .videos { display: grid; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); gap: 18px; margin-top: 12px; }

@@ -1,45 +1,38 @@
-"""How far a world model's frames follow what really happened: ``rawdream evaluate-world-model``.
+"""How far a world model's imagined frames follow the recorded ones: ``rawdream evaluate-world-model``.
 
-Recorded episodes are replayed open loop: the model gets the first frame and the actions, nothing else. Per horizon bucket
-(frames 0-8, 8-16, 16-32, ...): PSNR and SSIM over the whole picture and the moving region, LPIPS and FVD when their
-networks are given, ghosting, each beside two baselines that know nothing about actions. Over all: how much swapped and
-zeroed actions change the dream. The paper's Table of world-model fidelity has PSNR, SSIM, LPIPS and FVD; horizon, moving
-region, baselines, ghosting and action sensitivity are ours.
+Recorded episodes are imagined from their first frame and actions alone, and every frame is held against the recorded
+one: PSNR, SSIM, LPIPS and FVD by horizon, whole picture and moving region, beside two baselines; whether actions matter;
+whether moved objects come back as ghosts. :mod:`rawdream_env.evaluation.fidelity` says what the numbers mean.
 
-``fidelity.json`` holds every number, ``report.html`` tables, plots and films, ``fidelity.gif`` and ``fidelity.png`` films
-and stills alone: per episode the recording, the dream, and their difference.
+Writes into the output folder, each file whole or not at all, the page last:
 
-Shape letters: F frames, H W C picture.
+- ``fidelity.json``: every number, with the configuration and what it was run on;
+- ``grid.mp4``, ``grid.gif``: episodes as rows, real | imagined | difference;
+- ``report.html``: table, charts and the film in one file.
+
+Paper: RAW-Dream (arXiv 2605.12334), table of world-model fidelity.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from rawdream_env.errors import DatasetError, InvalidOptionError
-from rawdream_env.evaluation import perceptual
-from rawdream_env.evaluation.fidelity import (
-    Fidelity,
-    RecordedEpisode,
-    background,
-    episodes_from_dataset,
-    evaluate_fidelity,
-)
-from rawdream_env.evaluation.ghosting import ghost_counts
-from rawdream_env.evaluation.metrics import moving_region
-from rawdream_env.evaluation.perceptual import FrameFeatures, VideoFeatures
+from rawdream_env.config import parse_positive_int
+from rawdream_env.errors import InvalidOptionError
+from rawdream_env.evaluation import pictures
+from rawdream_env.evaluation.fidelity import Fidelity, RecordedEpisode, episodes_from_dataset, evaluate_fidelity
 from rawdream_env.evaluation.provenance import provenance
-from rawdream_env.evaluation.statistics import bootstrap_ratio
-from rawdream_env.types import UInt8Array, WorldModel
 
-Float64Array = NDArray[np.float64]
-SOURCES = ("dream", "copy_first", "copy_last")
+if TYPE_CHECKING:
+    from rawdream_env.evaluation.fvd import VideoFeatures
+    from rawdream_env.evaluation.lpips import FrameFeatures
+    from rawdream_env.types import WorldModel
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,211 +40,171 @@ class EvaluateWorldModelConfig:
     """Options of ``rawdream evaluate-world-model``."""
 
     data: tuple[str, ...]
-    """LeRobotDataset v3 folders of held-out episodes."""
-    out: str = "runs/fidelity"
-    """Folder for report.html, fidelity.json and the films."""
+    """LeRobotDataset v3 folders of recorded episodes that the world model was not trained on."""
     world_model: str = "embedded"
-    """"embedded" or a folder."""
-    episodes: int = 64
-    """Episodes, taken from the data sets in turn; intervals are over episodes."""
+    """World model: "embedded" or a folder."""
+    out: str = "runs/evaluate_world_model"
+    """Folder for fidelity.json, report.html, grid.mp4 and grid.gif."""
+    episodes: int = 100
+    """The first so many episodes of every folder; 0: all. Intervals are over episodes."""
+    horizon: int = 0
+    """Frames to imagine of each episode; 0: to its end."""
     batch_size: int = 16
     """Episodes imagined at once."""
-    num_inference_steps: int | None = None
-    """Evaluations of the sampler per chunk; the checkpoint's own when not given."""
-    approximations: tuple[str, ...] = ()
-    """Opt-in shortcuts of the world model: rolling_cache, tiny_decoder, fp8."""
+    sensitivity_episodes: int = 16
+    """Episodes imagined three times more, with other actions and with other noise; 0: leave it out."""
+    videos: int = 6
+    """Episodes in the film."""
     device: str = "cpu"
-    """Where the world model and the feature networks run."""
-    dtype: str = "float32"
-    """Precision of the world model: "float32" or "bfloat16"."""
-    sensitivity_episodes: int = 32
-    """Episodes for the action sensitivity, which costs four more replays of each; 0: none."""
-    lpips: tuple[str, ...] = ()
-    """Two files for LPIPS: torchvision's alexnet-owt-7be5be79.pth, and LPIPS's weights/v0.1/alex.pth."""
-    fvd: str = ""
-    """File for FVD: i3d_torchscript.pt, the I3D network as TorchScript. It is a program: open only what you trust."""
+    """Torch device of the models."""
+    dtype: str | None = None
+    """Precision of the world model: "float32" (the default, bit-reproducible) or "bfloat16" (faster)."""
+    num_inference_steps: int | None = None
+    """Evaluations of the world model's sampler per chunk; the checkpoint's own when not given."""
+    approximations: tuple[str, ...] = ()
+    """Opt-in shortcuts of the world model that cost accuracy: rolling_cache, tiny_decoder, fp8."""
     seed: int = 0
-    """Seed of the dream's noise."""
+    """Seed of the imagination's noise."""
+    lpips: str = ""
+    """Folder with alexnet-owt-7be5be79.pth and alex.pth; empty: LPIPS is not measured."""
+    fvd: str = ""
+    """The file i3d_torchscript.pt; empty: FVD is not measured. It is code: name only a file you trust."""
 
 
-@dataclass
-class Watcher:
-    """Scores that need the frames themselves, gathered while episodes are imagined.
+@dataclass(frozen=True)
+class WorldModelEvaluation:
+    """What :func:`evaluate_world_model` returns: ``report`` (the content of ``fidelity.json``) and where it is."""
 
-    ``ghosts``: per episode (F, 2); ``distances``: per episode and source (F, 2), LPIPS of the whole picture and the moving
-    region; ``clips``: truth, dream and copies, kept for FVD alone.
-    """
+    report: dict[str, Any]
+    folder: Path
 
-    background: UInt8Array
-    chunk_len: int
-    frame_features: FrameFeatures | None = None
-    video_features: VideoFeatures | None = None
-    ghosts: list[Float64Array] = field(default_factory=list)
-    distances: list[dict[str, Float64Array]] = field(default_factory=list)
-    clips: list[dict[str, UInt8Array]] = field(default_factory=list)
+    def table(self) -> str:
+        """The numbers as text."""
+        from rawdream_env.evaluation.world_model_report import text_table
 
-    def __call__(self, episode: RecordedEpisode, dream: UInt8Array) -> None:
-        """Score one episode."""
-        truth, start = episode.frames[1 : len(dream) + 1], episode.frames[0]
-        self.ghosts.append(ghost_counts(dream, truth, start, self.background))
-        last = episode.frames[(np.arange(len(dream)) // self.chunk_len) * self.chunk_len]
-        shown = {"dream": dream, "copy_first": np.broadcast_to(start, truth.shape), "copy_last": last}
-        if self.frame_features is not None:
-            features, region = self.frame_features, moving_region(truth, start)
-            self.distances.append(
-                {
-                    name: np.stack(
-                        [perceptual.lpips(features, clip, truth), perceptual.lpips(features, clip, truth, region)], -1
-                    )
-                    for name, clip in shown.items()
-                }
-            )
-        if self.video_features is not None:
-            self.clips.append({"truth": truth, **shown})
-
-    def add_to(self, table: list[dict[str, Any]]) -> None:
-        """Put what was gathered into the rows of a horizon table."""
-        for row in table:
-            lo, hi = row["frames"]
-            counts = np.array([g[lo:hi].sum(0) for g in self.ghosts])
-            row["ghosting"] = bootstrap_ratio(counts[:, 0], counts[:, 1]).as_dict() | {
-                "pixels": int(counts[:, 1].sum())
-            }
-            for source in SOURCES:
-                for i, metric in enumerate(("lpips", "lpips_moving")):
-                    if self.distances:
-                        values = _episode_means([d[source][lo:hi, i] for d in self.distances])
-                        row[source][metric] = bootstrap_ratio(values, resamples=1000).as_dict()
-                if self.video_features is not None:
-                    row[source]["fvd"] = self._fvd(source, lo, hi)
-
-    def _fvd(self, source: str, lo: int, hi: int) -> dict[str, Any]:
-        """FVD over the frames of one bucket, or why there is none."""
-        assert self.video_features is not None
-        whole = [c for c in self.clips if len(c["truth"]) >= hi]
-        if hi - lo < self.video_features.min_frames:
-            return {"value": None, "n": 0, "why": f"needs clips of {self.video_features.min_frames} frames"}
-        if len(whole) < 2:
-            return {"value": None, "n": len(whole), "why": "needs at least two episodes of this length"}
-        parts = ([c[name][lo:hi] for c in whole] for name in (source, "truth"))
-        return dict(perceptual.fvd(self.video_features, *parts))
+        return text_table(self.report)
 
 
-def _episode_means(values: Sequence[Float64Array]) -> Float64Array:
-    """Mean of each episode over its finite values; episodes without any are left out."""
-    kept = [v[np.isfinite(v)] for v in values]
-    return np.array([v.mean() for v in kept if len(v)])
-
-
-def score_world_model(
-    world_model: WorldModel,
-    episodes: Sequence[RecordedEpisode],
+def evaluate_world_model(
+    config: EvaluateWorldModelConfig,
     *,
+    world_model: WorldModel | None = None,
     frame_features: FrameFeatures | None = None,
     video_features: VideoFeatures | None = None,
-    batch_size: int = 16,
-    sensitivity_episodes: int = 32,
-    seed: int = 0,
-    progress: bool = False,
-) -> tuple[Fidelity, dict[str, Any]]:
-    """Replay ``episodes`` and measure everything; the pictures, and the report as JSON (see the module's text)."""
-    k = world_model.chunk_len
-    usable = [e for e in episodes if len(e.actions) >= k]
-    if not usable:
-        raise DatasetError(f"no episode is at least one chunk ({k} actions) long; collect longer episodes.")
-    watch = Watcher(background(usable), k, frame_features, video_features)
-    fidelity = evaluate_fidelity(
-        world_model,
-        usable,
-        seed=seed,
-        batch_size=batch_size,
-        sensitivity_episodes=sensitivity_episodes,
-        progress=progress,
-        watch=watch,
-    )
-    watch.add_to(fidelity.table)
-    report = fidelity.as_dict()
-    report["missing"] = [
-        advice
-        for given, advice in ((frame_features, perceptual.LPIPS_ADVICE), (video_features, perceptual.FVD_ADVICE))
-        if given is None
-    ]
-    report["warnings"] = list(_warnings(report))
-    return fidelity, report
+    progress: bool = True,
+) -> WorldModelEvaluation:
+    """Measure a world model on recorded episodes and write the files the module names. Running it again replaces them.
 
-
-def _warnings(report: dict[str, Any]) -> list[str]:
-    """Sentences about what a reader should not overlook."""
-    said = []
-    listens = report["action_sensitivity"]
-    if listens is not None:
-        for name in ("swapped", "zeroed"):
-            change, ratio = listens[name]["change"], listens[name]["ratio"]
-            deaf = change == 0 if ratio is None else ratio["low"] is None or ratio["low"] <= 1
-            if deaf:
-                said.append(
-                    f"The model does not listen to its actions: {name} actions change the picture by {change:.2f} levels, "
-                    f"fresh noise by {listens['noise_change']:.2f}."
-                )
-    for row in report["horizon"]:
-        fvd = row["dream"].get("fvd", {})
-        if fvd.get("value") is not None and fvd["n"] <= fvd["dimensions"]:
-            said.append(
-                f"FVD of frames {row['frames'][0]}-{row['frames'][1]} comes from {fvd['n']} videos, fewer than its "
-                f"{fvd['dimensions']} dimensions: biased upwards, comparable only at equal n."
-            )
-    return said
-
-
-def read_episodes(data: Sequence[str], limit: int, frame_shape: tuple[int, int, int]) -> list[RecordedEpisode]:
-    """At most ``limit`` episodes of the data sets, taken in turn, resized to the model's frames."""
-    from rawdream_env.data.reader import LeRobotReader
-
-    if not data:
-        raise InvalidOptionError("give at least one data set with --data.")
-    streams = [episodes_from_dataset(LeRobotReader(root, image_size=(frame_shape[0], frame_shape[1]))) for root in data]
-    episodes: list[RecordedEpisode] = []
-    while streams and len(episodes) < limit:
-        for stream in list(streams):
-            episode = next(stream, None)
-            if episode is None:
-                streams.remove(stream)
-            elif len(episodes) < limit:
-                episodes.append(episode)
-    return episodes
-
-
-def evaluate_world_model(config: EvaluateWorldModelConfig) -> dict[str, Any]:
-    """Run the command: measure, write the folder, return the report.
+    Args:
+        config: what to measure on what.
+        world_model: replaces the one ``config`` names.
+        frame_features: measures LPIPS instead of what ``config.lpips`` names.
+        video_features: measures FVD instead of what ``config.fvd`` names.
+        progress: show bars.
 
     Raises:
-        CheckpointError: the world model or a feature network cannot be loaded.
-        DatasetError: no usable episode.
+        InvalidOptionError: an option is out of range, or nothing is left to measure on.
+        CheckpointError: the world model or an extractor's file is missing or does not fit.
+        DatasetError: a data folder is damaged, or its frames are not the world model's.
     """
-    from rawdream_env.evaluation.world_model_report import write
-    from rawdream_env.world_models.embedded import load_world_model
+    from rawdream_env.evaluation.world_model_report import render
+    from rawdream_env.files import atomic_write_bytes, atomic_write_json, atomic_write_text
 
-    if len(config.lpips) not in (0, 2):
-        raise InvalidOptionError(f"--lpips takes two files, AlexNet's and LPIPS's own, got {len(config.lpips)}.")
-    frame_features = perceptual.LpipsAlexNet(*config.lpips).to(config.device) if config.lpips else None
-    video_features = perceptual.I3DFeatures(config.fvd, config.device) if config.fvd else None
-    model = load_world_model(
-        config.world_model,
-        config.device,
-        config.dtype,
-        num_inference_steps=config.num_inference_steps,
-        approximations=config.approximations,
-    )
-    fidelity, report = score_world_model(
-        model,
-        read_episodes(config.data, config.episodes, model.frame_shape),
-        frame_features=frame_features,
-        video_features=video_features,
+    _check(config)
+    folder = Path(config.out)
+    folder.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written is known before the work
+    if frame_features is None and config.lpips:
+        from rawdream_env.evaluation.lpips import LpipsAlex
+
+        frame_features = LpipsAlex(config.lpips, config.device)
+    if video_features is None and config.fvd:
+        from rawdream_env.evaluation.fvd import I3DTorchScript
+
+        video_features = I3DTorchScript(config.fvd, config.device)
+    if world_model is None:
+        from rawdream_env.envs.imagination import load_world_model
+
+        world_model = load_world_model(
+            config.world_model,
+            device=config.device,
+            dtype=config.dtype,
+            num_inference_steps=config.num_inference_steps,
+            approximations=config.approximations,
+        )
+    episodes, notes = _read(config, world_model)
+    fidelity = evaluate_fidelity(
+        world_model,
+        episodes,
+        seed=config.seed,
         batch_size=config.batch_size,
         sensitivity_episodes=config.sensitivity_episodes,
-        seed=config.seed,
-        progress=True,
+        samples=config.videos,
+        frame_features=frame_features,
+        video_features=video_features,
+        progress=progress,
     )
-    report |= {"run": provenance(), "config": asdict(config)}
-    write(fidelity, report, Path(config.out))
-    return report
+    fidelity = replace(fidelity, notes=(*notes, *fidelity.notes))
+    report = {
+        **fidelity.as_dict(),
+        "config": {**asdict(config), "data": list(config.data)},
+        "run": provenance(seed=config.seed),
+    }
+    film = _film(fidelity)
+    for name, content in film.items():
+        atomic_write_bytes(folder / name, content)
+    atomic_write_json(folder / "fidelity.json", report)
+    atomic_write_text(folder / "report.html", render(report, film.get("grid.mp4")))
+    return WorldModelEvaluation(report, folder)
+
+
+def _check(config: EvaluateWorldModelConfig) -> None:
+    """Refuse what cannot be meant, before anything is loaded."""
+    if not config.data:
+        raise InvalidOptionError("no data given; name recorded episodes with --data FOLDER [FOLDER ...].")
+    for name in ("episodes", "horizon", "sensitivity_episodes", "videos", "seed"):
+        parse_positive_int(name, getattr(config, name), minimum=0)
+    parse_positive_int("batch_size", config.batch_size)
+
+
+def _read(config: EvaluateWorldModelConfig, model: WorldModel) -> tuple[list[RecordedEpisode], list[str]]:
+    """Episodes of all folders cut to the horizon, and sentences on what about them to beware of."""
+    from rawdream_env.data.reader import LeRobotReader
+
+    if 0 < config.horizon < model.chunk_len:
+        raise InvalidOptionError(
+            f"horizon={config.horizon} is less than one chunk; the world model imagines {model.chunk_len} frames at once."
+        )
+    found: list[RecordedEpisode] = []
+    notes: list[str] = []
+    for folder in config.data:
+        recorded = LeRobotReader(folder).frame_shape
+        reader = LeRobotReader(folder, image_size=(model.frame_shape[0], model.frame_shape[1]))
+        if recorded != tuple(model.frame_shape):
+            notes.append(f"{folder} has frames of {recorded}, resized here to {tuple(model.frame_shape)}.")
+        if abs(reader.fps - model.fps) > 1e-3:
+            notes.append(
+                f"{folder} was recorded at {reader.fps:g} frames a second, the world model was trained at {model.fps:g}: "
+                "an action means another motion."
+            )
+        found += _cut(episodes_from_dataset(reader, limit=config.episodes or None), config.horizon)
+    for note in notes:
+        _LOGGER.warning(note)
+    return found, notes
+
+
+def _cut(episodes: Iterator[RecordedEpisode], horizon: int) -> Iterator[RecordedEpisode]:
+    for episode in episodes:
+        n = horizon or len(episode.actions)
+        yield replace(episode, frames=episode.frames[: n + 1], actions=episode.actions[:n])
+
+
+def _film(fidelity: Fidelity) -> dict[str, bytes]:
+    """File name -> content of the grid; empty when no episode is to be shown."""
+    if not fidelity.samples:
+        return {}
+    side = fidelity.samples[0][0].shape[1]
+    scale = -(-128 // side)  # small pictures are enlarged for the film, not for the heavier GIF
+    return {
+        "grid.mp4": pictures.mp4_bytes(fidelity.comparison(scale), fidelity.fps),
+        "grid.gif": pictures.gif_bytes(fidelity.comparison(), fidelity.fps),
+    }

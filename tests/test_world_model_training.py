@@ -18,20 +18,18 @@ from rawdream_env.errors import CheckpointError, DatasetError
 from rawdream_env.files import load_safetensors
 from rawdream_env.piper_geometry import HOME_POSE, project
 from rawdream_env.seeding import NoiseKey
-from rawdream_env.trainers.world_model import (
-    EpisodeSampler,
-    LatentEpisodes,
-    StageConfig,
-    WorldModelTrainConfig,
-    focus_cells,
-    train_world_model,
-    world_model_loss,
-)
+from rawdream_env.trainers.latent_episodes import EpisodeSampler, LatentEpisodes, focus_cells
+from rawdream_env.trainers.world_model import LossConfig, StageConfig, WorldModelTrainConfig, train_world_model
+from rawdream_env.trainers.world_model_losses import BatchNoise, episode_loss
 from rawdream_env.world_models.arm_map import ArmMap
 from rawdream_env.world_models.autoencoders import AutoencoderConfig, PackedFrameAutoencoder
 from rawdream_env.world_models.rollout import WanWorldModel
 from rawdream_env.world_models.wan import WanConfig, WanWorldModelTransformer
 
+WEIGHTS = {
+    "transformer": "transformer/diffusion_pytorch_model.safetensors",
+    "autoencoder": "autoencoder/model.safetensors",
+}
 MODEL = WanConfig(
     num_layers=1, num_attention_heads=2, attention_head_dim=24, ffn_dim=64, stem_channels=16,
     stem_blocks=1, head_blocks=1, arm_map_channels=384, carry=True,
@@ -154,7 +152,7 @@ def test_the_loss_looks_where_objects_are_handled() -> None:
 
 
 def test_object_weight_weighs_the_cells_in_focus(tmp_path: Path) -> None:
-    settings = config("", tmp_path, change_weight=0.0)
+    settings = config("", tmp_path, loss=LossConfig(change_weight=0.0))
     model = WanWorldModelTransformer(MODEL)
     episodes = numbered_episodes((3,))
     latents = torch.randn(episodes.latents.shape, generator=torch.Generator().manual_seed(0))
@@ -163,11 +161,11 @@ def test_object_weight_weighs_the_cells_in_focus(tmp_path: Path) -> None:
 
     def loss(focus: torch.Tensor | None) -> float:
         chosen = replace(batch, focus=focus)
-        return world_model_loss(settings, model, chosen, torch.Generator().manual_seed(1), 0)[0].item()
+        return episode_loss(model, chosen, BatchNoise(torch.Generator().manual_seed(1), 2), settings.loss)[0].item()
 
     everywhere, nowhere = torch.ones(2, 6, 8, 8, dtype=torch.uint8), torch.zeros(2, 6, 8, 8, dtype=torch.uint8)
     assert loss(nowhere) == loss(None)
-    assert loss(everywhere) == pytest.approx((1 + settings.object_weight) * loss(None), rel=1e-4)
+    assert loss(everywhere) == pytest.approx((1 + settings.loss.object_weight) * loss(None), rel=1e-4)
 
 
 def test_it_goes_on_from_another_world_model(tmp_path: Path) -> None:
@@ -176,7 +174,7 @@ def test_it_goes_on_from_another_world_model(tmp_path: Path) -> None:
     still = StageConfig(steps=1, batch_size=2, lr=0.0)
     again = train_world_model(config(data, tmp_path / "again", init=str(first), transformer=still))
     for name in ("transformer", "autoencoder"):
-        ours, theirs = (load_safetensors(folder / f"{name}.safetensors") for folder in (again, first))
+        ours, theirs = (load_safetensors(folder / WEIGHTS[name]) for folder in (again, first))
         assert all(torch.allclose(ours[key], theirs[key], atol=1e-6) for key in theirs), name
     assert not (tmp_path / "again" / "autoencoder").exists()
     wider = replace(MODEL, ffn_dim=96)
@@ -234,7 +232,5 @@ def test_killed_at_random_moments_it_ends_bit_identical(tmp_path: Path) -> None:
             for run in ("killed", "unbroken")
         ]
         assert hashes[0] == hashes[1], stage
-        weights = [
-            load_safetensors(folder / f"{stage}.safetensors") for folder in (unbroken, tmp_path / "killed/world_model")
-        ]
+        weights = [load_safetensors(folder / WEIGHTS[stage]) for folder in (unbroken, tmp_path / "killed/world_model")]
         assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])

@@ -157,7 +157,7 @@ def spread(model: WanWorldModelTransformer, world: World) -> nn.Module:
     """
     objective = Objective(model)
     if world.parallel == "ddp":
-        return DistributedDataParallel(objective, broadcast_buffers=False)
+        return DistributedDataParallel(objective)
     if world.parallel == "fsdp2":
         mesh: DeviceMesh = init_device_mesh(world.device.split(":")[0], (world.size,))
         for block in model.blocks:
@@ -194,8 +194,8 @@ def gather(named: Iterable[tuple[str, Tensor]], world: World) -> dict[str, Tenso
     result = {}
     for name, value in named:
         full = whole(value).detach()
-        if world.first:
-            result[name] = full.cpu()
+        if world.first:  # copied: a gathered tensor may be a part of a larger buffer
+            result[name] = full.to("cpu", copy=isinstance(value, DTensor))
     return result
 
 

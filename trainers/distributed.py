@@ -151,9 +151,9 @@ class Objective(nn.Module):
 def spread(model: WanWorldModelTransformer, world: World) -> nn.Module:
     """An ``Objective`` of ``model``, ready for training in ``world``.
 
-    FSDP2 gathers each block when it runs. The attention to the prompt is the exception: its weights are used before the
-    first block runs (``prompt_keys``), so they go with the ends of the model, which are gathered for the whole pass.
-    Gathered weights are fp32 and autocast does the rest, as in one process.
+    FSDP2 gathers each block when it runs. The attention to the prompt is a unit of its own: its weights are used before the
+    first block runs (``prompt_keys``) and stay gathered until the backward pass is through with them. Gathered weights are
+    fp32 and autocast does the rest, as in one process.
     """
     objective = Objective(model)
     if world.parallel == "ddp":
@@ -161,8 +161,11 @@ def spread(model: WanWorldModelTransformer, world: World) -> nn.Module:
     if world.parallel == "fsdp2":
         mesh: DeviceMesh = init_device_mesh(world.device.split(":")[0], (world.size,))
         for block in model.blocks:
-            prompt = set() if block.attn2 is None else set(block.attn2.parameters())
-            fully_shard(block, mesh=mesh, ignored_params=prompt)
+            if block.attn2 is not None:
+                fully_shard(block.attn2, mesh=mesh, reshard_after_forward=False)
+                register_fsdp_forward_method(block.attn2, "prepare")
+                register_fsdp_forward_method(block.attn2, "add")
+            fully_shard(block, mesh=mesh)
             register_fsdp_forward_method(block, "keys_values")  # of teacher forcing, whose last block stops there
         fully_shard(objective, mesh=mesh)
     return objective

@@ -244,6 +244,8 @@ def train_transformer(
         save_every=config.save_every,
         may_change=MAY_CHANGE,
     )
+    if validation is not None and not stage.first:
+        validation.begin(stage)
     batch_size = config.transformer.batch_size
     rows = world.rows(batch_size)
     parts = micro_batches(rows, config.micro_batch_size)

@@ -77,6 +77,12 @@ class Validation:
         if not self.episodes:
             raise DatasetError(f"no validation episode is {config.model.chunk_len} steps long; give longer ones.")
 
+    def begin(self, stage: TrainingStage[Any]) -> None:
+        """Log the held-out loss before the first step. Every process has to call it."""
+        tensors = stage.averaged()
+        if stage.world.first:
+            stage.log(0, val_loss=self.loss(assembled(self.config.model, tensors).to(self.config.device)))
+
     def run(self, step: int, stage: TrainingStage[Any]) -> None:
         """Measure the averaged weights after ``step`` steps. Every process has to call it."""
         tensors = stage.averaged()

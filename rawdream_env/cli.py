@@ -63,6 +63,12 @@ def _evaluation(result: Any) -> tuple[str, int]:
     return table(result.report), 0
 
 
+def _fidelity(result: Any) -> tuple[str, int]:
+    from rawdream_env.evaluation.world_model_report import summary
+
+    return summary(result)
+
+
 def _text(result: Any) -> tuple[str, int]:
     return str(result), 0
 
@@ -116,6 +122,10 @@ COMMANDS: dict[str, Command] = {
     "evaluate": Command(
         "the same policy and the same starts in the dream and in the simulator, with a report",
         f"{_EVALUATION}.side_by_side", "EvaluateConfig", "evaluate", _evaluation,
+    ),
+    "evaluate-world-model": Command(
+        "a world model's frames against recorded ones: PSNR, SSIM, LPIPS, FVD, ghosting, whether it heeds its actions",
+        f"{_EVALUATION}.world_model", "EvaluateWorldModelConfig", "evaluate_world_model", _fidelity,
     ),
     "train-embedded": Command(
         "make the shipped models again from nothing, stage by stage",
@@ -188,8 +198,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     logging.basicConfig(format="%(message)s")
     logging.getLogger("rawdream_env").setLevel(logging.INFO)
+    name = " ".join(words[:2]) if " ".join(words[:2]) in COMMANDS else words[0]  # some names are two words
     try:
-        return run(words[0], words[1:])
+        return run(name, words[len(name.split()) :])
     except KeyboardInterrupt:
         print("\nInterrupted. What was saved is kept; the same command goes on from there.", file=sys.stderr)
         return 130
@@ -200,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = explain(error)
         if debug or message is None:
             raise
-        print(f"rawdream {words[0]}: {message}", file=sys.stderr)
+        print(f"rawdream {name}: {message}", file=sys.stderr)
         return 2
 
 
@@ -208,6 +219,8 @@ def run(name: str, arguments: Sequence[str]) -> int:
     """Parse the options of a subcommand, run it, print what it says. Raises whatever the subcommand raises."""
     command = COMMANDS.get(name)
     if command is None:
+        if family := [other for other in COMMANDS if other.startswith(f"{name} ")]:
+            raise InvalidOptionError(f"{name!r} is followed by a second word: {', '.join(family)}.")
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose among {', '.join(COMMANDS)}."
         raise InvalidOptionError(f"there is no command {name!r}; {hint}")

@@ -151,6 +151,7 @@ def test_gradient_checkpointing_changes_nothing(wan: tuple[nn.Module, Path]) -> 
         assert a is None or b is None or torch.equal(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("frames", [(3, 5), (4, 4)])
 def test_flex_attention_equals_the_dense_mask(frames: tuple[int, int]) -> None:
     """The block mask of a GPU, run eagerly here: 128 tokens a frame, queries at the end of the keys."""

@@ -152,14 +152,19 @@ def _mean_interval(values: Float64Array) -> Estimate:
 
 
 def action_sensitivity(
-    world_model: WorldModel, episodes: Sequence[RecordedEpisode], *, seed: int = 0, batch_size: int = 16
+    world_model: WorldModel,
+    episodes: Sequence[RecordedEpisode],
+    *,
+    seed: int = 0,
+    batch_size: int = 16,
+    progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """How much the dream listens to its actions, relative to how much it changes with noise alone.
 
     Mean absolute pixel change (0-255) of the imagined frames when the actions are *swapped* with the next episode's and
     when motion is *zeroed* (the gripper command, which is absolute, is kept), divided by the change between noise draws
     0 and 1 under the recorded actions. Well above 1: actions steer. About 1: noise does. ``ratio`` is None when the
-    draws are identical (a deterministic model). Needs at least two episodes.
+    draws are identical (a deterministic model). Needs at least two episodes; each is replayed four times.
     """
     if len(episodes) < 2:
         raise DatasetError(
@@ -177,7 +182,15 @@ def action_sensitivity(
 
     def clips(draw: int, change: Callable[[int, Float32Array], Float32Array] | None = None) -> list[UInt8Array]:
         return list(
-            dream_episodes(world_model, episodes, seed=seed, draw=draw, batch_size=batch_size, change_actions=change)
+            dream_episodes(
+                world_model,
+                episodes,
+                seed=seed,
+                draw=draw,
+                batch_size=batch_size,
+                change_actions=change,
+                progress=progress,
+            )
         )
 
     recorded = clips(0)
@@ -257,12 +270,14 @@ def evaluate_fidelity(
     sensitivity_episodes: int = 32,
     samples: int = 6,
     progress: bool = False,
+    watch: Callable[[RecordedEpisode, UInt8Array], None] | None = None,
 ) -> Fidelity:
     """Replay ``episodes`` through ``world_model`` and score every frame.
 
     ``region``: what the moving region is measured against, "start" (each episode's first frame) or "background" (the
     median picture). ``sensitivity_episodes``: how many episodes the sensitivity ratio uses (0: none; it costs four more
-    replays of each). Raises DatasetError when there is no episode of at least one chunk.
+    replays of each). ``watch`` is shown every episode with its dream. Raises DatasetError when there is no episode of at
+    least one chunk.
     """
     from tqdm import tqdm
 
@@ -281,10 +296,17 @@ def evaluate_fidelity(
         )
         for episode, dream in zip(usable, stream, strict=True):
             scores.append(compare_episode(dream, episode.frames, k, reference))
+            if watch is not None:
+                watch(episode, dream)
             if len(shown) < samples:
                 shown.append((episode.frames[1 : len(dream) + 1], dream))
     chosen = usable[:sensitivity_episodes]
-    listens = action_sensitivity(world_model, chosen, seed=seed, batch_size=batch_size) if len(chosen) > 1 else None
+    listens = None
+    if len(chosen) > 1:
+        with tqdm(total=4 * len(chosen), desc="action sensitivity", unit="replay", disable=not progress) as bar:
+            listens = action_sensitivity(
+                world_model, chosen, seed=seed, batch_size=batch_size, progress=lambda n: bar.update(n) and None
+            )
     return Fidelity(summarise(scores, k), listens, len(usable), world_model.fps, shown)
 
 

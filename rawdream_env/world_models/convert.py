@@ -104,15 +104,23 @@ def build_transformer(tensors: Tensors, config: WanConfig, where: str | Path) ->
     patch = given.get("patch_embedding.weight")
     if patch is not None and patch.dim() == 5 and patch.shape[2] == 1:
         given["patch_embedding.weight"] = patch.squeeze(2)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # the hidden layer of the action path; its output layer is zero
+    with torch.device("meta"):
         model = WanWorldModelTransformer(config)
     wanted = model.state_dict()
     size = f"size, {config.num_layers} layers of width {config.width} with a prompt"
     check_weights(given, {name: tensor for name, tensor in wanted.items() if not _added(name)}, where, size)
-    model.load_state_dict({name: given.get(name, tensor).to(tensor.dtype) for name, tensor in wanted.items()})
+    own = {name: given[name].to(tensor.dtype, copy=True) for name, tensor in wanted.items() if not _added(name)}
+    model.load_state_dict(own | _new_tensors(config), assign=True)
     model.eval()
     return model
+
+
+def _new_tensors(config: WanConfig) -> dict[str, Tensor]:
+    """What Wan lacks: the action path, random but for its last layer, which is zero, and an all-zero prompt."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        small = WanWorldModelTransformer(replace(config, num_layers=0))
+    return {name: tensor for name, tensor in small.state_dict().items() if _added(name)}
 
 
 def config_from_diffusers(values: Mapping[str, Any], latent_size: int, base: WanConfig) -> WanConfig:
@@ -216,7 +224,8 @@ def empty_prompt(text_encoder: Path) -> Tensor:
         )
     from transformers import UMT5EncoderModel
 
-    encoder = UMT5EncoderModel.from_pretrained(text_encoder, local_files_only=True).eval()
+    encoder: Any = UMT5EncoderModel.from_pretrained(text_encoder, local_files_only=True)
+    encoder.eval()
     with torch.no_grad():
         row = encoder(torch.tensor([[encoder.config.eos_token_id]])).last_hidden_state[0].float()
     return torch.cat([row, torch.zeros(PROMPT_ROWS - 1, row.shape[1])])

@@ -115,11 +115,16 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], Path]:
 
 
 def load_pretrained(model: nn.Module, folder: Path) -> None:
-    """Load all tensors of a folder into ``model``, in the model's precision, or none (``CheckpointError``)."""
+    """Load all tensors of a folder into ``model``, in the model's precision, or none (``CheckpointError``).
+
+    ``model`` may be on the meta device: its tensors are replaced, not filled.
+    """
     tensors, where = read_folder(folder)
     wanted = model.state_dict()
     check_weights(tensors, wanted, where)
-    model.load_state_dict({name: tensor.to(wanted[name].dtype) for name, tensor in tensors.items()})
+    # Copies: kernels on a CPU may round differently for memory that is not aligned, as parts of a file are.
+    own = {name: tensor.to(wanted[name].dtype, copy=True) for name, tensor in tensors.items()}
+    model.load_state_dict(own, assign=True)
 
 
 def write_pretrained(model: Any, folder: Path, *, half: bool = False, max_shard_size: str = "5GB") -> None:

@@ -414,7 +414,8 @@ class WanWorldModelTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """
         dtype = kwargs.pop("torch_dtype", torch.float32)
         path = find_folder(folder, **kwargs)
-        model = cls.from_config(read_config(path, cls.__name__))
+        with torch.device("meta"):  # neither memory nor random numbers for weights that are about to be replaced
+            model = cls.from_config(read_config(path, cls.__name__))
         load_pretrained(model, path)
         model.to(dtype).eval()
         return model

@@ -192,6 +192,13 @@ class EpisodeSampler:
         return EpisodeBatch(latents.to(cfg.device), conditions, maps, focus)
 
 
+def _rows(batch: EpisodeBatch, rows: list[int]) -> EpisodeBatch:
+    """Some rows of a batch."""
+    maps = None if batch.arm_maps is None else batch.arm_maps[rows]
+    focus = None if batch.focus is None else batch.focus[rows]
+    return EpisodeBatch(batch.latents[rows], batch.conditions[rows], maps, focus)
+
+
 class EpisodeObjective:
     """The loss of a step's rows; batches and noise are drawn whole and a process keeps its rows.
 
@@ -209,7 +216,7 @@ class EpisodeObjective:
         batch = self.sampler.draw(rng, batch_size)
         depth = int(rng.integers(0, loss.self_forcing_depth + 1)) if step >= self.forcing_from else 0
         for rows in parts:
-            chosen = EpisodeBatch(**{k: None if v is None else v[list(rows)] for k, v in vars(batch).items()})
+            chosen = _rows(batch, list(rows))
             noise = BatchNoise(torch.Generator().manual_seed(mix(seed, self.stream, step, 1)), batch_size, rows)
 
             def compute(

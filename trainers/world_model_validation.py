@@ -45,8 +45,8 @@ def assembled(arch: WanConfig, tensors: Mapping[str, Tensor]) -> WanWorldModelTr
     with torch.device("meta"):  # neither memory nor random numbers for weights that are about to be replaced
         model = WanWorldModelTransformer(arch)
     model.load_state_dict(dict(tensors), assign=True)
-    model.requires_grad_(False)
-    return model.eval()
+    model.eval().requires_grad_(False)
+    return model
 
 
 class Validation:

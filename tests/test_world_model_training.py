@@ -13,33 +13,37 @@ import pytest
 import torch
 
 from rawdream_env.data import schema
-from rawdream_env.data.lerobot import LeRobotWriter
-from rawdream_env.errors import CheckpointError, DatasetError
+from rawdream_env.data.lerobot import LeRobotReader, LeRobotWriter
+from rawdream_env.errors import CheckpointError, DatasetError, InvalidOptionError
 from rawdream_env.files import load_safetensors
 from rawdream_env.piper_geometry import HOME_POSE, project
-from rawdream_env.seeding import NoiseKey
-from rawdream_env.trainers.world_model import (
-    EpisodeSampler,
-    LatentEpisodes,
-    StageConfig,
-    WorldModelTrainConfig,
-    focus_cells,
-    train_world_model,
-    world_model_loss,
-)
+from rawdream_env.seeding import NoiseKey, mix
+from rawdream_env.trainers.distributed import ALONE
+from rawdream_env.trainers.latent_data import load_bounds
+from rawdream_env.trainers.latent_episodes import EpisodeSampler, LatentEpisodes, focus_cells
+from rawdream_env.trainers.latent_windows import DataEntry, WindowObjective, cached_mixture, rollout_bounds
+from rawdream_env.trainers.training_stage import TrainingStage
+from rawdream_env.trainers.world_model import LossConfig, StageConfig, WorldModelTrainConfig, train_world_model
+from rawdream_env.trainers.world_model_losses import BatchNoise, episode_loss
 from rawdream_env.world_models.arm_map import ArmMap
 from rawdream_env.world_models.autoencoders import AutoencoderConfig, PackedFrameAutoencoder
-from rawdream_env.world_models.rollout import WanWorldModel
+from rawdream_env.world_models.embedded import read_world_model, save_world_model
+from rawdream_env.world_models.rollout import RolloutConfig, WanWorldModel
 from rawdream_env.world_models.wan import WanConfig, WanWorldModelTransformer
+from rawdream_env.world_models.wan_vae import WanVAE
 
+WEIGHTS = {
+    "transformer": "transformer/diffusion_pytorch_model.safetensors",
+    "autoencoder": "autoencoder/model.safetensors",
+}
 MODEL = WanConfig(
     num_layers=1, num_attention_heads=2, attention_head_dim=24, ffn_dim=64, stem_channels=16,
     stem_blocks=1, head_blocks=1, arm_map_channels=384, carry=True,
 )  # fmt: skip
 
 
-def write_data(root: Path, lengths: tuple[int, ...]) -> str:
-    """A LeRobot folder of a square that slides over a 64 x 64 picture."""
+def write_data(root: Path, lengths: tuple[int, ...], *, poses: bool = False) -> str:
+    """A LeRobot folder of a square that slides over a 64 x 64 picture; ``poses`` follow the actions, or are noise."""
     features = {schema.ACTION_KEY: schema.numeric_feature(7), schema.STATE_KEY: schema.numeric_feature(7)}
     writer = LeRobotWriter(root, fps=10, image_shape=(64, 64, 3), features=features)
     for seed, steps in enumerate(lengths):
@@ -50,6 +54,9 @@ def write_data(root: Path, lengths: tuple[int, ...]) -> str:
             frame[10:16, left : left + 6] = (200, 40, 40)
         actions = rng.uniform(-1, 1, (steps, 7)).astype(np.float32)
         state = np.tile(np.asarray(HOME_POSE, np.float32), (steps + 1, 1)) + rng.normal(0, 0.01, (steps + 1, 7))
+        if poses:
+            first = torch.tensor(HOME_POSE, dtype=torch.float32)[None]
+            state = torch.cat([first, ArmMap().integrate(first, torch.from_numpy(actions)[None])[0]]).numpy()
         writer.add_episode(frames, actions, state.astype(np.float32), "play")
     writer.finalize()
     return str(root)
@@ -154,7 +161,7 @@ def test_the_loss_looks_where_objects_are_handled() -> None:
 
 
 def test_object_weight_weighs_the_cells_in_focus(tmp_path: Path) -> None:
-    settings = config("", tmp_path, change_weight=0.0)
+    settings = config("", tmp_path, loss=LossConfig(change_weight=0.0))
     model = WanWorldModelTransformer(MODEL)
     episodes = numbered_episodes((3,))
     latents = torch.randn(episodes.latents.shape, generator=torch.Generator().manual_seed(0))
@@ -163,11 +170,11 @@ def test_object_weight_weighs_the_cells_in_focus(tmp_path: Path) -> None:
 
     def loss(focus: torch.Tensor | None) -> float:
         chosen = replace(batch, focus=focus)
-        return world_model_loss(settings, model, chosen, torch.Generator().manual_seed(1), 0)[0].item()
+        return episode_loss(model, chosen, BatchNoise(torch.Generator().manual_seed(1), 2), settings.loss)[0].item()
 
     everywhere, nowhere = torch.ones(2, 6, 8, 8, dtype=torch.uint8), torch.zeros(2, 6, 8, 8, dtype=torch.uint8)
     assert loss(nowhere) == loss(None)
-    assert loss(everywhere) == pytest.approx((1 + settings.object_weight) * loss(None), rel=1e-4)
+    assert loss(everywhere) == pytest.approx((1 + settings.loss.object_weight) * loss(None), rel=1e-4)
 
 
 def test_it_goes_on_from_another_world_model(tmp_path: Path) -> None:
@@ -176,7 +183,7 @@ def test_it_goes_on_from_another_world_model(tmp_path: Path) -> None:
     still = StageConfig(steps=1, batch_size=2, lr=0.0)
     again = train_world_model(config(data, tmp_path / "again", init=str(first), transformer=still))
     for name in ("transformer", "autoencoder"):
-        ours, theirs = (load_safetensors(folder / f"{name}.safetensors") for folder in (again, first))
+        ours, theirs = (load_safetensors(folder / WEIGHTS[name]) for folder in (again, first))
         assert all(torch.allclose(ours[key], theirs[key], atol=1e-6) for key in theirs), name
     assert not (tmp_path / "again" / "autoencoder").exists()
     wider = replace(MODEL, ffn_dim=96)
@@ -234,7 +241,140 @@ def test_killed_at_random_moments_it_ends_bit_identical(tmp_path: Path) -> None:
             for run in ("killed", "unbroken")
         ]
         assert hashes[0] == hashes[1], stage
-        weights = [
-            load_safetensors(folder / f"{stage}.safetensors") for folder in (unbroken, tmp_path / "killed/world_model")
-        ]
+        weights = [load_safetensors(folder / WEIGHTS[stage]) for folder in (unbroken, tmp_path / "killed/world_model")]
         assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def window_config(tmp_path: Path, **changes: object) -> WorldModelTrainConfig:
+    """A run on windows with a trained codec and far anchors."""
+    stage = StageConfig(steps=4, batch_size=2, lr=1e-3, warmup=2)
+    return replace(config(str(tmp_path / "data"), tmp_path / "out", objective="window", transformer=stage), **changes)  # type: ignore[arg-type]
+
+
+def test_windows_give_the_model_what_a_rollout_gives_it(tmp_path: Path) -> None:
+    """Conditions, maps and positions, behind a near and a far anchor, with the entry's own action statistics."""
+    reader = LeRobotReader(write_data(tmp_path / "data", (64,), poses=True))
+    codec = PackedFrameAutoencoder(AutoencoderConfig(widths=(16, 16))).eval()
+    settings = window_config(tmp_path, bf16=False, loss=LossConfig(far_anchor=1.0))
+    mixture = cached_mixture([DataEntry(str(tmp_path / "data"))], codec, tmp_path / "latents", settings, ALONE)
+    low, high = rollout_bounds(mixture.bounds[0], 7)
+    assert low[0] > -1 and high[0] < 1  # quantiles: some actions lie outside
+    rollout = replace(settings.rollout, action_low=low, action_high=high)
+    model = WanWorldModel(WanWorldModelTransformer(MODEL), codec, rollout)
+    episode = reader.episode(0)
+    states = [model.start(torch.from_numpy(episode.frames[:1]), [NoiseKey(0)], torch.from_numpy(episode.state[:1]))]
+    for chunk in range(8):
+        actions = torch.from_numpy(episode.actions[None, 8 * chunk : 8 * chunk + 8])
+        states.append(model.imagine(states[-1], actions)[0])
+    objective, seen = WindowObjective(mixture, settings, device="cpu"), set()
+    rows = list(range(100))
+    windows = mixture.draw(np.random.default_rng(mix(0, 2, 0, 0)), 100, 4, 1.0, max_offset=8)
+    batch = objective.draw(0, rows, 100)
+    assert batch.maps is not None and torch.equal(batch.times, windows.times)
+    for row, (_, first, anchor) in enumerate(windows.places.tolist()):
+        if anchor:
+            continue
+        n = int(batch.drawn.context[row])
+        seen.add((first, n))
+        if first:
+            assert n == 6
+        state = states[first + n // 2 + 1]  # after the chunk behind the context
+        new = slice(n + 1, n + 3)
+        assert int(batch.times[row, n + 1]) == model._time(first + n // 2)
+        torch.testing.assert_close(batch.conditions[row, new], state.conditions[0, -2:], atol=1e-4, rtol=0)
+        torch.testing.assert_close(batch.maps[row, new], state.arm_maps[0, -2:], atol=1e-4, rtol=0)
+        before = states[first + n // 2]  # what it looked back on
+        recent = slice(7 - n, 7)
+        torch.testing.assert_close(batch.conditions[row, 0], before.conditions[0, 0], atol=1e-4, rtol=0)
+        torch.testing.assert_close(batch.conditions[row, 1 : n + 1], before.conditions[0, recent], atol=1e-4, rtol=0)
+        torch.testing.assert_close(batch.maps[row, 1 : n + 1], before.arm_maps[0, recent], atol=1e-4, rtol=0)
+    assert {first for first, _ in seen} >= {0, 2, 4} and {n for _, n in seen} >= {0, 2, 4, 6}
+    part = objective.draw(0, [3, 17], 100)
+    assert torch.equal(part.latents, batch.latents[[3, 17]]) and torch.equal(
+        part.drawn.noise, batch.drawn.noise[[3, 17]]
+    )
+
+
+@pytest.mark.slow
+def test_a_run_on_windows_resumes_bit_identical(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    for name, lengths in (("data", (40, 72)), ("demos", (48,)), ("held_out", (40,))):
+        write_data(tmp_path / name, lengths)
+    changes: dict[str, object] = {
+        "data": (str(tmp_path / "data"), f"{tmp_path / 'demos'},weight=3,name=few"),
+        "validation": (str(tmp_path / "held_out"),), "validation_windows": 3, "validate_every": 2, "deploy": "few",
+        "log_every": 1,
+    }  # fmt: skip
+    unbroken = train_world_model(window_config(tmp_path, **changes))
+    stopped = replace(window_config(tmp_path, **changes), out=str(tmp_path / "stopped"))
+    save, saves = TrainingStage.save, []
+
+    def killed(self: TrainingStage[torch.nn.Module], step: int) -> None:
+        save(self, step)
+        saves.append(step)
+        if self.folder.name == "transformer" and step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(TrainingStage, "save", killed)
+        train_world_model(stopped)
+    resumed = train_world_model(stopped)
+    a, b = (load_safetensors(folder / WEIGHTS["transformer"]) for folder in (unbroken, resumed))
+    assert saves[-1] == 2 and all(torch.equal(a[key], b[key]) for key in a)
+    logs = [(folder.parent / "transformer" / "metrics.jsonl").read_text() for folder in (unbroken, resumed)]
+    assert logs[0] == logs[1]
+    lines = [json.loads(line) for line in logs[0].splitlines()]
+    assert [line["step"] for line in lines if "val_loss" in line] == [0, 2, 4]
+    assert {"val_dream_psnr_moving_0_8", "val_copy_last_ssim_32_40"} <= lines[-1].keys()
+    assert (unbroken.parent / "transformer/validation/step_00000004.mp4").stat().st_size > 1000
+    low, high = rollout_bounds(load_bounds(unbroken / "statistics.json", "few"), 7)
+    model = read_world_model(unbroken)
+    assert (model.config.action_low, model.config.action_high) == (low, high)
+    assert load_bounds(unbroken / "statistics.json", "data")[0].tolist() != list(low)
+
+
+def test_it_trains_on_with_wans_vae(tmp_path: Path) -> None:
+    from diffusers import AutoencoderKLWan
+
+    write_data(tmp_path / "data", (32,))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        arch = replace(MODEL, latent_shape=(16, 4, 4), residual=False, pose_dim=0, arm_map_channels=0, carry=False,
+                       stem_channels=0, stem_blocks=0, head_blocks=0, text_dim=8)  # fmt: skip
+        vae, transformer = WanVAE(AutoencoderKLWan(base_dim=8), 32), WanWorldModelTransformer(arch)
+    save_world_model(WanWorldModel(transformer, vae, RolloutConfig(arm_map=None)), tmp_path / "wan")
+    folder = train_world_model(window_config(tmp_path, init=str(tmp_path / "wan"), model=arch))
+    assert (folder / "vae" / "config.json").is_file() and not (folder / "autoencoder").exists()
+    assert read_world_model(folder).config.arm_map is None
+    with pytest.raises(InvalidOptionError, match='needs the embedded codec; give objective="window"'):
+        train_world_model(config(str(tmp_path / "data"), tmp_path / "x", init=str(tmp_path / "wan"), model=arch))
+
+
+def test_mistakes_are_told(tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data", (40,))
+
+    def refused(error: type[Exception], said: str, **changes: object) -> None:
+        with pytest.raises(error, match=said):
+            train_world_model(window_config(tmp_path, codec="embedded", out=str(tmp_path / "x"), **changes))
+
+    refused(InvalidOptionError, "deploy='few' is none of the data entries; name one of data", deploy="few")
+    refused(InvalidOptionError, "give init or codec, not both", init="embedded")
+    refused(InvalidOptionError, "'wheight=2' in the data entry .* is no setting", data=(f"{data},wheight=2",))
+    refused(InvalidOptionError, "weight in the data entry .* is no number", data=(f"{data},weight=two",))
+    refused(InvalidOptionError, 'are for objective="window"', data=(f"{data},weight=2",), objective="episode")
+    refused(
+        InvalidOptionError,
+        "context_latents 5 is no multiple of chunk_latents 2",
+        model=replace(MODEL, context_latents=5),
+    )
+    wide = replace(MODEL, latent_shape=(16, 32, 32))
+    refused(
+        CheckpointError,
+        r"makes latents \(16, 8, 8\) of 64-pixel frames, the transformer takes \(16, 32, 32\)",
+        model=wide,
+    )
+    refused(CheckpointError, "no world-model configuration 'wan3'", model_name="wan3")
+    refused(DatasetError, "takes 9 pose dimensions", model=replace(MODEL, pose_dim=9))
+    short = write_data(tmp_path / "short", (4,))
+    refused(DatasetError, "none of 1 episodes is 8 steps long", validation=(short,))
+    assert DataEntry.parse("a/b,weight=2,name=n,camera=c") == DataEntry("a/b", 2.0, "n", "c")

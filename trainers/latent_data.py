@@ -182,14 +182,16 @@ class LatentBatch:
     ``latents`` fp32 (B, 1+M, C, h, w); ``actions`` fp32 (B, 1+M, 4, A) in [-1, 1], those that lead to each latent, zero
     for the anchor and in dimensions the data set does not have; ``poses`` fp32 (B, 1+M, 4, P), after each of these actions,
     for the anchor its own four times, zero-padded; ``times`` int64 (B, 1+M), positions in latents, 0 for the anchor;
-    ``focus`` uint8 (B, M, h, w), zero where a data set has none; ``source`` int64 (B,), which entry; ``places`` int64 (B, 3):
-    episode, first chunk, and the chunk boundary of the anchor.
+    ``before`` fp32 (B, P), the state at the start of the window, that of the anchor unless it is a far one; ``focus`` uint8
+    (B, M, h, w), zero where a data set has none; ``source`` int64 (B,), which entry; ``places`` int64 (B, 3): episode, first
+    chunk, and the chunk boundary of the anchor.
     """
 
     latents: Tensor
     actions: Tensor
     poses: Tensor
     times: Tensor
+    before: Tensor
     focus: Tensor
     source: Tensor
     places: Tensor
@@ -205,14 +207,25 @@ class Mixture:
     Args:
         entries: the data sets and their weights.
         action_dim: A of the model; data with fewer dimensions are padded with zeros. Default: the largest.
+        bounds: action bounds of all entries, instead of each entry's own: of the training data, for held-out ones.
         verify: as in ``LatentDataset``.
+
+    Attributes:
+        bounds: the action bounds by which each entry's actions are normalised.
 
     Raises:
         DatasetError: caches that do not fit together, more action dimensions than the model has, two entries of one name
             or no positive weight.
     """
 
-    def __init__(self, entries: Sequence[MixtureEntry], *, action_dim: int | None = None, verify: bool = True) -> None:
+    def __init__(
+        self,
+        entries: Sequence[MixtureEntry],
+        *,
+        action_dim: int | None = None,
+        bounds: QuantileBounds | None = None,
+        verify: bool = True,
+    ) -> None:
         if not entries or any(not (0 < entry.weight < float("inf")) for entry in entries):
             raise DatasetError(f"a mixture needs entries, all of positive weight; got {[e.weight for e in entries]}.")
         labels = [entry.label for entry in entries]
@@ -238,7 +251,7 @@ class Mixture:
         self.chunk_len, self.latent_shape = first.chunk_len, first.latent_shape
         weights = np.array([entry.weight for entry in entries], np.float64)
         self._upto = np.cumsum(weights / weights.sum())[:-1]
-        self._bounds = [dataset.bounds for dataset in self.datasets]
+        self.bounds = [dataset.bounds if bounds is None else bounds for dataset in self.datasets]
         self._windows: dict[int, list[NDArray[np.int64]]] = {}
 
     def statistics(self) -> dict[str, Any]:
@@ -260,6 +273,7 @@ class Mixture:
         far_anchor: float = 0.0,
         *,
         max_offset: int = 64,
+        rows: Sequence[int] | None = None,
     ) -> LatentBatch:
         """Draw windows of ``num_chunks`` chunks: a data set by weight, then one of its windows, all equally likely.
 
@@ -269,7 +283,7 @@ class Mixture:
         1 + ``max_offset``: positions the model never sees in training would mean nothing to it.
 
         The result depends on the state of ``rng`` and the arguments alone, and which windows are drawn does not depend on
-        ``far_anchor`` or ``max_offset``.
+        ``far_anchor`` or ``max_offset``. ``rows``: read and return only these of the ``batch_size`` rows.
         """
         ends = self._ends(num_chunks)
         source = np.searchsorted(self._upto, rng.random(batch_size), side="right")
@@ -281,8 +295,10 @@ class Mixture:
             episode = int(np.searchsorted(ends[s], number, side="right"))
             first = int(number - (ends[s][episode - 1] if episode else 0))
             places[row] = episode, first, int(share[row] * first) if far[row] and first else first
-        rows = [self._row(s, e, c, a, num_chunks) for s, (e, c, a) in zip(source, places.tolist(), strict=True)]
-        latents, actions, poses, focus = (torch.stack(parts) for parts in zip(*rows, strict=True))
+        if rows is not None:
+            source, places = source[list(rows)], places[list(rows)]
+        read = [self._row(s, e, c, a, num_chunks) for s, (e, c, a) in zip(source, places.tolist(), strict=True)]
+        latents, actions, poses, before, focus = (torch.stack(parts) for parts in zip(*read, strict=True))
         gap = (places[:, 1] - places[:, 2]) * (self.chunk_len // FRAMES_PER_LATENT)
         times = 1 + np.minimum(gap, max_offset)[:, None] + np.arange(latents.shape[1] - 1)
         return LatentBatch(
@@ -290,6 +306,7 @@ class Mixture:
             actions=actions,
             poses=poses,
             times=torch.from_numpy(np.pad(times.astype(np.int64), ((0, 0), (1, 0)))),
+            before=before,
             focus=focus,
             source=torch.from_numpy(source.astype(np.int64)),
             places=torch.from_numpy(places),
@@ -310,8 +327,8 @@ class Mixture:
 
     def _row(
         self, source: int, episode: int, first: int, anchor: int, num_chunks: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """One window (latents, actions, poses, focus), with the still at chunk boundary ``anchor``."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """One window (latents, actions, poses, state before it, focus), with the still at chunk boundary ``anchor``."""
         dataset = self.datasets[source]
         window = dataset.window(episode, first, num_chunks)
         near = anchor == first
@@ -320,12 +337,14 @@ class Mixture:
         m = len(window.latents)
         actions = torch.zeros(1 + m, FRAMES_PER_LATENT, self.action_dim)
         poses = torch.zeros(1 + m, FRAMES_PER_LATENT, self.pose_dim)
-        normal = torch.from_numpy(normalise_actions(window.actions.numpy(), *self._bounds[source]))
+        normal = torch.from_numpy(normalise_actions(window.actions.numpy(), *self.bounds[source]))
         actions[1:, :, : dataset.action_dim] = normal.unflatten(0, (m, FRAMES_PER_LATENT))
         poses[0, :, : dataset.pose_dim] = held
         poses[1:, :, : dataset.pose_dim] = window.poses[1:].unflatten(0, (m, FRAMES_PER_LATENT))
         focus = torch.zeros(m, *self.latent_shape[1:], dtype=torch.uint8) if window.focus is None else window.focus
-        return torch.cat([still[None], window.latents]).float(), actions, poses, focus
+        before = torch.zeros(self.pose_dim)
+        before[: dataset.pose_dim] = window.poses[0]
+        return torch.cat([still[None], window.latents]).float(), actions, poses, before, focus
 
 
 def load_bounds(path: str | Path, name: str = "") -> QuantileBounds:

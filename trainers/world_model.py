@@ -1,63 +1,73 @@
-"""Train a world model from play data: autoencoder, latent cache, transformer (paper section 3.1, A.2).
+r"""Train a world model: frame codec, latents, transformer (paper section 3.1, A.2). One trainer for both sizes.
 
-    rawdream train-world-model --data DIR --out RUN
+    rawdream train-world-model --data data/play --out runs/world_model
+    torchrun --nproc-per-node 8 -m rawdream_env train-world-model --parallel fsdp2 --objective window \
+        --init models/wan --model-name wan2.1-1.3b --data data/libero_90 --out runs/zero_shot
 
-What is kept of the paper: rectified flow on clean context and noisy targets, per-position context noise, action AdaLN,
-AdamW with warm-up and cosine, EMA. What differs at the embedded size, each an option: every chunk of an episode is a
-target in one pass (teacher forcing), the loss weighs cells that change, part of the targets are pure noise (t = 1), and
-the last part of training replaces the context by the model's own predictions (self-forcing), so that it learns to live
-with its own mistakes.
+The codec is trained (the embedded size), or that of ``init`` or ``codec`` (Wan's VAE); the transformer begins with the
+weights of ``init`` or at random. Then one of two objectives:
 
-Every batch and every noise draw is a function of (seed, step): a killed run continues to bit-identical weights.
+- "window" (the paper's): 33-frame windows of a weighted mixture of data sets, a random part of each its context, kept on
+  disk as latents (``latent_windows.py``);
+- "episode" (the embedded size): every chunk of an episode is a target in one pass, and the last part of training replaces
+  the context by the model's own predictions, so that it learns to live with its own mistakes (``latent_episodes.py``).
+
+Of the paper are AdamW with warm-up and cosine, rectified flow, context noise per position and EMA. Ours, each an option:
+part of the targets are pure noise, the residual models' loss weighs cells that change, far anchors.
+
+Every batch and every noise draw is a function of (seed, step, row): a killed run continues to bit-identical weights on a
+CPU, and the number of processes changes nothing but the order of sums.
 """
 
 from __future__ import annotations
 
-import copy
-import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from importlib import resources
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Literal, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
 
-from rawdream_env.data.reader import LeRobotReader
-from rawdream_env.errors import CheckpointError, DatasetError
-from rawdream_env.files import load_safetensors, save_safetensors
-from rawdream_env.piper_geometry import project
+from rawdream_env.errors import CheckpointError, InvalidOptionError
 from rawdream_env.seeding import mix
-from rawdream_env.trainers.run_dir import RunDir, pack_optimizer, unpack_optimizer
-from rawdream_env.world_models.arm_map import ArmMap, draw_maps
-from rawdream_env.world_models.autoencoders import AutoencoderConfig, PackedFrameAutoencoder, pack_frames
+from rawdream_env.trainers.autoencoder import MAY_CHANGE, train_autoencoder
+from rawdream_env.trainers.distributed import Parallel, World, accumulating, join, micro_batches, spread
+from rawdream_env.trainers.latent_episodes import (
+    EpisodeObjective,
+    EpisodeSampler,
+    LatentEpisodes,
+    RawEpisodes,
+    encode_episodes,
+    read_episodes,
+)
+from rawdream_env.trainers.latent_windows import (
+    DataEntry,
+    WindowObjective,
+    cached_mixture,
+    deployed_entry,
+    rollout_bounds,
+)
+from rawdream_env.trainers.training_stage import StageConfig, TrainingStage, learning_rate
+from rawdream_env.trainers.world_model_losses import LossConfig
+from rawdream_env.trainers.world_model_validation import Validation, assembled
+from rawdream_env.world_models.autoencoders import AutoencoderConfig, FrameCodec, PackedFrameAutoencoder
 from rawdream_env.world_models.embedded import read_world_model, save_world_model
 from rawdream_env.world_models.rollout import RolloutConfig, WanWorldModel
-from rawdream_env.world_models.teacher_forcing import EpisodeBatch, denoise_all_chunks
 from rawdream_env.world_models.wan import WanWorldModelTransformer
-from rawdream_env.world_models.wan_config import WAN_CONFIGS, WanConfig
+from rawdream_env.world_models.wan_config import WAN_CONFIGS, WanConfig, wan_config
 
-
-@dataclass(frozen=True)
-class StageConfig:
-    """Optimisation of one stage."""
-
-    steps: int
-    """Optimiser steps."""
-    batch_size: int
-    """Autoencoder: groups of four frames; transformer: episodes."""
-    lr: float
-    """Peak learning rate of AdamW."""
-    warmup: int = 100
-    """Steps of linear warm-up."""
-    decay: float = 0.4
-    """Share of the steps, at the end, over which the learning rate falls."""
-    weight_decay: float = 0.02
-    """AdamW weight decay."""
-    ema: float = 0.998
-    """Decay of the averaged weights that are saved; ramps up from 0."""
+__all__ = [
+    "DataEntry",
+    "EpisodeSampler",
+    "LatentEpisodes",
+    "LossConfig",
+    "StageConfig",
+    "WorldModelTrainConfig",
+    "learning_rate",
+    "train_world_model",
+]
 
 
 @dataclass(frozen=True)
@@ -65,387 +75,242 @@ class WorldModelTrainConfig:
     """Everything a world-model run depends on."""
 
     data: tuple[str, ...]
-    """LeRobotDataset v3 folders of play data."""
+    """LeRobotDataset v3 folders. With objective "window" each may have settings:
+    FOLDER[,weight=W][,name=N][,camera=C]."""
     out: str
     """Run folder; the same command continues an interrupted run."""
     init: str = ""
-    """Folder of a world model to start from: its autoencoder is kept as it is, its transformer trained on."""
+    """World model to start from, a folder or "embedded": its codec is kept as it is, its transformer trained on."""
+    codec: str = ""
+    """World model, a folder or "embedded", whose frame codec is used; the transformer starts from scratch."""
+    validation: tuple[str, ...] = ()
+    """Data folders of held-out episodes, written like ``data``."""
+    deploy: str = ""
+    """Data entry whose action statistics the saved model acts by; the first one by default (objective "window")."""
     seed: int = 0
     """Seed of initialisation, batches and noise."""
     device: str = "cpu"
-    """Device to train on."""
+    """Device to train on; "cuda" is a GPU for each process under torchrun."""
+    parallel: Parallel = "none"
+    """Under torchrun: ddp (everything on every process) or fsdp2 (weights and optimiser spread over them)."""
     bf16: bool = True
     """Train in bfloat16 autocast."""
+    checkpointing: bool = False
+    """Compute activations again in the backward pass: a third more time, a fraction of the memory."""
+    micro_batch_size: int = 0
+    """Rows a process computes at a time, adding up gradients; 0: all of its rows."""
+    objective: Literal["episode", "window"] = "episode"
+    """The loss: over whole episodes (embedded size), or over windows with random context (the paper's)."""
     episode_chunks: int = 8
-    """Chunks in a training episode: the horizon of the dream."""
+    """Objective "episode": chunks in a training episode, the horizon of the dream."""
     autoencoder: StageConfig = field(default_factory=lambda: StageConfig(steps=5000, batch_size=16, lr=2e-3, ema=0.99))
-    """Stage 1."""
+    """Stage 1, unless ``init`` or ``codec`` gives the frame codec."""
     transformer: StageConfig = field(default_factory=lambda: StageConfig(steps=6000, batch_size=8, lr=6e-4))
     """Stage 2."""
     autoencoder_model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     """Architecture of the autoencoder; its image size is that of the data."""
+    model_name: str = ""
+    """A named architecture, "embedded" or "wan2.1-1.3b", instead of ``model``."""
     model: WanConfig = field(default_factory=lambda: WAN_CONFIGS["embedded"])
     """Architecture of the transformer."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    """Rollout settings saved with the model; its arm map is also the one trained on."""
-    context_noise: float = 0.3
-    """Half of the episodes get context noise of a level drawn per position from U[0, this]; the rest the rollout's
-    level.
-    """
-    pure_noise: float = 0.3
-    """Share of target chunks at t = 1."""
-    change_weight: float = 3.0
-    """Extra loss weight of latent cells that differ from the last context frame."""
-    object_weight: float = 12.0
-    """Extra loss weight of latent cells in which an object moves or is within reach of the gripper, where the data say
-    so (``privileged.object_poses``): a block is a few pixels, and what becomes of it is all that a judge asks about.
-    """
-    self_forcing: float = 0.4
-    """Share of training, at its end, in which the context is the model's own prediction."""
-    self_forcing_depth: int = 3
-    """Largest number of chunks the self-made context is unrolled."""
+    """Rollout settings saved with the model; its arm map is also the one trained on. Objective "window" replaces its action
+    bounds by those of the data."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """What is drawn and what weighs how much."""
+    log_every: int = 25
+    """Steps between lines of metrics."""
     save_every: int = 250
     """Steps between checkpoints."""
+    validate_every: int = 1000
+    """Steps between validations, where there are ``validation`` data."""
+    validation_episodes: int = 8
+    """Held-out episodes imagined at each."""
+    validation_windows: int = 32
+    """Held-out windows or episodes whose loss is measured at each."""
 
 
-def learning_rate(stage: StageConfig, step: int) -> float:
-    """Linear warm-up, constant, then a cosine to 2 % of the peak over the last ``decay`` of the steps.
+def train_world_model(config: WorldModelTrainConfig) -> Path:
+    """All stages; returns the folder of the finished world model.
 
-    A run can thus be lengthened or cut short before the decay without having wasted anything.
+    Raises:
+        InvalidOptionError: options that do not fit each other, the machine or the processes there are.
+        CheckpointError: ``init`` or ``codec`` is missing, damaged or of another architecture.
+        DatasetError: data that are missing, damaged or lack what the model takes.
+        RunDirError: ``out`` holds a run with other settings.
     """
-    progress = max(0.0, (step / stage.steps - 1 + stage.decay) / stage.decay)
-    return stage.lr * min(1.0, (step + 1) / stage.warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+    if config.model_name:
+        config = replace(config, model=wan_config(config.model_name), model_name="")
+    if not (config.model.pose_dim or config.model.map_channels):
+        config = replace(config, rollout=replace(config.rollout, arm_map=None))
+    with join(config.parallel, config.device) as world:
+        config = replace(config, device=world.device)
+        _check(config, world)
+        initial = _initial(config)  # a wrong folder is noticed before the data are read
+        Path(config.out).mkdir(parents=True, exist_ok=True)
+        train = _train_windows if config.objective == "window" else _train_episodes
+        target = train(config, initial, world)
+        world.wait()
+    return target
 
 
-M = TypeVar("M", bound=nn.Module)
+# -- from the data to the objective ------------------------------------------------------------------------------------
 
 
-class _Stage(Generic[M]):
-    """Optimiser, EMA, log and checkpoints of one stage; ``loop`` yields the steps that remain.
-
-    Weights stay contiguous (only activations are channels-last): AdamW's fused CPU kernel pairs weights and moments element
-    by element in memory, and moments read from a checkpoint are contiguous.
-    """
-
-    def __init__(self, name: str, config: WorldModelTrainConfig, stage: StageConfig, model: M) -> None:
-        self.name, self.config, self.stage, self.model = name, config, stage, model
-        self.run = RunDir(
-            Path(config.out) / name, asdict(config), may_change=("autoencoder", "transformer", "save_every")
-        )
-        self.ema: M = copy.deepcopy(model)
-        self.ema.requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=stage.lr, betas=(0.9, 0.95), weight_decay=stage.weight_decay, fused=True
-        )
-        self.first = 0
-        checkpoint = self.run.load_latest()
-        if checkpoint is not None:
-            self.first = checkpoint.step
-            parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
-            for key, value in checkpoint.tensors.items():
-                part, _, name_ = key.partition("/")
-                parts[part][name_] = value
-            model.load_state_dict(parts["model"])
-            self.ema.load_state_dict(parts["ema"])
-            unpack_optimizer(self.optimizer, parts["optimizer"])
-
-    def loop(self) -> Iterator[int]:
-        """Steps to do, with the learning rate set, a progress bar and a checkpoint every ``save_every`` steps."""
-        with tqdm(total=self.stage.steps, initial=self.first, desc=self.name, unit="step", mininterval=2) as bar:
-            for step in range(self.first, self.stage.steps):
-                for group in self.optimizer.param_groups:
-                    group["lr"] = learning_rate(self.stage, step)
-                yield step
-                bar.update()
-                if (step + 1) % self.config.save_every == 0 or step + 1 == self.stage.steps:
-                    self.save(step + 1)
-
-    def update(self, step: int, loss: Tensor, **scalars: float | Tensor) -> None:
-        """One optimiser step with clipping, the EMA, and a log line every 25 steps."""
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        decay = min(self.stage.ema, (step + 1) / (step + 10))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
-        if (step + 1) % 25 == 0:
-            values = {key: float(value) for key, value in scalars.items()}
-            self.run.log(step + 1, loss=float(loss), grad_norm=float(grad_norm), **values)
-
-    def save(self, step: int) -> None:
-        """Write an atomic checkpoint."""
-        tensors = {f"model/{k}": v for k, v in self.model.state_dict().items()}
-        tensors |= {f"ema/{k}": v for k, v in self.ema.state_dict().items()}
-        tensors |= {f"optimizer/{k}": v for k, v in pack_optimizer(self.optimizer).items()}
-        self.run.save(step, tensors, {"stage": self.name})
+def _train_windows(config: WorldModelTrainConfig, initial: WanWorldModel | None, world: World) -> Path:
+    """The paper's objective on a mixture of data sets, each with its own action statistics."""
+    entries = [DataEntry.parse(text) for text in config.data]
+    out = Path(config.out)
+    codec = _codec(config, initial)
+    if codec is None:
+        codec = _trained_codec(config, read_episodes([entry.reader() for entry in entries], config.model), world)
+    _fits(codec, config)
+    mixture = cached_mixture(entries, codec, out / "latents", config, world)
+    bounds = mixture.bounds[deployed_entry(mixture, config.deploy)]
+    low, high = rollout_bounds(bounds, config.model.action_dim)
+    rollout = replace(config.rollout, action_low=low, action_high=high)
+    objective = WindowObjective(mixture, config, device=config.device)
+    validation = None
+    if config.validation:
+        held_out = [DataEntry.parse(text) for text in config.validation]
+        unseen = cached_mixture(held_out, codec, out / "validation_latents", config, world, bounds)
+        measured = WindowObjective(unseen, config, device=config.device, stream=9)
+        validation = Validation(config, rollout, codec, held_out, measured)
+    transformer = train_transformer(config, initial, objective, validation, world)
+    target = _save(config, transformer, codec, rollout)
+    if world.first:
+        mixture.save_statistics(target / "statistics.json")
+    return target
 
 
-def _generator(config: WorldModelTrainConfig, stage: int, step: int) -> tuple[np.random.Generator, torch.Generator]:
-    return (
-        np.random.default_rng(mix(config.seed, stage, step, 0)),
-        torch.Generator().manual_seed(mix(config.seed, stage, step, 1)),
-    )
+def _train_episodes(config: WorldModelTrainConfig, initial: WanWorldModel | None, world: World) -> Path:
+    """Teacher forcing over whole episodes in memory, whose actions are in the rollout's bounds."""
+    entries = [DataEntry.parse(text) for text in config.data]
+    codec = _codec(config, initial)
+    raw = read_episodes([entry.reader() for entry in entries], config.model)
+    codec = _trained_codec(config, raw, world) if codec is None else codec
+    episodes = _latent_episodes(config, codec, raw, "latents.safetensors", world)
+    del raw
+    validation = None
+    if config.validation:
+        held_out = [DataEntry.parse(text) for text in config.validation]
+        unseen = read_episodes([entry.reader() for entry in held_out], config.model)
+        latents = _latent_episodes(config, codec, unseen, "validation_latents.safetensors", world)
+        validation = Validation(config, config.rollout, codec, held_out, EpisodeObjective(latents, config, stream=9))
+    transformer = train_transformer(config, initial, EpisodeObjective(episodes, config), validation, world)
+    return _save(config, transformer, codec, config.rollout)
 
 
-def train_autoencoder(config: WorldModelTrainConfig, frames: list[np.ndarray]) -> PackedFrameAutoencoder:
-    """Stage 1. ``frames``: one uint8 (N + 1, H, W, 3) array per episode. Returns the averaged, normalised model."""
-    torch.manual_seed(mix(config.seed, 1))
-    model = PackedFrameAutoencoder(replace(config.autoencoder_model, image_size=frames[0].shape[1])).to(config.device)
-    stage = _Stage("autoencoder", config, config.autoencoder, model)
-    background = torch.from_numpy(np.median(np.stack([f[0] for f in frames[:400]]), 0).astype(np.uint8))
-    still = pack_frames(background[None, None].expand(1, 4, -1, -1, -1)).to(config.device)
-    for step in stage.loop():
-        rng, gen = _generator(config, 1, step)
-        groups = []
-        for episode in rng.integers(len(frames), size=config.autoencoder.batch_size):
-            t = rng.integers(len(frames[episode]) - 4)
-            groups.append(frames[episode][t : t + 4])
-            if rng.random() < 0.1:  # the anchor is a still
-                groups[-1] = np.repeat(groups[-1][:1], 4, 0)
-        x = pack_frames(torch.from_numpy(np.stack(groups)).to(config.device)).contiguous(
-            memory_format=torch.channels_last
-        )
-        with torch.autocast(config.device.split(":")[0], torch.bfloat16, enabled=config.bf16):
-            z = model.encoder(x)
-            noise = torch.randn(z.shape, generator=gen).to(z)
-            y = model.decoder(z + 0.05 * noise * z.detach().std())
-        y = y.float()
-        weight = 1 + 4 * ((x - still).abs() > 0.12).float()
-        loss = (weight * (y - x).abs()).mean() + 5 * (weight * (y - x) ** 2).mean() + 1e-3 * z.float().pow(2).mean()
-        mse = ((y - x) / 2).pow(2).mean()
-        stage.update(step, loss, psnr=-10 * torch.log10(mse.detach()))
-    result = stage.ema
-    _normalise_latents(result, frames, config)
-    return result.eval()
-
-
-@torch.no_grad()
-def _normalise_latents(model: PackedFrameAutoencoder, frames: list[np.ndarray], config: WorldModelTrainConfig) -> None:
-    rng = np.random.default_rng(mix(config.seed, 7))
-    model.latent_mean.zero_()
-    model.latent_std.fill_(1)
-    groups = []
-    for episode in rng.integers(len(frames), size=512):
-        t = rng.integers(len(frames[episode]) - 4)
-        groups.append(frames[episode][t : t + 4])
-    z = torch.cat(
-        [model.encode(torch.from_numpy(np.stack(groups[i : i + 32])).to(config.device)) for i in range(0, 512, 32)]
-    )
-    model.latent_mean.copy_(z.mean((0, 2, 3)))
-    model.latent_std.copy_(z.std((0, 2, 3)))
-
-
-@dataclass(frozen=True)
-class LatentEpisodes:
-    """E episodes of whole chunks in latent space, one after the other; episode i has ``chunks[i]`` of them.
-
-    ``chunks`` int64 (E,); ``latents`` fp16 (sum M, C, h, w) with M = G chunks; ``stills`` fp16 (sum chunks + 1, C, h, w),
-    the frame before each chunk (and the last frame) encoded as a still; ``actions`` (sum N, 7); ``poses`` (sum N + 1, 7)
-    commanded poses, before each action; ``focus`` uint8 (sum M, h, w), 1 where ``object_weight`` applies.
-    """
-
-    chunks: Tensor
-    latents: Tensor
-    stills: Tensor
-    actions: Tensor
-    poses: Tensor
-    focus: Tensor | None = None
-
-
-@torch.no_grad()
-def encode_episodes(
-    model: PackedFrameAutoencoder,
-    frames: list[np.ndarray],
-    actions: list[np.ndarray],
-    poses: list[np.ndarray],
-    cache: Path,
-    *,
-    chunk_len: int,
-    bf16: bool,
+def _latent_episodes(
+    config: WorldModelTrainConfig, codec: FrameCodec, raw: RawEpisodes, name: str, world: World
 ) -> LatentEpisodes:
-    """Encode every episode once; the cache is reused when it exists."""
-    if cache.exists():
-        return LatentEpisodes(**load_safetensors(cache))
-    device = model.latent_mean.device
-    latents, stills = [], []
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        for episode in tqdm(frames, desc="encode", unit="episode", mininterval=2):
-            x = torch.from_numpy(episode).to(device)
-            latents.append(model.encode(x[1:].unflatten(0, (-1, 4))).half().cpu())
-            stills.append(model.encode_image(x[::chunk_len]).half().cpu())
-    result = LatentEpisodes(
-        torch.tensor([len(a) // chunk_len for a in actions]),
-        torch.cat(latents),
-        torch.cat(stills),
-        torch.from_numpy(np.concatenate(actions)),
-        torch.from_numpy(np.concatenate(poses)),
-    )
-    save_safetensors(cache, {name: x.contiguous() for name, x in vars(result).items() if x is not None}, {})
-    return result
+    """Encoded by process 0; the others wait and read what it has written."""
+    if not isinstance(codec, PackedFrameAutoencoder):
+        raise InvalidOptionError(
+            'objective "episode" needs the embedded codec; give objective="window" for Wan\'s VAE.'
+        )
+    _fits(codec, config)
+    if not world.first:
+        world.wait()
+    cache, chunk_len = Path(config.out) / name, config.model.chunk_len
+    episodes = encode_episodes(codec, raw.frames, raw.actions, raw.poses, cache, chunk_len=chunk_len, bf16=config.bf16)
+    if world.first:
+        world.wait()
+    if config.loss.object_weight:
+        episodes = replace(episodes, focus=torch.from_numpy(np.concatenate(raw.focus)))
+    return episodes
 
 
-def focus_cells(places: np.ndarray | None, poses: np.ndarray, model: WanConfig) -> np.ndarray:
-    """Latent cells in which an object moves or is within 5 cm of the tool: uint8 (M, h, w).
-
-    ``places`` (N + 1, O, 3) in metres, NaN for absent objects, or None when they are not known (then nothing is in
-    focus); ``poses`` (N + 1, 7) commanded poses. An object is marked where it is in each of a latent's frames and where it
-    was before the chunk, from where it may have to vanish.
-    """
-    _, h, w = model.latent_shape
-    n, g = model.actions_per_latent, model.chunk_latents
-    cells = np.zeros(((len(poses) - 1) // n, h, w), np.uint8)
-    if places is None:
-        return cells
-    before = np.arange(len(cells)) // g * g * n
-    frames = np.arange(len(cells))[:, None] * n + 1 + np.arange(n)
-    now, was = places[frames], places[before][:, None]  # (M, n, O, 3), (M, 1, O, 3)
-    moved = np.linalg.norm(now - was, axis=-1) > 0.003
-    near = np.linalg.norm(now - poses[frames][..., None, :3], axis=-1) < 0.05
-    chosen = (moved | near).any(1)  # (M, O); False for absent objects
-    shown = np.concatenate([was, now], 1)
-    pixels, _ = project(np.nan_to_num(shown.reshape(-1, 3)), w)
-    u, v = pixels.reshape(*shown.shape[:3], 2).transpose(3, 0, 1, 2)
-    rows, columns = np.arange(h)[:, None] + 0.5, np.arange(w) + 0.5
-    reach = 0.9  # cells: an object is smaller than one and marks those it can touch
-    hit = (np.abs(u[..., None, None] - columns) < reach) & (np.abs(v[..., None, None] - rows) < reach)
-    cells[(hit & chosen[:, None, :, None, None]).any((1, 2))] = 1
-    return cells
+# -- the transformer ---------------------------------------------------------------------------------------------------
 
 
-class EpisodeSampler:
-    """Draws training episodes: an anchor still at any chunk boundary and the chunks that follow it."""
-
-    def __init__(self, episodes: LatentEpisodes, config: WorldModelTrainConfig) -> None:
-        self.episodes, self.config = episodes, config
-        if not (long_enough := episodes.chunks >= config.episode_chunks).any():
-            raise DatasetError(
-                f"no episode has {config.episode_chunks} chunks of {config.model.chunk_len} steps (the longest has "
-                f"{int(episodes.chunks.max())}); collect longer ones or lower episode_chunks."
-            )
-        self.usable = torch.nonzero(long_enough)[:, 0]
-        self.first = torch.cumsum(episodes.chunks, 0) - episodes.chunks  # chunks before each episode
-        self.arm_map = ArmMap(config.rollout.arm_map) if config.rollout.arm_map else None
-        low, high = torch.tensor(config.rollout.action_low), torch.tensor(config.rollout.action_high)
-        self.mid, self.half = (low + high) / 2, (high - low) / 2
-
-    def draw(self, rng: np.random.Generator, batch_size: int) -> EpisodeBatch:
-        """A batch of ``batch_size`` episodes of ``episode_chunks`` chunks."""
-        e, cfg = self.episodes, self.config
-        g, k, c = cfg.model.chunk_latents, cfg.model.chunk_len, cfg.episode_chunks
-        index = self.usable[torch.from_numpy(rng.integers(len(self.usable), size=batch_size))]
-        start = torch.from_numpy(rng.integers((e.chunks[index] - c + 1).numpy()))
-        chunk = self.first[index] + start
-        # ``stills`` and ``poses`` have one entry more per episode than there are chunks and steps
-        frames = chunk[:, None] * g + torch.arange(c * g)
-        latents = torch.cat([e.stills[chunk + index][:, None], e.latents[frames]], 1).float()
-        steps = chunk[:, None] * k + torch.arange(c * k)
-        actions = e.actions[steps].unflatten(1, (c * g, -1))
-        poses = e.poses[steps + index[:, None] + 1].unflatten(1, (c * g, -1))
-        held = e.poses[chunk * k + index][:, None, None].expand(-1, 1, poses.shape[2], -1)
-        actions = torch.cat([torch.zeros_like(actions[:, :1]), actions], 1)
-        poses = torch.cat([held, poses], 1)
-        parts = [(actions - self.mid) / self.half]
-        maps = None
-        if self.arm_map is not None:
-            parts.append(self.arm_map.normalise(poses))
-            # poses before each frame's chunk: the anchor's own, then the last one of the frame before the chunk
-            before = poses[:, torch.arange(c) * g, -1].repeat_interleave(g, 1)
-            before = torch.cat([poses[:, :1, -1], before], 1)
-            maps = draw_maps(
-                self.arm_map, poses, before, (latents.shape[-2], latents.shape[-1]), carry=cfg.model.carry
-            ).to(cfg.device)
-        focus = None if e.focus is None else e.focus[frames].to(cfg.device)
-        conditions = torch.cat(parts, -1).flatten(2).to(cfg.device)
-        return EpisodeBatch(latents.to(cfg.device), conditions, maps, focus)
-
-
-def _noise_levels(config: WorldModelTrainConfig, b: int, m: int, gen: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Levels of the clean stream (B, M-G+1) and of the targets (B, M)."""
-    g = config.model.chunk_latents
-    clean = config.context_noise * torch.rand(b, m - g + 1, generator=gen)
-    usual = torch.full_like(clean, config.rollout.context_noise)
-    usual[:, 0] = 0.0
-    clean = torch.where(torch.rand(b, 1, generator=gen) < 0.5, clean, usual)
-    level = torch.rand(b, m // g, generator=gen)
-    level = torch.where(torch.rand(b, m // g, generator=gen) < config.pure_noise, torch.ones_like(level), level)
-    return clean, level.repeat_interleave(g, 1)
-
-
-def world_model_loss(
+def train_transformer(
     config: WorldModelTrainConfig,
-    model: WanWorldModelTransformer,
-    batch: EpisodeBatch,
-    gen: torch.Generator,
-    depth: int,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Rectified-flow loss over all chunks (Eq. 1); ``depth`` > 0 unrolls the context with the model's own predictions.
-
-    Self-forcing in parallel: predicting every chunk from the true context gives a context one chunk deep in the model's
-    own world; predicting again from that, two deep; and so on, at one pass each.
-    """
-    latents = batch.latents
-    b, m = latents.shape[0], latents.shape[1] - 1
-    g = config.model.chunk_latents
-    device = latents.device
-    clean_level, level = (x.to(device) for x in _noise_levels(config, b, m, gen))
-    lift = (..., None, None, None)
-
-    def normal(n: int) -> Tensor:
-        return torch.randn(b, n, *latents.shape[2:], generator=gen).to(device)
-
-    context = latents[:, : m - g + 1]
-    if depth:
-        with torch.no_grad():
-            for _ in range(depth):
-                mixed = clean_level[lift]
-                clean = (1 - mixed) * context + mixed * normal(m - g + 1)
-                own, _ = denoise_all_chunks(model, batch, clean, clean_level, normal(m), torch.ones_like(level))
-                context = torch.cat([latents[:, :1], own[:, : m - g].float()], 1)
-    mixed = clean_level[lift]
-    clean = (1 - mixed) * context + mixed * normal(m - g + 1)
-    target, noise = latents[:, 1:], normal(m)
-    noisy = (1 - level[lift]) * target + level[lift] * noise
-    out, base = denoise_all_chunks(model, batch, clean, clean_level, noisy, level)
-    change = (target - base).abs().mean(2, keepdim=True)
-    weight = 1 + config.change_weight * (change / 0.5).clamp(max=1)
-    if batch.focus is not None:
-        weight = weight + config.object_weight * batch.focus[:, :, None]
-    if config.model.residual:
-        error = (out - target) ** 2
-        weight = weight * (0.5 / (level[lift] ** 2 + 0.15))  # near a velocity loss, without its blow-up at t -> 0
-    else:
-        error = (out - (noise - target)) ** 2
-    pure = (level == 1)[lift].float()
-    with torch.no_grad():
-        mse_pure = (error * pure).sum() / (pure.expand_as(error).sum() + 1e-9)
-        copy_pure = (((base - target) ** 2) * pure).sum() / (pure.expand_as(error).sum() + 1e-9)
-    return (weight * error).mean(), {"mse_pure_noise": mse_pure, "mse_copy_last": copy_pure}
-
-
-def train_transformer(config: WorldModelTrainConfig, episodes: LatentEpisodes) -> WanWorldModelTransformer:
-    """Stage 2. Returns the averaged model."""
-    torch.manual_seed(mix(config.seed, 2))
-    model = WanWorldModelTransformer(config.model).to(config.device)
-    if config.init:
-        model.load_state_dict(_initial(config).transformer.state_dict())
-    stage = _Stage("transformer", config, config.transformer, model)
-    sampler = EpisodeSampler(episodes, config)
-    forcing_from = round(config.transformer.steps * (1 - config.self_forcing))
+    initial: WanWorldModel | None,
+    objective: WindowObjective | EpisodeObjective,
+    validation: Validation | None,
+    world: World,
+) -> WanWorldModelTransformer | None:
+    """Stage 2. Returns the averaged model (on process 0; None elsewhere)."""
+    model = _new_transformer(config, initial)
+    stage = TrainingStage(
+        Path(config.out) / "transformer",
+        asdict(config),
+        config.transformer,
+        model,
+        spread(model, world),
+        world=world,
+        log_every=config.log_every,
+        save_every=config.save_every,
+        may_change=MAY_CHANGE,
+    )
+    if validation is not None and not stage.first:
+        validation.begin(stage)
+    batch_size = config.transformer.batch_size
+    rows = world.rows(batch_size)
+    parts = micro_batches(rows, config.micro_batch_size)
     for step in stage.loop():
-        rng, gen = _generator(config, 2, step)
-        batch = sampler.draw(rng, config.transformer.batch_size)
-        depth = int(rng.integers(0, config.self_forcing_depth + 1)) if step >= forcing_from else 0
-        with torch.autocast(config.device.split(":")[0], torch.bfloat16, enabled=config.bf16):
-            loss, scalars = world_model_loss(config, model, batch, gen, depth)
-        stage.update(step, loss, depth=depth, **scalars)
-    stage.ema.eval()
-    return stage.ema
+        for part, compute in zip(parts, objective.losses(step, parts, batch_size), strict=True):
+            with accumulating(stage.module, last=part is parts[-1]):
+                with torch.autocast(config.device.split(":")[0], torch.bfloat16, enabled=config.bf16):
+                    loss, sums = stage.module(compute)
+                stage.backward(loss, len(part) / len(rows), sums)
+        stage.update(step)
+        if validation is not None and ((step + 1) % config.validate_every == 0 or step + 1 == config.transformer.steps):
+            validation.run(step + 1, stage)
+    averaged = stage.averaged()
+    stage.close()
+    return assembled(config.model, averaged).to(config.device) if world.first else None
 
 
-def _initial(config: WorldModelTrainConfig) -> WanWorldModel:
+def _new_transformer(config: WorldModelTrainConfig, initial: WanWorldModel | None) -> WanWorldModelTransformer:
+    """With the weights of ``initial`` or random ones; parameters that cannot have a gradient are frozen."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(mix(config.seed, 2))
+        model = WanWorldModelTransformer(config.model)
+    if initial is not None:
+        model.load_state_dict(initial.transformer.state_dict())
+    for parameter in model.unused_parameters():
+        parameter.requires_grad_(False)
+    if config.checkpointing:
+        model.enable_gradient_checkpointing()
+    return model.to(config.device)
+
+
+# -- what a run begins and ends with -----------------------------------------------------------------------------------
+
+
+def _check(config: WorldModelTrainConfig, world: World) -> None:
+    """Refuse options that do not fit each other."""
+    batch, arch = config.transformer.batch_size, config.model
+    if batch % world.size:
+        raise InvalidOptionError(
+            f"transformer.batch_size {batch} cannot be divided among {world.size} processes; make it a multiple of "
+            f"{world.size}, say {-(-batch // world.size) * world.size}."
+        )
+    if config.init and config.codec:
+        raise InvalidOptionError("init brings its own codec: give init or codec, not both.")
+    if config.objective == "window" and arch.context_latents % arch.chunk_latents:
+        raise InvalidOptionError(
+            f"context_latents {arch.context_latents} is no multiple of chunk_latents {arch.chunk_latents}, as objective "
+            '"window" needs it to be.'
+        )
+    if config.objective == "episode" and (config.deploy or any(DataEntry.parse(x).weight != 1 for x in config.data)):
+        raise InvalidOptionError('weights of data entries and deploy are for objective="window"; add it.')
+
+
+def _read(folder: str) -> WanWorldModel:
+    """The world model in a folder, or the one that ships with the package."""
+    return read_world_model(
+        str(resources.files("rawdream_env.assets") / "world_model") if folder == "embedded" else folder
+    )
+
+
+def _initial(config: WorldModelTrainConfig) -> WanWorldModel | None:
     """The world model named by ``init``; a ``CheckpointError`` unless its architecture is the configured one."""
-    initial = read_world_model(config.init)
+    if not config.init:
+        return None
+    initial = _read(config.init)
     if initial.transformer.arch != config.model:
         raise CheckpointError(
             f"{config.init} has another architecture ({initial.transformer.arch}) than this run ({config.model})."
@@ -453,38 +318,41 @@ def _initial(config: WorldModelTrainConfig) -> WanWorldModel:
     return initial
 
 
-def _codec(model: WanWorldModel) -> PackedFrameAutoencoder:
-    assert isinstance(model.autoencoder, PackedFrameAutoencoder)
-    return model.autoencoder
+def _codec(config: WorldModelTrainConfig, initial: WanWorldModel | None) -> FrameCodec | None:
+    """The frame codec that is given; None when it has to be trained."""
+    source = _read(config.codec) if config.codec else initial
+    if source is None:
+        return None
+    cast(nn.Module, source.autoencoder).to(config.device)
+    return source.autoencoder
 
 
-def train_world_model(config: WorldModelTrainConfig) -> Path:
-    """Both stages; returns the folder of the finished world model."""
-    initial = _initial(config) if config.init else None  # a wrong folder is noticed before the data are read
-    frames: list[np.ndarray] = []
-    actions: list[np.ndarray] = []
-    poses: list[np.ndarray] = []
-    focus: list[np.ndarray] = []
-    chunk = config.model.chunk_len
-    for root in config.data:
-        arrays = LeRobotReader(root).load_all(workers=2, progress=True)
-        for index in range(len(arrays)):
-            episode = arrays.episode(index)
-            steps = len(episode.actions) // chunk * chunk
-            frames.append(episode.frames[: steps + 1])
-            actions.append(episode.actions[:steps])
-            poses.append(episode.state[: steps + 1])
-            objects = episode.privileged.get("object_poses")
-            places = None if objects is None else objects[: steps + 1].reshape(steps + 1, -1, 7)[..., :3]
-            focus.append(focus_cells(places, poses[-1], config.model))
-    Path(config.out).mkdir(parents=True, exist_ok=True)
-    autoencoder = _codec(initial).to(config.device).eval() if initial else train_autoencoder(config, frames)
-    cache = Path(config.out) / "latents.safetensors"
-    episodes = encode_episodes(autoencoder, frames, actions, poses, cache, chunk_len=chunk, bf16=config.bf16)
-    if config.object_weight:
-        episodes = replace(episodes, focus=torch.from_numpy(np.concatenate(focus)))
-    del frames
-    transformer = train_transformer(config, episodes)
+def _trained_codec(config: WorldModelTrainConfig, raw: RawEpisodes, world: World) -> PackedFrameAutoencoder:
+    """Stage 1, on process 0; the others wait for its weights."""
+    if world.first:
+        codec = train_autoencoder(config, raw.frames)
+    else:
+        size = raw.frames[0].shape[1]
+        codec = PackedFrameAutoencoder(replace(config.autoencoder_model, image_size=size)).to(config.device).eval()
+    world.share(codec)
+    return codec
+
+
+def _fits(codec: FrameCodec, config: WorldModelTrainConfig) -> None:
+    if codec.latent_shape != config.model.latent_shape:
+        raise CheckpointError(
+            f"the frame codec makes latents {codec.latent_shape} of {codec.frame_shape[0]}-pixel frames, the transformer "
+            f"takes {config.model.latent_shape}; use another codec, or set model.latent_shape."
+        )
+
+
+def _save(
+    config: WorldModelTrainConfig,
+    transformer: WanWorldModelTransformer | None,
+    codec: FrameCodec,
+    rollout: RolloutConfig,
+) -> Path:
     target = Path(config.out) / "world_model"
-    save_world_model(WanWorldModel(transformer, autoencoder, config.rollout), target)
+    if transformer is not None:
+        save_world_model(WanWorldModel(transformer, codec, rollout), target)
     return target

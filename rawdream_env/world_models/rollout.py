@@ -53,7 +53,7 @@ class RolloutConfig:
     max_time: int = 15
     """Largest distance in latent frames between the anchor and the first new frame that the positions express."""
     action_low: tuple[float, ...] = (-1.0,) * 7
-    """q01 of the training actions; conditions are (action - low) / (high - low) * 2 - 1."""
+    """q01 of the training actions; conditions are (action - low) / (high - low) * 2 - 1, at most 1 in size."""
     action_high: tuple[float, ...] = (1.0,) * 7
     """q99 of the training actions."""
     arm_map: ArmMapConfig | None = field(default_factory=ArmMapConfig)
@@ -302,7 +302,7 @@ class WanWorldModel:
 
     def _conditions(self, actions: Tensor, poses: Tensor) -> Tensor:
         """(B, F, 4, A), (B, F, 4, P) -> (B, F, D_c) on the model's device."""
-        parts = [(actions - self._action_mid) / self._action_half]
+        parts = [((actions - self._action_mid) / self._action_half).clamp(-1, 1)]  # as in training
         if self.transformer.arch.pose_dim:
             assert self._arm_map is not None
             parts.append(self._arm_map.normalise(poses))

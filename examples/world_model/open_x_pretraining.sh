@@ -1,0 +1,22 @@
+#!/bin/sh
+# The paper's arm: pre-training on Open X-Embodiment, then about four hours of uncurated play of the Piper.
+#
+#     sh examples/world_model/open_x_pretraining.sh --nproc-per-node 8
+#
+# data    LeRobotDataset v3.0 folders of Open X data sets (bridge, fractal, droid stand for your choice) and data/piper_play.
+#         Every data set keeps its own action bounds; A is the largest action dimension, others are padded
+# steps   100,000 of 24 windows, then 20,000 of 16 on play (ours; the paper does not say how many)
+# memory  estimated: as libero_zero_shot.sh, 3 windows a process
+# hours   estimated: 59 GPU hours on H200 for the first part (24 * 4 * 7 TFLOP = 2.1 s a step at 40 % of 790 TFLOP/s), 7.9 for
+#         the second (1.4 s a step): 8.4 hours on eight, without encoding
+set -eu
+common="-m rawdream_env train-world-model --parallel fsdp2 --device cuda --objective window --model-name wan2.1-1.3b
+    --checkpointing --loss.pure-noise 0 --transformer.lr 7.5e-5 --transformer.decay 1 --save-every 2000"
+# shellcheck disable=SC2086  (the options in $common are words)
+torchrun "$@" $common --init models/wan --out runs/open_x \
+    --data data/bridge,weight=2,camera=image_0 data/fractal,weight=2 data/droid,weight=1,camera=exterior_image_1_left \
+    --transformer.steps 100000 --transformer.batch-size 24 --transformer.warmup 1000 --transformer.ema 0.9999
+# shellcheck disable=SC2086
+torchrun "$@" $common --init runs/open_x/world_model --out runs/piper_play \
+    --data data/piper_play --validation data/piper_play_held_out \
+    --transformer.steps 20000 --transformer.batch-size 16 --transformer.warmup 500 --transformer.ema 0.999

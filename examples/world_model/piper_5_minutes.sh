@@ -1,0 +1,27 @@
+#!/bin/sh
+# A small world model of the Piper tabletop from nothing but play, on one CPU thread. Shows the whole path: latents,
+# training, held-out loss, imagined episodes beside real ones.
+#
+#     sh examples/world_model/piper_5_minutes.sh [FOLDER]
+#
+# data    160 + 32 play episodes of 128 steps, collected here (a few minutes more, once)
+# steps   400 of 16 windows; the frame codec is the one that ships with the package
+# memory  below 2 GB (not measured closely)
+# time    measured, one thread of a shared server CPU with bf16: 3.5 minutes of CPU, 5.3 by the clock beside other work
+# result  measured, seed 0: held-out loss 5.82 -> 1.49; PSNR of the moving region over frames 0-8, 8 held-out episodes: 14.4 dB,
+#         copying the last true frame 9.4 dB. Over the whole picture and beyond 16 frames copying, which is told the truth
+#         every chunk, is ahead: this is a demonstration of the trainer, not a good model
+set -eu
+out=${1:-runs/piper_5_minutes}
+export OMP_NUM_THREADS=1
+
+test -d "$out/play" || rawdream collect --kind play --layout wide --episodes 160 --seed 1 --root "$out/play"
+test -d "$out/held_out" || rawdream collect --kind play --layout wide --episodes 32 --seed 2 --root "$out/held_out"
+
+rawdream train-world-model --data "$out/play" --validation "$out/held_out" --out "$out/run" --codec embedded \
+    --objective window --transformer.steps 400 --transformer.batch-size 16 --transformer.lr 1e-3 \
+    --transformer.warmup 50 --transformer.decay 0.7 --transformer.ema 0.98 \
+    --model.num-layers 3 --model.num-attention-heads 3 --model.attention-head-dim 48 --model.ffn-dim 384 \
+    --model.stem-channels 48 --model.stem-blocks 1 --model.head-blocks 2 --save-every 200
+
+echo "Numbers: $out/run/transformer/metrics.jsonl; films: $out/run/transformer/validation"

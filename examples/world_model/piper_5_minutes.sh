@@ -6,7 +6,7 @@
 #
 # data    160 + 32 play episodes of 128 steps, collected here (a few minutes more, once)
 # steps   400 of 16 windows; the frame codec is the one that ships with the package
-# memory  below 2 GB (not measured closely)
+# memory  not measured
 # time    measured, one thread of a shared server CPU with bf16: 3.5 minutes of CPU, 5.3 by the clock beside other work
 # result  measured, seed 0: held-out loss 5.82 -> 1.49; PSNR of the moving region over frames 0-8, 8 held-out episodes: 14.4 dB,
 #         copying the last true frame 9.4 dB. Over the whole picture and beyond 16 frames copying, which is told the truth

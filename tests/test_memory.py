@@ -60,7 +60,7 @@ def test_weights_states_and_caches_are_exact(arch: WanConfig, kind: str) -> None
     state = model.start(frames, [NoiseKey(i) for i in range(rows)], torch.zeros(rows, 7))
     state, _ = model.imagine(state, torch.zeros(rows, 8, 7))
     assert parts["states"] == 3 * total([state.anchor, state.recent, state.conditions, state.arm_maps, state.pose])
-    assert parts["decoder streams"] == 3 * total(state.decoder)
+    assert parts["decoder streams"] == 2 * total(state.decoder)
     assert parts["rolling caches"] == 3 * total(state.cache)
 
 
@@ -76,12 +76,12 @@ def test_denoising_stays_within_the_estimate(arch: WanConfig, reuse: str) -> Non
     for _ in range(4):
         state, _ = model.imagine(state, torch.zeros(rows, 8, 7))
     conditions, maps = state.conditions[:, -2:].clone(), state.arm_maps[:, -2:].clone()
-    model._denoise(state, conditions, maps, 9)  # fills the tables of constants
+    model._denoise(state, conditions, maps, 6)  # fills the tables of constants
     constants = [x for c in model._constants._times.values() for x in (c.vector, c.modulation)]
     prompt = [x for keys in model._constants.prompt for x in (keys if isinstance(keys, tuple) else [])]
     existing = [*model.transformer.parameters(), *model.transformer.buffers(), *constants, *prompt, conditions, maps]
     existing += [state.anchor, state.recent, state.conditions, state.arm_maps, state.pose, *state.cache]
-    used = memory_estimates.peak_bytes(lambda: model._denoise(state, conditions, maps, 9), existing) / rows
+    used = memory_estimates.peak_bytes(lambda: model._denoise(state, conditions, maps, 6), existing) / rows
     estimate = memory_estimates.denoise_bytes(arch, torch.bfloat16, model.reuse)
     assert used / 1.15 <= estimate <= 2.5 * used, (used, estimate)
 
@@ -100,7 +100,7 @@ def test_a_whole_step_stays_within_the_estimate(micro_batch: int) -> None:
     used = memory_estimates.peak_bytes(lambda: model.imagine(state, actions), [*weights, *old, actions]) + total(old)
     parts = rollout_memory(WAN, model.autoencoder, rows, torch.bfloat16, micro_batch=micro_batch or None).parts
     estimate = sum(parts.values()) - parts["weights"] - parts["headroom"]
-    assert used / 1.05 <= estimate <= 1.6 * used, (used, estimate)
+    assert used <= (1 + memory_estimates.HEADROOM) * estimate <= 1.7 * used, (used, estimate)
 
 
 def test_peak_counts_what_lives_at_once() -> None:
@@ -143,9 +143,9 @@ def test_training_activations_within_the_estimate() -> None:
 def test_full_size_is_what_the_tables_say() -> None:
     arch = wan_config("wan2.1-1.3b")
     parts = rollout_memory(arch, num_envs=4).parts
-    assert parts["decoder streams"] / 12 == pytest.approx(310e6, rel=0.01)
+    assert parts["decoder streams"] / 8 == pytest.approx(310e6, rel=0.01)
     assert 7 * memory_estimates.frame_keys_bytes(arch, torch.bfloat16) == pytest.approx(330e6, rel=0.01)
-    assert memory_estimates.denoise_bytes(arch, torch.bfloat16) == pytest.approx(660e6, rel=0.01)
+    assert 330e6 < memory_estimates.denoise_bytes(arch, torch.bfloat16) < 450e6
     assert rollout_memory(arch, num_envs=64, micro_batch=8).total < rollout_memory(arch, num_envs=64).total
 
 

@@ -5,8 +5,7 @@ upper estimate of what the code holds at once. Models are laid out on PyTorch's 
 full size costs neither memory nor time. What follows from the estimates is in ``memory.py``.
 
 At the full size (256 pixels, bfloat16) an environment costs, in MB: 310 for the decoder's stream, as often as
-``STATE_COPIES`` says; and while its rows are imagined 660 for the context's keys and values: 330 of them stay for the
-step, as much again is alive while they are rotated and joined.
+``STATE_COPIES`` says; and while its rows are imagined 330 for the context's keys and values.
 
 What is not counted and why: the text encoder (the prompt is fixed when the weights are converted, it is never loaded),
 the policy and the judge (they may live on another device).
@@ -37,9 +36,9 @@ FIXED_HEADROOM = GIB
 """Bytes that no tensor owns: the CUDA context and the work space of its libraries."""
 HEADROOM = 0.08
 """Share of the sum that the allocator loses to fragmentation."""
-STATE_COPIES = {"whole": 3, "micro-batches": 4}
-"""How often a state's tensors are alive in ``imagine``: the old ones, those of the rows picked for denoising, the new ones,
-and the new ones of micro-batches until they are joined."""
+STATE_COPIES = {"decoder": 2, "others": 3}
+"""How often a state's tensors are alive in ``imagine``: the old ones and the new ones, and, but for the decoder's streams,
+those of the rows picked for denoising."""
 OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "sgd": 0}
 """Bytes of optimiser state per parameter."""
 Optimizer = Literal["adamw", "adamw8bit", "sgd"]
@@ -110,12 +109,14 @@ def peak_bytes(function: Callable[[], object], existing: Iterable[Tensor] = ()) 
 
 
 @lru_cache(maxsize=16)
-def _transformer_numbers(arch: WanConfig) -> tuple[int, int]:
-    """Numbers in parameters, and in parameters and buffers."""
+def _transformer_numbers(arch: WanConfig, dtype: torch.dtype = torch.float32) -> tuple[int, int]:
+    """Numbers in parameters, and bytes of parameters and buffers in ``dtype`` (whole numbers stay as they are)."""
     with torch.device("meta"):
         model = WanWorldModelTransformer(arch)
     parameters = sum(p.numel() for p in model.parameters())
-    return parameters, parameters + sum(b.numel() for b in model.buffers())
+    return parameters, parameters * dtype.itemsize + sum(
+        b.numel() * (dtype if b.is_floating_point() else b.dtype).itemsize for b in model.buffers()
+    )
 
 
 @dataclass(frozen=True)
@@ -191,11 +192,11 @@ def denoise_bytes(arch: WanConfig, dtype: torch.dtype, reuse: Reuse = "step") ->
         return _pass_elements(arch, frames, context) * dtype.itemsize + pictures
 
     if reuse == "none":
-        return (1 + r + g) * keys + working(1 + r + g, 0)
-    evaluation = (1 + r + g) * keys + working(g, 1 + r)
+        return (1 + r + g) * keys // 2 + working(1 + r + g, 0)  # tokens of the context, of the new frames, and joined
+    evaluation = (1 + r) * keys + working(g, 1 + r)
     if reuse == "rolling":  # anchor, older ones rotated, new ones, both lists joined, padded, and all of it rotated
         return max((4 * r + 3) * keys + pictures, r * keys + evaluation)
-    join = (2 + 2 * r) * keys  # anchor and recent ones before, and after they are rotated and joined
+    join = (1 + r) * keys * (arch.num_layers + 1) // arch.num_layers  # rotated and joined block by block
     return max(join + pictures, (1 + r) * keys + working(r, 1), evaluation)
 
 
@@ -224,13 +225,14 @@ def rollout_memory(
         parts = _codec_bytes(codec, dtype, arch.chunk_latents)
     rows = num_envs if micro_batch is None else min(micro_batch, num_envs)
     denoise = denoise_bytes(arch, dtype, reuse)
-    held = num_envs * STATE_COPIES["micro-batches" if rows < num_envs else "whole"]
+    streams, others = num_envs * STATE_COPIES["decoder"], num_envs * STATE_COPIES["others"]
+    streams += rows if rows < num_envs else 0  # a micro-batch's new streams, until they are copied to their place
     return _with_headroom(
         {
-            "weights": _transformer_numbers(arch)[1] * dtype.itemsize + parts.weights,
-            "states": held * state_bytes(arch),
-            "decoder streams": held * parts.stream,
-            "rolling caches": held * rolling_bytes(arch, dtype) if reuse == "rolling" else 0,
+            "weights": _transformer_numbers(arch, dtype)[1] + parts.weights,
+            "states": others * state_bytes(arch),
+            "decoder streams": streams * parts.stream,
+            "rolling caches": others * rolling_bytes(arch, dtype) if reuse == "rolling" else 0,
             "a micro-batch at work": rows * max(denoise, parts.working),
         }
     )

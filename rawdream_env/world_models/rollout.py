@@ -244,6 +244,7 @@ class WanWorldModel:
                 whole = whole or tuple(part.new_empty(n, *part.shape[1:]) for part in parts)
                 for target, part in zip(whole, parts, strict=True):
                     target[first : first + size] = part
+                del parts, part  # or they would be alive beside the next ones
             return whole
         everything = slice(None)
         weight = self.transformer.patch_embedding.weight

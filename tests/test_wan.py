@@ -26,7 +26,7 @@ from rawdream_env.world_models.convert import empty_prompt as prompt_of
 from rawdream_env.world_models.dream_state import DreamState
 from rawdream_env.world_models.embedded import load_world_model
 from rawdream_env.world_models.fp8 import quantise, use_fp8
-from rawdream_env.world_models.rollout import WanWorldModel
+from rawdream_env.world_models.rollout import WAN_ROLLOUT, WanWorldModel
 from rawdream_env.world_models.tiny_decoder import TinyDecoder
 from rawdream_env.world_models.wan import WanWorldModelTransformer
 from rawdream_env.world_models.wan_config import WAN_CONFIGS, WanConfig, wan_config
@@ -372,3 +372,20 @@ def test_fp8_is_close(wan: tuple[nn.Module, Path]) -> None:
     assert 1e-3 < error < 0.1
     weights, scale = quantise(torch.tensor([[1.0, -448.0, 0.0], [0.0, 0.0, 0.0]]))
     torch.testing.assert_close(weights.float() * scale, torch.tensor([[1.0, -448.0, 0.0], [0.0, 0.0, 0.0]]))
+
+
+def test_training_goes_on_from_it_as_it_is(wan_release: Path, tmp_path: Path) -> None:
+    """Architecture and rollout come from ``init``; another architecture is refused; by name Wan's settings come along."""
+    from rawdream_env.trainers.world_model import WorldModelTrainConfig, _resolved
+
+    target = tmp_path / "wm"
+    convert_wan(ConvertWanConfig(str(wan_release), str(target), image_size=64, fps=20))
+    config, initial = _resolved(WorldModelTrainConfig(data=("d",), out="o", init=str(target)))
+    assert initial is not None
+    assert config.model == initial.transformer.arch == replace(TINY, text_rows=1)
+    assert (config.rollout.max_time, config.rollout.fps, config.rollout.arm_map) == (7, 20, None)
+    with pytest.raises(CheckpointError, match="another architecture"):
+        _resolved(WorldModelTrainConfig(data=("d",), out="o", init=str(target), model_name="wan2.1-1.3b"))
+    full, none = _resolved(WorldModelTrainConfig(data=("d",), out="o", model_name="wan2.1-1.3b"))
+    assert none is None
+    assert full.rollout == WAN_ROLLOUT

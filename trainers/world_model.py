@@ -54,7 +54,7 @@ from rawdream_env.trainers.world_model_losses import LossConfig
 from rawdream_env.trainers.world_model_validation import Validation, assembled
 from rawdream_env.world_models.autoencoders import AutoencoderConfig, FrameCodec, PackedFrameAutoencoder
 from rawdream_env.world_models.embedded import read_world_model, save_world_model
-from rawdream_env.world_models.rollout import RolloutConfig, WanWorldModel
+from rawdream_env.world_models.rollout import WAN_ROLLOUT, RolloutConfig, WanWorldModel
 from rawdream_env.world_models.wan import WanWorldModelTransformer
 from rawdream_env.world_models.wan_config import WAN_CONFIGS, WanConfig, wan_config
 
@@ -80,7 +80,8 @@ class WorldModelTrainConfig:
     out: str
     """Run folder; the same command continues an interrupted run."""
     init: str = ""
-    """World model to start from, a folder or "embedded": its codec is kept as it is, its transformer trained on."""
+    """World model to start from, a folder or "embedded": its codec is kept as it is, its transformer trained on.
+    Architecture and rollout settings are its own, unless others are given."""
     codec: str = ""
     """World model, a folder or "embedded", whose frame codec is used; the transformer starts from scratch."""
     validation: tuple[str, ...] = ()
@@ -112,7 +113,7 @@ class WorldModelTrainConfig:
     model_name: str = ""
     """A named architecture, "embedded" or "wan2.1-1.3b", instead of ``model``."""
     model: WanConfig = field(default_factory=lambda: WAN_CONFIGS["embedded"])
-    """Architecture of the transformer."""
+    """Architecture of the transformer; with ``init`` left as it is, that of ``init``."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """Rollout settings saved with the model; its arm map is also the one trained on. Objective "window" replaces its action
     bounds by those of the data."""
@@ -139,14 +140,9 @@ def train_world_model(config: WorldModelTrainConfig) -> Path:
         DatasetError: data that are missing, damaged or lack what the model takes.
         RunDirError: ``out`` holds a run with other settings.
     """
-    if config.model_name:
-        config = replace(config, model=wan_config(config.model_name), model_name="")
-    if not (config.model.pose_dim or config.model.map_channels):
-        config = replace(config, rollout=replace(config.rollout, arm_map=None))
     with join(config.parallel, config.device) as world:
-        config = replace(config, device=world.device)
+        config, initial = _resolved(replace(config, device=world.device))
         _check(config, world)
-        initial = _initial(config)  # a wrong folder is noticed before the data are read
         Path(config.out).mkdir(parents=True, exist_ok=True)
         train = _train_windows if config.objective == "window" else _train_episodes
         target = train(config, initial, world)
@@ -288,8 +284,6 @@ def _check(config: WorldModelTrainConfig, world: World) -> None:
             f"transformer.batch_size {batch} cannot be divided among {world.size} processes; make it a multiple of "
             f"{world.size}, say {-(-batch // world.size) * world.size}."
         )
-    if config.init and config.codec:
-        raise InvalidOptionError("init brings its own codec: give init or codec, not both.")
     if config.objective == "window" and arch.context_latents % arch.chunk_latents:
         raise InvalidOptionError(
             f"context_latents {arch.context_latents} is no multiple of chunk_latents {arch.chunk_latents}, as objective "
@@ -306,16 +300,30 @@ def _read(folder: str) -> WanWorldModel:
     )
 
 
-def _initial(config: WorldModelTrainConfig) -> WanWorldModel | None:
-    """The world model named by ``init``; a ``CheckpointError`` unless its architecture is the configured one."""
-    if not config.init:
-        return None
-    initial = _read(config.init)
-    if initial.transformer.arch != config.model:
+def _resolved(config: WorldModelTrainConfig) -> tuple[WorldModelTrainConfig, WanWorldModel | None]:
+    """The configuration with architecture and rollout filled in, and the world model named by ``init``.
+
+    What is not given comes from ``init``, else from the named architecture. A wrong folder is noticed here, before the data
+    are read: ``CheckpointError``, also when its architecture is not the one asked for.
+    """
+    if config.init and config.codec:
+        raise InvalidOptionError("init brings its own codec: give init or codec, not both.")
+    initial = _read(config.init) if config.init else None
+    model, rollout = config.model, config.rollout
+    if config.model_name:
+        model = wan_config(config.model_name)
+    elif initial is not None and model == WAN_CONFIGS["embedded"]:
+        model = initial.transformer.arch
+    if initial is not None and initial.transformer.arch != model:
         raise CheckpointError(
-            f"{config.init} has another architecture ({initial.transformer.arch}) than this run ({config.model})."
+            f"{config.init} has another architecture ({initial.transformer.arch}) than this run ({model})."
         )
-    return initial
+    pictures_alone = not (model.pose_dim or model.map_channels)
+    if rollout == RolloutConfig():
+        rollout = initial.config if initial is not None else WAN_ROLLOUT if pictures_alone else rollout
+    if pictures_alone:
+        rollout = replace(rollout, arm_map=None)
+    return replace(config, model=model, rollout=rollout, model_name=""), initial
 
 
 def _codec(config: WorldModelTrainConfig, initial: WanWorldModel | None) -> FrameCodec | None:

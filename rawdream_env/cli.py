@@ -111,6 +111,10 @@ COMMANDS: dict[str, Command] = {
         "train the judge that says whether an instruction was carried out in a video",
         f"{_TRAINERS}.judge", "JudgeTrainConfig", "train_judge", _judge,
     ),
+    "train-reward-model": Command(
+        "train the paper's one-shot reward model (VideoMAE) on a few demonstrations a task",
+        f"{_TRAINERS}.reward_model", "RewardModelConfig", "train_reward_model", _text,
+    ),
     "sft": Command(
         "pre-train a policy on play, or adapt it with a few demonstrations",
         f"{_TRAINERS}.sft", "SFTConfig", "train_sft", _sft,
@@ -126,6 +130,10 @@ COMMANDS: dict[str, Command] = {
     "evaluate-world-model": Command(
         "a world model's frames against recorded ones: PSNR, SSIM, LPIPS, FVD, ghosting, whether it heeds its actions",
         f"{_EVALUATION}.world_model", "EvaluateWorldModelConfig", "evaluate_world_model", _fidelity,
+    ),
+    "judge evaluate": Command(
+        "a judge against the truth of simulator episodes: precision, recall, false positives, and its worst mistakes",
+        f"{_EVALUATION}.judge_evaluation", "EvaluateJudgeConfig", "evaluate_judge", _text,
     ),
     "train-embedded": Command(
         "make the shipped models again from nothing, stage by stage",

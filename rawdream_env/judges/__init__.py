@@ -43,11 +43,15 @@ def load_judge(spec: str | Path | Judge, device: str = "cpu") -> Judge:
         if spec == "embedded":
             raise CheckpointError(f"the embedded judge is not in {folder}; train it with `rawdream train-judge`")
         raise InvalidOptionError(f"judge {str(spec)!r} is neither 'embedded' nor 'scripted' nor a folder")
-    from rawdream_env.judges import embedded
+    from rawdream_env.judges import embedded, videomae
 
     kind = _kind_of(folder)
+    if kind == videomae.KIND:
+        return videomae.VideoMAEJudge.from_pretrained(folder, device=device)
     if kind != embedded.KIND:
-        raise CheckpointError(f"{folder / 'config.json'} says kind={kind!r}, expected {embedded.KIND!r}")
+        raise CheckpointError(
+            f"{folder / 'config.json'} says kind={kind!r}, expected {embedded.KIND!r} or {videomae.KIND!r}"
+        )
     return embedded.EmbeddedJudge.from_pretrained(folder, device=device)
 
 

@@ -42,9 +42,9 @@ class RewardModelSize:
     """Size of a network made from nothing (a folder given by ``init`` brings its own)."""
 
     image_size: int = 64
-    patch_size: int = 8
-    hidden_size: int = 96
-    intermediate_size: int = 384
+    patch_size: int = 16
+    hidden_size: int = 128
+    intermediate_size: int = 512
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
 

@@ -255,6 +255,13 @@ class DreamVectorEnv(ChunkVectorEnv):
                 self._finished[row] = episodes[i]
         return self._result(frames, episodes, verdicts, ~finite)
 
+    def _ended_early(self, row: int, verdict: Verdict | None) -> None:
+        episode = self._current[row]
+        assert episode is not None
+        if verdict is not None:
+            episode.verdict, episode.valid = verdict, verdict.outcome != Outcome.INVALID
+        self._finished[row] = episode
+
     def _extended(self, row: int, actions: Float32Array, frames: UInt8Array, finite: bool) -> Episode:
         """Row's episode with one chunk more; the recorded one stays as it is until the step is certain."""
         old = self._current[row]

@@ -2,8 +2,9 @@
 
 The label is the truth when the video ends, which is what a judge of the whole video can know. A fresh episode i depends
 on the seed and i alone, not on the number of processes. Tasks take turns, and three drivers do, because a judge is
-attacked by what nearly worked: the scripted expert (mostly successes), the same with shaky hands (near misses, objects
-pushed over), and the shipped policy at temperature 1 (the mistakes reinforcement learning starts from).
+attacked by what nearly worked: the scripted expert (nearly all successes), the same with shaky hands (it often holds
+the object at its goal to the end and does not let go, which is no success), and the shipped policy at temperature 1 (the
+mistakes reinforcement learning starts from). Rates over all episodes depend on this mixture: look at each driver's.
 
 Shape letters: F frames, H W picture, A action dimensions.
 """

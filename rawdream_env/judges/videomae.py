@@ -48,10 +48,10 @@ class VideoMAEJudgeConfig:
     """Their instructions, in the order of the embedding."""
     image_size: int = 64
     """Pixels; frames of other sizes are brought to it by area interpolation."""
-    patch_size: int = 8
+    patch_size: int = 16
     tubelet_size: int = 2
-    hidden_size: int = 96
-    intermediate_size: int = 384
+    hidden_size: int = 128
+    intermediate_size: int = 512
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
     scan_stride: int = 4

@@ -91,6 +91,8 @@ class GRPOConfig:
     """Of sampling and of the log-probabilities. 1.6 suits a large pre-trained policy, 0.3 to 1 the embedded one."""
     dual_noise_verification: bool = True
     """Dream every success again and leave out what does not repeat. Ignored in a simulator, which has no noise."""
+    overlap_judge: Literal["auto", "on", "off"] = "auto"
+    """Judge ended episodes while the next are imagined; "auto": where the judge is a server. Same results."""
     max_flagged: int = 2
     """A group with more flagged or invalid members than this is dropped."""
 
@@ -175,7 +177,7 @@ def train_grpo(config: GRPOConfig, *, env: VectorEnv[Any, Any, Any] | None = Non
     vector_env = make_env(config) if env is None else env
     if config.dual_noise_verification:
         vector_env = verified(vector_env)
-    may_change = ("run_dir", "steps", "minutes", "save_every", "tensorboard", "progress", "num_envs")
+    may_change = ("run_dir", "steps", "minutes", "save_every", "tensorboard", "progress", "num_envs", "overlap_judge")
     try:
         with (
             RunDir(config.run_dir, config, may_change=may_change, tensorboard=config.tensorboard) as run,
@@ -216,6 +218,7 @@ def _train(
         seed=config.seed,
         should_stop=interrupted.is_set,
         on_group=lambda counts: bar.set_postfix_str(describe(counts)),
+        overlap={"auto": None, "on": True, "off": False}[config.overlap_judge],
     )
     try:
         while step < config.steps:
@@ -243,6 +246,7 @@ def _train(
         raise
     finally:
         bar.close()
+        collector.close()
         if step > saved and whole:
             learner.save(run, step)
 

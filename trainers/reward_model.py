@@ -65,7 +65,7 @@ class RewardModelConfig:
     """Windows within this share of the episode at its end are positives."""
     beginning: float = 0.4
     """Windows within this share at its beginning are negatives."""
-    steps: int = 400
+    steps: int = 800
     """Optimiser steps."""
     batch_size: int = 16
     """Windows in a batch."""

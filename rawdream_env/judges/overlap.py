@@ -51,22 +51,22 @@ class OverlappedJudge(Generic[Tag]):
         if tags:
             self._calls[self._pool.submit(self.judge, list(videos), list(instructions))] = tuple(tags)
 
-    def fetch(self, *, wait_for_one: bool = False) -> dict[Tag, Verdict]:
-        """The verdicts that have arrived since the last time; ``wait_for_one`` waits until a call has, if any is out.
+    def fetch(self, *, wait_s: float = 0.0) -> dict[Tag, Verdict]:
+        """The verdicts that have arrived since the last time; when none has, wait for one at most ``wait_s``.
 
         Raises whatever the judge raised; the other calls can still be fetched.
         """
         if not self._calls:
             return {}
-        if wait_for_one:
-            wait(self._calls, return_when=FIRST_COMPLETED)
+        wait(self._calls, timeout=wait_s, return_when=FIRST_COMPLETED)
         arrived: dict[Tag, Verdict] = {}
-        for call in [call for call in self._calls if call.done()]:
-            verdicts = call.result() if call.exception() is None else None
-            tags = self._calls.pop(call)
-            if verdicts is None:
-                call.result()  # raises what the judge raised
-                continue
+        done = [call for call in self._calls if call.done()]
+        failed = next((call for call in done if call.exception() is not None), None)
+        if failed is not None:  # before anything else is taken off the list, so that nothing is lost
+            self._calls.pop(failed)
+            failed.result()
+        for call in done:
+            tags, verdicts = self._calls.pop(call), call.result()
             if len(verdicts) != len(tags):
                 raise RawDreamError(
                     f"{type(self.judge).__name__} gave {len(verdicts)} verdicts for {len(tags)} videos; it owes one each."

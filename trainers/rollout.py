@@ -28,8 +28,8 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor
 
 from rawdream_env.errors import InvalidOptionError, RawDreamError
-from rawdream_env.seeding import NoiseKey, mix
 from rawdream_env.judges.overlap import is_remote
+from rawdream_env.seeding import NoiseKey, mix
 from rawdream_env.trainers.losses import DropReason, GroupAdvantages, group_advantages
 from rawdream_env.trainers.overlap import Ending, LateVerdicts, can_overlap
 from rawdream_env.types import Outcome, Policy, Start, UInt8Array

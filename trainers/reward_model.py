@@ -254,7 +254,9 @@ def batch(config: RewardModelConfig, windows: Windows, step: int) -> tuple[Tenso
     own = windows.ends[rng.integers(len(windows.ends), size=half)]
     early = windows.beginnings[rng.integers(len(windows.beginnings), size=quarter)]
     # Ends of other tasks and now and then their beginnings: "something was finished" must not be enough.
-    pool = np.concatenate([windows.ends, windows.beginnings[:: max(1, len(windows.beginnings) // len(windows.ends) * 4)]])
+    pool = np.concatenate(
+        [windows.ends, windows.beginnings[:: max(1, len(windows.beginnings) // len(windows.ends) * 4)]]
+    )
     other = pool[rng.integers(len(pool), size=config.batch_size - half - quarter)].copy()
     other[:, 1] = (other[:, 1] + rng.integers(1, len(windows.tasks), len(other))) % len(windows.tasks)
     rows = np.concatenate([own, early, other])

@@ -167,7 +167,9 @@ def page(content: Mapping[str, Any], sheet: Path) -> str:
     picture = element("p", "There were no mistakes.")
     if sheet.is_file():
         encoded = base64.b64encode(sheet.read_bytes()).decode("ascii")
-        picture = f'<figure><img alt="the worst mistakes" style="width:100%" src="data:image/png;base64,{encoded}"></figure>'
+        picture = (
+            f'<figure><img alt="the worst mistakes" style="width:100%" src="data:image/png;base64,{encoded}"></figure>'
+        )
     title = f"How far to trust the judge {config['judge']}"
     note = (
         "Brackets are 95 % Wilson intervals. A label is the truth when the video ends. INVALID verdicts count in no rate but "

@@ -19,8 +19,9 @@ def load_judge(spec: str | Path | Judge, device: str = "cpu") -> Judge:
     """A judge from its name, its folder, or itself.
 
     Args:
-        spec: ``"embedded"`` (the small classifier shipped with the package), ``"scripted"`` (the twin for tests), a
-            folder written by ``save_pretrained``, or any object with the ``Judge`` protocol (returned as it is).
+        spec: ``"embedded"`` (the small classifier shipped with the package), ``"scripted"`` (the twin for tests),
+            ``"robometer:http://host:port/path"`` (a service), a folder written by ``save_pretrained`` (of the embedded
+            judge or of a VideoMAE reward model), or any object with the ``Judge`` protocol (returned as it is).
         device: torch device for judges that compute.
 
     Raises:
@@ -38,11 +39,17 @@ def load_judge(spec: str | Path | Judge, device: str = "cpu") -> Judge:
         from rawdream_env.judges.scripted import ScriptedJudge
 
         return ScriptedJudge()
+    if str(spec).startswith("robometer:"):
+        from rawdream_env.judges.robometer import RobometerJudge
+
+        return RobometerJudge(str(spec).removeprefix("robometer:"))
     folder = ASSETS if spec == "embedded" else Path(spec)
     if not folder.is_dir():
         if spec == "embedded":
             raise CheckpointError(f"the embedded judge is not in {folder}; train it with `rawdream train-judge`")
-        raise InvalidOptionError(f"judge {str(spec)!r} is neither 'embedded' nor 'scripted' nor a folder")
+        raise InvalidOptionError(
+            f"judge {str(spec)!r} is neither 'embedded' nor 'scripted' nor 'robometer:URL' nor a folder"
+        )
     from rawdream_env.judges import embedded, videomae
 
     kind = _kind_of(folder)

@@ -49,7 +49,15 @@ class OverlappedJudge(Generic[Tag]):
         if len(tags) != len(videos):
             raise ValueError(f"{len(tags)} tags but {len(videos)} videos; give one each")
         if tags:
-            self._calls[self._pool.submit(self.judge, list(videos), list(instructions))] = tuple(tags)
+            self._calls[self._pool.submit(self._ask, list(videos), list(instructions))] = tuple(tags)
+
+    def _ask(self, videos: list[Video], instructions: list[str]) -> list[Verdict]:
+        verdicts = self.judge(videos, instructions)
+        if len(verdicts) != len(videos):
+            raise RawDreamError(
+                f"{type(self.judge).__name__} gave {len(verdicts)} verdicts for {len(videos)} videos; it owes one each."
+            )
+        return verdicts
 
     def fetch(self, *, wait_s: float = 0.0) -> dict[Tag, Verdict]:
         """The verdicts that have arrived since the last time; when none has, wait for one at most ``wait_s``.
@@ -66,12 +74,7 @@ class OverlappedJudge(Generic[Tag]):
             self._calls.pop(failed)
             failed.result()
         for call in done:
-            tags, verdicts = self._calls.pop(call), call.result()
-            if len(verdicts) != len(tags):
-                raise RawDreamError(
-                    f"{type(self.judge).__name__} gave {len(verdicts)} verdicts for {len(tags)} videos; it owes one each."
-                )
-            arrived.update(zip(tags, verdicts, strict=True))
+            arrived.update(zip(self._calls.pop(call), call.result(), strict=True))
         return arrived
 
     def forget(self) -> None:

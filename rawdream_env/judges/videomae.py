@@ -138,7 +138,9 @@ def from_transformers(folder: str | Path, tasks: Sequence[str]) -> VideoMAENetwo
         theirs = VideoMAEConfig.from_pretrained(str(folder), local_files_only=True)
         if theirs.model_type != "videomae" or not Path(folder, "model.safetensors").is_file():
             raise OSError("it needs a config.json of VideoMAE and a model.safetensors")
-        names = [field.name for field in fields(VideoMAEJudgeConfig) if field.name.endswith(("size", "layers", "heads"))]
+        names = [
+            field.name for field in fields(VideoMAEJudgeConfig) if field.name.endswith(("size", "layers", "heads"))
+        ]
         config = VideoMAEJudgeConfig(tasks=tuple(tasks), **{name: getattr(theirs, name) for name in names})
         encoder, told = VideoMAEModel.from_pretrained(
             str(folder), config=_transformers_config(config), local_files_only=True, use_safetensors=True,

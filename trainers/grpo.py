@@ -181,8 +181,8 @@ def train_grpo(config: GRPOConfig, *, env: VectorEnv[Any, Any, Any] | None = Non
     vector_env = make_env(config) if env is None else env
     if config.dual_noise_verification:
         vector_env = verified(vector_env)
-    may_change = ("run_dir", "steps", "minutes", "save_every", "tensorboard", "progress", "num_envs")
-    may_change += ("overlap_judge", "held_out_judge")  # neither changes a reward
+    may_change = ["run_dir", "steps", "minutes", "save_every", "tensorboard", "progress", "num_envs"]
+    may_change += ["overlap_judge", "held_out_judge"]  # neither changes a reward
     own_judge = getattr(vector_env.unwrapped, "judge", None)
     try:
         if config.held_out_judge:

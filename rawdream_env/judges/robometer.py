@@ -99,7 +99,7 @@ class RobometerJudge:
             return []
         deadline = monotonic() + self.deadline_s
         with ThreadPoolExecutor(min(self.concurrency, len(videos)), thread_name_prefix="robometer") as pool:
-            return list(pool.map(lambda pair: self._one(*pair, deadline), zip(videos, instructions, strict=True)))
+            return list(pool.map(self._one, videos, instructions, [deadline] * len(videos)))
 
     def _one(self, video: Video, instruction: str, deadline: float) -> Verdict:
         timer = Timer()

@@ -87,8 +87,8 @@ def annealed_threshold(progress: float, begin: float = STRICT_THRESHOLD, end: fl
 class VideoMAENetwork(nn.Module):
     """Windows and task numbers to success logits.
 
-    ``forward(windows (N, 8, H, W, 3) in [0, 255], tasks int64 (N,))`` returns (N,): the encoder's mean token and the
-    task's embedding, through one hidden layer.
+    ``forward(windows (N, 8, H, W, 3) in [0, 255], tasks int64 (N,))`` returns (N,): the encoder's mean token, weighed by
+    the task's embedding, through one hidden layer.
     """
 
     def __init__(self, config: VideoMAEJudgeConfig, encoder: nn.Module | None = None) -> None:
@@ -111,7 +111,9 @@ class VideoMAENetwork(nn.Module):
         pixels = windows.permute(0, 1, 4, 2, 3).float() / 255
         mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (_MEAN, _STD))
         tokens = self.videomae(pixel_values=(pixels - mean) / std).last_hidden_state
-        out: Tensor = self.head(torch.cat([self.norm(tokens.mean(1)), self.task(tasks)], dim=1))[:, 0]
+        seen, task = self.norm(tokens.mean(1)), self.task(tasks)
+        # The product lets a task choose what to look for; from the two side by side that is learnt slowly.
+        out: Tensor = self.head(torch.cat([seen * task, task], dim=1))[:, 0]
         return out
 
 
@@ -142,7 +144,8 @@ def from_transformers(folder: str | Path, tasks: Sequence[str]) -> VideoMAENetwo
             field.name for field in fields(VideoMAEJudgeConfig) if field.name.endswith(("size", "layers", "heads"))
         ]
         config = VideoMAEJudgeConfig(tasks=tuple(tasks), **{name: getattr(theirs, name) for name in names})
-        encoder, told = VideoMAEModel.from_pretrained(
+        load: Any = VideoMAEModel.from_pretrained  # its annotation does not know output_loading_info
+        encoder, told = load(
             str(folder), config=_transformers_config(config), local_files_only=True, use_safetensors=True,
             output_loading_info=True,
         )  # fmt: skip

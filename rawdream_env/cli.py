@@ -206,9 +206,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     logging.basicConfig(format="%(message)s")
     logging.getLogger("rawdream_env").setLevel(logging.INFO)
-    name = " ".join(words[:2]) if " ".join(words[:2]) in COMMANDS else words[0]  # some names are two words
+    count = 2 if " ".join(words[:2]) in COMMANDS else 1  # some names are two words
+    name = " ".join(words[:count])
     try:
-        return run(name, words[len(name.split()) :])
+        return run(name, words[count:])
     except KeyboardInterrupt:
         print("\nInterrupted. What was saved is kept; the same command goes on from there.", file=sys.stderr)
         return 130

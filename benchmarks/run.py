@@ -27,6 +27,8 @@ NAMES = (
     "dual_noise",
     "memory",
     "embedded_vs_twin",
+    "judge_overlap",
+    "instant_reflector",
 )
 
 

@@ -109,6 +109,10 @@ COMMANDS: dict[str, Command] = {
         "train the judge that says whether an instruction was carried out in a video",
         f"{_TRAINERS}.judge", "JudgeTrainConfig", "train_judge", _judge,
     ),
+    "train-reward-model": Command(
+        "train the paper's one-shot reward model (VideoMAE) on a few demonstrations a task",
+        f"{_TRAINERS}.reward_model", "RewardModelConfig", "train_reward_model", _text,
+    ),
     "sft": Command(
         "pre-train a policy on play, or adapt it with a few demonstrations",
         f"{_TRAINERS}.sft", "SFTConfig", "train_sft", _sft,
@@ -124,6 +128,10 @@ COMMANDS: dict[str, Command] = {
     "evaluate-world-model": Command(
         "how far a world model's imagined frames follow recorded ones, with a report",
         f"{_EVALUATION}.world_model", "EvaluateWorldModelConfig", "evaluate_world_model", _world_model,
+    ),
+    "judge evaluate": Command(
+        "a judge against the truth of simulator episodes: precision, recall, false positives, and its worst mistakes",
+        f"{_EVALUATION}.judge_evaluation", "EvaluateJudgeConfig", "evaluate_judge", _text,
     ),
     "train-embedded": Command(
         "make the shipped models again from nothing, stage by stage",
@@ -196,9 +204,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     logging.basicConfig(format="%(message)s")
     logging.getLogger("rawdream_env").setLevel(logging.INFO)
-    name = " ".join(words[:2]) if " ".join(words[:2]) in COMMANDS else words[0]  # some names are two words
+    count = 2 if " ".join(words[:2]) in COMMANDS else 1  # some names are two words
+    name = " ".join(words[:count])
     try:
-        return run(name, words[len(name.split()) :])
+        return run(name, words[count:])
     except KeyboardInterrupt:
         print("\nInterrupted. What was saved is kept; the same command goes on from there.", file=sys.stderr)
         return 130

@@ -35,6 +35,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rawdream_env.errors import CheckpointError, InvalidOptionError, RawDreamError
+from rawdream_env.judges import load_judge
+from rawdream_env.judges.ensemble import HoldOutJudge
 from rawdream_env.policies import load_policy
 from rawdream_env.seeding import mix
 from rawdream_env.trainers.batch import Batch
@@ -91,6 +93,10 @@ class GRPOConfig:
     """Of sampling and of the log-probabilities. 1.6 suits a large pre-trained policy, 0.3 to 1 the embedded one."""
     dual_noise_verification: bool = True
     """Dream every success again and leave out what does not repeat. Ignored in a simulator, which has no noise."""
+    held_out_judge: str = ""
+    """A judge that watches the same videos and never rewards; the gap between the two is logged and alarmed."""
+    overlap_judge: Literal["auto", "on", "off"] = "auto"
+    """Judge ended episodes while the next are imagined; "auto": where the judge is a server. Same results."""
     max_flagged: int = 2
     """A group with more flagged or invalid members than this is dropped."""
 
@@ -175,8 +181,12 @@ def train_grpo(config: GRPOConfig, *, env: VectorEnv[Any, Any, Any] | None = Non
     vector_env = make_env(config) if env is None else env
     if config.dual_noise_verification:
         vector_env = verified(vector_env)
-    may_change = ("run_dir", "steps", "minutes", "save_every", "tensorboard", "progress", "num_envs")
+    may_change = ["run_dir", "steps", "minutes", "save_every", "tensorboard", "progress", "num_envs"]
+    may_change += ["overlap_judge", "held_out_judge"]  # neither changes a reward
+    own_judge = getattr(vector_env.unwrapped, "judge", None)
     try:
+        if config.held_out_judge:
+            watch(vector_env, config)
         with (
             RunDir(config.run_dir, config, may_change=may_change, tensorboard=config.tensorboard) as run,
             deferred_interrupt() as interrupted,
@@ -184,6 +194,8 @@ def train_grpo(config: GRPOConfig, *, env: VectorEnv[Any, Any, Any] | None = Non
             step, stopped = _train(config, run, learner, vector_env, interrupted, deadline)
             _export(learner.policy, run.path)
     finally:
+        if config.held_out_judge:
+            vector_env.unwrapped.judge = own_judge  # type: ignore[attr-defined]
         if env is None:
             vector_env.close()
     message = _farewell(stopped, step, config)
@@ -216,6 +228,7 @@ def _train(
         seed=config.seed,
         should_stop=interrupted.is_set,
         on_group=lambda counts: bar.set_postfix_str(describe(counts)),
+        overlap={"auto": None, "on": True, "off": False}[config.overlap_judge],
     )
     try:
         while step < config.steps:
@@ -227,7 +240,7 @@ def _train(
             step, whole = step + 1, True
             timer.lap("update")
             run.log(step, **summarize(rollouts), **metrics)
-            run.log_timings(step, **timer.summary(rollouts, env))
+            run.log_timings(step, **timer.summary(rollouts, env), **judge_gap(env))
             bar.update()
             if step % config.save_every == 0:
                 learner.save(run, step)
@@ -243,6 +256,7 @@ def _train(
         raise
     finally:
         bar.close()
+        collector.close()
         if step > saved and whole:
             learner.save(run, step)
 
@@ -257,6 +271,23 @@ def make_env(config: GRPOConfig) -> VectorEnv[Any, Any, Any]:
         **config.env_kwargs,
     }
     return gym.make_vec(config.env_id, num_envs=num_envs, autoreset_mode="Disabled", **kwargs)
+
+
+def watch(env: VectorEnv[Any, Any, Any], config: GRPOConfig) -> None:
+    """Put the hold-out judge of ``config`` beside the environment's own."""
+    base: Any = env.unwrapped
+    if getattr(base, "judge", None) is None:
+        raise InvalidOptionError("held_out_judge watches a dream's judge, but this environment has none.")
+    base.judge = HoldOutJudge(base.judge, load_judge(config.held_out_judge, device=config.device))
+
+
+def judge_gap(env: VectorEnv[Any, Any, Any]) -> dict[str, float]:
+    """The gap between rewarding and hold-out judge for the log; nothing without a hold-out judge.
+
+    It stands beside the timings: it is over the latest videos in the order they were judged, which a resumed run lacks.
+    """
+    judge = getattr(env.unwrapped, "judge", None)
+    return judge.gap.as_dict() if isinstance(judge, HoldOutJudge) else {}
 
 
 def verified(env: VectorEnv[Any, Any, Any]) -> VectorEnv[Any, Any, Any]:

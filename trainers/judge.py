@@ -3,7 +3,7 @@
     rawdream train-judge --data PLAY EXPERT --out RUN
 
 The paper takes an off-the-shelf vision-language model as its judge (section 3.2); at the embedded size we train a
-classifier of 1.7 M parameters instead, on the world model's own task-agnostic play: every window of an episode is a
+classifier of 1.6 M parameters instead, on the world model's own task-agnostic play: every window of an episode is a
 clip about which every goal of the grammar can be asked, true or not. The four tasks are treated like any other pair,
 and whole object pairs (``HELD_OUT_JUDGE_PAIRS``) are never asked about in training, so that the report shows what it
 knows of pairs it was not trained on.
@@ -46,7 +46,7 @@ from rawdream_env.trainers.judge_clips import (
     recorded_clips,
     split,
 )
-from rawdream_env.trainers.judge_losses import answer_loss, look_imagined, place_loss
+from rawdream_env.trainers.judge_losses import Locator, answer_loss, look_imagined, place_loss
 from rawdream_env.trainers.run_dir import RunDir, pack_optimizer, unpack_optimizer
 
 
@@ -175,9 +175,13 @@ def _fit(
         sampler.balance(mix(config.seed, number, 3))
     network = _initial(config).to(torch.device(config.device))
     ema = copy.deepcopy(network).requires_grad_(False)
-    parts = nn.ModuleDict({"network": network, "ema": ema})
+    with torch.random.fork_rng(devices=[]):  # modules draw their weights from the global generator: borrow, return it
+        torch.manual_seed(mix(config.seed, 12))
+        locator = Locator(network.config.width).to(config.device)
+    parts = nn.ModuleDict({"network": network, "locator": locator, "ema": ema})
+    trained = [*network.parameters(), *locator.parameters()]
     optimizer = torch.optim.AdamW(
-        network.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay, fused=True
+        trained, lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay, fused=True
     )
     step, spent = _resume(run, parts, optimizer)
     begun = perf_counter() - spent
@@ -187,10 +191,10 @@ def _fit(
             rate = learning_rate(config, step, perf_counter() - begun)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            loss, numbers = _loss(config, network, clips, samplers, step)
+            loss, numbers = _loss(config, network, locator, clips, samplers, step)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            numbers["grad_norm"] = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            numbers["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             decay = min(config.ema, (step + 1) / (step + 10))
             with torch.no_grad():
@@ -231,7 +235,12 @@ def _out_of_time(config: JudgeTrainConfig, seconds: float) -> bool:
 
 
 def _loss(
-    config: JudgeTrainConfig, network: JudgeNetwork, clips: list[ClipSet], samplers: list[QuestionSampler], step: int
+    config: JudgeTrainConfig,
+    network: JudgeNetwork,
+    locator: Locator,
+    clips: list[ClipSet],
+    samplers: list[QuestionSampler],
+    step: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of the batch of a step: the answers, where the named objects are, and where all objects are."""
     rng = np.random.default_rng(mix(config.seed, step, 5))
@@ -246,13 +255,13 @@ def _loss(
     )
     seen = look_imagined(frames, config.augment, torch.Generator().manual_seed(mix(config.seed, step, 6)))
     with torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.bf16):
-        told = network(seen, tokens)
-    answer = answer_loss(told.logits, labels, weights)
-    where = objects = torch.zeros_like(answer)
-    if told.pointed is not None and told.found is not None:
-        where, objects = place_loss(told.pointed, named), place_loss(told.found, everything)
+        features = network.look_at(seen)
+        logits, found = network.answer(features, tokens)
+        located = locator(features)
+    answer, where = answer_loss(logits, labels, weights), place_loss(found, named)
+    objects = place_loss(located, everything.flatten(0, 1))
     loss = answer + config.position_weight * (where + objects)
-    right = ((told.logits > 0) == (labels > 0.5)).float().mean()
+    right = ((logits > 0) == (labels > 0.5)).float().mean()
     numbers = {"loss": loss, "answer": answer, "place": where, "objects": objects, "accuracy": right}
     return loss, {name: value.detach() for name, value in numbers.items()}
 

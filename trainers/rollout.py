@@ -9,6 +9,9 @@ Which groups are trained on never depends on ``num_envs`` or on which finish fir
 opened only to replace one that was dropped, and so those kept are the first that are any good. Taking the first to
 *finish* would favour quick successes.
 
+With a judge that is waited for (a server), episodes that ended wait for their verdicts while their rows go on with the
+next members (``overlap.py``); the groups kept, and their contents, are the same.
+
 Shape letters: T chunks in an episode, K actions in a chunk, A action dimensions, L = K*A tokens, H W image.
 """
 
@@ -25,11 +28,15 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor
 
 from rawdream_env.errors import InvalidOptionError, RawDreamError
+from rawdream_env.judges.overlap import is_remote
 from rawdream_env.seeding import NoiseKey, mix
 from rawdream_env.trainers.losses import DropReason, GroupAdvantages, group_advantages
+from rawdream_env.trainers.overlap import Ending, LateVerdicts, can_overlap
 from rawdream_env.types import Outcome, Policy, Start, UInt8Array
 
 _STREAM_MEMBER, _STREAM_SAMPLING = 11, 12
+_LOOK_UP_S = 0.5
+"""While nothing is left to do but to wait for verdicts: how often to ask whether to stop."""
 
 
 class NoUsableGroupError(RawDreamError, RuntimeError):
@@ -152,9 +159,10 @@ class GroupCollector:
         seed: with the step, group and member it names every start and every draw: nothing else is random.
         should_stop: asked before every environment step; True raises ``RolloutInterrupted``.
         on_group: called with the counts so far after each finished group.
+        overlap: judge ended episodes while the next are imagined; None: where the judge is ``remote`` and it can be done.
 
     Raises:
-        InvalidOptionError: sizes that do not fit, or another autoreset mode.
+        InvalidOptionError: sizes that do not fit, another autoreset mode, or ``overlap`` where it cannot be done.
     """
 
     def __init__(
@@ -171,6 +179,7 @@ class GroupCollector:
         seed: int = 0,
         should_stop: Callable[[], bool] = lambda: False,
         on_group: Callable[[RolloutCounts], None] = lambda counts: None,
+        overlap: bool | None = None,
     ) -> None:
         mode = getattr(env, "autoreset_mode", None) or env.metadata.get("autoreset_mode")
         if mode != AutoresetMode.DISABLED:
@@ -188,6 +197,20 @@ class GroupCollector:
         self._rows: list[_Member | None] = [None] * env.num_envs
         self._images: UInt8Array | None = None
         self._started = False
+        possible = can_overlap(env)
+        if overlap and not possible:
+            raise InvalidOptionError(
+                "overlap=True needs a dream with a judge that is asked at the end of an episode (judge_every='episode'), "
+                "and around it at most DualNoiseVerification."
+            )
+        wanted = is_remote(getattr(env.unwrapped, "judge", None)) if overlap is None else overlap
+        self._late: LateVerdicts[_Member] | None = LateVerdicts(env) if wanted and possible else None
+
+    def close(self) -> None:
+        """End the threads that wait for verdicts; the environment judges for itself again."""
+        if self._late is not None:
+            self._late.close()
+            self._late = None
 
     def collect(self, step: int) -> Rollouts:
         """Roll out until ``num_groups`` groups are kept or ``max_groups`` were opened; at least one is returned.
@@ -195,6 +218,8 @@ class GroupCollector:
         Raises ``NoUsableGroupError`` when every group was dropped, ``RolloutInterrupted`` when asked to stop.
         """
         self._rows = [None] * self.env.num_envs
+        if self._late is not None:
+            self._late.forget()  # of a step that was interrupted
         waiting: deque[_Member] = deque()
         kept: list[Group] = []
         counts = RolloutCounts()
@@ -204,11 +229,11 @@ class GroupCollector:
                 waiting.extend(self._open(step, opened))
                 opened, running = opened + 1, running + 1
             self._fill(waiting)
-            if not any(self._rows):
+            if not any(self._rows) and not self._late:
                 break
             if self._should_stop():
                 raise RolloutInterrupted(f"stopped while collecting step {step}, with {len(kept)} groups kept.")
-            for group in self._advance():
+            for group in self._completed():
                 running -= 1
                 counts.add(group)
                 if not group.result.dropped:
@@ -254,9 +279,22 @@ class GroupCollector:
             if member.group.start is None:
                 member.group.start = base.start_of(row)
 
+    def _completed(self) -> list[Group]:
+        """One chunk on every running row, if there is one, and the verdicts that came; the groups this completes."""
+        running = any(self._rows)
+        endings = self._advance() if running else []
+        if self._late is not None:
+            endings += self._late.endings(wait_s=0.0 if running else _LOOK_UP_S)
+        completed = []
+        for member, ending in endings:
+            member.group.finished[member.index] = _finish(member, ending)
+            if len(member.group.finished) == self.group_size:
+                completed.append(self._close(member.group))
+        return completed
+
     @torch.no_grad()
-    def _advance(self) -> list[Group]:
-        """One chunk on every running row; returns the groups this completes."""
+    def _advance(self) -> list[tuple[_Member, Ending]]:
+        """One chunk on every running row; returns the members whose endings are known by this."""
         running = {row: member for row, member in enumerate(self._rows) if member is not None}
         rows = list(running)
         assert self._images is not None
@@ -269,7 +307,8 @@ class GroupCollector:
         tokens, logprobs = output.tokens.cpu(), output.logprobs.detach().float().cpu()
         observation, rewards, terminations, truncations, infos = self.env.step(actions)
         self._images = _as_uint8(observation["image"])
-        completed = []
+        known: list[tuple[_Member, Ending]] = []
+        late: dict[int, _Member] = {}
         for i, (row, member) in enumerate(running.items()):
             member.images.append(images[i])
             member.tokens.append(tokens[i])
@@ -277,10 +316,13 @@ class GroupCollector:
             member.reward += float(rewards[row])
             if terminations[row] or truncations[row]:
                 self._rows[row] = None
-                member.group.finished[member.index] = _finish(member, infos, row)
-                if len(member.group.finished) == self.group_size:
-                    completed.append(self._close(member.group))
-        return completed
+                if self._late is not None and infos["valid"][row]:
+                    late[row] = member
+                else:
+                    known.append((member, _ending(member, infos, row)))
+        if self._late is not None and late:
+            self._late.submit(late)
+        return known
 
     def _close(self, group: _OpenGroup) -> Group:
         members = tuple(group.finished[index] for index in range(self.group_size))
@@ -300,18 +342,22 @@ def _start(member: _Member) -> Start:
     return member.group.start
 
 
-def _finish(member: _Member, infos: dict[str, Any], row: int) -> Rollout:
+def _ending(member: _Member, infos: dict[str, Any], row: int) -> Ending:
     verdict = Outcome(int(infos["verdict"][row]))
     flagged = bool(infos["flagged"][row]) if "flagged" in infos and infos["_flagged"][row] else False
+    # Without a verdict at its end an episode's reward of 0 means "not known", which must not become a failure.
+    return Ending(member.reward, verdict, bool(infos["valid"][row]) and verdict != Outcome.INVALID, flagged)
+
+
+def _finish(member: _Member, ending: Ending) -> Rollout:
     return Rollout(
         images=np.stack(member.images),
         tokens=torch.stack(member.tokens),
         logprobs=torch.stack(member.logprobs),
-        reward=member.reward,
-        verdict=verdict,
-        # Without a verdict at its end an episode's reward of 0 means "not known", which must not become a failure.
-        valid=bool(infos["valid"][row]) and verdict != Outcome.INVALID,
-        flagged=flagged,
+        reward=ending.reward,
+        verdict=ending.verdict,
+        valid=ending.valid,
+        flagged=ending.flagged,
         seed=member.seed,
     )
 

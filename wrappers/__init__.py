@@ -3,6 +3,7 @@
 | wrapper | what it does | needs |
 |---|---|---|
 | `DualNoiseVerification` | dreams every success again with fresh noise and flags what does not repeat | a dream |
+| `InstantReflector` | a reward at every chunk from a judge's probabilities, and an end when the task looks done | a judge |
 | `Record` | one gif or mp4 per episode: dream, second dream, actions, verdict | - |
 | `InstructionObservation` | puts the instruction into the observation | - |
 | `TorchIO` | torch tensors in and out | torch |
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rawdream_env.wrappers.dual_noise import DualNoiseStatistics, DualNoiseVerification
+    from rawdream_env.wrappers.instant_reflector import InstantReflector
     from rawdream_env.wrappers.instruction import InstructionObservation
     from rawdream_env.wrappers.record import Record
     from rawdream_env.wrappers.sb3 import SB3VecEnv
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DualNoiseStatistics",
     "DualNoiseVerification",
+    "InstantReflector",
     "InstructionObservation",
     "Record",
     "SB3VecEnv",
@@ -36,6 +39,7 @@ __all__ = [
 _HOME = {
     "DualNoiseStatistics": "dual_noise",
     "DualNoiseVerification": "dual_noise",
+    "InstantReflector": "instant_reflector",
     "InstructionObservation": "instruction",
     "Record": "record",
     "SB3VecEnv": "sb3",

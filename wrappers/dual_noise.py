@@ -148,15 +148,23 @@ class DualNoiseVerification(ForwardingVectorWrapper):
         if trajectories:
             replays = self._second_dreams(base, trajectories)
             self.last_replays = dict(zip(successes.tolist(), replays, strict=True))
-        outcomes = [_verdict(replay).outcome for replay in self.last_replays.values()]
+        self.count(
+            len(ended), chunks, trajectories, [_verdict(replay).outcome for replay in self.last_replays.values()]
+        )
+
+    def count(self, ended: int, chunks: int, replayed: list[Trajectory], outcomes: list[Outcome]) -> None:
+        """Add to the statistics: ``ended`` episodes of ``chunks`` chunks in all, and the second verdicts of ``replayed``.
+
+        Called by ``step``, and by those who verify for themselves because their verdicts come later.
+        """
         s = self.statistics
         self.statistics = DualNoiseStatistics(
-            n_episodes=s.n_episodes + len(ended),
-            n_success=s.n_success + len(successes),
+            n_episodes=s.n_episodes + ended,
+            n_success=s.n_success + len(replayed),
             n_flagged=s.n_flagged + outcomes.count(Outcome.FAILURE),
             n_invalid=s.n_invalid + outcomes.count(Outcome.INVALID),
             chunks=s.chunks + chunks,
-            replayed_chunks=s.replayed_chunks + sum(len(trajectory.actions) for trajectory in trajectories),
+            replayed_chunks=s.replayed_chunks + sum(len(trajectory.actions) for trajectory in replayed),
         )
 
     def _second_dreams(self, base: Any, trajectories: list[Trajectory]) -> list[Replay]:

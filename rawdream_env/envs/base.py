@@ -30,7 +30,7 @@ from rawdream_env.envs.actions import check_actions
 from rawdream_env.envs.infos import Infos, objects, put, put_nested
 from rawdream_env.errors import ClosedEnvironmentError, InvalidOptionError, ResetNeededError
 from rawdream_env.seeding import NoiseKey
-from rawdream_env.types import ACTION_DIM, Float32Array, Start, UInt8Array
+from rawdream_env.types import ACTION_DIM, Float32Array, Start, UInt8Array, Verdict
 
 Rows = NDArray[np.intp]
 _UNSTARTED, _RUNNING, _OVER = 0, 1, 2
@@ -218,6 +218,28 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
         if self.autoreset_mode == AutoresetMode.SAME_STEP:
             self._restart_finished(infos)
         return self._observe(self._images), rewards, terminations, truncations, infos
+
+    def end_episodes(self, rows: Sequence[int], verdicts: Sequence[Verdict] | None = None) -> None:
+        """End the running episodes of ``rows`` after a step, as terminated: for wrappers that predict an episode's end.
+
+        What follows is as if they had ended by themselves in that step: NextStep begins the next episode in the next
+        step, Disabled idles until they are reset; SameStep leaves the reset to the caller. Rows that are over already
+        are left alone. A dream keeps ``verdicts`` (one per row) with the recorded episodes.
+
+        Raises:
+            ResetNeededError: a row was never reset. InvalidOptionError: there is no such row.
+        """
+        self._require_open("end_episodes")
+        chosen = [(row, None if verdicts is None else verdicts[i]) for i, row in enumerate(rows)]
+        for row, _ in chosen:
+            self.start_of(row)
+        for row, verdict in chosen:
+            if self._phase[row] == _RUNNING:
+                self._phase[row], self._terminated[row], self._truncated[row] = _OVER, True, False
+                self._ended_early(row, verdict)
+
+    def _ended_early(self, row: int, verdict: Verdict | None) -> None:
+        """Hook: ``end_episodes`` has ended ``row``."""
 
     def render(self) -> Any:
         """The last frames: "rgb_array" a tuple with one (H, W, 3) uint8 per row, "rgb_tiles" one picture of them all.

@@ -118,6 +118,8 @@ class DreamVectorEnv(ChunkVectorEnv):
             render_mode=render_mode,
             return_frames=return_frames,
         )
+        self.defer_judging = False
+        """Set by those who judge ``videos()`` themselves: episodes then end unjudged (verdict -1)."""
         self._state: Any = None
         self._current: list[Episode | None] = [None] * self.num_envs
         self._finished: list[Episode | None] = [None] * self.num_envs
@@ -242,7 +244,7 @@ class DreamVectorEnv(ChunkVectorEnv):
         state = self._state if whole else select(self._state, rows)
         state, frames, finite = imagine(self.world_model, state, actions)
         episodes = [self._extended(row, actions[i], frames[i], bool(finite[i])) for i, row in enumerate(rows.tolist())]
-        ask = finite & (last | (self.judge_every == "chunk"))
+        ask = finite & (last | (self.judge_every == "chunk")) & (not self.defer_judging)
         verdicts = self._judge(episodes, ask.tolist())
         # Everything that may raise is behind us: from here on the step has happened.
         self._state = state if whole else scatter(self._state, rows, state)
@@ -257,6 +259,13 @@ class DreamVectorEnv(ChunkVectorEnv):
             if last[i] or not finite[i] or (verdict is not None and verdict.outcome == Outcome.SUCCESS):
                 self._finished[row] = episodes[i]
         return self._result(frames, episodes, verdicts, ~finite)
+
+    def _ended_early(self, row: int, verdict: Verdict | None) -> None:
+        episode = self._current[row]
+        assert episode is not None
+        if verdict is not None:
+            episode.verdict, episode.valid = verdict, verdict.outcome != Outcome.INVALID
+        self._finished[row] = episode
 
     def _extended(self, row: int, actions: Float32Array, frames: UInt8Array, finite: bool) -> Episode:
         """Row's episode with one chunk more; the recorded one stays as it is until the step is certain."""

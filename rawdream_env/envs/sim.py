@@ -25,7 +25,8 @@ class PiperSimVectorEnv(ChunkVectorEnv):
     """``num_envs`` Piper tabletops in MuJoCo, one action chunk (8 control steps at 10 Hz) a step.
 
     Spaces, infos, autoreset and seeds are those of :class:`ChunkVectorEnv`. Success is checked at the end of every
-    chunk and terminates; ``verdict`` is therefore 1 or 0 after every chunk, ``valid`` always True.
+    chunk and terminates (``judge_every="chunk"``; ``verdict`` is then 1 or 0 after every chunk), or at the horizon alone,
+    as in a dream (``"episode"``; -1 before). ``valid`` is always True.
 
     Scene and task of a row's episode follow from the row's seed and the episode's number alone (``seed_for``), as they
     do in a dream with ``starts="sim"``: equal seeds, equal scenes. To begin from given starts (those of a dream, say)
@@ -43,6 +44,7 @@ class PiperSimVectorEnv(ChunkVectorEnv):
         layout: str = "narrow",
         max_episode_steps: int = 8,
         autoreset_mode: str | AutoresetMode = "NextStep",
+        judge_every: str = "chunk",
         num_workers: int = 0,
         image_size: int = 64,
         device: str = "cpu",
@@ -58,6 +60,7 @@ class PiperSimVectorEnv(ChunkVectorEnv):
             layout: "narrow" (objects within 3 cm of their usual places) or "wide".
             max_episode_steps: horizon in chunks.
             autoreset_mode: "NextStep", "SameStep" or "Disabled".
+            judge_every: "chunk" or "episode": when the simulator says whether the task is done.
             num_workers: processes to spread the rows over; 0: this one. Results do not depend on it.
             image_size: pixels.
             device: where torch observations live.
@@ -79,6 +82,7 @@ class PiperSimVectorEnv(ChunkVectorEnv):
             return_frames=return_frames,
         )
         self.layout = parse_choice("layout", layout, ("narrow", "wide"))
+        self.judge_every = parse_choice("judge_every", judge_every, ("chunk", "episode"))
         self.task = task
         if task is not None:
             piper_task(NoiseKey(0), task)
@@ -112,8 +116,10 @@ class PiperSimVectorEnv(ChunkVectorEnv):
         # Only the last frame is observed; drawing the others takes most of the time.
         step = self._workers.step(rows.tolist(), actions, every_frame=self.return_frames)
         success = np.asarray(step.success, dtype=np.bool_)
+        told = last | (self.judge_every == "chunk")
+        verdict = np.where(told, success, -1).astype(np.int8)
         nothing = np.zeros(len(rows), dtype=np.bool_)
-        return ChunkResult(np.asarray(step.frames), success.astype(np.int8), ~nothing, nothing)
+        return ChunkResult(np.asarray(step.frames), verdict, ~nothing, nothing)
 
     def close_extras(self, **kwargs: Any) -> None:
         """Stop the simulators and their processes."""

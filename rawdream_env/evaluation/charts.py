@@ -42,8 +42,16 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     return ticks[start : stop + 1]
 
 
-def line_chart(title: str, unit: str, labels: Sequence[str], series: Sequence[Series], *, width: int = 460) -> str:
-    """Chart of ``series`` over the categories ``labels`` with interval bars, as an SVG element."""
+def line_chart(
+    title: str,
+    unit: str,
+    labels: Sequence[str],
+    series: Sequence[Series],
+    *,
+    width: int = 460,
+    axis: str = "frames after the start",
+) -> str:
+    """Chart of ``series`` over the categories ``labels`` (of ``axis``) with interval bars, as an SVG element."""
     height, left, right, top, bottom = 260, 46, 12, 34, 44
     known = [p for s in series for p in s.points if p is not None]
     if not known:
@@ -70,7 +78,7 @@ def line_chart(title: str, unit: str, labels: Sequence[str], series: Sequence[Se
         )
     parts.append(
         f'<text class="tick" x="{(left + width - right) / 2}" y="{height - 6}" text-anchor="middle">'
-        "frames after the start</text>"
+        f"{escape(axis)}</text>"
     )
     for s, line in enumerate(series):
         parts += _one_line(line, x, y, offset=(s - (len(series) - 1) / 2) * 0.07)

@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw
 
 from rawdream_env.evaluation.statistics import Confusion, Rate
 from rawdream_env.files import atomic_write_bytes, atomic_write_json
+from rawdream_env.judges.verdict import combine_votes
 from rawdream_env.types import Judge, Outcome, UInt8Array, Verdict, Video
 
 SWEEP = tuple(round(0.05 * step, 2) for step in range(1, 20)) + (0.97, 0.99)
@@ -36,18 +37,22 @@ class JudgeClip:
     """A video, what was asked about it, and the truth.
 
     ``relation`` is the goal's name ("on:cup:pot"); its first word is the kind under which it is summed. ``source`` says
-    whose frames they are ("simulator", "dream"); ``held_out`` marks object pairs the judge never trained on.
+    whose frames they are ("simulator", "dream", or who drove); ``held_out`` marks object pairs the judge never trained
+    on. A clip of a whole episode has a ``task`` instead, and counts under that.
     """
 
     video: Video
     instruction: str
     label: bool
-    relation: str
+    relation: str = ""
     source: str = "simulator"
     held_out: bool = False
+    task: str = ""
 
     def groups(self) -> tuple[str, ...]:
         """The rows of the table this clip counts in."""
+        if self.task:
+            return "all", f"source {self.source}", f"task {self.task}"
         kind = self.relation.split(":", 1)[0]
         names = ("all", f"source {self.source}", f"kind {kind}", f"relation {self.relation}")
         if self.held_out:
@@ -69,18 +74,27 @@ class JudgeRow:
 
 @dataclass(frozen=True)
 class JudgeReport:
-    """Measured rates per group, the threshold sweep, and clips with verdicts for the pictures."""
+    """Measured rates per group, what other thresholds would have given, and clips with verdicts for the pictures.
+
+    ``sweep`` is over thresholds of the probability, ``vote_sweep`` over the number of votes a success needs; each is
+    empty for judges without.
+    """
 
     rows: dict[str, JudgeRow]
     sweep: tuple[dict[str, Any], ...]
     clips: tuple[JudgeClip, ...]
     verdicts: tuple[Verdict, ...]
+    vote_sweep: tuple[dict[str, Any], ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form."""
-        return {"groups": {name: row.as_dict() for name, row in self.rows.items()}, "threshold_sweep": list(self.sweep)}
+        return {
+            "groups": {name: row.as_dict() for name, row in self.rows.items()},
+            "threshold_sweep": list(self.sweep),
+            "vote_sweep": list(self.vote_sweep),
+        }
 
-    def table(self, prefixes: Sequence[str] = ("all", "source", "kind", "trained", "held-out")) -> str:
+    def table(self, prefixes: Sequence[str] = ("all", "source", "task", "kind", "trained", "held-out")) -> str:
         """A text table of the groups whose names begin with one of ``prefixes``; intervals are 95 % Wilson."""
         columns = "".join(f"{title:<22}" for title in ("precision", "recall", "false positives"))
         lines = [f"{'group':<28}{'n':>6}  {columns}{'F1':>6}{'INVALID':>9}"]
@@ -133,14 +147,19 @@ def evaluate(judge: Judge, clips: Iterable[JudgeClip], *, batch_size: int = 32) 
         if len(answers) != len(part):
             raise ValueError(f"the judge returned {len(answers)} verdicts for {len(part)} videos")
         verdicts += answers
+    return report_on(asked, verdicts)
+
+
+def report_on(clips: Sequence[JudgeClip], verdicts: Sequence[Verdict]) -> JudgeReport:
+    """Count verdicts that were given already, one for each clip."""
     outcomes = np.array([int(verdict.outcome) for verdict in verdicts])
-    labels = np.array([clip.label for clip in asked])
+    labels = np.array([clip.label for clip in clips])
     members: dict[str, list[int]] = {}
-    for index, clip in enumerate(asked):
+    for index, clip in enumerate(clips):
         for group in clip.groups():
             members.setdefault(group, []).append(index)
     rows = {name: _row(outcomes[members[name]], labels[members[name]]) for name in sorted(members, key=_group_order)}
-    return JudgeReport(rows, _sweep(verdicts, labels), asked, tuple(verdicts))
+    return JudgeReport(rows, _sweep(verdicts, labels), tuple(clips), tuple(verdicts), _vote_sweep(verdicts, labels))
 
 
 def contact_sheet(mistakes: Sequence[tuple[JudgeClip, Verdict]]) -> UInt8Array:
@@ -177,8 +196,20 @@ def _sweep(verdicts: Sequence[Verdict], labels: np.ndarray) -> tuple[dict[str, A
     return tuple({"threshold": t, **Confusion.over(probabilities >= t, truth).as_dict()} for t in SWEEP)
 
 
+def _vote_sweep(verdicts: Sequence[Verdict], labels: np.ndarray) -> tuple[dict[str, Any], ...]:
+    """Confusion and INVALID share if a success needed other numbers of votes, where the judge votes."""
+    counted = [index for index, verdict in enumerate(verdicts) if verdict.votes]
+    if not counted:
+        return ()
+    swept = []
+    for need in range(1, max(len(verdicts[index].votes) for index in counted) + 1):
+        outcomes = np.array([int(combine_votes(verdicts[index].votes, need).outcome) for index in counted])
+        swept.append({"need": need, **_row(outcomes, labels[counted]).as_dict()})
+    return tuple(swept)
+
+
 def _group_order(name: str) -> tuple[int, str]:
-    order = ("all", "source", "kind", "trained", "held-out", "relation")
+    order = ("all", "source", "task", "kind", "trained", "held-out", "relation")
     return next(i for i, prefix in enumerate(order) if name.startswith(prefix)), name
 
 

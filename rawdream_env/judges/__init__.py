@@ -19,8 +19,9 @@ def load_judge(spec: str | Path | Judge, device: str = "cpu") -> Judge:
     """A judge from its name, its folder, or itself.
 
     Args:
-        spec: ``"embedded"`` (the small classifier shipped with the package), ``"scripted"`` (the twin for tests), a
-            folder written by ``save_pretrained``, or any object with the ``Judge`` protocol (returned as it is).
+        spec: ``"embedded"`` (the small classifier shipped with the package), ``"scripted"`` (the twin for tests),
+            ``"robometer:http://host:port/path"`` (a service), a folder written by ``save_pretrained`` (of the embedded
+            judge or of a VideoMAE reward model), or any object with the ``Judge`` protocol (returned as it is).
         device: torch device for judges that compute.
 
     Raises:
@@ -38,16 +39,26 @@ def load_judge(spec: str | Path | Judge, device: str = "cpu") -> Judge:
         from rawdream_env.judges.scripted import ScriptedJudge
 
         return ScriptedJudge()
+    if str(spec).startswith("robometer:"):
+        from rawdream_env.judges.robometer import RobometerJudge
+
+        return RobometerJudge(str(spec).removeprefix("robometer:"))
     folder = ASSETS if spec == "embedded" else Path(spec)
     if not folder.is_dir():
         if spec == "embedded":
             raise CheckpointError(f"the embedded judge is not in {folder}; train it with `rawdream train-judge`")
-        raise InvalidOptionError(f"judge {str(spec)!r} is neither 'embedded' nor 'scripted' nor a folder")
-    from rawdream_env.judges import embedded
+        raise InvalidOptionError(
+            f"judge {str(spec)!r} is neither 'embedded' nor 'scripted' nor 'robometer:URL' nor a folder"
+        )
+    from rawdream_env.judges import embedded, videomae
 
     kind = _kind_of(folder)
+    if kind == videomae.KIND:
+        return videomae.VideoMAEJudge.from_pretrained(folder, device=device)
     if kind != embedded.KIND:
-        raise CheckpointError(f"{folder / 'config.json'} says kind={kind!r}, expected {embedded.KIND!r}")
+        raise CheckpointError(
+            f"{folder / 'config.json'} says kind={kind!r}, expected {embedded.KIND!r} or {videomae.KIND!r}"
+        )
     return embedded.EmbeddedJudge.from_pretrained(folder, device=device)
 
 

@@ -95,7 +95,7 @@ class EmbeddedJudge:
             frames = torch.stack([resize_frames(clip, size) for clip in clips[part]]).to(self.device)
             tokens = np.stack([tokenize(text, max_len=self.network.config.text_len) for text in texts[part]])
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                logits = self.network(frames, torch.from_numpy(tokens).to(self.device)[:, None]).logits
+                logits, _ = self.network(frames, torch.from_numpy(tokens).to(self.device)[:, None])
             found += torch.sigmoid(logits[:, 0].double()).tolist()
         return found
 
@@ -155,16 +155,14 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _model_config(content: Any, path: Path) -> EmbeddedJudgeConfig:
-    kinds: dict[str, type] = {"threshold": float, "pointers": bool}
-    known = {field.name: kinds.get(field.name, int) for field in fields(EmbeddedJudgeConfig)}
-    if isinstance(content, dict):
-        content = dict[str, Any](content)
-        content.setdefault("pointers", False)  # the first judges do not say
+    known = {field.name: float if field.name == "threshold" else int for field in fields(EmbeddedJudgeConfig)}
+    if isinstance(content, dict) and content.get("pointers") is False:  # written while there was another network too
+        content = {name: value for name, value in content.items() if name != "pointers"}
     if not isinstance(content, dict) or set(content) != set(known):
         found = sorted(content) if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(f"{path}: 'model' has {found}, expected exactly {sorted(known)}")
     for name, kind in known.items():
         value: Any = content[name]
-        if type(value) is not kind or (kind is not bool and not 0 < content[name] <= 4096):
+        if type(value) is not kind or not 0 < value <= 4096:
             raise CheckpointError(f"{path}: {name} is {value!r}, expected a positive {kind.__name__} of at most 4096")
     return EmbeddedJudgeConfig(**content)

@@ -1,19 +1,15 @@
-"""The embedded judge's network: a small text-conditioned video classifier (about 1.7 M parameters) that runs on a CPU.
+"""The embedded judge's network: a small text-conditioned video classifier (about 1.6 M parameters) that runs on a CPU.
 
-Shape letters: B clips, Q instructions asked about one clip, F sampled frames, S slots, O objects, P places of the
-feature map, L text tokens, D width, H W image.
+Shape letters: B clips, Q instructions asked about one clip, F sampled frames, S slots, P places of the feature map,
+L text tokens, D width, H W image.
 
 How it looks at a clip. Six frames are kept: the start frame (motion words and "not already true" need it), two along
 the way, and the last, last-4 and last-8 (the final relation decides). A convolutional trunk that does not know the
-instruction turns each into a 16 x 16 map, so several instructions cost one trunk pass; *finders*, one for each object
-of ``rawdream_env.relations``, look for their object in every map and say where it is on the table.
-
-A text transformer (word order matters: "blue on red" is not "red on blue") yields S slots per instruction. The first
-two *point* at the objects they stand for, which gives two tracks through the frames, a's and b's; all slots then look
-at the maps themselves (is it still in the gripper?) by cross-attention and compare notes across frames by
-self-attention. One summary token is read out, together with the geometry of the two tracks, as the success logit. In
-training the finders and the pointers are told the true places: that ties pixels to objects and words to them, and
-makes minutes on a CPU enough.
+instruction turns each into a 16 x 16 map, so several instructions cost one trunk pass. A text transformer (word order
+matters: "blue on red" is not "red on blue") yields S slots per instruction; each slot looks for its object in every
+frame by cross-attention, the slots of all frames then compare notes by self-attention, and one summary token is read
+out as the success logit. In training the first two slots also say where their objects are, which is what ties words
+to things.
 
 The paper's judge is an 8B or 32B vision-language model (section 3.2); this one is the same contract at a size that
 needs no download, trained by ``rawdream_env.trainers.judge`` on play data with hindsight labels.
@@ -29,7 +25,6 @@ from torch import Tensor, nn
 
 from rawdream_env.errors import CheckpointError
 from rawdream_env.judges.base import spread_indices
-from rawdream_env.relations import OBJECTS
 from rawdream_env.text import VOCAB_SIZE
 
 SPREAD = (0.0, 1 / 3, 2 / 3)
@@ -59,9 +54,6 @@ class EmbeddedJudgeConfig:
     text_layers: int = 2
     text_len: int = 16
     slots: int = 3
-    pointers: bool = True
-    """Finders, pointers and geometry. False: slots that find and compare by cross-attention alone; the shipped judge is
-    one (docs/embedded_models.md compares the two)."""
     threshold: float = 0.5
     """Success when the probability reaches it; calibrated for precision on validation clips."""
 
@@ -179,38 +171,11 @@ class _Trunk(nn.Module):
         return out
 
 
-@dataclass(frozen=True)
-class JudgeAnswer:
-    """``logits`` (B, Q); ``pointed`` (B, Q, F, 2, 3) and ``found`` (B, F, O, 3): places in metres.
-
-    ``pointed`` are the tracks of the first two slots' objects, ``found`` those of all objects; where an object is
-    absent its place means nothing. Both are None for a network without pointers.
-    """
-
-    logits: Tensor
-    pointed: Tensor | None = None
-    found: Tensor | None = None
-
-
-class _Finders(nn.Module):
-    """Features (N, P, D) -> what is seen of each object (N, O, D) and where it is in metres (N, O, 3)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.heat = nn.Linear(width, len(OBJECTS))
-        self.where = nn.Linear(width, 3)
-
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        attention = self.heat(features).float().softmax(dim=1).to(features.dtype)  # (N, P, O)
-        seen = attention.transpose(1, 2) @ features
-        centre = seen.new_tensor(_TABLE_CENTRE, dtype=torch.float32)
-        return seen, self.where(seen).float() * _TABLE_UNIT + centre
-
-
 class JudgeNetwork(nn.Module):
     """Frames and instructions to success logits; see the module's text.
 
-    ``forward(frames (B, F, H, W, 3) in [0, 255], tokens int64 (B, Q, L))`` returns a ``JudgeAnswer``.
+    ``forward(frames (B, F, H, W, 3) in [0, 255], tokens int64 (B, Q, L))`` returns logits (B, Q) and the places, in metres,
+    the first two slots believe their objects to be at in each frame, (B, Q, F, 2, 3); the latter is for training.
     """
 
     def __init__(self, config: EmbeddedJudgeConfig) -> None:
@@ -231,14 +196,8 @@ class JudgeNetwork(nn.Module):
         self.look_norm = nn.ModuleList(nn.LayerNorm(c.width) for _ in range(c.layers))
         self.look = nn.ModuleList(_Attention(c.width, c.heads) for _ in range(c.layers))
         self.compare = nn.ModuleList(_SelfBlock(c.width, c.heads) for _ in range(c.layers))
-        if c.pointers:
-            self.finders = _Finders(c.width)
-            self.point = nn.Sequential(nn.LayerNorm(c.width), nn.Linear(c.width, len(OBJECTS)))
-            self.geometry = _perceptron(NUM_FRAMES * 9, c.width)
-            self.read_out = nn.Sequential(nn.LayerNorm(c.width), _perceptron(c.width, 1))
-        else:
-            self.place = nn.Linear(c.width, 3)
-            self.read_out = nn.Sequential(nn.LayerNorm(c.width), nn.Linear(c.width, 1))
+        self.place = nn.Linear(c.width, 3)
+        self.read_out = nn.Sequential(nn.LayerNorm(c.width), nn.Linear(c.width, 1))
         self._initialise()
 
     def _initialise(self) -> None:
@@ -263,43 +222,37 @@ class JudgeNetwork(nn.Module):
         out: Tensor = self.slot + self.slot_reads(self.slot.expand(len(tokens), -1, -1), keys, values, mask)
         return out
 
-    def forward(self, frames: Tensor, tokens: Tensor) -> JudgeAnswer:
-        """See the class."""
+    def look_at(self, frames: Tensor) -> Tensor:
+        """Frames (B, F, H, W, 3) in [0, 255], uint8 or float -> features (B*F, P, D); they know no instruction."""
+        pixels = frames.flatten(0, 1).permute(0, 3, 1, 2).to(torch.float32).div(127.5).sub(1)
+        out: Tensor = self.trunk(pixels.contiguous(memory_format=torch.channels_last))
+        return out
+
+    def answer(self, features: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B*F, P, D) and tokens (B, Q, L) -> what ``forward`` returns."""
         b, q = tokens.shape[:2]
         f, s = NUM_FRAMES, self.config.slots
-        pixels = frames.flatten(0, 1).permute(0, 3, 1, 2).to(torch.float32).div(127.5).sub(1)
-        features = self.trunk(pixels.contiguous(memory_format=torch.channels_last))  # (B*F, P, D)
-        text = self.read_text(tokens.flatten(0, 1)).view(b, q, s + 1, -1)
-        seekers = text[:, :, None, :s] + self.frame_position[:, None]  # (B, Q, F, S, D)
-        if not self.config.pointers:
-            return JudgeAnswer(self.read_out(self._compare(seekers, text[:, :, s:], features))[..., 0])
-        seen, found = self.finders(features)
-        seen, found = seen.view(b, f, len(OBJECTS), -1), found.view(b, f, len(OBJECTS), 3)
-        pointer = self.point(text[:, :, :2]).float().softmax(-1)  # (B, Q, 2, O)
-        pointed = torch.einsum("bqso,bfoc->bqfsc", pointer, found)
-        named = torch.einsum("bqso,bfod->bqfsd", pointer.to(seen.dtype), seen)
-        seekers = torch.cat([seekers[..., :2, :] + named, seekers[..., 2:, :]], dim=-2)
-        summary = self._compare(seekers, text[:, :, s:], features)
-        track_a, track_b = ((pointed - pointed.new_tensor(_TABLE_CENTRE)) / _TABLE_UNIT).unbind(-2)  # (B, Q, F, 3)
-        tracks = torch.cat([track_a, track_b, 3.0 * (track_a - track_b)], dim=-1).flatten(2)
-        return JudgeAnswer(self.read_out(summary + self.geometry(tracks))[..., 0], pointed, found)
-
-    def _compare(self, seekers: Tensor, summary: Tensor, features: Tensor) -> Tensor:
-        """Slots (B, Q, F, S, D) look at the maps (B*F, P, D) and at each other; returns the summary (B, Q, D)."""
-        b, q, f, s, width = seekers.shape
         keys, values = self.place_context(features)
-        seekers, summary = seekers.flatten(0, 1), summary.flatten(0, 1)
+        text = self.read_text(tokens.flatten(0, 1))  # (B*Q, S+1, D)
+        summary = text[:, s:]
+        seekers = text[:, None, :s] + self.frame_position[:, None]  # (B*Q, F, S, D)
         for norm, look, compare in zip(self.look_norm, self.look, self.compare, strict=True):
-            queries = norm(seekers).view(b, q, f, s, width).transpose(1, 2).reshape(b * f, q * s, width)
-            looked = look(queries, keys, values).view(b, f, q, s, width).transpose(1, 2)
-            seekers = seekers + looked.reshape(b * q, f, s, width)
+            queries = norm(seekers).view(b, q, f, s, -1).transpose(1, 2).reshape(b * f, q * s, -1)
+            seen = look(queries, keys, values).view(b, f, q, s, -1).transpose(1, 2)
+            seekers = seekers + seen.reshape(b * q, f, s, -1)
             joined = compare(torch.cat([summary, seekers.flatten(1, 2)], dim=1))
-            summary, seekers = joined[:, :1], joined[:, 1:].view(b * q, f, s, width)
-        return summary.view(b, q, width)
+            summary, seekers = joined[:, :1], joined[:, 1:].view(b * q, f, s, -1)
+        logits = self.read_out(summary)[:, 0, 0].view(b, q)
+        return logits, to_metres(self.place(seekers[:, :, :2])).view(b, q, f, 2, 3)
+
+    def forward(self, frames: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """See the class."""
+        return self.answer(self.look_at(frames), tokens)
 
 
-def _perceptron(inputs: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(inputs, 256), nn.GELU(), nn.Linear(256, outputs))
+def to_metres(x: Tensor) -> Tensor:
+    """Outputs (..., 3) of a localisation head to places on the table, float32."""
+    return x.float() * _TABLE_UNIT + x.new_tensor(_TABLE_CENTRE, dtype=torch.float32)
 
 
 def _coordinate_features(side: int) -> Tensor:

@@ -44,11 +44,13 @@ QUESTION = (
     '{{"Reasoning": "what happens to the objects of the task, in one or two sentences", '
     '"Final Answer": "Success" or "Failure"}}'
 )
+# The reasoning is bounded, so that a rambling model reaches its answer before its tokens run out. Not by maxLength, with
+# which vLLM's grammar lets raw control characters in, and no JSON has those; and in four parts, because it refuses
+# patterns that repeat more than about a hundred times. Printable ASCII without quote and backslash.
 REPLY_SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {
-        # Bounded, so that a rambling model reaches its answer before its tokens run out.
-        KEYS[0]: {"type": "string", "maxLength": 400},
+        KEYS[0]: {"type": "string", "pattern": "^" + 4 * r"[ !#-\[\]-~]{0,100}" + "$"},
         KEYS[1]: {"type": "string", "enum": list(ANSWERS)},
     },
     "required": list(KEYS),
@@ -159,6 +161,15 @@ def chat_messages(pictures: list[bytes], instruction: str) -> list[dict[str, Any
             ],
         },
     ]
+
+
+def response_format(*answers: str) -> dict[str, Any]:
+    """The request's demand for a reply by ``REPLY_SCHEMA``, or with other ``answers`` than Success and Failure."""
+    properties = dict(REPLY_SCHEMA["properties"])
+    if answers:
+        properties[KEYS[1]] = {"type": "string", "enum": list(answers)}
+    schema = {**REPLY_SCHEMA, "properties": properties}
+    return {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": schema}}
 
 
 def media_options(sample: Sample) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 Structured output is the part that fails silently: a server that does not know the field answers 200 with free text (vLLM
 ignores the older ``guided_json`` so since 0.12). The probe therefore demands a reply that a model cannot give by chance
-nor by understanding: the schema allows a single random word that the question does not contain. The same request has a
+nor by understanding: the schema is that of a reply, and allows as its answer a single random word that the question does not
+contain. The same request has a
 video and asks for all votes, so a text-only model and a server that ignores ``n`` are found as well. A second request
 with a longer video must count more tokens: a server that ignores ``media_io_kwargs`` shows its model 32 frames of it,
 at wrong times, without a word. (Newer vLLMs refuse the field unless they are told to trust it, which is said here.)
@@ -22,11 +23,13 @@ import numpy as np
 
 from rawdream_env.errors import JudgeUnavailableError
 from rawdream_env.judges import prompt
+from rawdream_env.judges.verdict import KEYS
 from rawdream_env.judges.vlm_config import API_KEY, VLMServerConfig
 from rawdream_env.judges.vlm_http import Response, Server, TransportError, readable, request
 
 log = logging.getLogger(__name__)
 
+_MAX_TOKENS = 1024  # enough for the longest reply by the schema
 _SHORT, _LONG = 34, 66
 """Frames of the probe's videos: both more than the 32 a server keeps that is not told otherwise."""
 
@@ -85,7 +88,12 @@ def probe(server: Server, config: VLMServerConfig, deadline: float) -> tuple[str
 def _structured_video(server: Server, name: str, model: str, config: VLMServerConfig, deadline: float) -> str:
     """Why a video and a schema do not get the replies they should; "" when they do."""
     word, request_id = secrets.token_hex(6), secrets.token_hex(16)
-    response = _ask(server, _question(model, _SHORT, config.votes, 128, config.temperature, word), deadline, request_id)
+    response = _ask(
+        server,
+        _question(model, _SHORT, config.votes, _MAX_TOKENS, config.temperature, word),
+        deadline,
+        request_id,
+    )
     said = readable(response.body.decode("utf-8", "replace"))
     if response.status != 200 and "media_io_kwargs" in said:
         return (
@@ -104,7 +112,7 @@ def _structured_video(server: Server, name: str, model: str, config: VLMServerCo
             f"{name} gives {len(texts)} replies where {config.votes} are asked for; it must support n={config.votes}."
         )
     for text in texts:
-        if not _is(text, {"word": word}):
+        if not _answers(text, word):
             return (
                 f"{name} ignores structured output: asked for one JSON object by response_format, it replied "
                 f"{readable(str(text), 80)!r}. Use a vLLM that supports response_format json_schema (0.12 or newer), "
@@ -124,7 +132,7 @@ def _structured_video(server: Server, name: str, model: str, config: VLMServerCo
 def _question(
     model: str, frames: int, votes: int, max_tokens: int, temperature: float, word: str = ""
 ) -> dict[str, Any]:
-    """A request about a grey video; with ``word``, the schema allows nothing else."""
+    """A request about a grey video; with ``word``, the schema allows no other answer."""
     sample = prompt.Sample(np.full((frames, 32, 32, 3), 127, np.uint8), tuple(range(frames)), 4.0, frames)
     body: dict[str, Any] = {
         "model": model,
@@ -135,16 +143,7 @@ def _question(
         "media_io_kwargs": prompt.media_options(sample),
     }
     if word:
-        schema = {
-            "type": "object",
-            "properties": {"word": {"type": "string", "enum": [word]}},
-            "required": ["word"],
-            "additionalProperties": False,
-        }
-        body["response_format"] = {
-            "type": "json_schema",
-            "json_schema": {"name": "probe", "strict": True, "schema": schema},
-        }
+        body["response_format"] = prompt.response_format(word)
     return body
 
 
@@ -156,11 +155,12 @@ def _ask(server: Server, body: dict[str, Any], deadline: float, request_id: str)
     return response
 
 
-def _is(text: object, wanted: object) -> bool:
+def _answers(text: object, word: str) -> bool:
     try:
-        return bool(isinstance(text, str) and json.loads(text) == wanted)
+        reply = json.loads(text) if isinstance(text, str) else None
     except (ValueError, RecursionError):
         return False
+    return isinstance(reply, dict) and set(reply) == set(KEYS) and reply[KEYS[1]] == word
 
 
 def _prompt_tokens(response: Response) -> int | None:

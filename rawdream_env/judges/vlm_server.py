@@ -158,10 +158,7 @@ class VLMServerJudge:
                 "temperature": config.temperature,
                 "max_tokens": config.max_tokens,
                 "seed": config.seed,
-                "response_format": {
-                    "type": "json_schema",
-                    "json_schema": {"name": "verdict", "strict": True, "schema": prompt.REPLY_SCHEMA},
-                },
+                "response_format": prompt.response_format(),
                 "media_io_kwargs": prompt.media_options(sample),
             }
         ).encode()

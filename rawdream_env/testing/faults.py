@@ -36,7 +36,7 @@ class FaultServer:
     """A server on a free local port, in threads of this process; a context manager.
 
     Args:
-        faults: one entry per chat request after the probe, "ok" or one of ``FAULTS``; "ok" when they have run out. An
+        faults: one entry per chat request after the probe, "ok", one of ``FAULTS``, or "400" (a refusal); "ok" when they have run out. An
             iterable may be endless.
         answer: contents of the replies; default: every vote a success.
         structured: obey JSON schemas. False: the server that ignores them, and answers the probe with prose.
@@ -156,9 +156,9 @@ class _Handler(BaseHTTPRequestHandler):
         schema = body.get("response_format", {}).get("json_schema", {}).get("schema", {})
         name = f"chatcmpl-{self.headers.get('X-Request-Id', '')}"
         count = int(body["n"]) if owner.honours_n else 1
-        if "word" in schema.get("properties", {}):  # the probe
-            word = schema["properties"]["word"]["enum"][0]
-            text = json.dumps({"word": word}) if owner.structured else "Sure! Hello."
+        allowed = schema.get("properties", {}).get("Final Answer", {}).get("enum", [])
+        if len(allowed) == 1:  # the probe
+            text = reply(allowed[0]) if owner.structured else "Sure! Hello."
             return self._send(_completion([text] * count, name, self._tokens(body)))
         if body["max_tokens"] == 1:  # its longer video
             return self._send(_completion(["{"], name, self._tokens(body)))
@@ -184,7 +184,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._head(200, len(good))
             self.wfile.write(good[: len(good) // 2])
             self._reset()
-        elif fault in ("500", "503"):
+        elif fault in ("400", "500", "503"):
             self._send({"error": {"message": "out of order"}}, int(fault))
         elif fault == "429":
             self._send({"error": {"message": "busy"}}, 429, {"Retry-After": owner.retry_after})

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-NAMES = ("context_reuse", "streamed_decode", "env_layer", "dual_noise", "memory", "embedded_vs_twin")
+NAMES = ("context_reuse", "streamed_decode", "env_layer", "dual_noise", "memory", "embedded_vs_twin", "judge_client")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -69,6 +69,12 @@ def _fidelity(result: Any) -> tuple[str, int]:
     return summary(result)
 
 
+def _watched(result: Any) -> tuple[str, int]:
+    from rawdream_env.evaluation.judge_watch import summary
+
+    return summary(result)
+
+
 def _text(result: Any) -> tuple[str, int]:
     return str(result), 0
 
@@ -126,6 +132,10 @@ COMMANDS: dict[str, Command] = {
     "evaluate-world-model": Command(
         "a world model's frames against recorded ones: PSNR, SSIM, LPIPS, FVD, ghosting, whether it heeds its actions",
         f"{_EVALUATION}.world_model", "EvaluateWorldModelConfig", "evaluate_world_model", _fidelity,
+    ),
+    "judge watch": Command(
+        "judge one video file",
+        f"{_EVALUATION}.judge_watch", "WatchConfig", "watch", _watched,
     ),
     "train-embedded": Command(
         "make the shipped models again from nothing, stage by stage",

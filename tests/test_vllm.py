@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -45,6 +46,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         f"{ENVIRONMENT}/bin/vllm", "serve", str(folder / "model"), "--served-model-name", "tiny", "--dtype", "float32",
         "--enforce-eager", "--max-model-len", "8192", "--host", "127.0.0.1", "--port", str(port),
         "--trust-request-mm-kwargs",
+        # On a CPU vLLM 0.32 dies of a request with a seed whose prompt is worked off in parts.
+        "--no-enable-chunked-prefill", "--max-num-batched-tokens", "16384",
     ]  # fmt: skip
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     with (folder / "log").open("wb") as log:
@@ -79,7 +82,7 @@ def clips(count: int, frames: int = 9, side: int = 32) -> list[Video]:
 
 def test_every_video_gets_a_verdict(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     judge = VLMServerJudge(VLMServerConfig(
-        servers=(url,), model="tiny", min_side=0, max_in_flight=16, deadline_s=1500, request_timeout_s=1500,
+        servers=(url,), model="tiny", min_side=0, max_in_flight=16, deadline_s=300, request_timeout_s=300,
         cache_dir=str(tmp_path),
     ))  # fmt: skip
     assert judge.servers.all[0].checked and judge.servers.all[0].echoes_id
@@ -111,8 +114,6 @@ def test_frames_of_a_long_video_all_arrive_with_their_times(url: str) -> None:
         )
         assert sample is not None
         answer = request(f"{url}/chat/completions", time.monotonic() + 100, judge.request_body(sample, "go"))
-        import json
-
         return int(json.loads(answer.body)["usage"]["prompt_tokens"])
 
     assert tokens(4.0, 80) > tokens(4.0, 40) + 20 * 5  # 32 frames at most, were the request's options not heeded

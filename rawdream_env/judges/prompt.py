@@ -145,12 +145,16 @@ def encode_frames(frames: UInt8Array, encoding: Encoding = "jpeg", quality: int 
     return pictures
 
 
-def chat_messages(pictures: list[bytes], instruction: str) -> list[dict[str, Any]]:
-    """Messages of an OpenAI-compatible chat completion: the video as a list of pictures, then the question.
+def video_url(pictures: list[bytes]) -> str:
+    """Pictures as the address of a video that carries them itself.
 
     vLLM names such a list ``video/jpeg`` whatever its pictures are; they say themselves whether they are JPEG or PNG.
     """
-    url = "data:video/jpeg;base64," + ",".join(base64.b64encode(picture).decode() for picture in pictures)
+    return "data:video/jpeg;base64," + ",".join([base64.b64encode(picture).decode() for picture in pictures])
+
+
+def chat_messages(url: str, instruction: str) -> list[dict[str, Any]]:
+    """Messages of an OpenAI-compatible chat completion: the video at ``url``, then the question."""
     return [
         {"role": "system", "content": SYSTEM},
         {

@@ -136,7 +136,7 @@ def _question(
     sample = prompt.Sample(np.full((frames, 32, 32, 3), 127, np.uint8), tuple(range(frames)), 4.0, frames)
     body: dict[str, Any] = {
         "model": model,
-        "messages": prompt.chat_messages(prompt.encode_frames(sample.frames), "say any word"),
+        "messages": prompt.chat_messages(prompt.video_url(prompt.encode_frames(sample.frames)), "say any word"),
         "n": votes,
         "temperature": temperature,
         "max_tokens": max_tokens,

@@ -39,6 +39,9 @@ log = logging.getLogger(__name__)
 _GRACE_S = 0.3
 """Beyond the deadline: for a thread held where no time-out reaches it, such as the name service."""
 
+_URL = "{video}"
+"""Stands for the video while JSON is written; no instruction contains it, ``prompt.task_data`` takes braces away."""
+
 _TRANSIENT = frozenset({408, 409, 425, 429})
 """What passes by itself, beside every status from 500 on; any other refusal is about this request, and final."""
 
@@ -150,10 +153,10 @@ class VLMServerJudge:
         """The JSON of a chat completion about ``sample``; equal for equal questions."""
         config = self.config
         pictures = prompt.encode_frames(sample.frames, cast(prompt.Encoding, config.encoding))
-        return json.dumps(
+        body = json.dumps(
             {
                 "model": self.model,
-                "messages": prompt.chat_messages(pictures, instruction),
+                "messages": prompt.chat_messages(_URL, instruction),
                 "n": config.votes,
                 "temperature": config.temperature,
                 "max_tokens": config.max_tokens,
@@ -161,7 +164,9 @@ class VLMServerJudge:
                 "response_format": prompt.response_format(),
                 "media_io_kwargs": prompt.media_options(sample),
             }
-        ).encode()
+        )
+        # Put in afterwards: half a megabyte of base64 has nothing that JSON would have to escape.
+        return body.replace(_URL, prompt.video_url(pictures), 1).encode()
 
     def _ask_until(self, call: _Call, body: bytes, deadline: float) -> list[tuple[object, str]] | str:
         """Replies with their finish reasons, or why there are none: asked until the deadline or a final refusal."""

@@ -36,8 +36,8 @@ class FaultServer:
     """A server on a free local port, in threads of this process; a context manager.
 
     Args:
-        faults: one entry per chat request after the probe, "ok", one of ``FAULTS``, or "400" (a refusal); "ok" when they have run out. An
-            iterable may be endless.
+        faults: one entry per chat request after the probe: "ok", one of ``FAULTS``, or "400" (a refusal); "ok" when they
+            have run out. An iterable may be endless.
         answer: contents of the replies; default: every vote a success.
         structured: obey JSON schemas. False: the server that ignores them, and answers the probe with prose.
         honours_n: give as many replies as asked for. False: one.

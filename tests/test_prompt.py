@@ -113,6 +113,7 @@ def test_an_episode_is_seen_at_four_frames_a_second_with_its_own_times() -> None
     larger, _ = prompt.sample_video(video(4, 40, 64), min_side=100)
     assert larger is not None and larger.frames.shape == (2, 120, 192, 3)
     assert prompt.sample_video(video(4, 300, 400))[0].frames.shape[1:] == (300, 400, 3)  # type: ignore[union-attr]
+    assert prompt.sample_video(video(4, 1, 300))[0].frames.shape[1:] == (3, 900, 3)  # type: ignore[union-attr]
     assert prompt.sample_video(Video(np.zeros((4, 8, 8, 3), np.float32), 10.0)) == (
         None,
         "frames are float32, expected uint8",

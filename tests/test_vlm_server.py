@@ -271,6 +271,28 @@ def test_unreachable_servers_raise_at_the_start_only(caplog: pytest.LogCaptureFi
         assert {v.outcome for v in judge([video(i) for i in range(8)], [GO] * 8)} == {YES}
 
 
+def test_servers_of_different_models_need_a_name() -> None:
+    with FaultServer() as one, FaultServer(model="other") as two:
+        with pytest.raises(JudgeUnavailableError, match="different models"):
+            judge_of(one, two)
+        with pytest.raises(JudgeUnavailableError, match="does not serve the model 'other'"):
+            judge_of(one, two, model="other")
+
+
+def test_without_threads_the_caller_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FaultServer() as server:
+        judge = judge_of(server)
+        start = threading.Thread.start
+
+        def refuse(thread: threading.Thread) -> None:
+            if thread.name.startswith("judge-"):
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        assert judge([video()], [GO])[0].outcome is YES
+
+
 # -- cache, key, configuration -----------------------------------------------------------------------------------------
 
 

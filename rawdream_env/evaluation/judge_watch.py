@@ -60,7 +60,7 @@ def read_video(path: str | Path, fps: float = 0.0) -> Video:
             rate = fps or float(stream.average_rate or 0)
             reformatter, size = VideoReformatter(), 0
             for frame in container.decode(stream):
-                frames.append(reformatter.reformat(frame, format="rgb24").to_ndarray())
+                frames.append(reformatter.reformat(frame, format="rgb24").to_ndarray().astype(np.uint8, copy=False))
                 size += frames[-1].nbytes
                 if size > MAX_BYTES or frames[-1].shape != frames[0].shape:
                     raise DatasetError(

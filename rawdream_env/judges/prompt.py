@@ -111,14 +111,16 @@ def sample_video(
     """The frames of a video to be judged, or None and the reason why it cannot be.
 
     Frames whose shorter side is below ``min_side`` pixels are enlarged by the smallest whole number that lifts it there
-    (0: never): a model that cuts pictures into squares of 32 pixels sees nothing in a picture of 64.
+    (0: never): a model that cuts pictures into squares of 32 pixels sees nothing in a picture of 64. The longer side does
+    not grow beyond four times ``min_side``.
     """
     frames, reason = checked_frames(video)
     if frames is None:
         return None, reason
     indices = choose_indices(len(frames), float(video.fps), sample_fps, max_frames)
     chosen = frames[list(indices)]
-    if (factor := -(-min_side // min(chosen.shape[1:3]))) > 1:
+    short, long = sorted(chosen.shape[1:3])
+    if (factor := min(-(-min_side // short), 4 * min_side // long)) > 1:
         chosen = chosen.repeat(factor, axis=1).repeat(factor, axis=2)
     return Sample(chosen, indices, float(video.fps), len(frames)), ""
 

@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -135,11 +136,17 @@ def _connect(host: str, port: int, deadline: float, secure: bool) -> socket.sock
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if not secure:
                 return connection
-            return ssl.create_default_context().wrap_socket(connection, server_hostname=host)
+            return _tls().wrap_socket(connection, server_hostname=host)
         except OSError as error:
             connection.close()
             last = error
     raise last or OSError(f"{host} has no address")
+
+
+@cache
+def _tls() -> ssl.SSLContext:
+    """Certificates are checked; reading them takes longer than a request."""
+    return ssl.create_default_context()
 
 
 def _left(deadline: float) -> float:

@@ -80,9 +80,10 @@ class VLMLocalJudge:
             raise CheckpointError(f"{folder} is a checkpoint of {kind!r}; vlm_local reads 'qwen3_vl'.")
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            model, loading = Qwen3VLForConditionalGeneration.from_pretrained(
+            loaded: Any = Qwen3VLForConditionalGeneration.from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, dtype=config.dtype, output_loading_info=True
             )
+            model, loading = loaded
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
             raise CheckpointError(f"{folder} cannot be loaded: {str(error).splitlines()[0][:300]}") from error
         if missing := sorted(loading["missing_keys"]):

@@ -42,10 +42,10 @@ def check_servers(servers: Sequence[Server], config: VLMServerConfig) -> str:
     Raises:
         JudgeUnavailableError: none can be reached, or one that can does not fit; its address and version are named.
     """
-    away, model = [], config.model
+    away, models = [], {}
     for server in servers:
         try:
-            model, refusal = probe(server, config, time.monotonic() + config.request_timeout_s)
+            models[server.url], refusal = probe(server, config, time.monotonic() + config.request_timeout_s)
         except TransportError as error:
             away.append(f"{server.url} cannot be reached ({error})")
             continue
@@ -56,9 +56,11 @@ def check_servers(servers: Sequence[Server], config: VLMServerConfig) -> str:
             f"No judge server answers: {'; '.join(away)}. Start one (`vllm serve MODEL --port 8000`) and wait until it "
             "says that it is ready."
         )
+    if len(set(models.values())) > 1:
+        raise JudgeUnavailableError(f"The judge servers serve different models, {models}; set model=... of the judge.")
     for sentence in away:
         log.warning("%s; asking the others meanwhile.", sentence)
-    return model
+    return next(iter(models.values()))
 
 
 def probe(server: Server, config: VLMServerConfig, deadline: float) -> tuple[str, str]:

@@ -15,6 +15,7 @@ that of its video from the first to the last, and every connection carries one r
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -102,10 +103,15 @@ class VLMServerJudge:
         threads = [
             threading.Thread(target=self._work, args=(call,), name=f"judge-{i}", daemon=True) for i in range(count)
         ]
+        started: list[threading.Thread] = []
         try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
+            with contextlib.suppress(RuntimeError):  # no more threads: those there are do the work
+                for thread in threads:
+                    thread.start()
+                    started.append(thread)
+            if count and not started:
+                self._work(call)
+            for thread in started:
                 while thread.is_alive() and (left := self._limit(call) + _GRACE_S - time.monotonic()) > 0:
                     thread.join(left)
         finally:

@@ -2,6 +2,7 @@
 # make install  into the active virtual environment, or into .venv; make test, lint, bench need it
 #
 # PIP_FLAGS     more options for pip, such as the index of a CUDA or a CPU build of torch
+# VLLM          folder of an environment with bin/vllm, for `make vllm-test`: the judge's client against a real server
 # DEMO_FLAGS    options of `rawdream demo`, such as "--minutes 2 --episodes 10"
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ LINT := build/lint
 # Their wheels ask for builds of torch that the CPU build is not; without dependencies they work.
 RL_LIBRARIES := torchrl==0.14.1 skrl==2.1.1 tensordict==0.14.3 pyvers==0.2.3 hoptorch==0.1.4 orjson==3.13.0
 
-.PHONY: demo install test lint bench wheel clean help
+.PHONY: demo install test vllm-test lint bench wheel clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -38,6 +39,10 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -q -m 'not slow and not gpu and not vllm'
 	$(BIN)/python -m pytest -q -m 'slow and not gpu and not vllm'
+
+vllm-test: install
+	@test -x "$(VLLM)/bin/vllm" || { echo 'Name an environment that has vLLM: make vllm-test VLLM=DIR (with DIR/bin/vllm)'; exit 2; }
+	RAWDREAM_VLLM="$(abspath $(VLLM))" $(BIN)/python -m pytest -q -m vllm
 
 # mypy and import-linter look at the built wheel: only there do wrappers/ and trainers/ lie where they are imported from.
 lint: install

@@ -67,6 +67,12 @@ def _world_model(result: Any) -> tuple[str, int]:
     return f"{result.table()}\nThe report is {result.folder}/report.html.", 0
 
 
+def _watched(result: Any) -> tuple[str, int]:
+    from rawdream_env.evaluation.judge_watch import summary
+
+    return summary(result)
+
+
 def _text(result: Any) -> tuple[str, int]:
     return str(result), 0
 
@@ -132,6 +138,10 @@ COMMANDS: dict[str, Command] = {
     "judge evaluate": Command(
         "a judge against the truth of simulator episodes: precision, recall, false positives, and its worst mistakes",
         f"{_EVALUATION}.judge_evaluation", "EvaluateJudgeConfig", "evaluate_judge", _text,
+    ),
+    "judge watch": Command(
+        "judge one video file",
+        f"{_EVALUATION}.judge_watch", "WatchConfig", "watch", _watched,
     ),
     "train-embedded": Command(
         "make the shipped models again from nothing, stage by stage",

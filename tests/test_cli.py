@@ -37,7 +37,7 @@ def test_every_command_has_its_config_and_help(name, capsys):
     command = cli.COMMANDS[name]
     module = import_module(command.module)
     assert is_dataclass(getattr(module, command.config)) and callable(getattr(module, command.function))
-    assert cli.main([name, "--help"]) == 0
+    assert cli.main([*name.split(), "--help"]) == 0
     assert f"rawdream {name}" in capsys.readouterr().out
 
 

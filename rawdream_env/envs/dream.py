@@ -74,7 +74,8 @@ class DreamVectorEnv(ChunkVectorEnv):
         Args:
             num_envs: number of rows.
             world_model: "embedded", "null" (random frames, for tests), a folder, or a ``WorldModel``.
-            judge: "embedded", "scripted" (hash of the frames, for tests), "none", a folder, or a ``Judge``.
+            judge: "embedded", "scripted" (hash of the frames, for tests), "none", a folder, a vision-language model
+                ("vlm_server:http://host:8000/v1" or its options, see ``judges.vlm_config``), or a ``Judge``.
             starts: "pack", "sim", "null", a folder of images, a ``.safetensors`` pack, a list of ``Start``, or an
                 object with ``sample(key, task)``.
             task: name, instruction or id to keep to; None draws one per episode.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,17 +81,19 @@ def load_world_model(
 
 
 def load_judge(judge: Any, *, device: str) -> Judge | None:
-    """The ``judge`` option as an object: "embedded", "scripted", "none" or None, a folder, or a callable."""
+    """The ``judge`` option as an object: "embedded", "scripted", "none" or None, a folder, the words or the options
+    (a mapping) of a vision-language model, or a callable.
+    """
     if judge is None or (isinstance(judge, str) and judge == "none"):
         return None
     if isinstance(judge, str) and judge == "scripted":
         from rawdream_env.judges.scripted import ScriptedJudge
 
         return ScriptedJudge()
-    if isinstance(judge, str) or hasattr(judge, "__fspath__"):
+    if isinstance(judge, str | Mapping) or hasattr(judge, "__fspath__"):
         from rawdream_env.judges import load_judge as load
 
-        loaded: Judge = load(str(judge), device=device)
+        loaded: Judge = load(judge if isinstance(judge, Mapping) else str(judge), device=device)
         return loaded
     given: Judge = _require(judge, "judge", ("__call__",))
     return given

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rawdream_env.types import Outcome, Verdict
 
@@ -72,6 +73,30 @@ def combine_votes(votes: Sequence[Outcome], need: int = 4) -> Verdict:
         outcome = Outcome.INVALID
     readable = yes + no
     return Verdict(outcome, reason=tally, probability=yes / readable if readable else None, votes=tuple(votes))
+
+
+def verdict_of(replies: Sequence[tuple[object, str]], votes: int, need: int, latency_s: float = 0.0) -> Verdict:
+    """The verdict of raw replies to one question, each with why it ended ("stop", "length", ...).
+
+    Votes that were asked for and are missing count as unreadable. The reason is the tally and the reasoning of the first
+    vote that agrees with the verdict; for INVALID what was wrong with the first unreadable one.
+    """
+    read = [read_reply(text) for text, _ in replies]
+    outcomes = [outcome for outcome, _ in read] + [Outcome.INVALID] * (votes - len(read))
+    verdict = combine_votes(outcomes, need)
+    said = next((text for outcome, text in read if outcome == verdict.outcome), "")
+    if verdict.outcome == Outcome.INVALID and any(end == "length" for _, end in replies):
+        said += " (cut at the limit of tokens)"
+    raw = tuple(_storable(text) for text, _ in replies)
+    return replace(
+        verdict, reason=f"{verdict.reason}; {said}" if said else verdict.reason, raw=raw, latency_s=latency_s
+    )
+
+
+def _storable(reply: object) -> str:
+    """A raw reply as text that any file can hold and that reads to the same vote; what is beyond reading is cut."""
+    text = reply if isinstance(reply, str) else f"(not text but {type(reply).__name__})"
+    return text[: MAX_REPLY_CHARS + 1].encode("utf-8", "replace").decode("utf-8")
 
 
 def _printable(text: str) -> str:

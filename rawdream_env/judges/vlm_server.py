@@ -72,10 +72,14 @@ class VLMServerJudge:
         config: servers, model, votes and patience.
         check: probe the servers now; without, before their first use, and ``config.model`` has to be named.
 
+    ``remote`` is True: asking means waiting, and several threads may ask at once.
+
     Raises:
         JudgeUnavailableError: no server can be reached, or one has not the model, takes no video, samples not as many
             replies as asked, or ignores the JSON schema. Only here: a call never raises for a server's sake.
     """
+
+    remote = True
 
     def __init__(self, config: VLMServerConfig, *, check: bool = True) -> None:
         self.config = config

@@ -201,7 +201,7 @@ class InstantReflector(ForwardingVectorWrapper):
             episode = self._episodes[row]
             assert episode is not None
             episode.frames.append(np.array(as_numpy(shown[row]["frames"][row])))
-            if shown[row]["valid"][row] or shown[row]["verdict"][row] == Outcome.FAILURE:
+            if shown[row]["valid"][row]:
                 asked.append(row)
             else:
                 verdicts[row] = Verdict(Outcome.INVALID, "the environment could not vouch for this chunk")

@@ -22,8 +22,8 @@ BATCH, SIZE, STEPS = 8, 64, 5
 TOLERANCE = 1e-5
 
 
-def build(layers: int = 4) -> Any:
-    """A Wan of few layers and width 256, 16 tokens a frame, with an empty prompt of 512 rows, on 64 pixels."""
+def build(layers: int = 4, size: int = SIZE) -> Any:
+    """A Wan of few layers and width 256, (size / 16)^2 tokens a frame, an empty prompt of 512 rows, ``size`` pixels."""
     import torch
 
     from rawdream_env.world_models.autoencoders import AutoencoderConfig, PackedFrameAutoencoder
@@ -32,8 +32,8 @@ def build(layers: int = 4) -> Any:
     from rawdream_env.world_models.wan_config import WanConfig
 
     arch = WanConfig(
-        num_layers=layers, num_attention_heads=4, attention_head_dim=64, ffn_dim=1536, text_dim=64, text_rows=2, pose_dim=0,
-        stem_channels=0, residual=False,
+        latent_shape=(16, size // 8, size // 8), num_layers=layers, num_attention_heads=4, attention_head_dim=64,
+        ffn_dim=1536, text_dim=64, text_rows=2, pose_dim=0, stem_channels=0, residual=False,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -42,7 +42,7 @@ def build(layers: int = 4) -> Any:
             if not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.02)
         transformer.set_prompt(torch.cat([torch.randn(1, 64), torch.zeros(511, 64)]))
-        codec = PackedFrameAutoencoder(AutoencoderConfig(image_size=SIZE, widths=(16, 16)))
+        codec = PackedFrameAutoencoder(AutoencoderConfig(image_size=size, widths=(16, 16)))
         return WanWorldModel(transformer, codec, RolloutConfig(num_inference_steps=STEPS, arm_map=None))
 
 

@@ -6,7 +6,8 @@
 
 The table below is all there is to a subcommand. Nothing is imported before a subcommand is chosen, so that
 ``rawdream --help`` answers at once. Exit codes: 0 done, 1 something is not as it should be (``doctor``, ``bench``),
-2 an error that can be mended (one sentence on stderr; ``--debug`` shows the traceback), 130 interrupted.
+2 an error that can be mended (one sentence on stderr; ``--debug`` shows the traceback), 3 the judge is away: the same
+command goes on when it is back, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from rawdream_env.errors import InvalidOptionError, MissingDependencyError, RawDreamError
+from rawdream_env.errors import InvalidOptionError, JudgeUnavailableError, MissingDependencyError, RawDreamError
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug or message is None:
             raise
         print(f"rawdream {name}: {message}", file=sys.stderr)
-        return 2
+        return 3 if isinstance(error, JudgeUnavailableError) else 2
 
 
 def run(name: str, arguments: Sequence[str]) -> int:

@@ -27,17 +27,10 @@ from rawdream_env.policies.tiny_vla import TinyVLA, TinyVLAConfig
 from rawdream_env.seeding import NoiseKey
 from rawdream_env.starts.memory import NullStarts
 from rawdream_env.trainers.batch import Batch
+from rawdream_env.trainers.groups import Group, Rollout, RolloutCounts, Rollouts
 from rawdream_env.trainers.grpo import GRPOConfig, GRPOResult, TrainingDivergedError, train_grpo
 from rawdream_env.trainers.losses import group_advantages
-from rawdream_env.trainers.rollout import (
-    Group,
-    GroupCollector,
-    NoUsableGroupError,
-    Rollout,
-    RolloutCounts,
-    RolloutInterrupted,
-    Rollouts,
-)
+from rawdream_env.trainers.rollout import GroupCollector, NoUsableGroupError, RolloutInterrupted
 from rawdream_env.trainers.run_dir import read_jsonl
 from rawdream_env.types import Outcome, PolicyOutput, Start, Verdict, Video
 from rawdream_env.world_models.null import NullState, NullWorldModel

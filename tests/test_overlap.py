@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +13,18 @@ import numpy as np
 import pytest
 import torch
 
+from rawdream_env import cli
 from rawdream_env.envs.dream import DreamVectorEnv
 from rawdream_env.errors import InvalidOptionError, JudgeUnavailableError, RawDreamError
 from rawdream_env.files import load_safetensors
 from rawdream_env.judges.overlap import OverlappedJudge
 from rawdream_env.judges.scripted import ScriptedJudge
 from rawdream_env.policies.tiny_vla import TinyVLA, TinyVLAConfig
+from rawdream_env.testing.faults import FaultServer, free_port, reply
+from rawdream_env.trainers.groups import Rollouts
 from rawdream_env.trainers.grpo import GRPOConfig, train_grpo
 from rawdream_env.trainers.overlap import can_overlap
-from rawdream_env.trainers.rollout import GroupCollector, Rollouts
+from rawdream_env.trainers.rollout import GroupCollector
 from rawdream_env.types import Outcome, Verdict, Video
 from rawdream_env.wrappers.dual_noise import DualNoiseVerification
 
@@ -140,6 +145,46 @@ def test_training_is_bit_identical_with_and_without_and_after_an_interruption(tm
         assert (run / "metrics.jsonl").read_bytes() == (plain / "metrics.jsonl").read_bytes()
         ours, theirs = (load_safetensors(path / "policy" / "model.safetensors") for path in (run, plain))
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("overlap", ["on", "off"])
+def test_a_run_whose_judge_goes_away_parks_and_goes_on_as_if_nothing_had_been(
+    overlap: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command, the real client, and a server that dies in the middle of a step."""
+    policy().save_pretrained(tmp_path / "policy")
+
+    def answer(request: Any) -> list[str]:
+        url = request["messages"][1]["content"][0]["video_url"]["url"]
+        return [reply("Success" if sum(url.encode()) % 5 < 3 else "Failure")] * request["n"]
+
+    def grpo(name: str, faults: Iterable[str], port: int) -> tuple[int, int]:
+        with FaultServer(faults, answer=answer, port=port) as server:
+            judge = f"vlm_server:{server.url}?deadline_s=0.6&request_timeout_s=0.3&backoff_s=0.02&max_backoff_s=0.1"
+            parts = ["world_model", "null", "starts", "null", "max_episode_steps", "2", "judge", judge]
+            code = cli.main([
+                "grpo", "--run-dir", str(tmp_path / name), "--policy", str(tmp_path / "policy"), "--env-id",
+                "rawdream/Dream-v0", "--env-kwargs", *parts, "--steps", "3", "--group-size", "4", "--groups-per-step", "4",
+                "--num-envs", "16", "--temperature", "1", "--lr", "1e-3", "--no-tensorboard", "--no-progress",
+                "--overlap-judge", overlap, "--max-flagged", "4",
+            ])  # fmt: skip
+            return code, server.requests
+
+    port = free_port()
+    code, asked = grpo("whole", (), port)
+    assert code == 0
+    capsys.readouterr()
+    good = asked * 2 // 3  # dies in the second step or the third
+    code, _ = grpo("parked", itertools.chain(["ok"] * good, itertools.repeat("500")), port)
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert code == 3 and "of the last 16 episodes could be judged (no answer within 0.6 s" in said
+    assert "status 500" in said and said.endswith("the same command goes on from the last update.")
+    assert 1 <= len((tmp_path / "parked" / "metrics.jsonl").read_text().splitlines()) < 3
+    assert grpo("parked", (), port)[0] == 0
+    whole, parked = tmp_path / "whole", tmp_path / "parked"
+    assert (parked / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    ours, theirs = (load_safetensors(path / "policy" / "model.safetensors") for path in (parked, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_overlap_only_where_verdicts_may_come_later() -> None:

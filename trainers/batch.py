@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rawdream_env.trainers.groups import Rollouts
 from rawdream_env.trainers.losses import LossType, token_weights
-from rawdream_env.trainers.rollout import Rollouts
 
 
 @dataclass(frozen=True)

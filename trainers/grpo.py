@@ -40,9 +40,10 @@ from rawdream_env.judges.ensemble import HoldOutJudge
 from rawdream_env.policies import load_policy
 from rawdream_env.seeding import mix
 from rawdream_env.trainers.batch import Batch
+from rawdream_env.trainers.groups import Rollouts
 from rawdream_env.trainers.interrupt import deferred_interrupt
 from rawdream_env.trainers.losses import clipped_loss, merge_metrics
-from rawdream_env.trainers.rollout import GroupCollector, NoUsableGroupError, RolloutInterrupted, Rollouts
+from rawdream_env.trainers.rollout import GroupCollector, NoUsableGroupError, RolloutInterrupted
 from rawdream_env.trainers.rollout_metrics import StageTimer, describe, summarize
 from rawdream_env.trainers.run_dir import RunDir, pack_optimizer, unpack_optimizer
 from rawdream_env.wrappers.base import find_wrapper
@@ -66,7 +67,7 @@ class GRPOConfig:
     """Where configuration, metrics and checkpoints go. The same command on the same folder resumes."""
     env_id: str = "rawdream/PiperDream-v0"
     """A dream, or ``rawdream/PiperSim-v0`` to train in the simulator (then without dual-noise verification)."""
-    env_kwargs: dict[str, str | int | float | bool] = field(default_factory=dict)
+    env_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
     """Further keyword arguments of the environment, such as world_model, judge, starts, judge_every."""
     task: str | int | None = None
     """A task's name, instruction or id; by default every start draws one."""
@@ -270,7 +271,12 @@ def make_env(config: GRPOConfig) -> VectorEnv[Any, Any, Any]:
         "device": config.device,
         **config.env_kwargs,
     }
-    return gym.make_vec(config.env_id, num_envs=num_envs, autoreset_mode="Disabled", **kwargs)
+    try:
+        return gym.make_vec(config.env_id, num_envs=num_envs, autoreset_mode="Disabled", **kwargs)
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise InvalidOptionError(f"env_kwargs do not fit {config.env_id}: {error}.") from error
 
 
 def watch(env: VectorEnv[Any, Any, Any], config: GRPOConfig) -> None:

@@ -24,12 +24,18 @@ M = TypeVar("M")
 
 @dataclass(frozen=True)
 class Ending:
-    """How an episode ended: as ``Rollout`` has it."""
+    """How an episode ended: as ``Rollout`` has it, and why its verdict is INVALID where it is."""
 
     reward: float
     verdict: Outcome
     valid: bool
     flagged: bool
+    reason: str = ""
+
+    @property
+    def unreadable(self) -> bool:
+        """Whether the episode, or its second dream, could not be judged."""
+        return not self.valid and not self.flagged
 
 
 @dataclass(frozen=True)
@@ -119,12 +125,12 @@ class LateVerdicts(Generic[M]):
     def _ending(self, episode: _Waiting[M], verdict: Verdict) -> Ending:
         outcome = verdict.outcome
         if not episode.second:
-            return Ending(float(outcome == Outcome.SUCCESS), outcome, outcome != Outcome.INVALID, False)
+            return Ending(float(outcome == Outcome.SUCCESS), outcome, outcome != Outcome.INVALID, False, verdict.reason)
         assert self._verification is not None
         self._verification.count(0, 0, [episode.trajectory], [outcome])  # its step has counted the episode itself
         repeated, flagged = outcome == Outcome.SUCCESS, outcome == Outcome.FAILURE
         valid = repeated or (flagged and self._verification.on_disagree == "zero")
-        return Ending(float(repeated), Outcome.SUCCESS, valid, flagged)
+        return Ending(float(repeated), Outcome.SUCCESS, valid, flagged, verdict.reason)
 
     def forget(self) -> None:
         """Drop every episode on its way."""

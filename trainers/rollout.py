@@ -9,6 +9,9 @@ Which groups are trained on never depends on ``num_envs`` or on which finish fir
 opened only to replace one that was dropped, and so those kept are the first that are any good. Taking the first to
 *finish* would favour quick successes.
 
+A judge that answers nothing for a while stops the collection (``JudgeUnavailableError``): its step is not counted, and
+is collected again when the run is taken up.
+
 With a judge that is waited for (a server), episodes that ended wait for their verdicts while their rows go on with the
 next members (``overlap.py``); the groups kept, and their contents, are the same.
 
@@ -18,7 +21,7 @@ Shape letters: T chunks in an episode, K actions in a chunk, A action dimensions
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,16 +30,21 @@ import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor
 
-from rawdream_env.errors import InvalidOptionError, RawDreamError
+from rawdream_env.errors import InvalidOptionError, JudgeUnavailableError, RawDreamError
 from rawdream_env.judges.overlap import is_remote
 from rawdream_env.seeding import NoiseKey, mix
-from rawdream_env.trainers.losses import DropReason, GroupAdvantages, group_advantages
+from rawdream_env.trainers.groups import Group, Rollout, RolloutCounts, Rollouts, why_none
+from rawdream_env.trainers.losses import DropReason, group_advantages
 from rawdream_env.trainers.overlap import Ending, LateVerdicts, can_overlap
 from rawdream_env.types import Outcome, Policy, Start, UInt8Array
 
 _STREAM_MEMBER, _STREAM_SAMPLING = 11, 12
 _LOOK_UP_S = 0.5
 """While nothing is left to do but to wait for verdicts: how often to ask whether to stop."""
+_OUTAGE = 16
+"""So many episodes in a row that could not be judged (or two groups, if that is more) are an outage. Of a judge that
+fails to answer one time in four, one run in 4 billion episodes is as long.
+"""
 
 
 class NoUsableGroupError(RawDreamError, RuntimeError):
@@ -49,77 +57,6 @@ class NoUsableGroupError(RawDreamError, RuntimeError):
 
 class RolloutInterrupted(RawDreamError, RuntimeError):
     """Collection was stopped from outside, between two steps of the environment."""
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """One episode: ``images`` uint8 (T, H, W, 3), what the policy saw before each chunk; ``tokens`` int64 (T, L);
-    ``logprobs`` fp32 (T, L) at the sampling temperature; ``reward`` summed over the episode.
-
-    ``verdict`` of the episode's end; ``valid`` False where nothing trustworthy is known; ``flagged`` by dual-noise
-    verification. ``seed`` is the environment row's seed: with the start it names the episode's noise.
-    """
-
-    images: UInt8Array
-    tokens: Tensor
-    logprobs: Tensor
-    reward: float
-    verdict: Outcome
-    valid: bool
-    flagged: bool
-    seed: int
-
-    def __len__(self) -> int:
-        """Chunks T."""
-        return len(self.images)
-
-
-@dataclass(frozen=True)
-class Group:
-    """G rollouts of one ``start``, with their advantages; ``index`` counts the groups of the step."""
-
-    index: int
-    start: Start
-    members: tuple[Rollout, ...]
-    result: GroupAdvantages
-
-
-@dataclass
-class RolloutCounts:
-    """Counts over *all* rollouts of a step, also those of dropped groups."""
-
-    rollouts: int = 0
-    successes: int = 0
-    flagged: int = 0
-    invalid: int = 0
-    chunks: int = 0
-    groups: int = 0
-    dropped: Counter[DropReason] = field(default_factory=Counter)
-    task_rollouts: Counter[int] = field(default_factory=Counter)
-    task_successes: Counter[int] = field(default_factory=Counter)
-
-    def add(self, group: Group) -> None:
-        """Count a finished group."""
-        self.groups += 1
-        if group.result.dropped:
-            self.dropped[group.result.dropped] += 1
-        for member in group.members:
-            success = member.verdict == Outcome.SUCCESS
-            self.rollouts += 1
-            self.successes += success
-            self.flagged += member.flagged
-            self.invalid += not member.valid and not member.flagged
-            self.chunks += len(member)
-            self.task_rollouts[group.start.task_id] += 1
-            self.task_successes[group.start.task_id] += success
-
-
-@dataclass(frozen=True)
-class Rollouts:
-    """The ``groups`` to train on, in order of their index, and the counts over everything that was rolled out."""
-
-    groups: tuple[Group, ...]
-    counts: RolloutCounts
 
 
 @dataclass
@@ -197,6 +134,7 @@ class GroupCollector:
         self._rows: list[_Member | None] = [None] * env.num_envs
         self._images: UInt8Array | None = None
         self._started = False
+        self._unreadable = 0
         possible = can_overlap(env)
         if overlap and not possible:
             raise InvalidOptionError(
@@ -215,9 +153,11 @@ class GroupCollector:
     def collect(self, step: int) -> Rollouts:
         """Roll out until ``num_groups`` groups are kept or ``max_groups`` were opened; at least one is returned.
 
-        Raises ``NoUsableGroupError`` when every group was dropped, ``RolloutInterrupted`` when asked to stop.
+        Raises ``NoUsableGroupError`` when every group was dropped, ``RolloutInterrupted`` when asked to stop,
+        ``JudgeUnavailableError`` when many episodes in a row could not be judged.
         """
         self._rows = [None] * self.env.num_envs
+        self._unreadable = 0
         if self._late is not None:
             self._late.forget()  # of a step that was interrupted
         waiting: deque[_Member] = deque()
@@ -240,7 +180,7 @@ class GroupCollector:
                     kept.append(group)
                 self._on_group(counts)
         if not kept:
-            raise NoUsableGroupError(_why_none(counts, self.max_flagged), counts.dropped)
+            raise NoUsableGroupError(why_none(counts, self.max_flagged), counts.dropped)
         return Rollouts(tuple(sorted(kept, key=lambda group: group.index)), counts)
 
     def _open(self, step: int, index: int) -> list[_Member]:
@@ -287,10 +227,20 @@ class GroupCollector:
             endings += self._late.endings(wait_s=0.0 if running else _LOOK_UP_S)
         completed = []
         for member, ending in endings:
+            self._look_for_outage(ending)
             member.group.finished[member.index] = _finish(member, ending)
             if len(member.group.finished) == self.group_size:
                 completed.append(self._close(member.group))
         return completed
+
+    def _look_for_outage(self, ending: Ending) -> None:
+        """Stop rather than wait for hours, imagine in vain, and drop group after group."""
+        self._unreadable = self._unreadable + 1 if ending.unreadable else 0
+        if self._unreadable >= max(_OUTAGE, 2 * self.group_size) and getattr(self.env.unwrapped, "judge", None):
+            raise JudgeUnavailableError(
+                f"None of the last {self._unreadable} episodes could be judged ({ending.reason or 'no reason given'}). "
+                "They are not counted; when the judge works again, the same command goes on from the last update."
+            )
 
     @torch.no_grad()
     def _advance(self) -> list[tuple[_Member, Ending]]:
@@ -319,10 +269,23 @@ class GroupCollector:
                 if self._late is not None and infos["valid"][row]:
                     late[row] = member
                 else:
-                    known.append((member, _ending(member, infos, row)))
+                    known.append((member, self._ending(member, infos, row)))
         if self._late is not None and late:
             self._late.submit(late)
         return known
+
+    def _ending(self, member: _Member, infos: dict[str, Any], row: int) -> Ending:
+        verdict = Outcome(int(infos["verdict"][row]))
+        flagged = bool(infos["flagged"][row]) if "flagged" in infos and infos["_flagged"][row] else False
+        # Without a verdict at its end an episode's reward of 0 means "not known", which must not become a failure.
+        valid = bool(infos["valid"][row]) and verdict != Outcome.INVALID
+        recorded = getattr(self.env.unwrapped, "trajectories", None)
+        reason = ""
+        if verdict == Outcome.INVALID and callable(recorded):
+            (trajectory,) = recorded([row])
+            told = trajectory.extra.get("verdict") if trajectory else None
+            reason = told.reason if told else ""
+        return Ending(member.reward, verdict, valid, flagged, reason)
 
     def _close(self, group: _OpenGroup) -> Group:
         members = tuple(group.finished[index] for index in range(self.group_size))
@@ -342,13 +305,6 @@ def _start(member: _Member) -> Start:
     return member.group.start
 
 
-def _ending(member: _Member, infos: dict[str, Any], row: int) -> Ending:
-    verdict = Outcome(int(infos["verdict"][row]))
-    flagged = bool(infos["flagged"][row]) if "flagged" in infos and infos["_flagged"][row] else False
-    # Without a verdict at its end an episode's reward of 0 means "not known", which must not become a failure.
-    return Ending(member.reward, verdict, bool(infos["valid"][row]) and verdict != Outcome.INVALID, flagged)
-
-
 def _finish(member: _Member, ending: Ending) -> Rollout:
     return Rollout(
         images=np.stack(member.images),
@@ -364,23 +320,3 @@ def _finish(member: _Member, ending: Ending) -> Rollout:
 
 def _as_uint8(images: Any) -> UInt8Array:
     return images.cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
-
-
-def _why_none(counts: RolloutCounts, max_flagged: int) -> str:
-    reasons = ", ".join(f"{count} {name}" for name, count in sorted(counts.dropped.items()))
-    rate = f"{counts.successes} of {counts.rollouts} rollouts succeeded"
-    most = counts.dropped.most_common(1)[0][0]
-    advice = {
-        "all_success": "the policy solves these starts: stop here, choose harder ones (layout, task), raise temperature",
-        "all_failure": "the policy never succeeds: give it more demonstrations first, choose easier starts (layout, "
-        "task), change temperature, or raise group_size or max_groups_per_step",
-        "untrustworthy": f"more than max_flagged={max_flagged} members of a group were flagged or invalid: look at the "
-        "judge, train the world model longer, or raise max_flagged",
-        "all_equal": "all rewards of a group are the same: raise temperature or group_size",
-    }
-    return f"None of {counts.groups} groups can be trained on ({reasons}; {rate}); {advice.get(most, '')}."
-
-
-def rollout_steps(groups: Sequence[Group]) -> int:
-    """Chunks in all members of ``groups``."""
-    return sum(len(member) for group in groups for member in group.members)

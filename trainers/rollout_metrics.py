@@ -8,8 +8,8 @@ from typing import Any
 from gymnasium.vector import VectorEnv
 
 from rawdream_env.evaluation.statistics import wilson_interval
+from rawdream_env.trainers.groups import RolloutCounts, Rollouts
 from rawdream_env.trainers.losses import DROP_REASONS
-from rawdream_env.trainers.rollout import RolloutCounts, Rollouts
 from rawdream_env.wrappers.base import find_wrapper
 from rawdream_env.wrappers.dual_noise import DualNoiseVerification
 

@@ -191,6 +191,53 @@ def test_what_does_not_fit_is_refused_with_the_numbers() -> None:
     assert issubclass(NotEnoughMemoryError, MemoryError)
 
 
+def test_an_environment_computes_as_many_rows_at_once_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    import gymnasium as gym
+
+    import rawdream_env  # noqa: F401
+
+    model = build(WAN, "wan")
+    free = 2**40
+    monkeypatch.setattr(memory, "free_memory", lambda device: free)
+
+    def dream(num_envs: int) -> tuple[int, torch.Tensor]:
+        envs = gym.make_vec(
+            "rawdream/Dream-v0", num_envs, world_model=model, starts="null", judge="none", output="torch",
+            max_episode_steps=3,
+        )  # fmt: skip
+        envs.reset(seed=0)
+        envs.action_space.seed(0)
+        actions = envs.action_space.sample()
+        pictures = [envs.step(actions)[0]["image"] for _ in range(2)]
+        return model._fitting, torch.stack(pictures)
+
+    at_once, all_rows = dream(6)
+    assert at_once == 0
+    need = [rollout_memory(WAN, model.autoencoder, 6, torch.float32, micro_batch=n).without("weights", "headroom").total
+            for n in (1, 2, 4, 6)]  # fmt: skip
+    assert need[0] < need[1] < min(need[2:])
+    free = min(need[2:]) - 1
+    at_once, fewer = dream(6)
+    assert at_once == 2 and torch.equal(all_rows, fewer)
+    free = need[0] - 1
+    with pytest.raises(
+        NotEnoughMemoryError, match=r"Imagining 6 episodes, 1 at a time, needs .* take fewer environments"
+    ):
+        dream(6)
+    free = min(need[2:]) - 1
+    model.micro_batch = 4
+    with pytest.raises(NotEnoughMemoryError, match="Imagining 6 episodes, 4 at a time, needs"):
+        dream(6)
+
+
+def test_weights_that_do_not_fit_are_not_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(WAN)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
+    with pytest.raises(NotEnoughMemoryError, match=r"The world model needs .* most of it is weights: use bfloat16"):
+        model.to("meta", torch.bfloat16)
+    assert model.device.type == "cpu" and model.transformer.proj_out.weight.dtype == torch.float32
+
+
 def test_free_memory_of_the_host(tmp_path: Path) -> None:
     def write(name: str, text: str) -> None:
         path = tmp_path / name

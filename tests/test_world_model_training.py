@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,10 +15,12 @@ import torch
 
 from rawdream_env.data import schema
 from rawdream_env.data.lerobot import LeRobotReader, LeRobotWriter
-from rawdream_env.errors import CheckpointError, DatasetError, InvalidOptionError
+from rawdream_env.errors import CheckpointError, DatasetError, InvalidOptionError, NotEnoughMemoryError
 from rawdream_env.files import load_safetensors
 from rawdream_env.piper_geometry import HOME_POSE, project
 from rawdream_env.seeding import NoiseKey, mix
+from rawdream_env.trainers import fit_memory
+from rawdream_env.trainers import world_model as training_module
 from rawdream_env.trainers.distributed import ALONE
 from rawdream_env.trainers.latent_data import load_bounds
 from rawdream_env.trainers.latent_episodes import EpisodeSampler, LatentEpisodes, focus_cells
@@ -28,8 +31,10 @@ from rawdream_env.trainers.world_model_losses import BatchNoise, episode_loss
 from rawdream_env.world_models.arm_map import ArmMap
 from rawdream_env.world_models.autoencoders import AutoencoderConfig, PackedFrameAutoencoder
 from rawdream_env.world_models.embedded import read_world_model, save_world_model
+from rawdream_env.world_models.memory import GIB
 from rawdream_env.world_models.rollout import RolloutConfig, WanWorldModel
 from rawdream_env.world_models.wan import WanConfig, WanWorldModelTransformer
+from rawdream_env.world_models.wan_config import wan_config
 from rawdream_env.world_models.wan_vae import WanVAE
 
 WEIGHTS = {
@@ -42,10 +47,10 @@ MODEL = WanConfig(
 )  # fmt: skip
 
 
-def write_data(root: Path, lengths: tuple[int, ...], *, poses: bool = False) -> str:
+def write_data(root: Path, lengths: tuple[int, ...], *, poses: bool = False, fps: int = 10) -> str:
     """A LeRobot folder of a square that slides over a 64 x 64 picture; ``poses`` follow the actions, or are noise."""
     features = {schema.ACTION_KEY: schema.numeric_feature(7), schema.STATE_KEY: schema.numeric_feature(7)}
-    writer = LeRobotWriter(root, fps=10, image_shape=(64, 64, 3), features=features)
+    writer = LeRobotWriter(root, fps=fps, image_shape=(64, 64, 3), features=features)
     for seed, steps in enumerate(lengths):
         rng = np.random.default_rng(seed)
         frames = np.full((steps + 1, 64, 64, 3), 150, np.uint8)
@@ -336,7 +341,7 @@ def test_a_run_on_windows_resumes_bit_identical(tmp_path: Path) -> None:
 def test_it_trains_on_with_wans_vae(tmp_path: Path) -> None:
     from diffusers import AutoencoderKLWan
 
-    write_data(tmp_path / "data", (32,))
+    write_data(tmp_path / "data", (32,), fps=20)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         arch = replace(MODEL, latent_shape=(16, 4, 4), residual=False, pose_dim=0, arm_map_channels=0, carry=False,
@@ -345,9 +350,61 @@ def test_it_trains_on_with_wans_vae(tmp_path: Path) -> None:
     save_world_model(WanWorldModel(transformer, vae, RolloutConfig(arm_map=None)), tmp_path / "wan")
     folder = train_world_model(window_config(tmp_path, init=str(tmp_path / "wan"), model=arch))
     assert (folder / "vae" / "config.json").is_file() and not (folder / "autoencoder").exists()
-    assert read_world_model(folder).config.arm_map is None
+    assert (read_world_model(folder).config.arm_map, read_world_model(folder).fps) == (None, 20.0)
     with pytest.raises(InvalidOptionError, match='needs the embedded codec; give objective="window"'):
         train_world_model(config(str(tmp_path / "data"), tmp_path / "x", init=str(tmp_path / "wan"), model=arch))
+
+
+def test_an_optimiser_on_the_host_trains_the_same_and_may_change_on_the_way(tmp_path: Path) -> None:
+    write_data(tmp_path / "data", (40, 24))
+    torch.set_num_threads(1)
+    settings = {"codec": "embedded", "save_every": 2, "checkpointing": True}
+
+    def train(name: str, steps: int = 4, **changes: object) -> dict[str, torch.Tensor]:
+        stage = StageConfig(steps=steps, batch_size=2, lr=1e-3, warmup=2, decay=1e-6)
+        train_world_model(window_config(tmp_path, out=str(tmp_path / name), transformer=stage, **settings, **changes))
+        step = tmp_path / name / f"transformer/checkpoints/step_{steps:08d}"
+        return load_safetensors(step / "tensors.safetensors")
+
+    whole = train("whole")
+    train("changed", 2, offload=True)
+    for other in (train("host", offload=True), train("changed", 4)):
+        assert whole.keys() == other.keys() and all(torch.equal(whole[key], other[key]) for key in whole)
+    assert any(key.startswith("optimizer/") for key in whole)
+
+
+def test_training_is_fitted_to_the_free_memory_or_refused_before_it_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_data(tmp_path / "data", (40,))
+    free = 0
+    monkeypatch.setattr(fit_memory, "free_memory", lambda device: free)
+    with pytest.raises(
+        NotEnoughMemoryError, match=r"Training 2 rows at a time needs .* but 0.00 GiB are free; most of"
+    ):
+        train_world_model(window_config(tmp_path, codec="embedded"))
+    with pytest.raises(NotEnoughMemoryError, match="Training, even with the thriftiest settings, needs"):
+        train_world_model(window_config(tmp_path, codec="embedded", fit_memory=True))
+    assert not (tmp_path / "out").exists()
+    full = window_config(
+        tmp_path, model=wan_config("wan2.1-1.3b"), fit_memory=True,
+        transformer=StageConfig(steps=4, batch_size=12, lr=1e-3),
+    )  # fmt: skip
+    chosen = []
+    with caplog.at_level(logging.INFO, "rawdream_env"):
+        for gib in (22, 44, 75, 130, 190):
+            free = gib * GIB
+            fitted = fit_memory.within_memory(full, ALONE)
+            chosen.append((fitted.micro_batch_size, fitted.checkpointing, fitted.offload))
+    assert [c[1:] for c in chosen] == [(True, True), (True, False), (True, False), (False, False), (False, False)]
+    assert all(12 % c[0] == 0 and c[0] >= 4 for c in chosen) and chosen[-1][0] == 12
+    assert "rows at a time, activations computed twice, the optimiser on the host: about" in caplog.text
+    free = 100 * GIB
+    small = train_world_model(window_config(tmp_path, codec="embedded", fit_memory=True))
+    assert small.is_dir()
+    said = "fsdp2 spreads it over the devices already"
+    with pytest.raises(InvalidOptionError, match=said):
+        training_module._check(window_config(tmp_path, offload=True, parallel="fsdp2"), ALONE)
 
 
 def test_mistakes_are_told(tmp_path: Path) -> None:

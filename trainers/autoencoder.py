@@ -33,6 +33,9 @@ MAY_CHANGE = (
     "device",
     "parallel",
     "micro_batch_size",
+    "checkpointing",
+    "offload",
+    "fit_memory",
 )
 """Settings that may differ when a run is continued: they do not change what a step is."""
 

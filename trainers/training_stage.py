@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rawdream_env.trainers.distributed import ALONE, World, gather, local, spread_like, whole
+from rawdream_env.trainers.offload import HostCopies
 from rawdream_env.trainers.run_dir import RunDir, pack_optimizer, unpack_optimizer
 
 
@@ -62,6 +63,7 @@ class TrainingStage(Generic[M]):
         settings: what the run depends on; ``may_change`` names the keys that may differ when it is continued.
         model: whose weights are trained and averaged; those that do not require gradients stay.
         module: ``model``, or what spreads it over processes (``distributed.spread``).
+        offload: keep optimiser state and averaged weights in the host's memory.
     """
 
     def __init__(
@@ -76,12 +78,14 @@ class TrainingStage(Generic[M]):
         log_every: int = 25,
         save_every: int,
         may_change: tuple[str, ...] = (),
+        offload: bool = False,
     ) -> None:
         self.folder, self.config, self.world = folder, config, world
         self.log_every, self.save_every = log_every, save_every
         self.model, self.module = model, model if module is None else module
         self.run = RunDir(folder, settings, may_change=may_change) if world.first else None
-        self.parameters = dict(model.named_parameters())
+        self.host = HostCopies(dict(model.named_parameters())) if offload else None
+        self.parameters: dict[str, Tensor] = dict(model.named_parameters()) if self.host is None else self.host.copies
         self.average = {name: value.detach().clone() for name, value in self.parameters.items()}
         self.optimizer = torch.optim.AdamW(
             [value for value in self.parameters.values() if value.requires_grad],
@@ -104,7 +108,7 @@ class TrainingStage(Generic[M]):
             for step in range(self.first, steps):
                 for group in self.optimizer.param_groups:
                     group["lr"] = learning_rate(self.config, step)
-                self.optimizer.zero_grad(set_to_none=True)
+                self.model.zero_grad(set_to_none=True)
                 self._loss, self._sums = 0.0, {}
                 yield step
                 bar.update()
@@ -121,7 +125,11 @@ class TrainingStage(Generic[M]):
     def update(self, step: int, **scalars: float | Tensor) -> None:
         """One optimiser step with clipping of the global norm, the EMA, and a log line every ``log_every`` steps."""
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if self.host is not None:
+            self.host.pull_gradients()
         self.optimizer.step()
+        if self.host is not None:
+            self.host.push_weights()
         decay = min(self.config.ema, (step + 1) / (step + 10))
         with torch.no_grad():
             torch._foreach_lerp_(local(self.average.values()), local(self.parameters.values()), 1 - decay)
@@ -174,3 +182,5 @@ class TrainingStage(Generic[M]):
                 else:
                     own[part][name].copy_(spread_like(value, own[part][name]))
         unpack_optimizer(self.optimizer, moments)
+        if self.host is not None:
+            self.host.pull_weights()

@@ -34,6 +34,7 @@ from rawdream_env.errors import CheckpointError, InvalidOptionError
 from rawdream_env.seeding import mix
 from rawdream_env.trainers.autoencoder import MAY_CHANGE, train_autoencoder
 from rawdream_env.trainers.distributed import Parallel, World, accumulating, join, micro_batches, spread
+from rawdream_env.trainers.fit_memory import within_memory
 from rawdream_env.trainers.latent_episodes import (
     EpisodeObjective,
     EpisodeSampler,
@@ -100,6 +101,10 @@ class WorldModelTrainConfig:
     """Compute activations again in the backward pass: a third more time, a fraction of the memory."""
     micro_batch_size: int = 0
     """Rows a process computes at a time, adding up gradients; 0: all of its rows."""
+    offload: bool = False
+    """Keep optimiser state and averaged weights in the host's memory: slower steps, 12 bytes less per weight."""
+    fit_memory: bool = False
+    """Choose micro_batch_size, checkpointing and offload by the memory that is free."""
     objective: Literal["episode", "window"] = "episode"
     """The loss: over whole episodes (embedded size), or over windows with random context (the paper's)."""
     episode_chunks: int = 8
@@ -115,8 +120,8 @@ class WorldModelTrainConfig:
     model: WanConfig = field(default_factory=lambda: WAN_CONFIGS["embedded"])
     """Architecture of the transformer; with ``init`` left as it is, that of ``init``."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    """Rollout settings saved with the model; its arm map is also the one trained on. Objective "window" replaces its action
-    bounds by those of the data."""
+    """Rollout settings saved with the model; its arm map is also the one trained on. Frames per second are those of the
+    data; objective "window" replaces the action bounds by those of the data as well."""
     loss: LossConfig = field(default_factory=LossConfig)
     """What is drawn and what weighs how much."""
     log_every: int = 25
@@ -138,11 +143,13 @@ def train_world_model(config: WorldModelTrainConfig) -> Path:
         InvalidOptionError: options that do not fit each other, the machine or the processes there are.
         CheckpointError: ``init`` or ``codec`` is missing, damaged or of another architecture.
         DatasetError: data that are missing, damaged or lack what the model takes.
+        NotEnoughMemoryError: the transformer and its optimiser do not fit; said before they are made.
         RunDirError: ``out`` holds a run with other settings.
     """
     with join(config.parallel, config.device) as world:
         config, initial = _resolved(replace(config, device=world.device))
         _check(config, world)
+        config = within_memory(config, world)
         Path(config.out).mkdir(parents=True, exist_ok=True)
         train = _train_windows if config.objective == "window" else _train_episodes
         target = train(config, initial, world)
@@ -162,9 +169,10 @@ def _train_windows(config: WorldModelTrainConfig, initial: WanWorldModel | None,
         codec = _trained_codec(config, read_episodes([entry.reader() for entry in entries], config.model), world)
     _fits(codec, config)
     mixture = cached_mixture(entries, codec, out / "latents", config, world)
-    bounds = mixture.bounds[deployed_entry(mixture, config.deploy)]
+    deployed = deployed_entry(mixture, config.deploy)
+    bounds, fps = mixture.bounds[deployed], float(mixture.datasets[deployed].index["fps"])
     low, high = rollout_bounds(bounds, config.model.action_dim)
-    rollout = replace(config.rollout, action_low=low, action_high=high)
+    rollout = replace(config.rollout, action_low=low, action_high=high, fps=fps)
     objective = WindowObjective(mixture, config, device=config.device)
     validation = None
     if config.validation:
@@ -182,6 +190,7 @@ def _train_windows(config: WorldModelTrainConfig, initial: WanWorldModel | None,
 def _train_episodes(config: WorldModelTrainConfig, initial: WanWorldModel | None, world: World) -> Path:
     """Teacher forcing over whole episodes in memory, whose actions are in the rollout's bounds."""
     entries = [DataEntry.parse(text) for text in config.data]
+    config = replace(config, rollout=replace(config.rollout, fps=entries[0].reader().fps))
     codec = _codec(config, initial)
     raw = read_episodes([entry.reader() for entry in entries], config.model)
     codec = _trained_codec(config, raw, world) if codec is None else codec
@@ -239,6 +248,7 @@ def train_transformer(
         log_every=config.log_every,
         save_every=config.save_every,
         may_change=MAY_CHANGE,
+        offload=config.offload,
     )
     if validation is not None and not stage.first:
         validation.begin(stage)
@@ -283,6 +293,10 @@ def _check(config: WorldModelTrainConfig, world: World) -> None:
         raise InvalidOptionError(
             f"transformer.batch_size {batch} cannot be divided among {world.size} processes; make it a multiple of "
             f"{world.size}, say {-(-batch // world.size) * world.size}."
+        )
+    if config.offload and config.parallel == "fsdp2":
+        raise InvalidOptionError(
+            "offload is for a device that holds a whole optimiser: fsdp2 spreads it over the devices already; leave one out."
         )
     if config.objective == "window" and arch.context_latents % arch.chunk_latents:
         raise InvalidOptionError(

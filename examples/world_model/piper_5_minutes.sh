@@ -7,10 +7,10 @@
 # data    160 + 32 play episodes of 128 steps, collected here (a few minutes more, once)
 # steps   400 of 16 windows; the frame codec is the one that ships with the package
 # memory  not measured
-# time    measured, one thread of a shared server CPU with bf16: 3.5 minutes of CPU, 5.3 by the clock beside other work
-# result  measured, seed 0: held-out loss 5.82 -> 1.49; PSNR of the moving region over frames 0-8, 8 held-out episodes: 14.4 dB,
-#         copying the last true frame 9.4 dB. Over the whole picture and beyond 16 frames copying, which is told the truth
-#         every chunk, is ahead: this is a demonstration of the trainer, not a good model
+# time    measured, one thread of a server CPU with bf16: 3.9 minutes
+# result  measured, seed 0: held-out loss 6.09 -> 1.45; PSNR of the moving region, 8 held-out episodes: 14.7 dB over frames
+#         0-8 and 14.0 over 64-128, copying the last true frame 9.7 and 13.5. Over the whole picture and beyond 16 frames
+#         copying, which is told the truth every chunk, is ahead: this is a demonstration of the trainer, not a good model
 set -eu
 out=${1:-runs/piper_5_minutes}
 export OMP_NUM_THREADS=1

@@ -120,16 +120,17 @@ def numeric_stats(values: NDArray[Any], *, quantiles: bool = True) -> dict[str, 
 def image_stats(frames: UInt8Array) -> dict[str, NDArray[np.float64]]:
     """Statistics of frames (F, H, W, 3) per channel, scaled to [0, 1], shape (3, 1, 1) as LeRobot keeps them.
 
-    From a histogram of the 256 levels: exact, and far cheaper than a float copy of the frames.
+    From a histogram of the 256 levels: exact whole numbers to the last division, so that the same frames give the same
+    bytes wherever they are counted, and far cheaper than a float copy of the frames.
     """
-    levels = np.arange(256) / 255.0
+    levels = np.arange(256)
     columns = []
     for channel in range(3):
         histogram = np.bincount(frames[..., channel].ravel(), minlength=256)
         seen = np.flatnonzero(histogram)
-        mean = float(histogram @ levels / histogram.sum())
-        variance = float(histogram @ (levels - mean) ** 2 / histogram.sum())
-        columns.append((levels[seen[0]], levels[seen[-1]], mean, variance**0.5))
+        count, first, second = (int((histogram * levels**power).sum()) for power in (0, 1, 2))
+        variance = (count * second - first**2) / count**2  # of Python's whole numbers, which do not overflow
+        columns.append((seen[0] / 255.0, seen[-1] / 255.0, first / count / 255.0, variance**0.5 / 255.0))
     table = np.array(columns).T[:, :, None, None]
     stats = dict(zip(("min", "max", "mean", "std"), table, strict=True))
     return stats | {"count": np.array([len(frames)], dtype=np.float64)}

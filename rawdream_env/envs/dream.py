@@ -119,6 +119,9 @@ class DreamVectorEnv(ChunkVectorEnv):
             render_mode=render_mode,
             return_frames=return_frames,
         )
+        prepare = getattr(self.world_model, "prepare", None)
+        if callable(prepare):  # a world model may say that so many rows are too many for it
+            prepare(self.num_envs)
         self.defer_judging = False
         """Set by those who judge ``videos()`` themselves: episodes then end unjudged (verdict -1)."""
         self._state: Any = None

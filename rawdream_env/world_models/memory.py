@@ -4,25 +4,31 @@ A ``MemoryPreset`` is derived from the estimates of ``memory_estimates.py``, not
 largest that fits into what is free, and ``require_memory`` refuses what does not fit before anything is allocated.
 
     preset = choose_preset(free_memory("cuda"))
-    envs = DreamVectorEnv(preset.num_envs, world_model=..., device="cuda", dtype=preset.dtype)
+    envs = gym.make_vec("rawdream/Dream-v0", preset.num_envs, world_model=..., device="cuda", dtype=preset.dtype)
+
+Environments ask by themselves (``WanWorldModel.prepare``), and so does the trainer (``fit_memory``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from rawdream_env.errors import NotEnoughMemoryError
+from rawdream_env.world_models.autoencoders import FrameCodec
+from rawdream_env.world_models.chunk import Reuse
 from rawdream_env.world_models.memory_estimates import (
     GIB,
     MemoryEstimate,
     rollout_memory,
     training_memory,
 )
-from rawdream_env.world_models.wan_config import wan_config
+from rawdream_env.world_models.wan_config import WanConfig, wan_config
 
 SIZES = (24, 48, 80, 141)
 """Nominal memory of the cards of the ladder."""
@@ -84,26 +90,102 @@ def _derive(total_gib: int) -> MemoryPreset:
     count = rows
     while rollout_memory(arch, num_envs=count + rows, micro_batch=rows).total <= usable:
         count += rows
-    batch, estimate, checkpointing, offloaded = 0, training_memory(arch), True, False
-    for checkpointing, offloaded in ((False, False), (True, False), (True, True)):
-        for batch in TRAINING_BATCHES:
-            estimate = training_memory(arch, batch, checkpointing=checkpointing, offload_optimizer=offloaded)
-            if estimate.total <= usable:
-                break
-        if batch >= 4 and estimate.total <= usable:
-            break
+    fit = fit_training(arch, usable, TRAINING_BATCHES)
     return MemoryPreset(
         name=f"{total_gib}gb",
         total_gib=total_gib,
         num_envs=count,
         micro_batch=rows,
-        train_micro_batch=batch,
-        gradient_checkpointing=checkpointing,
-        offload=("optimiser state", "averaged weights") if offloaded else (),
+        train_micro_batch=fit.micro_batch,
+        gradient_checkpointing=fit.checkpointing,
+        offload=("optimiser state", "averaged weights") if fit.offload else (),
         dtype="bfloat16",
         rollout=rollout_memory(arch, num_envs=count, micro_batch=rows),
-        training=estimate,
+        training=fit.estimate,
     )
+
+
+@dataclass(frozen=True)
+class TrainingFit:
+    """Settings of training that fit: windows per forward pass, and whether activations are computed again in the
+    backward pass and optimiser state and averaged weights live on the host.
+    """
+
+    micro_batch: int
+    checkpointing: bool
+    offload: bool
+    estimate: MemoryEstimate
+
+
+def fit_training(
+    arch: WanConfig,
+    free_bytes: int,
+    micro_batches: Sequence[int],
+    *,
+    frames: int = 9,
+    world_size: int = 1,
+    may_offload: bool = True,
+) -> TrainingFit:
+    """The fastest settings that fit: no checkpointing, then checkpointing, then the optimiser on the host as well; of these
+    the first that allows 4 windows at a time, else the one that allows most.
+
+    Args:
+        arch: the transformer.
+        free_bytes: what there is.
+        micro_batches: windows at a time to choose among, descending.
+        frames, world_size: as for ``training_memory``.
+        may_offload: whether the host may be used.
+
+    Raises:
+        NotEnoughMemoryError: nothing fits.
+    """
+    best: TrainingFit | None = None
+    settings = [(False, False), (True, False), (True, True)] if may_offload else [(False, False), (True, False)]
+    estimate = training_memory(arch)
+    for checkpointing, offload in settings:
+        for micro_batch in micro_batches:
+            estimate = training_memory(
+                arch, micro_batch, frames, world_size=world_size, checkpointing=checkpointing, offload_optimizer=offload
+            )
+            if estimate.total > free_bytes:
+                continue
+            if best is None or micro_batch > best.micro_batch:
+                best = TrainingFit(micro_batch, checkpointing, offload, estimate)
+            break
+        if best is not None and best.micro_batch >= min(4, micro_batches[0]):
+            return best
+    if best is None:
+        require_memory(estimate, free_bytes, "Training, even with the thriftiest settings,")
+    assert best is not None
+    return best
+
+
+def fit_rollout(
+    arch: WanConfig,
+    codec: FrameCodec,
+    num_envs: int,
+    dtype: torch.dtype,
+    reuse: Reuse,
+    device: torch.device,
+    micro_batch: int = 0,
+) -> int:
+    """How many of ``num_envs`` episodes to imagine at a time on ``device``, where the model has been loaded: ``micro_batch``
+    if it is given, else all of them, or the largest power of two that fits.
+
+    Raises:
+        NotEnoughMemoryError: the episodes' states do not fit, or not with this ``micro_batch``.
+    """
+    free = free_memory(device)
+    powers = [2**i for i in reversed(range(max(0, num_envs - 1).bit_length()))]
+    rows, estimate = micro_batch, MemoryEstimate({})
+    for rows in [micro_batch] if micro_batch else [num_envs, *powers]:
+        estimate = rollout_memory(arch, codec, num_envs, dtype, reuse, micro_batch=rows).without("weights")
+        if device.type == "cpu":  # no context, no work space, and what the allocator holds is not known
+            estimate = estimate.without("headroom")
+        if estimate.total <= free:
+            return rows
+    require_memory(estimate, free, f"Imagining {num_envs} episodes, {rows} at a time,")
+    return rows
 
 
 def choose_preset(free_bytes: int) -> MemoryPreset:
@@ -117,6 +199,13 @@ def choose_preset(free_bytes: int) -> MemoryPreset:
             "what they need), or the embedded model, which runs on a CPU."
         )
     return fitting[-1]
+
+
+def require_weights(modules: Sequence[nn.Module], dtype: torch.dtype, device: torch.device) -> None:
+    """``NotEnoughMemoryError`` when the weights of ``modules`` do not fit on ``device``, where they are not yet."""
+    tensors = (x for module in modules for x in (*module.parameters(), *module.buffers()))
+    size = sum(x.numel() * (dtype if x.is_floating_point() else x.dtype).itemsize for x in tensors)
+    require_memory(MemoryEstimate({"weights": size}), free_memory(device), "The world model")
 
 
 def preset_table() -> str:
@@ -186,7 +275,7 @@ def require_memory(estimate: MemoryEstimate, free_bytes: int, what: str) -> None
 
 
 _STATES = "take fewer environments, or a smaller preset of choose_preset"
-_SHARD = "shard over more devices, or train with the optimiser's state on the host"
+_SHARD = "shard over more devices (fsdp2), or keep the optimiser on the host (offload, or fit_memory)"
 _ADVICE = {
     "weights": "use bfloat16, shard over more devices, or take a larger one",
     "states": _STATES,
@@ -197,5 +286,5 @@ _ADVICE = {
     "optimiser": _SHARD,
     "averaged weights": _SHARD,
     "weights in bfloat16": _SHARD,
-    "activations": "take a smaller micro-batch, or turn gradient checkpointing on",
+    "activations": "take a smaller micro-batch, turn gradient checkpointing on, or let fit_memory choose",
 }

@@ -55,6 +55,10 @@ class MemoryEstimate:
         """All of it, in bytes."""
         return sum(self.parts.values())
 
+    def without(self, *names: str) -> MemoryEstimate:
+        """The same but for some of its parts: those there is memory for already."""
+        return MemoryEstimate({name: 0 if name in names else size for name, size in self.parts.items()})
+
     def __str__(self) -> str:
         listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in self.parts.items() if size)
         return f"{self.total / GIB:.2f} GiB ({listed})"

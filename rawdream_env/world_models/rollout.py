@@ -26,6 +26,7 @@ from rawdream_env.world_models.arm_map import ArmMap, ArmMapConfig, draw_maps
 from rawdream_env.world_models.autoencoders import FRAMES_PER_LATENT, FrameCodec
 from rawdream_env.world_models.chunk import ChunkDenoiser, Constants, Context, Reuse
 from rawdream_env.world_models.dream_state import DreamState
+from rawdream_env.world_models.memory import fit_rollout, require_weights
 from rawdream_env.world_models.sampler import sample_flow
 from rawdream_env.world_models.wan import WanWorldModelTransformer
 
@@ -79,7 +80,8 @@ class WanWorldModel:
         config: rollout settings.
         reuse: which keys and values are computed again, see ``chunk.py``. "step" is exact, "none" its slow equal,
             "rolling" the named approximation.
-        micro_batch: rows that are denoised, encoded or decoded at once, to bound the memory for activations; 0: all.
+        micro_batch: rows that are denoised, encoded or decoded at once, to bound the memory for activations; 0: all, or
+            after ``prepare`` as many as fit.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class WanWorldModel:
         self.config = config
         self.reuse: Reuse = reuse
         self.micro_batch = micro_batch
+        self._fitting = 0
         arch = transformer.arch
         self.chunk_len = arch.chunk_len
         self.frame_shape = autoencoder.frame_shape
@@ -122,11 +125,29 @@ class WanWorldModel:
         return self.transformer.patch_embedding.weight.device
 
     def to(self, device: str | torch.device, dtype: torch.dtype = torch.float32) -> WanWorldModel:
-        """Move to a device and precision (in place); bf16 is the fast option on CPUs with AVX512-BF16 and on GPUs."""
+        """Move to a device and precision (in place); bf16 is the fast option on CPUs with AVX512-BF16 and on GPUs.
+
+        Raises:
+            NotEnoughMemoryError: the weights do not fit there; nothing has been moved.
+        """
+        if torch.device(device) != self.device:
+            require_weights((self.transformer, cast(nn.Module, self.autoencoder)), dtype, torch.device(device))
         self.transformer.to(device, dtype)
         cast(nn.Module, self.autoencoder).to(device, dtype)
         self._constants = Constants(self.transformer)
         return self
+
+    def prepare(self, num_envs: int) -> None:
+        """Look whether ``num_envs`` episodes fit into the memory that is free, before the first of them is begun.
+
+        Raises:
+            NotEnoughMemoryError: they do not; says what needs how much. With ``micro_batch`` 0 fewer rows at once are tried
+                first.
+        """
+        dtype = self.transformer.proj_out.weight.dtype
+        arch, device = self.transformer.arch, self.device
+        rows = fit_rollout(arch, self.autoencoder, num_envs, dtype, self.reuse, device, self.micro_batch)
+        self._fitting = rows if rows < num_envs else 0
 
     @torch.no_grad()
     def start(self, frames: Tensor, keys: Sequence[NoiseKey], proprio: Tensor | None = None) -> DreamState:
@@ -231,10 +252,11 @@ class WanWorldModel:
         last rows are compared with those rows computed alone; if they differ on this machine, rows are computed one by
         one from then on, wherever ``what`` is done.
         """
-        if 0 < self.micro_batch < n:
+        at_once = self.micro_batch or self._fitting
+        if 0 < at_once < n:
             whole: tuple[Tensor, ...] = ()
-            for first in range(0, n, self.micro_batch):
-                size = min(self.micro_batch, n - first)
+            for first in range(0, n, at_once):
+                size = min(at_once, n - first)
 
                 def some(rows: slice, first: int = first, size: int = size) -> tuple[Tensor, ...]:
                     begin, end, _ = rows.indices(size)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rawdream_env.errors import CheckpointError, InvalidOptionError
+from rawdream_env.judges.base import read_json
 
 if TYPE_CHECKING:
     from rawdream_env.types import Judge
@@ -97,9 +98,5 @@ def _options(path: Path) -> Mapping[str, Any]:
 
 def _kind_of(folder: Path) -> object:
     """The ``kind`` in a checkpoint's config.json."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); is {folder} a judge folder?") from error
+    config = read_json(folder / "config.json", f"is {folder} a judge folder?")
     return config.get("kind") if isinstance(config, dict) else None

@@ -1,4 +1,4 @@
-"""What every judge shares: checking a video before it is judged, picking its frames, and timing.
+"""What every judge shares: checking a video before it is judged, picking its frames, timing, and reading its folder.
 
 A judge never raises because of one bad item. ``checked_frames`` says in words what is wrong with it, and the judge
 turns those words into ``Verdict(Outcome.INVALID, reason)``; an INVALID verdict is masked, it never becomes a reward.
@@ -6,12 +6,16 @@ turns those words into ``Verdict(Outcome.INVALID, reason)``; an INVALID verdict 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 
+from rawdream_env.errors import CheckpointError
 from rawdream_env.types import Outcome, UInt8Array, Verdict, Video
 
 MIN_FRAMES = 2
@@ -92,3 +96,35 @@ def spread_indices(num_frames: int, spread: Sequence[float], tail: Sequence[int]
     last = num_frames - 1
     picked = [int(place * last) for place in spread] + [max(0, last - distance) for distance in tail]
     return sorted(picked)
+
+
+def read_json(path: Path, hint: str) -> Any:
+    """What a JSON file of a checkpoint holds; ``CheckpointError`` that ends with ``hint`` when it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); {hint}") from error
+
+
+def read_config(path: Path, kind: str, version: int) -> dict[str, Any]:
+    """The config.json of a judge's folder of this kind and format; ``CheckpointError`` when it is another's."""
+    content = read_json(path, "give a folder written by save_pretrained")
+    if not isinstance(content, dict) or content.get("kind") != kind or content.get("format") != version:
+        found = {key: content.get(key) for key in ("kind", "format")} if isinstance(content, dict) else content
+        raise CheckpointError(f"{path} says {found}, expected kind {kind!r} and format {version}")
+    return content
+
+
+def checked_fields(content: Any, config: Any, path: Path, *, but: tuple[str, ...] = ()) -> dict[str, Any]:
+    """``content`` when it has exactly the fields of the dataclass ``config``, all of them positive numbers (``threshold``
+    a fraction, the others whole) except those named in ``but``; else ``CheckpointError``.
+    """
+    known = [field.name for field in fields(config)]
+    if not isinstance(content, dict) or set(content) != set(known):
+        found = sorted(content) if isinstance(content, dict) else type(content).__name__
+        raise CheckpointError(f"{path}: 'model' has {found}, expected exactly {sorted(known)}")
+    for name in [name for name in known if name not in but]:
+        kind, value = (float if name == "threshold" else int), content[name]
+        if type(value) is not kind or not 0 < value <= 4096:
+            raise CheckpointError(f"{path}: {name} is {value!r}, expected a positive {kind.__name__} of at most 4096")
+    return content

@@ -5,9 +5,8 @@ The network and how it looks at a clip are in ``embedded_network``.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rawdream_env.errors import CheckpointError
 from rawdream_env.files import atomic_write_json, load_weights, save_safetensors
-from rawdream_env.judges.base import Timer, check_pairs, checked_frames, checked_instruction, invalid
+from rawdream_env.judges.base import (
+    Timer,
+    check_pairs,
+    checked_fields,
+    checked_frames,
+    checked_instruction,
+    invalid,
+    read_config,
+)
 from rawdream_env.judges.embedded_network import EmbeddedJudgeConfig, JudgeNetwork, frame_indices
 from rawdream_env.text import clean_instruction, tokenize
 from rawdream_env.types import Outcome, UInt8Array, Verdict, Video
@@ -127,7 +133,7 @@ class EmbeddedJudge:
                 values do not fit.
         """
         path = Path(folder)
-        content = _read_config(path / "config.json")
+        content = read_config(path / "config.json", KIND, FORMAT)
         network = JudgeNetwork(_model_config(content.get("model"), path / "config.json"))
         load_weights(network, path / "model.safetensors")
         metadata = content.get("metadata")
@@ -143,26 +149,7 @@ def resize_frames(frames: UInt8Array, size: int) -> Tensor:
     return scaled.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); give a folder written by save_pretrained") from error
-    if not isinstance(content, dict) or content.get("kind") != KIND or content.get("format") != FORMAT:
-        found = {key: content.get(key) for key in ("kind", "format")} if isinstance(content, dict) else content
-        raise CheckpointError(f"{path} says {found}, expected kind {KIND!r} and format {FORMAT}")
-    return content
-
-
 def _model_config(content: Any, path: Path) -> EmbeddedJudgeConfig:
-    known = {field.name: float if field.name == "threshold" else int for field in fields(EmbeddedJudgeConfig)}
     if isinstance(content, dict) and content.get("pointers") is False:  # written while there was another network too
         content = {name: value for name, value in content.items() if name != "pointers"}
-    if not isinstance(content, dict) or set(content) != set(known):
-        found = sorted(content) if isinstance(content, dict) else type(content).__name__
-        raise CheckpointError(f"{path}: 'model' has {found}, expected exactly {sorted(known)}")
-    for name, kind in known.items():
-        value: Any = content[name]
-        if type(value) is not kind or not 0 < value <= 4096:
-            raise CheckpointError(f"{path}: {name} is {value!r}, expected a positive {kind.__name__} of at most 4096")
-    return EmbeddedJudgeConfig(**content)
+    return EmbeddedJudgeConfig(**checked_fields(content, EmbeddedJudgeConfig, path))

@@ -14,7 +14,6 @@ Shape letters: N windows, F frames of a video, H W image, D width.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -26,7 +25,15 @@ from torch import Tensor, nn
 
 from rawdream_env.errors import CheckpointError
 from rawdream_env.files import atomic_write_json, load_weights, save_safetensors
-from rawdream_env.judges.base import Timer, check_pairs, checked_frames, checked_instruction, invalid
+from rawdream_env.judges.base import (
+    Timer,
+    check_pairs,
+    checked_fields,
+    checked_frames,
+    checked_instruction,
+    invalid,
+    read_config,
+)
 from rawdream_env.judges.embedded import resize_frames
 from rawdream_env.text import clean_instruction
 from rawdream_env.types import Outcome, UInt8Array, Verdict, Video
@@ -254,12 +261,7 @@ class VideoMAEJudge:
             CheckpointError: a file is missing or damaged, the kind or a field is unknown, or a tensor does not fit.
         """
         path = Path(folder)
-        try:
-            content = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path / 'config.json'} cannot be read ({error})") from error
-        if not isinstance(content, dict) or content.get("kind") != KIND or content.get("format") != FORMAT:
-            raise CheckpointError(f"{path / 'config.json'} is not of kind {KIND!r} and format {FORMAT}")
+        content = read_config(path / "config.json", KIND, FORMAT)
         network = VideoMAENetwork(_model_config(content.get("model"), path / "config.json"))
         load_weights(network, path / "model.safetensors")
         metadata = content.get("metadata")
@@ -267,17 +269,8 @@ class VideoMAEJudge:
 
 
 def _model_config(content: Any, path: Path) -> VideoMAEJudgeConfig:
-    known = {field.name for field in fields(VideoMAEJudgeConfig)}
-    if not isinstance(content, dict) or set(content) != known:
-        found = sorted(content) if isinstance(content, dict) else type(content).__name__
-        raise CheckpointError(f"{path}: 'model' has {found}, expected exactly {sorted(known)}")
+    content = checked_fields(content, VideoMAEJudgeConfig, path, but=("tasks",))
     tasks = content["tasks"]
     if not isinstance(tasks, list) or len(tasks) > 4096 or not all(isinstance(task, str) for task in tasks):
         raise CheckpointError(f"{path}: tasks must be a list of at most 4096 instructions")
-    for name in known - {"tasks"}:
-        kind = float if name == "threshold" else int
-        if type(content[name]) is not kind or not 0 < content[name] <= 4096:
-            raise CheckpointError(
-                f"{path}: {name} is {content[name]!r}, expected a positive {kind.__name__} of at most 4096"
-            )
     return VideoMAEJudgeConfig(**{**content, "tasks": tuple(tasks)})

@@ -16,7 +16,6 @@ Shape letters: N frames (even), H W image size, P patches, L tokens, V votes.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import threading
 from collections.abc import Sequence
@@ -30,7 +29,7 @@ from torch import Tensor
 
 from rawdream_env.errors import CheckpointError, MissingDependencyError
 from rawdream_env.judges import prompt
-from rawdream_env.judges.base import Timer, check_pairs, invalid
+from rawdream_env.judges.base import Timer, check_pairs, invalid, read_json
 from rawdream_env.judges.verdict import verdict_of
 from rawdream_env.judges.vlm_config import VLMLocalConfig
 from rawdream_env.types import UInt8Array, Verdict, Video
@@ -224,10 +223,7 @@ def fitted_size(count: int, height: int, width: int, pixels: tuple[int, int] = _
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); is {path.parent} a Qwen3-VL checkpoint?") from error
+    value = read_json(path, f"is {path.parent} a Qwen3-VL checkpoint?")
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is no JSON object; is {path.parent} a Qwen3-VL checkpoint?")
     return value

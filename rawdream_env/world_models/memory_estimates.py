@@ -23,7 +23,7 @@ from functools import lru_cache
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rawdream_env.world_models.autoencoders import FrameCodec
@@ -131,8 +131,14 @@ class _CodecBytes:
 
 
 def _codec_bytes(codec: FrameCodec, dtype: torch.dtype, chunk_latents: int) -> _CodecBytes:
-    """By laying the codec out on "meta" and decoding one row's chunk there."""
-    shadow = cast(Any, copy.deepcopy(codec).to("meta", dtype))  # type: ignore[attr-defined]
+    """By laying the codec out on "meta" and decoding one row's chunk there.
+
+    Its weights are not copied on the way: whoever asks may have no memory left for that.
+    """
+    module = cast(nn.Module, codec)
+    shadows: dict[int, Any] = {id(x): nn.Parameter(torch.empty_like(x, device="meta")) for x in module.parameters()}
+    shadows |= {id(x): torch.empty_like(x, device="meta") for x in module.buffers()}
+    shadow = cast(Any, copy.deepcopy(module, shadows).to("meta", dtype))
     weights = sum(x.nbytes for x in (*shadow.parameters(), *shadow.buffers()))
     latents = torch.empty(1, chunk_latents, *codec.latent_shape, device="meta")
     stream = shadow.start_decoding(latents[:, 0])

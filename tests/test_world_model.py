@@ -341,9 +341,10 @@ def test_checkpoint_round_trip_and_errors(model: WanWorldModel, tmp_path) -> Non
     settings.write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="wings"):
         load_world_model(folder)
-    settings.write_text("{")
-    with pytest.raises(CheckpointError, match="not valid JSON"):
-        load_world_model(folder)
+    for text in ("{", "[" * 100_000):
+        settings.write_text(text)
+        with pytest.raises(CheckpointError, match="not valid JSON"):
+            load_world_model(folder)
     (folder / "config.json").write_text('{"format": "rawdream-world-model-1"}')
     with pytest.raises(
         CheckpointError, match="expected format 'rawdream-world-model-2', found 'rawdream-world-model-1'"

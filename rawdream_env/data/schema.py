@@ -228,7 +228,7 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path} is missing, so {path.parent.parent} is no LeRobotDataset v3.0 folder. Check the path; a data set "
             "still being collected gets the file with its first finished part."
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DatasetError(f"{path}: damaged JSON ({error}). Copy the file again from its source.") from error
     if not isinstance(value, dict):
         raise DatasetError(f"{path}: expected a JSON object, found {type(value).__name__}. Copy the file again.")

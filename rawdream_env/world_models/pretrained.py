@@ -53,7 +53,7 @@ def read_json(path: Path) -> dict[str, Any]:
         )
     try:
         value = json.loads(path.read_text())
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # of bytes, of syntax, of a thousand brackets
         raise CheckpointError(f"{path} is not valid JSON ({error}); copy the checkpoint again.") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, expected an object.")

@@ -31,7 +31,7 @@ def build(option: dict[str, Any]) -> Any:
     import torch
 
     from rawdream_env.errors import CheckpointError
-    from rawdream_env.world_models.embedded import load_world_model
+    from rawdream_env.world_models.loading import load_world_model
 
     kept = {name: value for name, value in option.items() if name != "draw"}
     with contextlib.suppress(CheckpointError):
@@ -114,8 +114,8 @@ def run(quick: bool = False) -> Result:
     import numpy as np
     import torch
 
-    from rawdream_env.evaluation.metrics import PSNR_CAP_DB, psnr
-    from rawdream_env.evaluation.statistics import Rate
+    from rawdream_env.evaluation.world_model.metrics import PSNR_CAP_DB, psnr
+    from rawdream_env.statistics import Rate
 
     _, judge, policy, trained = embedded_models()
     starts = sample_starts(4 if quick else 32)

@@ -100,7 +100,7 @@ def embedded_models() -> tuple[Any, Any, Any, bool]:
     try:
         from rawdream_env.judges import load_judge
         from rawdream_env.policies import load_policy
-        from rawdream_env.world_models.embedded import load_world_model
+        from rawdream_env.world_models.loading import load_world_model
 
         return load_world_model("embedded"), load_judge("embedded"), load_policy("embedded"), True
     except CheckpointError:
@@ -112,9 +112,9 @@ def random_world_model() -> Any:
     import torch
 
     from rawdream_env.world_models.autoencoders import AutoencoderConfig, PackedFrameAutoencoder
-    from rawdream_env.world_models.rollout import RolloutConfig, WanWorldModel
-    from rawdream_env.world_models.wan import WanWorldModelTransformer
-    from rawdream_env.world_models.wan_config import WAN_CONFIGS
+    from rawdream_env.world_models.wan.config import WAN_CONFIGS
+    from rawdream_env.world_models.wan.rollout import RolloutConfig, WanWorldModel
+    from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

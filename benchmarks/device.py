@@ -114,7 +114,7 @@ def hardware(device: str) -> dict[str, Any]:
     """Name, driver, clocks and memory of the device, and versions; what the driver does not say is None."""
     import torch
 
-    from rawdream_env.evaluation.provenance import provenance
+    from rawdream_env.evaluation.reporting.provenance import provenance
 
     out: dict[str, Any] = {"device": device, "torch": torch.__version__, "cuda": torch.version.cuda}
     if device.startswith("cuda"):

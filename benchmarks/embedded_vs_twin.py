@@ -39,10 +39,10 @@ def run(quick: bool = False) -> Result:
     import numpy as np
 
     from rawdream_env.envs.dream import DreamVectorEnv
-    from rawdream_env.evaluation.provenance import usable_cores
-    from rawdream_env.evaluation.rollouts import run_in_dream
-    from rawdream_env.relations import TASKS
-    from rawdream_env.sims.workers import PiperWorkers
+    from rawdream_env.evaluation.reporting.provenance import usable_cores
+    from rawdream_env.evaluation.side_by_side.rollouts import run_in_dream
+    from rawdream_env.piper.relations import TASKS
+    from rawdream_env.piper.workers import PiperWorkers
     from rawdream_env.types import Start
 
     model, judge, policy, trained = embedded_models()

@@ -27,9 +27,9 @@ def build(layers: int = 4, size: int = SIZE) -> Any:
     import torch
 
     from rawdream_env.world_models.autoencoders import AutoencoderConfig, PackedFrameAutoencoder
-    from rawdream_env.world_models.rollout import RolloutConfig, WanWorldModel
-    from rawdream_env.world_models.wan import WanWorldModelTransformer
-    from rawdream_env.world_models.wan_config import WanConfig
+    from rawdream_env.world_models.wan.config import WanConfig
+    from rawdream_env.world_models.wan.rollout import RolloutConfig, WanWorldModel
+    from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer
 
     arch = WanConfig(
         latent_shape=(16, size // 8, size // 8), num_layers=layers, num_attention_heads=4, attention_head_dim=64,
@@ -81,7 +81,7 @@ def run(quick: bool = False) -> Result:
     apart = replace(state, anchors=tuple(range(BATCH)))
     frames = torch.zeros(BATCH, model.chunk_len, *model.frame_shape, dtype=torch.uint8)
     model.autoencoder.decode_next = lambda state, latents: (state, frames[: len(latents)])
-    transformer, constants = model.transformer, model._constants
+    transformer, constants = model.transformer, model._condition_cache
     constants.time(0.0)
     whole, stopped = whole_last_block(transformer), transformer.run_blocks
     with torch.no_grad():

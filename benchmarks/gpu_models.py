@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rawdream_env.world_models.wan_config import PROMPT_ROWS, WanConfig, wan_config
+from rawdream_env.world_models.wan.config import PROMPT_ROWS, WanConfig, wan_config
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def random_transformer(size: Size, device: str, dtype: Any) -> Any:
     """The world model's transformer; its action path, zero in a new one, is random too."""
     import torch
 
-    from rawdream_env.world_models.wan import WanWorldModelTransformer
+    from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer
 
     with torch.device(device):
         transformer = WanWorldModelTransformer(size.arch)
@@ -83,7 +83,7 @@ def random_codec(size: Size, device: str, dtype: Any) -> Any:
     import torch
     from diffusers import AutoencoderKLWan
 
-    from rawdream_env.world_models.wan_vae import WanVAE
+    from rawdream_env.world_models.wan.vae import WanVAE
 
     with torch.device(device):
         vae = AutoencoderKLWan(base_dim=size.base_dim)
@@ -94,7 +94,7 @@ def compiled(transformer: Any, size: Size, mode: str | None = None) -> Any:
     """A copy whose blocks are compiled; the copy shares nothing, so that the original stays eager."""
     import torch
 
-    from rawdream_env.world_models import attention
+    from rawdream_env.world_models.wan.transformer import attention
 
     torch._dynamo.config.recompile_limit = 64
     if hasattr(attention, "_compiled_flex"):  # within a compiled block FlexAttention is compiled with it
@@ -122,7 +122,7 @@ def _flex_alone() -> Any:
 
 def world_model(transformer: Any, codec: Any, reuse: str = "step", evaluations: int = 5) -> Any:
     """The parts as a world model."""
-    from rawdream_env.world_models.rollout import RolloutConfig, WanWorldModel
+    from rawdream_env.world_models.wan.rollout import RolloutConfig, WanWorldModel
 
     config = RolloutConfig(num_inference_steps=evaluations, arm_map=None)
     model = WanWorldModel(transformer, codec, config, reuse=reuse)  # type: ignore[arg-type]

@@ -236,7 +236,7 @@ def host(bench: Bench) -> Found:
 
 def options(bench: Bench) -> Found:
     """Opt-in approximations against the exact step; what they cost in quality is measured by ``approximations``."""
-    from rawdream_env.world_models.tiny_decoder import TinyDecoder, TinyDecoderCodec
+    from rawdream_env.world_models.wan.tiny_decoder import TinyDecoder, TinyDecoderCodec
 
     rows = bench.size.batch
     decoder = TinyDecoder(bench.size.arch.latent_shape[0], bench.size.tiny_widths)

@@ -25,7 +25,7 @@ SETTINGS = ((None, 1), (None, 2), (0.95, 1), (0.95, 2))
 
 def run(quick: bool = False) -> Result:
     """100 episodes of each driver (16 when ``quick``)."""
-    from rawdream_env.evaluation.statistics import Rate
+    from rawdream_env.statistics import Rate
 
     count = 16 if quick else 100
     lines, numbers = [], {}
@@ -52,10 +52,10 @@ def run(quick: bool = False) -> Result:
 
 def _record(index: int, noise: float) -> dict[str, Any]:
     """An expert's episode without pictures: scene, actions (T, K, 7) and truth (T,)."""
-    from rawdream_env.relations import TASKS
+    from rawdream_env.piper.relations import TASKS
+    from rawdream_env.piper.skills import ScriptedExpert
+    from rawdream_env.piper.twin import PiperTwin
     from rawdream_env.seeding import mix
-    from rawdream_env.sims.piper import PiperTwin
-    from rawdream_env.sims.skills import ScriptedExpert
 
     task, seed = index % len(TASKS), mix(index, 0xEF1EC)
     twin = PiperTwin(render=False)
@@ -73,8 +73,8 @@ def _record(index: int, noise: float) -> dict[str, Any]:
 
 def _play(episodes: list[dict[str, Any]], threshold: float | None, patience: int) -> tuple[list[int | None], bool]:
     """The chunk in which the wrapper ended each episode before the horizon would have, and whether rewards add up."""
-    from rawdream_env.envs.sim import PiperSimVectorEnv
-    from rawdream_env.relations import TASKS
+    from rawdream_env.piper.envs import PiperSimVectorEnv
+    from rawdream_env.piper.relations import TASKS
     from rawdream_env.types import Start
     from rawdream_env.wrappers import InstantReflector
 

@@ -29,9 +29,9 @@ def run(quick: bool = False) -> Result:
     """16 videos a round, one request at a time and 16 at a time."""
     import numpy as np
 
-    from rawdream_env.judges.prompt import encode_frames, sample_video
-    from rawdream_env.judges.vlm_config import VLMServerConfig
-    from rawdream_env.judges.vlm_server import VLMServerJudge
+    from rawdream_env.judges.vlm.config import VLMServerConfig
+    from rawdream_env.judges.vlm.prompt import encode_frames, sample_video
+    from rawdream_env.judges.vlm.server import VLMServerJudge
     from rawdream_env.types import Outcome, Video
 
     context = multiprocessing.get_context("spawn")

@@ -51,7 +51,7 @@ def _collect(*, overlap: bool, verify: bool, groups: int, wave_s: float) -> tupl
     from rawdream_env.envs.dream import DreamVectorEnv
     from rawdream_env.judges.scripted import ScriptedJudge
     from rawdream_env.policies.tiny_vla import TinyVLA, TinyVLAConfig
-    from rawdream_env.trainers.rollout import GroupCollector
+    from rawdream_env.trainers.grpo.rollout import GroupCollector
     from rawdream_env.world_models.null import NullWorldModel
     from rawdream_env.wrappers.dual_noise import DualNoiseVerification
 

@@ -65,7 +65,7 @@ class Episodes:
 
     def refilled(self) -> dict[int, Any]:
         """8 slots; those that become free are given to waiting episodes at once."""
-        from rawdream_env.world_models.dream_state import DreamState
+        from rawdream_env.world_models.wan.dream_state import DreamState
 
         last: dict[int, Any] = {}
         waiting = list(range(len(self.lengths)))

@@ -36,7 +36,7 @@ NAMES = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run; returns 1 when a benchmark with a goal missed it or failed."""
     from benchmarks.common import Result
-    from rawdream_env.evaluation.provenance import provenance, usable_cores
+    from rawdream_env.evaluation.reporting.provenance import provenance, usable_cores
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES), help="which ones")

@@ -20,7 +20,7 @@ def run(quick: bool = False) -> Result:
     import torch
     from diffusers import AutoencoderKLWan
 
-    from rawdream_env.world_models.wan_vae import WanVAE
+    from rawdream_env.world_models.wan.vae import WanVAE
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from rawdream_env.envs.base import ChunkVectorEnv
     from rawdream_env.envs.dream import DreamVectorEnv, PiperDreamVectorEnv
     from rawdream_env.envs.imagination import Replay
-    from rawdream_env.envs.sim import PiperSimVectorEnv
     from rawdream_env.envs.single import DreamEnv, PiperDreamEnv, PiperSimEnv
     from rawdream_env.errors import RawDreamError
+    from rawdream_env.piper.envs import PiperSimVectorEnv
     from rawdream_env.seeding import NoiseKey
     from rawdream_env.testing.check_vector_env import check_vector_env
     from rawdream_env.types import Outcome, Start, Trajectory, Verdict, Video
@@ -55,7 +55,7 @@ _HOMES = {
     "PiperDreamEnv": "envs.single",
     "PiperDreamVectorEnv": "envs.dream",
     "PiperSimEnv": "envs.single",
-    "PiperSimVectorEnv": "envs.sim",
+    "PiperSimVectorEnv": "piper.envs",
     "RawDreamError": "errors",
     "Replay": "envs.imagination",
     "Start": "types",
@@ -68,14 +68,14 @@ _HOMES = {
 # No max_episode_steps here: gym.make would add a TimeLimit on top of the environments' own horizon, and a success
 # at the horizon would then count as truncated too. The environments truncate themselves.
 for _name, _single, _vector in (
-    ("PiperDream", "single:PiperDreamEnv", "dream:PiperDreamVectorEnv"),
-    ("PiperSim", "single:PiperSimEnv", "sim:PiperSimVectorEnv"),
-    ("Dream", "single:DreamEnv", "dream:DreamVectorEnv"),
+    ("PiperDream", "envs.single:PiperDreamEnv", "envs.dream:PiperDreamVectorEnv"),
+    ("PiperSim", "envs.single:PiperSimEnv", "piper.envs:PiperSimVectorEnv"),
+    ("Dream", "envs.single:DreamEnv", "envs.dream:DreamVectorEnv"),
 ):
     gym.register(
         id=f"rawdream/{_name}-v0",
-        entry_point=f"rawdream_env.envs.{_single}",
-        vector_entry_point=f"rawdream_env.envs.{_vector}",
+        entry_point=f"rawdream_env.{_single}",
+        vector_entry_point=f"rawdream_env.{_vector}",
     )
 del _name, _single, _vector
 

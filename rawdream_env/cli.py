@@ -69,7 +69,7 @@ def _world_model(result: Any) -> tuple[str, int]:
 
 
 def _watched(result: Any) -> tuple[str, int]:
-    from rawdream_env.evaluation.judge_watch import summary
+    from rawdream_env.evaluation.judges.watch import summary
 
     return summary(result)
 
@@ -106,47 +106,47 @@ COMMANDS: dict[str, Command] = {
     ),
     "convert-wan": Command(
         "make a world model of Wan 2.1's weights: a folder of diffusers or of Wan's release",
-        "rawdream_env.world_models.convert", "ConvertWanConfig", "convert_wan", _folder,
+        "rawdream_env.world_models.wan.convert", "ConvertWanConfig", "convert_wan", _folder,
     ),
     "train-world-model": Command(
         "train the dream: autoencoder and video transformer, from play data",
-        f"{_TRAINERS}.world_model", "WorldModelTrainConfig", "train_world_model", _folder,
+        f"{_TRAINERS}.world_model.train", "WorldModelTrainConfig", "train_world_model", _folder,
     ),
     "train-judge": Command(
         "train the judge that says whether an instruction was carried out in a video",
-        f"{_TRAINERS}.judge", "JudgeTrainConfig", "train_judge", _judge,
+        f"{_TRAINERS}.judge.train", "JudgeTrainConfig", "train_judge", _judge,
     ),
     "train-reward-model": Command(
         "train the paper's one-shot reward model (VideoMAE) on a few demonstrations a task",
-        f"{_TRAINERS}.reward_model", "RewardModelConfig", "train_reward_model", _text,
+        f"{_TRAINERS}.judge.reward_model", "RewardModelConfig", "train_reward_model", _text,
     ),
     "sft": Command(
         "pre-train a policy on play, or adapt it with a few demonstrations",
-        f"{_TRAINERS}.sft", "SFTConfig", "train_sft", _sft,
+        f"{_TRAINERS}.policy.sft", "SFTConfig", "train_sft", _sft,
     ),
     "grpo": Command(
         "improve a policy by reinforcement learning in the dream",
-        f"{_TRAINERS}.grpo", "GRPOConfig", "train_grpo", _grpo,
+        f"{_TRAINERS}.grpo.grpo", "GRPOConfig", "train_grpo", _grpo,
     ),
     "evaluate": Command(
         "the same policy and the same starts in the dream and in the simulator, with a report",
-        f"{_EVALUATION}.side_by_side", "EvaluateConfig", "evaluate", _evaluation,
+        f"{_EVALUATION}.side_by_side.evaluate", "EvaluateConfig", "evaluate", _evaluation,
     ),
     "evaluate-world-model": Command(
         "how far a world model's imagined frames follow recorded ones, with a report",
-        f"{_EVALUATION}.world_model", "EvaluateWorldModelConfig", "evaluate_world_model", _world_model,
+        f"{_EVALUATION}.world_model.evaluate", "EvaluateWorldModelConfig", "evaluate_world_model", _world_model,
     ),
     "judge evaluate": Command(
         "a judge against the truth of simulator episodes: precision, recall, false positives, and its worst mistakes",
-        f"{_EVALUATION}.judge_evaluation", "EvaluateJudgeConfig", "evaluate_judge", _text,
+        f"{_EVALUATION}.judges.evaluate", "EvaluateJudgeConfig", "evaluate_judge", _text,
     ),
     "judge watch": Command(
         "judge one video file",
-        f"{_EVALUATION}.judge_watch", "WatchConfig", "watch", _watched,
+        f"{_EVALUATION}.judges.watch", "WatchConfig", "watch", _watched,
     ),
     "train-embedded": Command(
         "make the shipped models again from nothing, stage by stage",
-        f"{_TRAINERS}.embedded", "EmbeddedConfig", "train_embedded", _text,
+        "rawdream_env.recipes.piper_bundled", "EmbeddedConfig", "train_embedded", _text,
     ),
     "bench": Command(
         "run the benchmarks (in a clone of the repository)",

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from rawdream_env.errors import InvalidOptionError
 
 if TYPE_CHECKING:
-    from rawdream_env.evaluation.side_by_side import Clip, EvaluateConfig, SideBySide
-    from rawdream_env.trainers.grpo import GRPOConfig
+    from rawdream_env.evaluation.side_by_side.evaluate import Clip, EvaluateConfig, SideBySide
+    from rawdream_env.trainers.grpo.grpo import GRPOConfig
 
 BEFORE, AFTER = "before", "after dreaming"
 SECONDS_PER_EPISODE = 0.45
@@ -93,8 +93,8 @@ def run_demo(config: DemoConfig) -> DemoResult:
         RendererError: the simulator cannot draw; the training part is kept.
         RunDirError: ``out`` holds a demo with other options.
     """
-    from rawdream_env.evaluation.side_by_side import evaluate
-    from rawdream_env.trainers.grpo import train_grpo
+    from rawdream_env.evaluation.side_by_side.evaluate import evaluate
+    from rawdream_env.trainers.grpo.grpo import train_grpo
 
     begun = time.monotonic()
     about = config.episodes * 4 * 2 * SECONDS_PER_EPISODE / 60
@@ -113,7 +113,7 @@ def run_demo(config: DemoConfig) -> DemoResult:
 
 def grpo_config(config: DemoConfig) -> GRPOConfig:
     """The training run of the demo."""
-    from rawdream_env.trainers.grpo import GRPOConfig
+    from rawdream_env.trainers.grpo.grpo import GRPOConfig
 
     return GRPOConfig(
         run_dir=config.out / "grpo",
@@ -138,7 +138,7 @@ def grpo_config(config: DemoConfig) -> GRPOConfig:
 
 def evaluate_config(config: DemoConfig) -> EvaluateConfig:
     """The comparison of the demo. Its starts are others than those of the training."""
-    from rawdream_env.evaluation.side_by_side import EvaluateConfig
+    from rawdream_env.evaluation.side_by_side.evaluate import EvaluateConfig
 
     return EvaluateConfig(
         policies=(f"{BEFORE}={config.policy}", f"{AFTER}={config.out / 'grpo' / 'policy'}"),
@@ -159,7 +159,7 @@ def evaluate_config(config: DemoConfig) -> EvaluateConfig:
 
 def table(report: Mapping[str, Any]) -> str:
     """Success rates of a side-by-side report as text: a line per policy and task, dream beside simulator."""
-    from rawdream_env.evaluation.html import rate_text
+    from rawdream_env.evaluation.reporting.html import rate_text
 
     lines = [("policy", "task", "dream", "simulator")]
     for entry in report["policies"]:

@@ -24,7 +24,7 @@ ASSETS = Path(__file__).resolve().parent / "assets"
 DEBIAN_PACKAGES = ("libegl1", "libgles2", "libosmesa6", "ffmpeg")
 _MARKS = {"ok": "ok     ", "note": "note   ", "broken": "BROKEN "}
 _RENDER = """
-from rawdream_env.sims.piper import PiperTwin
+from rawdream_env.piper.twin import PiperTwin
 twin = PiperTwin(image_size=64)
 frame = twin.reset(0, task="stack_block")
 twin.close()

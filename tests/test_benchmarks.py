@@ -16,9 +16,9 @@ from benchmarks.gpu_models import FULL
 from rawdream_env.errors import NotEnoughMemoryError
 from rawdream_env.seeding import NoiseKey
 from rawdream_env.world_models.autoencoders import AutoencoderConfig, PackedFrameAutoencoder
-from rawdream_env.world_models.rollout import RolloutConfig, WanWorldModel
-from rawdream_env.world_models.wan import WanWorldModelTransformer
-from rawdream_env.world_models.wan_config import WanConfig, wan_config
+from rawdream_env.world_models.wan.config import WanConfig, wan_config
+from rawdream_env.world_models.wan.rollout import RolloutConfig, WanWorldModel
+from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer
 
 WAN = WanConfig(
     num_layers=3, num_attention_heads=2, attention_head_dim=24, ffn_dim=64, text_dim=16, text_rows=2, pose_dim=0,

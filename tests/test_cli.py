@@ -119,7 +119,7 @@ def test_doctor_says_what_is_broken_and_how_to_mend_it(tmp_path, monkeypatch, ca
 
 
 def test_doctor_checks_the_hashes_of_the_models(tmp_path):
-    from rawdream_env.trainers.embedded_card import write_manifest
+    from rawdream_env.recipes.card import write_manifest
 
     for name in ("world_model", "judge", "policy"):
         (tmp_path / name).mkdir()
@@ -203,7 +203,7 @@ def test_table_says_what_the_gains_mean(dream, simulator, said):
 
 
 def stages_in(folder, log, *, first=None, fail=False):
-    from rawdream_env.trainers.stages import Stage
+    from rawdream_env.trainers.common.stages import Stage
 
     def run(name):
         def inner():
@@ -223,7 +223,7 @@ def stages_in(folder, log, *, first=None, fail=False):
 
 
 def test_stages_resume_skip_and_notice_other_settings(tmp_path):
-    from rawdream_env.trainers.stages import run_stages
+    from rawdream_env.trainers.common.stages import run_stages
 
     log, markers = [], tmp_path / "stages"
     with pytest.raises(RuntimeError, match="cut off"):
@@ -245,7 +245,7 @@ def test_stages_resume_skip_and_notice_other_settings(tmp_path):
 
 
 def test_recipe_needs_only_earlier_stages(tmp_path):
-    from rawdream_env.trainers.embedded import PRESETS, EmbeddedConfig, recipe
+    from rawdream_env.recipes.piper_bundled import PRESETS, EmbeddedConfig, recipe
 
     for preset, scale in PRESETS.items():
         seen: set[str] = set()

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from rawdream_env.seeding import NoiseKey
-from rawdream_env.world_models.attention import attend, frame_mask
 from rawdream_env.world_models.autoencoders import AutoencoderConfig, PackedFrameAutoencoder
-from rawdream_env.world_models.dream_state import DreamState
 from rawdream_env.world_models.memory import free_memory, require_memory
 from rawdream_env.world_models.memory_estimates import rollout_memory
-from rawdream_env.world_models.rollout import RolloutConfig, WanWorldModel
-from rawdream_env.world_models.wan import WanWorldModelTransformer
-from rawdream_env.world_models.wan_config import WanConfig
-from rawdream_env.world_models.wan_vae import WanVAE
+from rawdream_env.world_models.wan.attention import attend, frame_mask
+from rawdream_env.world_models.wan.config import WanConfig
+from rawdream_env.world_models.wan.dream_state import DreamState
+from rawdream_env.world_models.wan.rollout import RolloutConfig, WanWorldModel
+from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer
+from rawdream_env.world_models.wan.vae import WanVAE
 
 pytestmark = pytest.mark.gpu
 ARCH = WanConfig(

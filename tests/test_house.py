@@ -69,8 +69,10 @@ def test_readme_links_exist():
 def test_wheel_lists_every_package():
     """A package that is not listed is missing from the wheel."""
     listed = set(PROJECT["tool"]["setuptools"]["packages"])
-    found = {"rawdream_env", "rawdream_env.wrappers", "rawdream_env.trainers"}
-    found |= {f"rawdream_env.{p.parent.name}" for p in (ROOT / "rawdream_env").glob("*/__init__.py")}
+    inits = [*(ROOT / "rawdream_env").rglob("__init__.py"), *ROOT.glob("wrappers/**/__init__.py")]
+    inits += ROOT.glob("trainers/**/__init__.py")
+    folders = [".".join(path.parent.relative_to(ROOT).parts) for path in inits]
+    found = {name if name.startswith("rawdream_env") else f"rawdream_env.{name}" for name in folders}
     assert listed == found
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rawdream_env.evaluation.statistics import (
+from rawdream_env.statistics import (
     Confusion,
     Estimate,
     Rate,

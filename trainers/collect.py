@@ -28,12 +28,12 @@ from rawdream_env.data.lerobot import EpisodeData, ShardWriter
 from rawdream_env.data.parallel import run_pieces
 from rawdream_env.errors import DatasetError, SimulatorError
 from rawdream_env.files import atomic_write_json
-from rawdream_env.relations import OBJECTS, RELATION_NAMES, TASKS, Task, find_task
+from rawdream_env.piper.relations import OBJECTS, RELATION_NAMES, TASKS, Task, find_task
 from rawdream_env.seeding import NoiseKey, mix
 from rawdream_env.types import ACTION_DIM, Float32Array, UInt8Array
 
 if TYPE_CHECKING:
-    from rawdream_env.sims.piper import PiperTwin
+    from rawdream_env.piper.twin import PiperTwin
 
 FPS = 10.0
 PLAY_TASK = "play with the objects on the table"
@@ -106,7 +106,7 @@ class PiperSource:
     """Makes episodes in a ``PiperTwin``."""
 
     def __init__(self, config: CollectConfig) -> None:
-        from rawdream_env.sims.piper import PiperTwin
+        from rawdream_env.piper.twin import PiperTwin
 
         self.config = config
         self.twin: PiperTwin = PiperTwin(image_size=config.image_size)
@@ -168,7 +168,7 @@ class PiperSource:
 
     def _actor(self, task: Task | None, instruction: str, seed: int) -> Callable[[UInt8Array], Float32Array]:
         """What chooses the actions: called with the current frame, returns a float32 (7,) in [-1, 1]."""
-        from rawdream_env.sims.skills import PlayPolicy, ScriptedExpert
+        from rawdream_env.piper.skills import PlayPolicy, ScriptedExpert
 
         config = self.config
         rng = np.random.default_rng(mix(seed, 1))

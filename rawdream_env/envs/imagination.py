@@ -60,7 +60,7 @@ def load_world_model(
 
         return NullWorldModel()
     if isinstance(world_model, str) or hasattr(world_model, "__fspath__"):
-        from rawdream_env.world_models.embedded import load_world_model as load
+        from rawdream_env.world_models.loading import load_world_model as load
 
         kwargs: dict[str, Any] = {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
         if dtype is not None:

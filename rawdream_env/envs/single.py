@@ -119,9 +119,9 @@ class PiperDreamEnv(SingleEnv):
 
 
 class PiperSimEnv(SingleEnv):
-    """The Piper tabletop in the simulator; options of :class:`rawdream_env.envs.sim.PiperSimVectorEnv`."""
+    """The Piper tabletop in the simulator; options of :class:`rawdream_env.piper.envs.PiperSimVectorEnv`."""
 
     def _make(self, **kwargs: Any) -> ChunkVectorEnv:
-        from rawdream_env.envs.sim import PiperSimVectorEnv
+        from rawdream_env.piper.envs import PiperSimVectorEnv
 
         return PiperSimVectorEnv(**kwargs)

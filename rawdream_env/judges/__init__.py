@@ -73,14 +73,14 @@ def load_judge(spec: str | Path | Mapping[str, Any] | Judge, device: str = "cpu"
 
 
 def _load_vlm(spec: str | Mapping[str, Any], device: str) -> Judge:
-    from rawdream_env.judges.vlm_config import VLMServerConfig, parse_vlm_spec
+    from rawdream_env.judges.vlm.config import VLMServerConfig, parse_vlm_spec
 
     config = parse_vlm_spec(spec)
     if isinstance(config, VLMServerConfig):
-        from rawdream_env.judges.vlm_server import VLMServerJudge
+        from rawdream_env.judges.vlm.server import VLMServerJudge
 
         return VLMServerJudge(config)
-    from rawdream_env.judges.vlm_local import VLMLocalJudge
+    from rawdream_env.judges.vlm.local import VLMLocalJudge
 
     return VLMLocalJudge.from_pretrained(config, device=device)
 

@@ -12,7 +12,7 @@ out as the success logit. In training the first two slots also say where their o
 to things.
 
 The paper's judge is an 8B or 32B vision-language model (section 3.2); this one is the same contract at a size that
-needs no download, trained by ``rawdream_env.trainers.judge`` on play data with hindsight labels.
+needs no download, trained by ``rawdream_env.trainers.judge.train`` on play data with hindsight labels.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A window of 8 frames and a task give a success probability; a video is scanned from its start, and the first window that
 reaches the threshold makes it a success (the paper then drops the later frames). Tasks are known by a learnt embedding
 each, so an instruction it was not trained on is INVALID, never a guess. It is trained by
-``rawdream_env.trainers.reward_model`` on one to three demonstrations a task; the paper found such a model far behind a
+``rawdream_env.trainers.judge.reward_model`` on one to three demonstrations a task; the paper found such a model far behind a
 vision-language judge, and it is here to repeat that.
 
 The network is transformers' ``VideoMAEModel``, randomly initialised at a size that trains on a CPU in minutes, or taken

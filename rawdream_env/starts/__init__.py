@@ -42,7 +42,7 @@ def _from_name(name: str, frame_shape: tuple[int, int, int], layout: str) -> Sta
     if name == "null":
         return NullStarts(frame_shape)
     if name == "sim":
-        from rawdream_env.starts.sim import SimStarts
+        from rawdream_env.piper.starts import SimStarts
 
         return SimStarts(image_size=frame_shape[0], layout=layout)
     from rawdream_env.starts.pack import PackStarts, default_pack_path

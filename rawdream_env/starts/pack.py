@@ -144,7 +144,7 @@ def make_start_pack(
 
     Start i of task t is the scene of row seed ``seed``, episode ``t * n_per_task + i``: other seeds, other scenes.
     """
-    from rawdream_env.starts.sim import INSTRUCTIONS, TASK_NAMES, SimStarts
+    from rawdream_env.piper.starts import INSTRUCTIONS, TASK_NAMES, SimStarts
 
     count = parse_positive_int("n_per_task", n_per_task)
     source = SimStarts(image_size=image_size, layout=parse_choice("layout", layout, ("narrow", "wide")))

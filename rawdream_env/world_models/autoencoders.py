@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from rawdream_env.world_models.layers import ResBlock, RowExactConv2d
+from rawdream_env.world_models.wan.layers import ResBlock, RowExactConv2d
 
 FRAMES_PER_LATENT = 4
 

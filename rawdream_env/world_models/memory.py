@@ -21,14 +21,14 @@ from torch import nn
 
 from rawdream_env.errors import NotEnoughMemoryError
 from rawdream_env.world_models.autoencoders import FrameCodec
-from rawdream_env.world_models.chunk import Reuse
 from rawdream_env.world_models.memory_estimates import (
     GIB,
     MemoryEstimate,
     rollout_memory,
     training_memory,
 )
-from rawdream_env.world_models.wan_config import WanConfig, wan_config
+from rawdream_env.world_models.wan.chunk import ContextCache
+from rawdream_env.world_models.wan.config import WanConfig, wan_config
 
 SIZES = (24, 48, 80, 141)
 """Nominal memory of the cards of the ladder."""
@@ -165,7 +165,7 @@ def fit_rollout(
     codec: FrameCodec,
     num_envs: int,
     dtype: torch.dtype,
-    reuse: Reuse,
+    reuse: ContextCache,
     device: torch.device,
     micro_batch: int = 0,
 ) -> int:

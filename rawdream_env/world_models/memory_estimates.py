@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rawdream_env.world_models.autoencoders import FrameCodec
-from rawdream_env.world_models.chunk import Reuse
-from rawdream_env.world_models.wan import WanWorldModelTransformer
-from rawdream_env.world_models.wan_config import WanConfig
+from rawdream_env.world_models.wan.chunk import ContextCache
+from rawdream_env.world_models.wan.config import WanConfig
+from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer
 
 GIB = 2**30
 FIXED_HEADROOM = GIB
@@ -151,7 +151,7 @@ def full_size_codec(image_size: int = 256) -> FrameCodec:
     """Wan 2.1's VAE laid out on "meta": its shapes without its weights."""
     from diffusers import AutoencoderKLWan
 
-    from rawdream_env.world_models.wan_vae import WanVAE
+    from rawdream_env.world_models.wan.vae import WanVAE
 
     with torch.device("meta"):
         vae = cast(Any, AutoencoderKLWan)()
@@ -192,7 +192,7 @@ def _pass_elements(arch: WanConfig, frames: int, context: int) -> int:
     return max(attention, feed_forward) + ends
 
 
-def denoise_bytes(arch: WanConfig, dtype: torch.dtype, reuse: Reuse = "step") -> int:
+def denoise_bytes(arch: WanConfig, dtype: torch.dtype, reuse: ContextCache = "step") -> int:
     """What one row needs while it is denoised: keys and values of its context, and activations."""
     r, g, keys = arch.context_latents, arch.chunk_latents, frame_keys_bytes(arch, dtype)
     c, h, w = arch.latent_shape
@@ -215,7 +215,7 @@ def rollout_memory(
     codec: FrameCodec | None = None,
     num_envs: int = 1,
     dtype: torch.dtype = torch.bfloat16,
-    reuse: Reuse = "step",
+    reuse: ContextCache = "step",
     *,
     micro_batch: int | None = None,
 ) -> MemoryEstimate:

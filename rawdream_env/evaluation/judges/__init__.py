@@ -1,0 +1,1 @@
+"""A judge against episodes with known outcome."""

@@ -1,0 +1,1 @@
+"""HTML, charts, pictures and provenance shared by the reports."""

@@ -1,0 +1,237 @@
+"""From episode records to tables: rates with intervals, confusions, verification, gains, rank correlation, horizon.
+
+Everything here is a pure function of the records, so that a table can be made again from ``episodes.jsonl``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rawdream_env.evaluation.reporting.provenance import provenance
+from rawdream_env.evaluation.world_model.fidelity import summarise
+from rawdream_env.statistics import (
+    Confusion,
+    Estimate,
+    Rate,
+    bootstrap,
+    kendall_tau,
+    paired_bootstrap,
+    spearman,
+)
+from rawdream_env.types import Outcome
+
+Scores = dict[str, NDArray[np.float64]]
+"""Source ("dream", "copy_first", "copy_last") -> scores (F, 4) of one episode's frames, see ``metrics.METRICS``."""
+
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class EpisodeRecord:
+    """Everything kept of one start under one policy; verdicts are 1, 0 or -1 (INVALID), None: not asked."""
+
+    policy: str
+    task: str
+    index: int
+    seed: int
+    simulator: bool
+    simulator_end: bool
+    dream: int
+    second: int | None = None
+    dreamed_actions: bool | None = None
+    dreamed_actions_end: bool | None = None
+    simulator_actions: int | None = None
+    judge_on_simulator: int | None = None
+
+    @property
+    def flagged(self) -> bool:
+        """Dreamed a success that did not repeat."""
+        return self.second == Outcome.FAILURE
+
+
+def aggregate(
+    records: Sequence[EpisodeRecord],
+    scores: Mapping[str, Mapping[str, Sequence[Scores]]],
+    *,
+    chunk_len: int,
+    at_end: bool = True,
+    config: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The whole report as JSON; :mod:`rawdream_env.evaluation.side_by_side.evaluate` says what the names mean.
+
+    ``scores``: policy -> "dreamed_actions" or "simulator_actions" -> one entry per episode. ``at_end``: verdicts are
+    held against success at the end of the video, else against success after any chunk. The first policy is the
+    reference.
+    """
+    names = list(dict.fromkeys(r.policy for r in records))
+    tasks = list(dict.fromkeys(r.task for r in records))
+    policies = []
+    for name in names:
+        own = [r for r in records if r.policy == name]
+        horizon = {source: summarise(list(parts), chunk_len) for source, parts in scores.get(name, {}).items()}
+        per_task = {task: describe([r for r in own if r.task == task], at_end) for task in tasks}
+        entry = {"name": name, ALL: describe(own, at_end), "tasks": per_task, "horizon": horizon}
+        if name != names[0]:
+            entry["gain"] = gain([r for r in records if r.policy == names[0]], own)
+        policies.append(entry)
+    config = dict(config or {})
+    return {
+        "policies": policies,
+        "reference": names[0] if names else None,
+        "ranking": rank_policies(records) if len(names) > 1 else None,
+        "truth": "success at the end of the video" if at_end else "success after any chunk",
+        "config": config,
+        "run": provenance(seed=config.get("seed")),
+    }
+
+
+def describe(records: Sequence[EpisodeRecord], at_end: bool) -> dict[str, Any]:
+    """Rates and confusions of some episodes of one policy.
+
+    ``at_end``: verdicts are held against success at the end of the video, else against success after any chunk.
+    """
+    dreams = [r for r in records if r.dream >= 0]
+    truth = [r.simulator_end if at_end else r.simulator for r in dreams]
+    out: dict[str, Any] = {
+        "simulator": Rate.over(r.simulator for r in records).as_dict(),
+        "simulator_end": Rate.over(r.simulator_end for r in records).as_dict(),
+        "dream": Rate.over(r.dream == 1 for r in dreams).as_dict(),
+        "dream_invalid": sum(r.dream < 0 for r in records),
+        "closed_loop": Confusion.over([r.dream == 1 for r in dreams], truth).as_dict(),
+    }
+    verified = verification(dreams, at_end)
+    if verified is not None:
+        out["verification"] = verified
+    acted = [r for r in dreams if r.dreamed_actions is not None]
+    if acted:
+        out["dreamed_actions"] = Confusion.over([r.dream == 1 for r in acted], _acted_truth(acted, at_end)).as_dict()
+        echoed = [r for r in records if (r.simulator_actions or 0) >= 0]
+        out["simulator_actions"] = Confusion.over(
+            [r.simulator_actions == 1 for r in echoed], [r.simulator_end for r in echoed]
+        ).as_dict()
+        judged = [r for r in records if (r.judge_on_simulator or 0) >= 0]
+        out["judge_on_simulator"] = Confusion.over(
+            [r.judge_on_simulator == 1 for r in judged], [r.simulator_end for r in judged]
+        ).as_dict()
+        out["judge_invalid"] = len(records) - len(judged)
+    return out
+
+
+def _acted_truth(records: Sequence[EpisodeRecord], at_end: bool) -> list[bool]:
+    return [bool(r.dreamed_actions_end if at_end else r.dreamed_actions) for r in records]
+
+
+def verification(dreams: Sequence[EpisodeRecord], at_end: bool) -> dict[str, Any] | None:
+    """What dual-noise verification did: share flagged, and agreement with the simulator before and after.
+
+    ``before`` counts every readable verdict, ``after`` only those that are not flagged (and whose second verdict was
+    readable). Against the dreamed actions' true outcome where that was run, else against the closed-loop episode.
+    ``flagged_wrong``: share of the flagged successes that were indeed false. None when nothing was verified.
+    """
+    successes = [r for r in dreams if r.dream == 1]
+    if not any(r.second is not None for r in successes):
+        return None
+    readable = [r for r in successes if (r.second or 0) >= 0]
+    kept = [r for r in dreams if r.dream == 0 or r.second == 1]
+    acted = all(r.dreamed_actions is not None for r in dreams)
+
+    def against(some: Sequence[EpisodeRecord]) -> Confusion:
+        truth = _acted_truth(some, at_end) if acted else [r.simulator_end if at_end else r.simulator for r in some]
+        return Confusion.over([r.dream == 1 for r in some], truth)
+
+    flagged = against([r for r in readable if r.flagged])
+    repeated, failures = sum(r.second == 1 for r in readable), sum(r.dream == 0 for r in dreams)
+    return {
+        "against": "dreamed actions in the simulator" if acted else "closed-loop episode in the simulator",
+        "flagged": Rate.over(r.flagged for r in readable).as_dict(),
+        "invalid": len(successes) - len(readable),
+        "flagged_wrong": Rate.of(flagged.false_positive, flagged.n).as_dict(),
+        "dream_verified": Rate.of(repeated, failures + len(readable)).as_dict(),
+        "before": against(dreams).as_dict(),
+        "after": against(kept).as_dict(),
+    }
+
+
+def gain(before: Sequence[EpisodeRecord], after: Sequence[EpisodeRecord]) -> dict[str, Any]:
+    """Difference of success rates on the same starts, paired bootstrap over starts; simulator and dream apart."""
+    known = {(r.task, r.index): r for r in before}
+    pairs = [(known[r.task, r.index], r) for r in after]
+    both = [(a, b) for a, b in pairs if a.dream >= 0 and b.dream >= 0]
+    return {
+        "simulator": paired_bootstrap([a.simulator for a, _ in pairs], [b.simulator for _, b in pairs]).as_dict(),
+        "dream": paired_bootstrap([a.dream == 1 for a, _ in both], [b.dream == 1 for _, b in both]).as_dict(),
+    }
+
+
+def rank_policies(records: Sequence[EpisodeRecord], *, resamples: int = 500, seed: int = 0) -> dict[str, Any]:
+    """Do dream and simulator order the policies alike? Correlation of their success rates.
+
+    Spearman and Kendall over policies, and Spearman over (policy, task) cells, which has more points but mixes in how
+    hard tasks are. Intervals resample *starts* (the same ones for every policy): they say how sure the order is for
+    these policies, not for policies in general, of which a handful is no sample.
+    """
+    policies = list(dict.fromkeys(r.policy for r in records))
+    tasks = list(dict.fromkeys(r.task for r in records))
+    starts = list(dict.fromkeys((r.task, r.index) for r in records))
+    where = {start: i for i, start in enumerate(starts)}
+    shape = (len(policies), len(starts))
+    dream, simulator = np.full(shape, np.nan), np.full(shape, np.nan)
+    for r in records:
+        at = policies.index(r.policy), where[r.task, r.index]
+        simulator[at] = r.simulator
+        if r.dream >= 0:
+            dream[at] = r.dream
+    task_of = np.array([tasks.index(task) for task, _ in starts])
+
+    def rates(table: NDArray[np.float64], rows: NDArray[np.int64], by_task: bool) -> NDArray[np.float64]:
+        part, kinds = table[:, rows], task_of[rows]
+        groups = [kinds == t for t in range(len(tasks))] if by_task else [np.ones(len(rows), bool)]
+        return np.concatenate([_nan_means(part[:, g]) for g in groups])
+
+    def correlate(measure: Any, by_task: bool) -> Estimate:
+        def on(rows: NDArray[np.int64]) -> float:
+            x, y = rates(dream, rows, by_task), rates(simulator, rows, by_task)
+            good = np.isfinite(x) & np.isfinite(y)
+            return float(measure(x[good], y[good]))
+
+        return bootstrap(on, len(starts), resamples=resamples, seed=seed)
+
+    everything = np.arange(len(starts))
+    in_dream, in_simulator = rates(dream, everything, False), rates(simulator, everything, False)
+    return {
+        "policies": [
+            {"name": name, "dream": _number(d), "simulator": _number(s)}
+            for name, d, s in zip(policies, in_dream, in_simulator, strict=True)
+        ],
+        "n_policies": len(policies),
+        "n_starts": len(starts),
+        "spearman": correlate(spearman, False).as_dict(),
+        "kendall": correlate(kendall_tau, False).as_dict(),
+        "spearman_cells": correlate(spearman, True).as_dict() if len(tasks) > 1 else None,
+        "swapped_pairs": _swapped(policies, in_dream, in_simulator),
+    }
+
+
+def _nan_means(table: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Row means over the known entries; NaN where a row has none."""
+    known = np.isfinite(table)
+    count = known.sum(1)
+    means: NDArray[np.float64] = np.where(known, table, 0.0).sum(1) / np.where(count > 0, count, np.nan)
+    return means
+
+
+def _swapped(names: Sequence[str], dream: NDArray[np.float64], simulator: NDArray[np.float64]) -> list[list[str]]:
+    """Pairs of policies that the dream orders the other way round than the simulator."""
+    pairs = itertools.combinations(range(len(names)), 2)
+    return [[names[i], names[j]] for i, j in pairs if (dream[i] - dream[j]) * (simulator[i] - simulator[j]) < 0]
+
+
+def _number(x: float) -> float | None:
+    return float(x) if math.isfinite(x) else None

@@ -1,0 +1,1 @@
+"""A world model against recorded episodes."""

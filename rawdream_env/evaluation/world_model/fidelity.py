@@ -1,0 +1,303 @@
+"""Open-loop fidelity: recorded actions through a world model, its frames against what the camera really saw.
+
+The model gets the first recorded frame, the first proprioception and then only actions; nothing recorded later reaches
+it. PSNR, SSIM and, with an extractor of features, LPIPS are reported per *horizon bucket* (frames 0-8, 8-16, 16-32,
+32-64, ... after the start) and over all frames, over the whole picture and over the *moving region*; FVD, with an
+extractor, over the whole picture. Beside them two baselines that know nothing about actions:
+
+- ``copy_first``: the start frame for ever;
+- ``copy_last``: the last *true* frame before the current chunk. It is told the truth every chunk, which the model never
+  is, so it is a hard baseline late in an episode; beating it at 0-8 (where both know the same) is the minimum.
+
+Averages are of per-frame values (PSNR capped at 60 dB, about the quantisation noise of 8-bit frames, since a still
+frame copied exactly has infinite PSNR), first within an episode, then over episodes; intervals are bootstrapped over
+episodes. See also :mod:`rawdream_env.evaluation.world_model.ghosting` and, for the replay and the sensitivity to actions,
+:mod:`rawdream_env.evaluation.world_model.replay`.
+
+Shape letters: E episodes, K actions in a chunk, F frames, M metrics, H W C picture.
+Paper: table of world-model fidelity (PSNR, SSIM, LPIPS, FVD); ours adds the horizon, the moving region, the baselines and
+ghosting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rawdream_env.errors import DatasetError
+from rawdream_env.evaluation.reporting import pictures
+from rawdream_env.evaluation.world_model.ghosting import episode_ghosts, summarise_ghosts
+from rawdream_env.evaluation.world_model.metrics import METRICS, PSNR_CAP_DB, buckets, frame_scores, moving_region
+from rawdream_env.evaluation.world_model.replay import (
+    SOURCES,
+    RecordedEpisode,
+    action_sensitivity,
+    background,
+    baselines,
+    deafness,
+    dream_episodes,
+    episodes_from_dataset,
+)
+from rawdream_env.statistics import Estimate, bootstrap_ratio
+from rawdream_env.types import UInt8Array, WorldModel
+
+if TYPE_CHECKING:
+    from rawdream_env.evaluation.world_model.fvd import VideoFeatures
+    from rawdream_env.evaluation.world_model.lpips import FrameFeatures
+
+__all__ = [
+    "Fidelity",
+    "RecordedEpisode",
+    "action_sensitivity",
+    "background",
+    "compare_episode",
+    "dream_episodes",
+    "episodes_from_dataset",
+    "evaluate_fidelity",
+    "summarise",
+]
+
+Float64Array = NDArray[np.float64]
+
+ALL_METRICS = (*METRICS, "lpips", "lpips_moving")
+"""Columns of the scores of an episode; the last two only with an extractor."""
+
+
+def compare_episode(
+    dream: UInt8Array,
+    truth: UInt8Array,
+    chunk_len: int,
+    reference: UInt8Array | None = None,
+    features: FrameFeatures | None = None,
+) -> dict[str, Float64Array]:
+    """Scores (F, 4) of the dream (F, H, W, 3) and of both baselines against ``truth`` (F+1 or more frames, start
+    first); (F, 6) with LPIPS when ``features`` are given.
+
+    ``reference`` (H, W, 3) is what the moving region is measured against; the start frame when None.
+    """
+    n = len(dream)
+    target = truth[1 : n + 1]
+    region = moving_region(target, truth[0] if reference is None else reference)
+    clips = {"dream": dream, **baselines(truth, n, chunk_len)}
+    scores = {name: frame_scores(clip, target, region) for name, clip in clips.items()}
+    if features is None:
+        return scores
+    perceptual = _lpips_scores(dream, truth, chunk_len, region, features)
+    return {name: np.concatenate([scores[name], perceptual[name]], axis=1) for name in scores}
+
+
+def _lpips_scores(
+    dream: UInt8Array, truth: UInt8Array, chunk_len: int, region: NDArray[np.bool_], features: FrameFeatures
+) -> dict[str, Float64Array]:
+    """LPIPS (F, 2), whole picture and moving region. Frames of the baselines are the truth's: seen once."""
+    from rawdream_env.evaluation.world_model.lpips import distance
+
+    parts: dict[str, list[Float64Array]] = {name: [] for name in SOURCES}
+    first = features(truth[:1])
+    for lo in range(0, len(dream), chunk_len):  # a chunk at a time: feature maps are large
+        rows = slice(lo, min(lo + chunk_len, len(dream)))
+        target = features(truth[rows.start + 1 : rows.stop + 1])
+        maps = {"dream": features(dream[rows]), "copy_first": first, "copy_last": features(truth[lo : lo + 1])}
+        for name, own in maps.items():
+            same = [layer.expand(rows.stop - lo, *layer.shape[1:]) for layer in own]
+            pair = [distance(same, target, features.weights, mask) for mask in (None, region[rows])]
+            parts[name].append(np.stack(pair, axis=-1))
+    return {name: np.concatenate(part) if part else np.empty((0, 2)) for name, part in parts.items()}
+
+
+def _bucket_means(scores: Sequence[Float64Array], lo: int, hi: int) -> Float64Array:
+    """Per-episode means (E, M) over frames lo..hi; NaN where an episode is too short or nothing moves."""
+    rows = []
+    for s in scores:
+        part = s[lo:hi]
+        good = np.isfinite(part)
+        count = good.sum(0)
+        rows.append(np.where(count > 0, np.where(good, part, 0.0).sum(0) / np.maximum(count, 1), np.nan))
+    return np.asarray(rows)
+
+
+def summarise(per_episode: Sequence[dict[str, Float64Array]], chunk_len: int) -> list[dict[str, Any]]:
+    """One row per horizon bucket: ``{"frames": [lo, hi], "dream": {"psnr": {...}, ...}, "copy_first": ...}``."""
+    longest = max((len(p["dream"]) for p in per_episode), default=0)
+    return [_row(per_episode, lo, hi) for lo, hi in buckets(longest, chunk_len)]
+
+
+def _row(per_episode: Sequence[dict[str, Float64Array]], lo: int, hi: int) -> dict[str, Any]:
+    row: dict[str, Any] = {"frames": [lo, hi]}
+    for source in SOURCES:
+        means = _bucket_means([p[source] for p in per_episode], lo, hi)
+        names = ALL_METRICS[: means.shape[1]]
+        row[source] = {metric: _mean_interval(means[:, i]).as_dict() for i, metric in enumerate(names)}
+    return row
+
+
+def _mean_interval(values: Float64Array) -> Estimate:
+    return bootstrap_ratio(values[np.isfinite(values)], resamples=1000)
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """The result: ``table`` (see :func:`summarise`; with ``ghosting`` and, if measured, ``fvd``), ``sensitivity`` (see
+    :func:`~rawdream_env.evaluation.world_model.replay.action_sensitivity`), number of episodes, a few (truth, dream) clips
+    for the pictures, ``overall`` (one more row, of all frames) and ``notes``, sentences on what to beware of.
+    """
+
+    table: list[dict[str, Any]]
+    sensitivity: dict[str, Any] | None
+    episodes: int
+    fps: float
+    samples: list[tuple[UInt8Array, UInt8Array]]
+    overall: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form, without the pictures."""
+        return {
+            "episodes": self.episodes,
+            "psnr_cap_db": PSNR_CAP_DB,
+            "horizon": self.table,
+            "overall": self.overall,
+            "action_sensitivity": self.sensitivity,
+            "notes": list(self.notes),
+        }
+
+    def picture(self, columns: int = 9, scale: int = 2) -> UInt8Array:
+        """Still grid: two lines per sample episode, truth over dream; columns spread over the horizon."""
+        cells: list[list[UInt8Array]] = []
+        for truth, dream in self.samples:
+            at = np.unique(np.linspace(0, len(dream) - 1, columns).round().astype(int))
+            cells += [list(pictures.upscale(clip[at], scale)) for clip in (truth, dream)]
+        return pictures.grid(cells)
+
+    def clip(self, scale: int = 2) -> UInt8Array:
+        """Moving grid: a column per sample episode, truth over dream, (F, H', W', 3)."""
+        length = max(len(dream) for _, dream in self.samples)
+        rows = [[pictures.upscale(pictures.pad_time(pair[i], length), scale) for pair in self.samples] for i in (0, 1)]
+        return pictures.grid(rows)
+
+    def comparison(self, scale: int = 1) -> UInt8Array:
+        """Moving grid (F, H', W', 3): a row per sample episode, real | imagined | their difference, three times as
+        strong; a shorter episode holds its last frame.
+        """
+        length = max(len(dream) for _, dream in self.samples)
+        rows = []
+        for pair in self.samples:
+            real, dream = (pictures.pad_time(clip, length) for clip in pair)
+            difference = 3 * np.abs(dream.astype(np.int16) - real.astype(np.int16))
+            clips = (real, dream, difference.clip(0, 255).astype(np.uint8))
+            rows.append([pictures.upscale(clip, scale) for clip in clips])
+        return pictures.headed(pictures.grid(rows), ("real", "imagined", "difference x3"))
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``fidelity.json``, ``fidelity.png`` and ``fidelity.gif`` into ``folder``."""
+        from rawdream_env.files import atomic_write_bytes, atomic_write_json
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write_json(folder / "fidelity.json", self.as_dict())
+        if self.samples:
+            atomic_write_bytes(folder / "fidelity.png", pictures.png_bytes(self.picture()))
+            atomic_write_bytes(folder / "fidelity.gif", pictures.gif_bytes(self.clip(), self.fps))
+
+
+def evaluate_fidelity(
+    world_model: WorldModel,
+    episodes: Iterable[RecordedEpisode],
+    *,
+    seed: int = 0,
+    batch_size: int = 16,
+    region: str = "start",
+    sensitivity_episodes: int = 32,
+    samples: int = 6,
+    frame_features: FrameFeatures | None = None,
+    video_features: VideoFeatures | None = None,
+    progress: bool = False,
+) -> Fidelity:
+    """Replay ``episodes`` through ``world_model`` and score every frame.
+
+    Args:
+        world_model: what is measured.
+        episodes: recorded episodes; those shorter than a chunk are left out.
+        seed: of the noise.
+        batch_size: episodes imagined at once.
+        region: what the moving region is measured against, "start" (each episode's first frame) or "background" (the
+            median picture of its camera).
+        sensitivity_episodes: how many episodes the sensitivity ratio uses (0: none; it costs three more replays of each).
+        samples: how many clips to keep for the pictures.
+        frame_features: measures LPIPS, for example ``LpipsAlex``.
+        video_features: measures FVD, for example ``I3DTorchScript``.
+        progress: show bars.
+
+    Raises:
+        DatasetError: there is no episode of at least one chunk.
+        ValueError: ``region`` is neither of the two.
+    """
+    from tqdm import tqdm
+
+    if region not in ("start", "background"):
+        raise ValueError(f'region must be "start" or "background", got {region!r}')
+    k = world_model.chunk_len
+    usable = [e for e in episodes if len(e.actions) >= k]
+    if not usable:
+        raise DatasetError(f"no episode is at least one chunk ({k} actions) long; collect longer episodes")
+    chosen = usable[:sensitivity_episodes] if sensitivity_episodes > 1 else []
+    chosen = chosen if len(chosen) > 1 else []
+    chunks = sum(len(e.actions) // k for e in usable)
+    more = 3 * sum(len(e.actions) // k for e in chosen)  # swapped, zeroed, fresh noise
+    with tqdm(total=chunks + more, desc="imagining", unit="chunk", disable=not progress) as bar:
+
+        def tell(count: int) -> None:
+            bar.update(count)
+
+        dreams = list(dream_episodes(world_model, usable, seed=seed, batch_size=batch_size, progress=tell))
+        listens = None
+        if chosen:
+            listens = action_sensitivity(
+                world_model, chosen, seed=seed, batch_size=batch_size, recorded=dreams[: len(chosen)], progress=tell
+            )
+    cameras = dict.fromkeys(e.camera for e in usable)
+    backgrounds = {camera: background([e for e in usable if e.camera == camera]) for camera in cameras}
+    scores, ghosts = [], []
+    pairs = list(zip(usable, dreams, strict=True))
+    for episode, dream in tqdm(pairs, desc="scoring", unit="episode", disable=not progress):
+        behind = backgrounds[episode.camera]
+        reference = behind if region == "background" else None
+        scores.append(compare_episode(dream, episode.frames, k, reference, frame_features))
+        ghosts.append(episode_ghosts(dream, episode.frames, behind, k))
+    table = summarise(scores, k)
+    overall = _row(scores, 0, max(map(len, dreams)))
+    for row in (*table, overall):
+        row["ghosting"] = summarise_ghosts(ghosts, *row["frames"])
+    if video_features is not None:
+        from rawdream_env.evaluation.world_model.fvd import add_fvd
+
+        add_fvd((*table, overall), pairs, k, video_features, progress=progress)
+    shown = [(e.frames[1 : len(d) + 1], d) for e, d in pairs[:samples]]
+    return Fidelity(table, listens, len(usable), world_model.fps, shown, overall, _notes(overall, listens))
+
+
+def _notes(overall: dict[str, Any], sensitivity: dict[str, Any] | None) -> tuple[str, ...]:
+    """What a reader should beware of, a sentence each."""
+    from rawdream_env.evaluation.world_model import fvd, lpips
+
+    notes = [deafness(sensitivity)] if sensitivity is not None else []
+    if sensitivity is None:
+        notes.append(
+            "Whether the model listens to its actions is not measured: that swaps actions between two episodes."
+        )
+    if overall["ghosting"]["pixels"] == 0:
+        notes.append(
+            "Ghosting is not measured: no object that lay still at the start left its place in these episodes."
+        )
+    if "lpips" not in overall["dream"]:
+        notes.append(lpips.HOW_TO_GET)
+    if "fvd" not in overall["dream"]:
+        notes.append(fvd.HOW_TO_GET)
+    else:
+        notes.append(fvd.caution(overall["dream"]["fvd"]))
+    return tuple(note for note in notes if note)

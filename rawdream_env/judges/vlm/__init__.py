@@ -1,0 +1,1 @@
+"""Vision-language models as judges: behind a vLLM server or in this process."""

@@ -1,0 +1,1 @@
+"""The AgileX Piper tabletop: everything that knows this robot and its scene."""

@@ -1,0 +1,128 @@
+"""The Piper tabletop in the simulator: the ground truth beside the dream, with the same spaces and infos."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from gymnasium.vector import AutoresetMode
+from numpy.typing import NDArray
+
+from rawdream_env.config import parse_choice, parse_positive_int
+from rawdream_env.envs.base import ChunkResult, ChunkVectorEnv, Rows
+from rawdream_env.errors import InvalidOptionError
+from rawdream_env.piper.starts import INSTRUCTIONS, TASK_NAMES, piper_task
+from rawdream_env.seeding import NoiseKey
+from rawdream_env.starts.base import TaskLike, seed_for
+from rawdream_env.types import Float32Array, Start
+
+CHUNK_LEN = 8
+FPS = 10.0
+
+
+class PiperSimVectorEnv(ChunkVectorEnv):
+    """``num_envs`` Piper tabletops in MuJoCo, one action chunk (8 control steps at 10 Hz) a step.
+
+    Spaces, infos, autoreset and seeds are those of :class:`ChunkVectorEnv`. Success is checked at the end of every
+    chunk and terminates (``judge_every="chunk"``; ``verdict`` is then 1 or 0 after every chunk), or at the horizon alone,
+    as in a dream (``"episode"``; -1 before). ``valid`` is always True.
+
+    Scene and task of a row's episode follow from the row's seed and the episode's number alone (``seed_for``), as they
+    do in a dream with ``starts="sim"``: equal seeds, equal scenes. To begin from given starts (those of a dream, say)
+    pass ``options={"starts": [...]}``; each needs its ``seed`` and a ``task_id`` of the four tasks.
+
+    Raises on construction:
+        InvalidOptionError: an option is out of its range. RendererError: no working OpenGL renderer.
+    """
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        *,
+        task: TaskLike = None,
+        layout: str = "narrow",
+        max_episode_steps: int = 8,
+        autoreset_mode: str | AutoresetMode = "NextStep",
+        judge_every: str = "chunk",
+        num_workers: int = 0,
+        image_size: int = 64,
+        device: str = "cpu",
+        output: str = "numpy",
+        render_mode: str | None = None,
+        return_frames: bool = False,
+    ) -> None:
+        """Start the simulators.
+
+        Args:
+            num_envs: number of rows.
+            task: name, instruction or id to keep to; None draws one per episode.
+            layout: "narrow" (objects within 3 cm of their usual places) or "wide".
+            max_episode_steps: horizon in chunks.
+            autoreset_mode: "NextStep", "SameStep" or "Disabled".
+            judge_every: "chunk" or "episode": when the simulator says whether the task is done.
+            num_workers: processes to spread the rows over; 0: this one. Results do not depend on it.
+            image_size: pixels.
+            device: where torch observations live.
+            output: "numpy" or "torch" observations.
+            render_mode: None, "rgb_array" or "rgb_tiles".
+            return_frames: put every chunk's frames into ``infos["frames"]``.
+        """
+        size = parse_positive_int("image_size", image_size)
+        super().__init__(
+            num_envs,
+            frame_shape=(size, size, 3),
+            chunk_len=CHUNK_LEN,
+            fps=FPS,
+            max_episode_steps=max_episode_steps,
+            autoreset_mode=autoreset_mode,
+            output=output,
+            device=device,
+            render_mode=render_mode,
+            return_frames=return_frames,
+        )
+        self.layout = parse_choice("layout", layout, ("narrow", "wide"))
+        self.judge_every = parse_choice("judge_every", judge_every, ("chunk", "episode"))
+        self.task = task
+        if task is not None:
+            piper_task(NoiseKey(0), task)
+        from rawdream_env.piper.workers import PiperWorkers
+
+        workers = parse_positive_int("num_workers", num_workers, minimum=0)
+        self._workers = PiperWorkers(self.num_envs, num_workers=workers, image_size=size, layout=self.layout)
+
+    def _begin(self, rows: Rows, keys: Sequence[NoiseKey], given: Sequence[Start | None]) -> list[Start]:
+        scenes = [self._scene(row, key, start) for row, key, start in zip(rows.tolist(), keys, given, strict=True)]
+        names = [TASK_NAMES[task] for _, task in scenes]
+        frames = self._workers.reset(rows.tolist(), [seed for seed, _ in scenes], names)
+        proprio = np.asarray(self._workers.proprio(rows.tolist()), dtype=np.float32)
+        return [
+            Start(np.array(frames[i]), INSTRUCTIONS[task], task, proprio[i].copy(), seed)
+            for i, (seed, task) in enumerate(scenes)
+        ]
+
+    def _scene(self, row: int, key: NoiseKey, start: Start | None) -> tuple[int, int]:
+        """(scene seed, task id) of an episode."""
+        if start is None:
+            return seed_for(key.seed, key.episode), piper_task(key, self.task)
+        if start.seed is None or not 0 <= start.task_id < len(TASK_NAMES):
+            raise InvalidOptionError(
+                f"options['starts'][{row}] has seed {start.seed} and task_id {start.task_id}; to set the simulator to "
+                f"its scene it needs the scene's seed and a task id from 0 to {len(TASK_NAMES) - 1}."
+            )
+        return start.seed, start.task_id
+
+    def _advance(self, rows: Rows, actions: Float32Array, last: NDArray[np.bool_]) -> ChunkResult:
+        # Only the last frame is observed; drawing the others takes most of the time.
+        step = self._workers.step(rows.tolist(), actions, every_frame=self.return_frames)
+        success = np.asarray(step.success, dtype=np.bool_)
+        told = last | (self.judge_every == "chunk")
+        verdict = np.where(told, success, -1).astype(np.int8)
+        nothing = np.zeros(len(rows), dtype=np.bool_)
+        return ChunkResult(np.asarray(step.frames), verdict, ~nothing, nothing)
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Stop the simulators and their processes."""
+        workers = getattr(self, "_workers", None)
+        if workers is not None:
+            workers.close()

@@ -1,0 +1,339 @@
+"""MuJoCo twin of the Piper tabletop: what really happens when the arm does what it was told.
+
+10 Hz control, 4 ms physics. An action moves a commanded tool pose (``piper_geometry.integrate_action``), closed-form
+inverse kinematics turns it into joint targets and position servos follow, so the arm lags the command by about 7 mm.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import weakref
+from collections.abc import Sequence
+from copy import copy
+from functools import lru_cache
+from typing import Any
+
+if sys.platform.startswith("linux") and not os.environ.get("DISPLAY"):
+    os.environ.setdefault("MUJOCO_GL", "egl")  # read once, when mujoco is imported
+
+import mujoco
+import numpy as np
+from numpy.typing import NDArray
+
+from rawdream_env.errors import InvalidActionError, InvalidOptionError, RendererError, ResetNeededError, SimulatorError
+from rawdream_env.piper import geometry as geo
+from rawdream_env.piper import layouts
+from rawdream_env.piper.model import TIMESTEP, scene_xml
+from rawdream_env.piper.relations import OBJECTS, SHAPES, BoolArray, Task, find_task, relation_index, relations
+from rawdream_env.seeding import mix
+from rawdream_env.types import ACTION_DIM, Float32Array, UInt8Array
+
+FloatArray = NDArray[np.floating[Any]]
+
+_SUBSTEPS = round(1.0 / geo.CONTROL_HZ / TIMESTEP)
+_SERVO_KNOTS = 5
+"""The joint target moves in this many equal parts during a control step."""
+_SETTLE_STEPS = 40
+_ACTION_LIMIT = 1.0 + 1e-4
+_FINGER_CLOSED = -0.005
+"""Target of a closed finger (m): beyond contact, so that the servo keeps squeezing."""
+
+
+@lru_cache(maxsize=1)
+def _compiled_model() -> Any:
+    return mujoco.MjModel.from_xml_string(scene_xml())
+
+
+def _numbers(action: Any) -> FloatArray:
+    try:
+        return np.asarray(action, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise InvalidActionError(f"an action must be numbers of shape (..., {ACTION_DIM}): {error}.") from error
+
+
+def new_model() -> Any:
+    """A private copy of the scene's ``mujoco.MjModel``."""
+    return copy(_compiled_model())
+
+
+_open_renderers: weakref.WeakSet[PiperRenderer] = weakref.WeakSet()
+
+
+def _close_renderers() -> None:
+    for renderer in list(_open_renderers):
+        renderer.close()
+
+
+@lru_cache(maxsize=1)
+def _close_renderers_at_exit() -> None:
+    """Contexts left open at exit would print tracebacks.
+
+    mujoco ends OpenGL in an exit hook that it registers with the first context, and hooks run last in, first out: ours
+    must be registered after that.
+    """
+    atexit.register(_close_renderers)
+
+
+class PiperRenderer:
+    """One OpenGL context that draws the scene of any number of twins in this process.
+
+    Raises:
+        RendererError: no OpenGL on this machine.
+    """
+
+    def __init__(self, image_size: int = 64) -> None:
+        if not 16 <= image_size <= 640:
+            raise InvalidOptionError(f"image_size={image_size} is outside 16..640 pixels.")
+        self.image_size = image_size
+        try:
+            self._renderer: Any = mujoco.Renderer(new_model(), image_size, image_size)
+        except Exception as error:  # each OpenGL backend fails in its own way
+            raise RendererError(
+                f"no OpenGL renderer with MUJOCO_GL={os.environ.get('MUJOCO_GL', 'unset')} "
+                f"({type(error).__name__}: {str(error)[:200]}); install libegl1 (apt-get install libegl1 "
+                "libgl1-mesa-dri) or libosmesa6, and set MUJOCO_GL=egl or osmesa before mujoco is imported."
+            ) from error
+
+        _open_renderers.add(self)
+        _close_renderers_at_exit()
+
+    def draw(self, data: Any) -> UInt8Array:
+        """Picture uint8 (H, W, 3) of a twin's state."""
+        if self._renderer is None:
+            raise RendererError("the renderer is closed; make a new PiperTwin or PiperWorkers.")
+        self._renderer.update_scene(data, camera="camera")
+        frame: UInt8Array = self._renderer.render().copy()
+        return frame
+
+    def close(self) -> None:
+        """Free the OpenGL context; again is harmless."""
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None
+
+
+class PiperTwin:
+    """The tabletop as it would really be: seven objects of which an episode shows two to four.
+
+    Args:
+        image_size: side of the square picture in pixels.
+        render: False makes a twin that cannot draw and needs no OpenGL.
+        renderer: share this one instead of opening another (then ``close`` leaves it open).
+
+    An episode depends only on the arguments of ``reset`` and the actions, never on what the twin did before.
+    """
+
+    def __init__(self, image_size: int = 64, render: bool = True, renderer: PiperRenderer | None = None) -> None:
+        self._renderer = renderer or (PiperRenderer(image_size) if render else None)
+        self._owns_renderer = renderer is None
+        self.image_size = self._renderer.image_size if self._renderer else image_size
+        self.model = new_model()
+        self.data = mujoco.MjData(self.model)
+        self._scratch = mujoco.MjData(self.model)
+        model = self.model
+        self._arm_qpos = np.array([model.joint(f"joint{i}").qposadr[0] for i in range(1, 7)])
+        self._arm_dofs = np.array([model.joint(f"joint{i}").dofadr[0] for i in range(1, 7)])
+        self._finger_qpos = np.array([model.joint(n).qposadr[0] for n in ("finger_left", "finger_right")])
+        self._tool = model.site("tool").id
+        self._bodies = [model.body(name).id for name in OBJECTS]
+        self._geoms = [np.flatnonzero(model.geom_bodyid == body) for body in self._bodies]
+        self._collides = [(model.geom_contype[g].copy(), model.geom_conaffinity[g].copy()) for g in self._geoms]
+        self._joints: FloatArray = np.zeros(6)
+        self.present: tuple[str, ...] = ()
+        self.task: Task | None = None
+        self.pose: FloatArray = geo.HOME_POSE.copy()
+        """Commanded tool pose (7,): xyz, roll pitch yaw, gripper command."""
+
+    # --- episode -----------------------------------------------------------------------------------------------------
+    def reset(
+        self, seed: int, *, task: str | Task | None = None, objects: Sequence[str] | None = None, layout: str = "narrow"
+    ) -> UInt8Array:
+        """Begin an episode.
+
+        Args:
+            seed: any integer; the same seed and options give the same scene.
+            task: a task (or ``on:a:b`` / ``in:a:b`` relation) whose two objects lie on the table.
+            objects: free play with these objects, laid out at random. With neither, 2 to 4 objects are drawn.
+            layout: "narrow" (each object within 3 cm and 0.3 rad of its canonical place) or "wide" (whole workspace).
+
+        Returns:
+            The first frame uint8 (H, W, 3); zeros when made with ``render=False``.
+
+        Raises:
+            InvalidOptionError: unknown task, object or layout.
+        """
+        layouts.check_layout(layout)
+        if task is not None and objects is not None:
+            raise InvalidOptionError("give reset either task= or objects=, not both.")
+        rng = np.random.default_rng(mix(int(seed), 0x7AB1E))
+        self.task = None if task is None else find_task(task)
+        if self.task is not None:
+            places = layouts.sample_task_layout(self.task, layout, rng)
+        else:
+            chosen = layouts.sample_play_objects(rng) if objects is None else layouts.check_objects(objects)
+            places = layouts.sample_wide_layout(chosen, rng)
+        start = geo.HOME_POSE.copy()
+        start[:3] += rng.uniform(-0.025, 0.025, 3)
+        start[5] += rng.uniform(-0.2, 0.2)
+        return self.set_scene(places, start)
+
+    def set_scene(self, places: dict[str, layouts.Pose2D], pose: FloatArray) -> UInt8Array:
+        """Put objects at (x, y, yaw) on the table and the tool at a commanded pose (7,); returns the first frame."""
+        mujoco.mj_resetData(self.model, self.data)
+        self.present = tuple(name for name in OBJECTS if name in places)
+        for i, name in enumerate(OBJECTS):
+            self._place(i, name, places.get(name))
+        self.pose = np.array(pose, dtype=np.float64)
+        self._joints = geo.joint_angles(self.pose)
+        self.data.qpos[self._arm_qpos] = self._joints
+        self.data.qpos[self._finger_qpos] = geo.finger_opening(self.pose[6]) / 2
+        self.data.ctrl[:6] = self._joints
+        self.data.ctrl[6:] = self._finger_target(self.pose[6])
+        mujoco.mj_step(self.model, self.data, nstep=_SETTLE_STEPS)
+        self.data.time = 0.0
+        self._refresh()
+        return self.frame() if self._renderer else self._blank()
+
+    def _place(self, i: int, name: str, place: layouts.Pose2D | None) -> None:
+        model, data, body = self.model, self.data, self._bodies[i]
+        contype, conaffinity = self._collides[i]
+        here = place is not None
+        model.geom_contype[self._geoms[i]] = contype if here else 0
+        model.geom_conaffinity[self._geoms[i]] = conaffinity if here else 0
+        model.body_gravcomp[body] = 0.0 if here else 1.0  # a parked object hovers, so it costs and changes nothing
+        x, y, yaw = place if place is not None else (-2.0, 0.3 * i, 0.0)
+        z = SHAPES[name].half[2] + (0.0 if name == "stove" else 0.0005) if here else -1.0
+        quat = (np.cos(yaw / 2), 0.0, 0.0, np.sin(yaw / 2))
+        if name == "stove":
+            mocap = model.body_mocapid[body]
+            data.mocap_pos[mocap], data.mocap_quat[mocap] = (x, y, z), quat
+        else:
+            at = model.joint(name).qposadr[0]
+            data.qpos[at : at + 7] = (x, y, z, *quat)
+
+    def step(self, action: Any, render: bool = True) -> UInt8Array | None:
+        """One control step (0.1 s).
+
+        Args:
+            action: (7,) in [-1, 1]: delta xyz, delta roll pitch yaw, gripper (-1 open, +1 close).
+            render: False skips the picture.
+
+        Returns:
+            The frame uint8 (H, W, 3) after the step, or None when not rendered.
+
+        Raises:
+            InvalidActionError: wrong shape, out of range or not finite.
+            ResetNeededError: no episode yet.
+            SimulatorError: the physics diverged.
+        """
+        act = _numbers(action)
+        if act.shape != (ACTION_DIM,) or not np.isfinite(act).all() or np.abs(act).max() > _ACTION_LIMIT:
+            raise InvalidActionError(
+                f"action of shape {act.shape} with values {np.array2string(act.ravel()[:8], precision=3)} is not a "
+                f"finite ({ACTION_DIM},) vector in [-1, 1]; clip it to the action space."
+            )
+        if not self.present:
+            raise ResetNeededError("call reset before step.")
+        self.pose = geo.integrate_action(self.pose, act)
+        before, self._joints = self._joints, self._solve(self._joints)
+        data = self.data
+        data.ctrl[6:] = self._finger_target(self.pose[6])
+        for k in range(1, _SERVO_KNOTS + 1):
+            data.ctrl[:6] = before + (self._joints - before) * (k / _SERVO_KNOTS)
+            mujoco.mj_step(self.model, data, nstep=_SUBSTEPS // _SERVO_KNOTS)
+        self._refresh()
+        if data.warning[mujoco.mjtWarning.mjWARN_BADQACC].number or not np.isfinite(data.qpos).all():
+            raise SimulatorError(f"the physics diverged at t = {data.time:.2f} s; reset with another seed.")
+        return self.frame() if render and self._renderer else None
+
+    def step_chunk(self, actions: Any) -> UInt8Array:
+        """K control steps: ``actions`` (K, 7) -> frames uint8 (K, H, W, 3)."""
+        acts = _numbers(actions)
+        if acts.ndim != 2 or acts.shape[1] != ACTION_DIM or not len(acts):
+            raise InvalidActionError(f"a chunk must have shape (K, {ACTION_DIM}), got {acts.shape}.")
+        frames = [self.step(action) for action in acts]
+        return np.stack([self._blank() if frame is None else frame for frame in frames])
+
+    # --- what can be observed ----------------------------------------------------------------------------------------
+    def frame(self) -> UInt8Array:
+        """What the camera sees now, uint8 (H, W, 3)."""
+        if self._renderer is None:
+            raise RendererError("this PiperTwin was made with render=False; make one with render=True to see frames.")
+        return self._renderer.draw(self.data)
+
+    def proprio(self) -> Float32Array:
+        """Commanded tool pose, float32 (7,)."""
+        return self.pose.astype(np.float32)
+
+    def object_poses(self) -> FloatArray:
+        """(7, 7): xyz (m) and quaternion wxyz of ``OBJECTS``; NaN rows for absent ones."""
+        poses = np.full((len(OBJECTS), 7), np.nan)
+        for i, name in enumerate(OBJECTS):
+            if name in self.present:
+                poses[i, :3] = self.data.xpos[self._bodies[i]]
+                poses[i, 3:] = self.data.xquat[self._bodies[i]]
+        return poses
+
+    def gripper_opening(self) -> float:
+        """Measured distance between the finger faces (m)."""
+        return float(self.data.qpos[self._finger_qpos].sum())
+
+    def tool_pose(self) -> FloatArray:
+        """Measured tool pose (7,): xyz (m) and quaternion wxyz."""
+        quat = np.zeros(4)
+        mujoco.mju_mat2Quat(quat, self.data.site_xmat[self._tool])
+        return np.concatenate([self.data.site_xpos[self._tool], quat])
+
+    def relations(self) -> BoolArray:
+        """Bool (R,) in the order of ``relations.RELATION_NAMES``."""
+        return relations(self.object_poses(), self.gripper_opening(), self.data.site_xpos[self._tool])
+
+    def success(self, task: str | Task | None = None) -> bool:
+        """Whether a task's relation holds now (default: the task of this episode)."""
+        goal = self.task if task is None else find_task(task)
+        if goal is None:
+            raise InvalidOptionError("this episode is free play; name the task to check.")
+        return bool(self.relations()[relation_index(goal.relation)])
+
+    def close(self) -> None:
+        """Free the renderer; again is harmless."""
+        if self._renderer is not None and self._owns_renderer:
+            self._renderer.close()
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+    def _blank(self) -> UInt8Array:
+        return np.zeros((self.image_size, self.image_size, 3), np.uint8)
+
+    @staticmethod
+    def _finger_target(command: float) -> float:
+        return _FINGER_CLOSED + (1.0 - command) / 2.0 * (geo.MAX_OPENING / 2 - _FINGER_CLOSED)
+
+    def _refresh(self) -> None:
+        """Positions after a step belong to the step's beginning; bring them up to date."""
+        mujoco.mj_kinematics(self.model, self.data)
+        mujoco.mj_camlight(self.model, self.data)
+
+    def _solve(self, start: FloatArray) -> FloatArray:
+        """Joint targets for the commanded pose: closed form, or the nearest reachable pose where limits bite."""
+        joints = geo.joint_angles(self.pose, clip=False)
+        if ((joints >= geo.JOINT_LOW) & (joints <= geo.JOINT_HIGH)).all() and np.abs(joints - start).max() < 0.6:
+            return joints
+        model, scratch = self.model, self._scratch
+        target = geo.tool_rotation(self.pose)
+        jac_pos, jac_rot = np.zeros((3, model.nv)), np.zeros((3, model.nv))
+        for _ in range(6):  # damped least squares, position before direction
+            scratch.qpos[self._arm_qpos] = start
+            mujoco.mj_kinematics(model, scratch)
+            mujoco.mj_comPos(model, scratch)
+            turn = target @ scratch.site_xmat[self._tool].reshape(3, 3).T
+            quat, rotvec = np.zeros(4), np.zeros(3)
+            mujoco.mju_mat2Quat(quat, turn.ravel())
+            mujoco.mju_quat2Vel(rotvec, quat, 1.0)
+            mujoco.mj_jacSite(model, scratch, jac_pos, jac_rot, self._tool)
+            jac = np.vstack([jac_pos[:, self._arm_dofs], 0.1 * jac_rot[:, self._arm_dofs]])
+            error = np.concatenate([self.pose[:3] - scratch.site_xpos[self._tool], 0.1 * rotvec])
+            move = jac.T @ np.linalg.solve(jac @ jac.T + 1e-4 * np.eye(6), error)
+            start = np.clip(start + np.clip(move, -0.3, 0.3), geo.JOINT_LOW, geo.JOINT_HIGH)
+        return start

@@ -1,0 +1,1 @@
+"""Recipes of several stages that make shipped checkpoints."""

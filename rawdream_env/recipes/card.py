@@ -1,0 +1,153 @@
+"""The model card of the embedded models, written from what was measured: no number is typed by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rawdream_env.evaluation.reporting.html import estimate_text, rate_text
+from rawdream_env.files import atomic_write_json, atomic_write_text, sha256_file
+
+_ORDER = (
+    "play",
+    "other_play",
+    "held_out_play",
+    "pretrained",
+    "rollouts",
+    "world_model",
+    "dreams",
+    "judge",
+    "demonstrations",
+    "policy",
+    "starts",
+    "assets",
+    "metrics",
+)
+
+
+def model_card(stages: Mapping[str, Mapping[str, Any]], metrics: Mapping[str, Any]) -> str:
+    """The card as Markdown.
+
+    ``stages``: the markers of ``trainers.embedded``; ``metrics``: the content of metrics.json.
+    """
+    run = metrics["run"]
+    hardware, versions = run["hardware"], run["versions"]
+    return "\n".join(
+        [
+            "# Embedded models of the Piper tabletop",
+            "",
+            "World model, judge and policy that `rawdream/PiperDream-v0` uses when nothing else is asked for, and the "
+            "starts of its episodes. Trained from nothing by this project, on data from its own simulator; weights "
+            "under the package's licence (Apache-2.0). Format: safetensors and JSON.",
+            "",
+            "- **Use**: trying the method, tests, teaching. 64x64 pixels, primitive objects, one camera, one arm.",
+            "- **Not for**: real robots; conclusions about full-size models.",
+            "- **Made again by** `rawdream train-embedded` (`--preset gpu` for more data and steps).",
+            f"- **Machine**: {hardware['cpu']}, {hardware['cores']} cores, GPU: {hardware.get('gpu') or 'none'}; "
+            f"torch {versions['torch']}, Python {versions['python']}; {run['time']}.",
+            "",
+            "## How they were made",
+            "",
+            "| stage | hours | what |",
+            "|---|---|---|",
+            *_stage_rows(stages),
+            "",
+            "## World model on held-out play",
+            "",
+            *_fidelity(metrics["world_model"]),
+            "",
+            "## Judge on held-out clips",
+            "",
+            *_judge(metrics["judge"]),
+            "",
+            "## Few-shot policy, greedy",
+            "",
+            *_policy(metrics["policy"]),
+            "",
+            "Rates with 95 % Wilson intervals. All numbers: `metrics.json`; hashes: `manifest.json`.",
+            "",
+        ]
+    )
+
+
+def _stage_rows(stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    rows = []
+    for name in (n for n in _ORDER if n in stages):
+        stage = stages[name]
+        rows.append(f"| {name.replace('_', ' ')} | {stage['hours']:.2f} | {_what(stage)} |")
+    total = sum(stage["hours"] for stage in stages.values())
+    return [*rows, f"| all | {total:.2f} | |"]
+
+
+def _what(stage: Mapping[str, Any]) -> str:
+    settings, facts = stage["settings"], stage.get("facts", {})
+    parts = []
+    if "transitions" in facts:
+        parts.append(f"{facts['episodes']} episodes, {facts['transitions']} transitions ({settings['kind']})")
+    for part in ("autoencoder", "transformer"):
+        if part in settings:
+            sub = settings[part]
+            parts.append(f"{part}: {sub['steps']} steps of {sub['batch_size']}, lr {sub['lr']:g}")
+    if "steps" in settings and "transitions" not in facts:
+        parts.append(f"{settings['steps']} steps of {settings['batch_size']}, lr {settings['lr']:g}")
+    words = {"clips": "imagined clips", "per_task": "starts per task", "episodes": "episodes per task"}
+    parts += [
+        f"{settings[key]} {word}" for key, word in words.items() if key in settings and "transitions" not in facts
+    ]
+    if "seed" in settings:
+        parts.append(f"seed {settings['seed']}")
+    return "; ".join(parts)
+
+
+def _fidelity(fidelity: Mapping[str, Any]) -> list[str]:
+    lines = [
+        f"{fidelity['episodes']} episodes replayed open loop from their first frame: PSNR in dB with 95 % intervals "
+        "over episodes, beside that of showing the first frame, or the last real frame before each chunk, all the time.",
+        "",
+        "| frames | dream | first frame | last frame |",
+        "|---|---|---|---|",
+    ]
+    for row in fidelity["horizon"]:
+        low, high = row["frames"]
+        cells = [estimate_text(row[name]["psnr"], digits=1) for name in ("dream", "copy_first", "copy_last")]
+        lines.append(f"| {low}-{high} | {' | '.join(cells)} |")
+    return lines
+
+
+def _judge(groups: Mapping[str, Any]) -> list[str]:
+    lines = ["| clips | precision | recall | false positives |", "|---|---|---|---|"]
+    for name, row in groups.items():
+        if name.startswith(("all", "source", "trained", "held-out")):
+            cells = [_rate(row.get(key)) for key in ("precision", "recall", "false_positive_rate")]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def _policy(policies: Any) -> list[str]:
+    lines = ["| task | dream | simulator |", "|---|---|---|"]
+    for entry in policies:
+        for task, part in {"all": entry["all"], **entry["tasks"]}.items():
+            lines.append(f"| {task.replace('_', ' ')} | {_rate(part['dream'])} | {_rate(part['simulator'])} |")
+    return lines
+
+
+def _rate(rate: Any) -> str:
+    return rate_text(rate) if isinstance(rate, Mapping) else "not measured"
+
+
+def write_card(assets: Path, markers: Path) -> None:
+    """Write the model card (README.md) and the manifest (sizes and SHA-256 of every file) of an assets folder."""
+    stages = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(markers.glob("*.json"))}
+    metrics = json.loads((assets / "metrics.json").read_text(encoding="utf-8"))
+    atomic_write_text(assets / "README.md", model_card(stages, metrics))
+    write_manifest(assets)
+
+
+def write_manifest(assets: Path) -> None:
+    """Write ``manifest.json``: SHA-256 of every checkpoint, configuration and start pack, for ``rawdream doctor``."""
+    files = sorted(p for p in assets.rglob("*") if p.suffix in (".safetensors", ".json") and p.name != "manifest.json")
+    atomic_write_json(
+        assets / "manifest.json", {"sha256": {p.relative_to(assets).as_posix(): sha256_file(p) for p in files}}
+    )

@@ -1,0 +1,359 @@
+"""Make the embedded models from nothing, with one command: world model, judge, policy, starts, numbers, model card.
+
+    rawdream train-embedded --preset cpu     hours on 2 cores; the model card says how many
+    rawdream train-embedded --preset gpu     the same recipe with more data and more steps, on a CUDA device
+
+The stages, in order: collect play -> pre-train the policy on it -> let that policy act on instructions that are no
+task's -> train the world model on play and these rollouts -> imagine clips of other play -> train the judge on
+all of it -> collect 3 demonstrations per task -> fine-tune the policy on them -> render the starts -> put the checkpoints
+together -> measure everything -> write the model card. Nothing but the three demonstrations per task and the final
+measurement knows of the four tasks (paper section 3: task-agnostic).
+
+Why rollouts of the pre-trained policy: reinforcement learning drives the dream with sampled action tokens, which jitter
+as scripted play never does, and a world model is only as good as its data are near (paper section 4 has tele-operated
+play beside its policies).
+
+Each stage leaves a marker in ``out/stages`` when it is complete, with its settings and the hours it took, and is
+skipped from then on; a stage that was cut off goes on where its trainer saved last. A marker made with other settings,
+here or in a stage this one builds on, stops the command: give another ``out``, or delete the marker and the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from rawdream_env.data.reader import LeRobotReader
+from rawdream_env.errors import InvalidOptionError
+from rawdream_env.evaluation.reporting.provenance import provenance
+from rawdream_env.evaluation.side_by_side.evaluate import EvaluateConfig, evaluate
+from rawdream_env.evaluation.world_model.fidelity import episodes_from_dataset, evaluate_fidelity
+from rawdream_env.files import atomic_write_json
+from rawdream_env.piper.goals import OTHER_RELATIONS
+from rawdream_env.recipes.card import write_card
+from rawdream_env.recipes.presets import PRESETS, Scale
+from rawdream_env.starts.pack import make_start_pack
+from rawdream_env.trainers.collect import CollectConfig, collect
+from rawdream_env.trainers.common.stages import Stage, run_stages
+from rawdream_env.trainers.judge.dream_clips import DreamClipsConfig, make_dream_clips
+from rawdream_env.trainers.judge.train import JudgeTrainConfig, train_judge
+from rawdream_env.trainers.policy.sft import SFTConfig, train_sft
+from rawdream_env.trainers.world_model.train import WorldModelTrainConfig, train_world_model
+from rawdream_env.world_models.loading import read_world_model, save_world_model
+
+
+@dataclass(frozen=True)
+class EmbeddedConfig:
+    """Options of ``rawdream train-embedded``."""
+
+    out: Path = Path("runs/embedded")
+    """Folder for data, runs and, in ``assets``, the finished models. The same command goes on."""
+    preset: Literal["cpu", "gpu", "smoke"] = "cpu"
+    """How much data and training. smoke: a little of everything, to see that it runs; its models are useless."""
+    device: str = ""
+    """Torch device; empty: cuda for the gpu preset, else cpu."""
+    workers: int = 2
+    """Simulator processes."""
+    seed: int = 0
+    """Names every random draw."""
+    until: str = ""
+    """Stop after this stage."""
+    install: bool = False
+    """Copy the finished models over those of the installed package."""
+    progress: bool = True
+    """Show progress bars."""
+
+
+@dataclass(frozen=True)
+class EmbeddedResult:
+    """``assets``: the folder of the models (None when ``until`` ended earlier); ``hours`` per stage."""
+
+    assets: Path | None
+    hours: dict[str, float]
+
+    def __str__(self) -> str:
+        width = max(map(len, self.hours))
+        lines = [f"{name:<{width}}  {60 * hours:8.1f} min" for name, hours in self.hours.items()]
+        return "\n".join([*lines, f"The models are in {self.assets}." if self.assets else "Stopped on request."])
+
+
+def train_embedded(config: EmbeddedConfig) -> EmbeddedResult:
+    """Run the stages that are not complete yet.
+
+    Raises:
+        InvalidOptionError: no such stage, or no such device.
+        RunDirError: ``out`` holds stages made with other settings.
+    """
+    device = config.device or ("cuda" if config.preset == "gpu" else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InvalidOptionError(f"device {device!r} needs a CUDA build of torch and a GPU; use --preset cpu.")
+    stages = recipe(replace(config, device=device), PRESETS[config.preset])
+    names = [stage.name for stage in stages]
+    if config.until and config.until not in names:
+        raise InvalidOptionError(f"until={config.until!r} is no stage; choose among {', '.join(names)}.")
+    last = names.index(config.until) if config.until else len(stages) - 1
+    hours = run_stages(stages[: last + 1], config.out / "stages")
+    assets = config.out / "assets" if last == len(stages) - 1 else None
+    if assets is not None and config.install:
+        _install(assets)
+    return EmbeddedResult(assets, hours)
+
+
+# -- the recipe --------------------------------------------------------------------------------------------------------
+
+
+def recipe(config: EmbeddedConfig, scale: Scale) -> list[Stage]:
+    """All stages, in order; ``config.device`` is filled in."""
+    parts = (_play_stages, _world_model_stages, _judge_stages, _policy_stages, _finish_stages)
+    return [stage for part in parts for stage in part(config, scale, Paths(config.out))]
+
+
+class Paths:
+    """Where everything lies under ``out``."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.play, self.held_out = out / "data" / "play", out / "data" / "held_out_play"
+        self.rollouts, self.other_play = out / "data" / "rollouts", out / "data" / "other_play"
+        self.demonstrations = out / "data" / "demonstrations"
+        self.world_model = out / "world_model" / "world_model"
+        self.dreams = out / "dreams"
+        self.judge = out / "judge" / "judge"
+        self.generalist = out / "policy_pretrained" / "policy"
+        self.policy = out / "policy" / "policy"
+        self.assets = out / "assets"
+
+
+def _collect_stage(name: str, config: CollectConfig, needs: tuple[str, ...] = ()) -> Stage:
+    free = ("root", "policy", "workers", "progress")
+    settings = {key: value for key, value in asdict(config).items() if key not in free}
+    root = Path(config.root)
+
+    def run() -> dict[str, Any]:
+        collect(config)
+        return {"episodes": config.episodes, "transitions": config.episodes * config.steps}
+
+    return Stage(name, settings, (root / "meta" / "info.json",), run, needs)
+
+
+def _play_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[Stage]:
+    def play(root: Path, episodes: int, seed: int) -> CollectConfig:
+        return CollectConfig(
+            root=str(root), kind="play", episodes=episodes, workers=config.workers, seed=seed, progress=config.progress
+        )
+
+    def rollouts(root: Path, episodes: int, seed: int) -> CollectConfig:
+        source = replace(play(root, episodes, seed), kind="policy", policy=str(paths.generalist))
+        return replace(source, tasks=OTHER_RELATIONS, action_noise=0.1)
+
+    pretrain = _pretrain(config, scale, paths)
+    # Other seeds, other scenes: what the world model is tested on, and imagines for the judge, it has not seen.
+    return [
+        _collect_stage("play", play(paths.play, scale.play, config.seed)),
+        _collect_stage("other_play", play(paths.other_play, scale.other_play, config.seed + 1)),
+        _collect_stage("held_out_play", play(paths.held_out, scale.held_out, config.seed + 2)),
+        Stage(
+            "pretrained",
+            _settings(pretrain),
+            (paths.generalist / "config.json",),
+            _trained(pretrain, config.progress),
+            ("play",),
+        ),
+        _collect_stage("rollouts", rollouts(paths.rollouts, scale.rollouts, config.seed), ("pretrained",)),
+    ]
+
+
+def _world_model_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[Stage]:
+    train = WorldModelTrainConfig(
+        data=(str(paths.play), str(paths.rollouts)),
+        out=str(paths.world_model.parent),
+        seed=config.seed,
+        device=config.device,
+        autoencoder=scale.autoencoder,
+        transformer=scale.transformer,
+    )
+
+    def run() -> None:
+        train_world_model(train)
+
+    return [Stage("world_model", _settings(train), (paths.world_model / "config.json",), run, ("play", "rollouts"))]
+
+
+def _judge_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[Stage]:
+    dreams = DreamClipsConfig(
+        data=str(paths.other_play),
+        out=str(paths.dreams),
+        world_model=str(paths.world_model),
+        clips=scale.dream_clips,
+        seed=config.seed,
+        device=config.device,
+        progress=config.progress,
+    )
+    train = JudgeTrainConfig(
+        data=(str(paths.play), str(paths.rollouts)),
+        out=str(paths.judge.parent),
+        imagined=(str(paths.dreams),),
+        steps=scale.judge_steps,
+        batch_size=scale.judge_batch,
+        validation_share=0.5 if config.preset == "smoke" else 0.1,
+        seed=config.seed,
+        device=config.device,
+    )
+
+    def imagine() -> None:
+        make_dream_clips(dreams)
+
+    def run() -> dict[str, Any]:
+        report = train_judge(train, progress=config.progress).report.as_dict()["groups"]
+        return {"validation": report}
+
+    return [
+        Stage("dreams", _settings(dreams), (paths.dreams,), imagine, ("other_play", "world_model")),
+        Stage("judge", _settings(train), (paths.judge / "config.json",), run, ("play", "rollouts", "dreams")),
+    ]
+
+
+def _pretrain(config: EmbeddedConfig, scale: Scale, paths: Paths) -> SFTConfig:
+    return SFTConfig(
+        data=(str(paths.play),),
+        out=str(paths.generalist.parent),
+        stage="pretrain",
+        steps=scale.pretrain_steps,
+        batch_size=scale.pretrain_batch,
+        label_sigma=3.0,
+        readout_weight=3.0,
+        jitter=0.05,
+        blur_share=0.15,
+        device=config.device,
+        seed=config.seed,
+    )
+
+
+def _trained(sft: SFTConfig, progress: bool) -> Callable[[], dict[str, Any]]:
+    return lambda: {"validation": train_sft(sft, progress=progress).validation}
+
+
+def _policy_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[Stage]:
+    demonstrations = CollectConfig(
+        root=str(paths.demonstrations),
+        kind="expert",
+        episodes=12,
+        action_noise=0.1,
+        successes_only=True,
+        workers=0,
+        seed=config.seed,
+        progress=config.progress,
+    )
+    pretrain = _pretrain(config, scale, paths)
+    fewshot = replace(
+        pretrain,
+        data=(str(paths.demonstrations),),
+        out=str(paths.policy.parent),
+        stage="fewshot",
+        init=str(paths.generalist),
+        replay=(str(paths.play),),
+        steps=scale.fewshot_steps,
+        lr=3e-4,
+        demos_per_task=3,
+    )
+
+    return [
+        _collect_stage("demonstrations", demonstrations),
+        Stage(
+            "policy",
+            _settings(fewshot),
+            (paths.policy / "config.json",),
+            _trained(fewshot, config.progress),
+            ("pretrained", "demonstrations"),
+        ),
+    ]
+
+
+def _finish_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[Stage]:
+    assets = paths.assets
+    packs = {layout: assets / f"starts_{layout}.safetensors" for layout in ("narrow", "wide")}
+
+    def starts() -> None:
+        assets.mkdir(parents=True, exist_ok=True)
+        for layout, path in packs.items():
+            make_start_pack(path, scale.starts, layout, config.seed + 3)
+
+    def assemble() -> None:
+        save_world_model(read_world_model(paths.world_model), assets / "world_model", half=True)
+        for source in (paths.judge, paths.policy):
+            shutil.copytree(source, assets / source.name, dirs_exist_ok=True)
+        _forget_folders(assets / "judge" / "config.json")
+
+    models = ("world_model", "judge", "policy")
+    measured = assets / "metrics.json"
+    return [
+        Stage("starts", {"per_task": scale.starts, "seed": config.seed + 3}, tuple(packs.values()), starts),
+        Stage("assets", {"half": True}, tuple(assets / name / "config.json" for name in models), assemble, models),
+        Stage(
+            "metrics",
+            {"episodes": scale.episodes, "seed": config.seed + 4},
+            (measured,),
+            lambda: atomic_write_json(measured, measure(config, scale, paths)),
+            ("assets", "held_out_play"),
+        ),
+        Stage(
+            "card",
+            {},
+            (assets / "README.md", assets / "manifest.json"),
+            lambda: write_card(assets, paths.out / "stages"),
+            ("metrics", "starts"),
+        ),
+    ]
+
+
+def measure(config: EmbeddedConfig, scale: Scale, paths: Paths) -> dict[str, Any]:
+    """World model on held-out play; policy in dream and simulator, with the judge's errors; judge on held-out clips."""
+    model = read_world_model(paths.assets / "world_model").to(config.device)
+    reader = LeRobotReader(paths.held_out)
+    fidelity = evaluate_fidelity(model, episodes_from_dataset(reader), progress=config.progress)
+    fidelity.save(paths.out / "metrics")
+    side_by_side = evaluate(
+        EvaluateConfig(
+            policies=(f"few-shot={paths.assets / 'policy'}",),
+            episodes_per_task=scale.episodes,
+            output=paths.out / "metrics",
+            world_model=str(paths.assets / "world_model"),
+            judge=str(paths.assets / "judge"),
+            sim_workers=config.workers,
+            seed=config.seed + 4,
+            device=config.device,
+        ),
+        progress=config.progress,
+    )
+    judge = json.loads((paths.judge.parent / "judge_report.json").read_text(encoding="utf-8"))
+    return {
+        "world_model": fidelity.as_dict(),
+        "judge": judge["groups"],
+        "policy": side_by_side.report["policies"],
+        "run": {key: value for key, value in provenance(seed=config.seed).items() if key != "command"},
+    }
+
+
+def _forget_folders(path: Path) -> None:
+    """Keep only the names of the data folders in a checkpoint that will be passed on."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["metadata"]["data"] = [Path(folder).name for folder in content["metadata"].get("data", [])]
+    atomic_write_json(path, content)
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    """What a stage depends on: its configuration without folders, which are told by ``needs``, and the progress bar."""
+    left_out = ("data", "out", "world_model", "imagined", "init", "replay", "progress")
+    return {key: value for key, value in asdict(config).items() if key not in left_out}
+
+
+def _install(assets: Path) -> None:
+    from rawdream_env import assets as package
+
+    shutil.copytree(assets, Path(package.__file__).parent, dirs_exist_ok=True)

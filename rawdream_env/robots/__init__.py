@@ -1,1 +1,0 @@
-"""Real arms and their software twins (to come)."""

@@ -1,0 +1,1 @@
+"""The Wan video transformer as a causal, action-conditioned world model."""

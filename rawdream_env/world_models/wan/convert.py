@@ -1,0 +1,273 @@
+"""Wan 2.1 weights into a world model, and back (``rawdream convert-wan``).
+
+Two layouts are read: the folder of diffusers (``transformer/``, ``vae/``) and Wan's original release (one file for the
+transformer, ``Wan2.1_VAE.pth`` for the VAE). The transformer's names are those of diffusers; Wan's own differ as in
+``ORIGINAL_NAMES``. Action modules, which Wan lacks, are new and start at zero, so that the converted model is Wan 2.1.
+
+What Wan saw as an empty prompt is one row of its text encoder's and 511 rows of padding. The prompt of a converted model
+is all zero, the padding alone, unless the embedding is given.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from torch import Tensor
+from tyro.conf import Positional
+
+from rawdream_env.errors import CheckpointError
+from rawdream_env.files import check_weights, load_tensors
+from rawdream_env.world_models.loading import save_world_model
+from rawdream_env.world_models.pretrained import read_folder, read_json
+from rawdream_env.world_models.wan.config import PROMPT_ROWS, WanConfig, wan_config
+from rawdream_env.world_models.wan.rollout import WAN_ROLLOUT, WanWorldModel
+from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer
+from rawdream_env.world_models.wan.vae import WanVAE
+
+Tensors = Mapping[str, Tensor]
+
+ORIGINAL_NAMES: tuple[tuple[str, str], ...] = (
+    ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
+    ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
+    ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
+    ("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
+    ("condition_embedder.time_proj", "time_projection.1"),
+    ("proj_out", "head.head"),
+    (".attn1.", ".self_attn."),
+    (".attn2.", ".cross_attn."),
+    (".to_q.", ".q."),
+    (".to_k.", ".k."),
+    (".to_v.", ".v."),
+    (".to_out.0.", ".o."),
+    (".ffn.net.0.proj.", ".ffn.0."),
+    (".ffn.net.2.", ".ffn.2."),
+    (".norm2.", ".norm3."),  # the norm before the attention to the prompt: third in Wan's code, second in diffusers'
+)
+"""Pieces of parameter names, diffusers' and Wan's own."""
+
+_PREFIX = "model.diffusion_model."  # of files that hold a whole pipeline
+
+
+def _added(name: str) -> bool:
+    """Whether a tensor is ours, not Wan's."""
+    return name.startswith(("condition_embedder.action_", "prompt_"))
+
+
+def to_diffusers(state: Tensors) -> dict[str, Tensor]:
+    """Our transformer's tensors -> those of diffusers' ``WanTransformer3DModel``; actions and prompt are left out."""
+    wan = {name: tensor for name, tensor in state.items() if not _added(name)}
+    wan["patch_embedding.weight"] = wan["patch_embedding.weight"].unsqueeze(2)  # a temporal patch of 1
+    return wan
+
+
+def to_original(state: Tensors) -> dict[str, Tensor]:
+    """Our transformer's tensors -> those of Wan's own release."""
+    out = {}
+    for name, tensor in to_diffusers(state).items():
+        new = re.sub(r"(^|\.)scale_shift_table$", r"\1modulation", name)
+        new = "head.modulation" if new == "modulation" else new
+        for ours, theirs in ORIGINAL_NAMES:
+            new = new.replace(ours, theirs)
+        out[new] = tensor
+    return out
+
+
+def from_original(tensors: Tensors) -> dict[str, Tensor]:
+    """Wan's own names -> diffusers'; names that are neither are kept, for the error message."""
+    out = {}
+    for name, tensor in tensors.items():
+        new = name.removeprefix(_PREFIX)
+        new = "scale_shift_table" if new == "head.modulation" else re.sub(r"\.modulation$", ".scale_shift_table", new)
+        for ours, theirs in ORIGINAL_NAMES:
+            new = new.replace(theirs, ours)
+        out[new] = tensor
+    return out
+
+
+def is_original(tensors: Tensors) -> bool:
+    """Whether the names are Wan's own."""
+    return any(".self_attn." in name for name in tensors)
+
+
+def build_transformer(tensors: Tensors, config: WanConfig, where: str | Path) -> WanWorldModelTransformer:
+    """A world model with Wan's weights (diffusers' names) and a new action path at zero.
+
+    ``CheckpointError`` names all tensors that are missing, unknown, of the wrong shape or not finite.
+    """
+    given = dict(tensors)
+    patch = given.get("patch_embedding.weight")
+    if patch is not None and patch.dim() == 5 and patch.shape[2] == 1:
+        given["patch_embedding.weight"] = patch.squeeze(2)
+    with torch.device("meta"):
+        model = WanWorldModelTransformer(config)
+    wanted = model.state_dict()
+    size = f"size, {config.num_layers} layers of width {config.width} with a prompt"
+    check_weights(given, {name: tensor for name, tensor in wanted.items() if not _added(name)}, where, size)
+    own = {name: given[name].to(tensor.dtype, copy=True) for name, tensor in wanted.items() if not _added(name)}
+    model.load_state_dict(own | _new_tensors(config), assign=True)
+    model.eval()
+    return model
+
+
+def _new_tensors(config: WanConfig) -> dict[str, Tensor]:
+    """What Wan lacks: the action path, random but for its last layer, which is zero, and an all-zero prompt."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        small = WanWorldModelTransformer(replace(config, num_layers=0))
+    return {name: tensor for name, tensor in small.state_dict().items() if _added(name)}
+
+
+def config_from_diffusers(values: Mapping[str, Any], latent_size: int, base: WanConfig) -> WanConfig:
+    """``config.json`` of diffusers' ``WanTransformer3DModel`` -> ours, other settings from ``base``."""
+    if values.get("_class_name", "WanTransformer3DModel") != "WanTransformer3DModel":
+        raise CheckpointError(f"the source holds a {values['_class_name']}, expected a WanTransformer3DModel.")
+    sizes = ("num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim")
+    if missing := [name for name in sizes if not isinstance(values.get(name), int)]:
+        raise CheckpointError(f"the transformer's config.json lacks {', '.join(missing)}; copy the checkpoint again.")
+    patch = tuple(values.get("patch_size", (1, 2, 2)))
+    channels = values.get("in_channels", 16)
+    if patch[0] != 1 or patch[1] != patch[2] or channels != (values.get("out_channels") or channels):
+        raise CheckpointError(f"patches {patch} or {channels} input channels are not those of Wan 2.1 text-to-video.")
+    if values.get("image_dim") or values.get("added_kv_proj_dim"):
+        raise CheckpointError("this is an image-to-video Wan; the world model starts from the text-to-video one.")
+    return replace(
+        base,
+        latent_shape=(channels, latent_size, latent_size),
+        num_layers=values["num_layers"],
+        num_attention_heads=values["num_attention_heads"],
+        attention_head_dim=values["attention_head_dim"],
+        ffn_dim=values["ffn_dim"],
+        freq_dim=values.get("freq_dim", 256),
+        text_dim=values.get("text_dim", 4096),
+        patch_size=patch[1],
+        eps=values.get("eps", 1e-6),
+    )
+
+
+def config_from_original(tensors: Tensors, latent_size: int, base: WanConfig) -> WanConfig:
+    """Sizes read off tensors in diffusers' names; heads are 128 wide, as in every Wan, when the width allows."""
+    layers = {int(m[1]) for name in tensors if (m := re.match(r"blocks\.(\d+)\.", name))}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    needed = {
+        "patch_embedding.weight": 5, "blocks.0.ffn.net.0.proj.weight": 2,
+        "condition_embedder.text_embedder.linear_1.weight": 2, "condition_embedder.time_embedder.linear_1.weight": 2,
+    }  # fmt: skip
+    if bad := [name for name, dims in needed.items() if len(shapes.get(name, ())) != dims]:
+        raise CheckpointError(f"not a Wan 2.1 transformer: {', '.join(bad)} missing or of another kind.")
+    width, channels, _, patch, _ = shapes["patch_embedding.weight"]
+    head = base.attention_head_dim if width % base.attention_head_dim == 0 else width
+    return replace(
+        base,
+        latent_shape=(channels, latent_size, latent_size),
+        num_layers=len(layers),
+        num_attention_heads=width // head,
+        attention_head_dim=head,
+        ffn_dim=shapes["blocks.0.ffn.net.0.proj.weight"][0],
+        freq_dim=shapes["condition_embedder.time_embedder.linear_1.weight"][1],
+        text_dim=shapes["condition_embedder.text_embedder.linear_1.weight"][1],
+        patch_size=patch,
+    )
+
+
+def read_wan_transformer(
+    source: str | os.PathLike[str], latent_size: int, prompt: Tensor | None = None, base: WanConfig | None = None
+) -> WanWorldModelTransformer:
+    """Wan's transformer as a world model, from a folder of diffusers, a folder of Wan's release or one file.
+
+    ``latent_size``: rows and columns of a latent frame (pixels / 8). ``prompt`` (L, text_dim): the text embedding that the
+    model will always see; all zero when None.
+    """
+    base = wan_config("wan2.1-1.3b") if base is None else base
+    path = Path(source)
+    if path.is_dir() and (path / "transformer").is_dir():
+        path = path / "transformer"
+    if path.is_dir():
+        names = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+        tensors, where = read_folder(path)
+        original = is_original(tensors)
+        tensors = from_original(tensors) if original else tensors
+        if original:
+            config = config_from_original(tensors, latent_size, base)
+            if heads := names.get("num_heads"):
+                config = replace(config, num_attention_heads=heads, attention_head_dim=config.width // heads)
+        else:
+            config = config_from_diffusers(names, latent_size, base)
+    elif path.is_file():
+        tensors, where = load_tensors(path), path
+        tensors = from_original(tensors) if is_original(tensors) else tensors
+        config = config_from_original(tensors, latent_size, base)
+    else:
+        raise CheckpointError(
+            f"there is neither a folder nor a file {path}; download Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
+        )
+    rows = 1 if prompt is None else len(torch.unique(prompt, dim=0))
+    model = build_transformer(tensors, replace(config, text_rows=rows), where)
+    if prompt is not None:
+        model.set_prompt(prompt)
+    return model
+
+
+def empty_prompt(text_encoder: Path) -> Tensor:
+    """Wan's empty prompt (512, text_dim): the encoding of the end-of-text token alone, and rows of padding.
+
+    ``text_encoder``: folder of Wan's UMT5 encoder in transformers' layout.
+    """
+    if not (text_encoder / "config.json").is_file():
+        raise CheckpointError(
+            f"there is no text encoder in {text_encoder}; download it, or convert with --prompt zero."
+        )
+    from transformers import UMT5EncoderModel
+
+    encoder: Any = UMT5EncoderModel.from_pretrained(text_encoder, local_files_only=True)
+    encoder.eval()
+    with torch.no_grad():
+        row = encoder(torch.tensor([[encoder.config.eos_token_id]])).last_hidden_state[0].float()
+    return torch.cat([row, torch.zeros(PROMPT_ROWS - 1, row.shape[1])])
+
+
+@dataclass(frozen=True)
+class ConvertWanConfig:
+    """Options of ``rawdream convert-wan``."""
+
+    src: Annotated[str, Positional]
+    """Folder of Wan2.1-T2V-1.3B in diffusers' layout or of Wan's own release, or its transformer's single file."""
+    dst: Annotated[str, Positional]
+    """Folder of the world model to write; must not hold one yet."""
+    vae: str = ""
+    """Folder or file of the VAE, when it is not where it belongs in SRC (vae/ or Wan2.1_VAE.pth)."""
+    image_size: int = 256
+    """Height and width of the frames in pixels; a multiple of 16."""
+    prompt: Literal["zero", "empty"] = "zero"
+    """The prompt the model will always see: all zero, or Wan's empty prompt, which needs SRC/text_encoder."""
+    fps: float = 10.0
+    """Frames per second of the robot data it will be trained on."""
+
+
+def convert_wan(config: ConvertWanConfig) -> Path:
+    """Write a world model folder whose transformer is Wan 2.1 with an action path at zero; returns the folder.
+
+    Everything is read and checked before anything is written.
+    """
+    source, target = Path(config.src), Path(config.dst)
+    if (target / "config.json").exists():
+        raise CheckpointError(f"{target} already holds a model; choose another folder.")
+    vae = Path(config.vae) if config.vae else _find_vae(source)
+    codec = WanVAE.from_pretrained(vae, config.image_size)
+    prompt = empty_prompt(source / "text_encoder") if config.prompt == "empty" else None
+    transformer = read_wan_transformer(source, codec.latent_shape[1], prompt)
+    save_world_model(WanWorldModel(transformer, codec, replace(WAN_ROLLOUT, fps=config.fps)), target)
+    return target
+
+
+def _find_vae(source: Path) -> Path:
+    folder = source if source.is_dir() else source.parent
+    for place in (folder / "vae", folder / "Wan2.1_VAE.pth", folder / "Wan2.1_VAE.safetensors"):
+        if place.exists():
+            return place
+    raise CheckpointError(f"there is neither vae/ nor Wan2.1_VAE.pth in {folder}; say where the VAE is with --vae.")

@@ -1,0 +1,349 @@
+"""The world model as one object: frame codec, transformer, keyed noise, autoregressive rollout (paper section 3.1,
+A.3).
+
+Each call of ``imagine`` makes G latent frames from the anchor and the most recent ones, wholly in latent space; frames are
+decoded as a stream, each latent once. The context gets noise level 0.05 (t = 50 of 1000), drawn once per chunk, so its keys
+and values are the same at every evaluation and are computed once (``chunk.py``). The anchor's level follows t(s) = min(10 *
+max(s - 3, 0), 300), which cures first-frame ghosting; its noise is named by the start picture, chunk and draw, so that
+episodes from one start share it.
+
+Shape letters: B rows, K actions in a chunk, A action dims, R recent latent frames, G new ones, C H W latent frame.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from rawdream_env.errors import InvalidActionError
+from rawdream_env.piper.arm_map import ArmMap, ArmMapConfig, draw_maps
+from rawdream_env.seeding import NoiseKey, keyed_normal
+from rawdream_env.world_models.autoencoders import FRAMES_PER_LATENT, FrameCodec
+from rawdream_env.world_models.memory import fit_rollout, require_weights
+from rawdream_env.world_models.sampler import sample_flow
+from rawdream_env.world_models.wan.chunk import ChunkDenoiser, ConditionCache, Context, ContextCache
+from rawdream_env.world_models.wan.dream_state import DreamState
+from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer
+
+LATENT_STREAM, CONTEXT_STREAM, ANCHOR_STREAM = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How the world model is rolled out; saved with the checkpoint."""
+
+    fps: float = 10.0
+    """Frames per second of the imagined video."""
+    num_inference_steps: int = 5
+    """Evaluations of the sampler per chunk; 1 is the named fast option (it returns the conditional mean)."""
+    shift: float = 1.0
+    """Flow shift of the sampler's noise levels."""
+    context_noise: float = 0.05
+    """Noise level of the recent context (t = 50 of 1000)."""
+    anchor_noise_step: float = 0.01
+    """Growth of the anchor's noise level per chunk after ``anchor_noise_start``."""
+    anchor_noise_start: int = 3
+    """Chunk index up to which the anchor is clean."""
+    anchor_noise_max: float = 0.3
+    """Largest noise level of the anchor."""
+    max_time: int = 15
+    """Largest distance in latent frames between the anchor and the first new frame that the positions express."""
+    action_low: tuple[float, ...] = (-1.0,) * 7
+    """q01 of the training actions; conditions are (action - low) / (high - low) * 2 - 1, at most 1 in size."""
+    action_high: tuple[float, ...] = (1.0,) * 7
+    """q99 of the training actions."""
+    arm_map: ArmMapConfig | None = field(default_factory=ArmMapConfig)
+    """The arm map, or None."""
+
+    def anchor_noise(self, chunk: int) -> float:
+        """Noise level of the anchor at autoregressive step ``chunk``."""
+        return min(self.anchor_noise_step * max(chunk - self.anchor_noise_start, 0), self.anchor_noise_max)
+
+
+WAN_ROLLOUT = RolloutConfig(shift=3.0, max_time=7, arm_map=None)
+"""Settings for a model that starts from Wan 2.1: nine latents at positions 0 to 8, Wan's own flow shift at this size."""
+
+
+class WanWorldModel:
+    """Batched, keyed, autoregressive imagination behind the ``WorldModel`` protocol.
+
+    On a CPU in fp32 row i is bit-identical whatever the other rows are; bf16 gives up that guarantee for speed.
+
+    Args:
+        transformer: the denoiser.
+        autoencoder: frames to latents and back.
+        config: rollout settings.
+        reuse: which keys and values are computed again, see ``chunk.py``. "step" is exact, "none" its slow equal,
+            "rolling" the named approximation.
+        micro_batch: rows that are denoised, encoded or decoded at once, to bound the memory for activations; 0: all, or
+            after ``prepare`` as many as fit.
+    """
+
+    def __init__(
+        self,
+        transformer: WanWorldModelTransformer,
+        autoencoder: FrameCodec,
+        config: RolloutConfig = RolloutConfig(),
+        *,
+        reuse: ContextCache = "step",
+        micro_batch: int = 0,
+    ) -> None:
+        transformer.eval().requires_grad_(False)
+        self.transformer = transformer
+        cast(nn.Module, autoencoder).eval().requires_grad_(False)
+        self.autoencoder = autoencoder
+        self.config = config
+        self.reuse: ContextCache = reuse
+        self.micro_batch = micro_batch
+        self._fitting = 0
+        arch = transformer.arch
+        self.chunk_len = arch.chunk_len
+        self.frame_shape = autoencoder.frame_shape
+        self.fps = config.fps
+        if autoencoder.latent_shape != arch.latent_shape:
+            raise ValueError(
+                f"the frame codec makes latents {autoencoder.latent_shape}, the transformer takes {arch.latent_shape}; use "
+                "the codec it was trained with, at the same image size"
+            )
+        if config.max_time <= arch.context_latents:
+            raise ValueError(f"max_time {config.max_time} must exceed context_latents {arch.context_latents}")
+        self._arm_map = ArmMap(config.arm_map) if config.arm_map is not None else None
+        self._condition_cache = ConditionCache(transformer)
+        self._rowwise: set[str] = set()
+        self._verified: set[tuple[str, int]] = set()
+        low, high = torch.tensor(config.action_low), torch.tensor(config.action_high)
+        self._action_mid, self._action_half = (low + high) / 2, (high - low) / 2
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return self.transformer.patch_embedding.weight.device
+
+    def to(self, device: str | torch.device, dtype: torch.dtype = torch.float32) -> WanWorldModel:
+        """Move to a device and precision (in place); bf16 is the fast option on CPUs with AVX512-BF16 and on GPUs.
+
+        Raises:
+            NotEnoughMemoryError: the weights do not fit there; nothing has been moved.
+        """
+        if torch.device(device) != self.device:
+            require_weights((self.transformer, cast(nn.Module, self.autoencoder)), dtype, torch.device(device))
+        self.transformer.to(device, dtype)
+        cast(nn.Module, self.autoencoder).to(device, dtype)
+        self._condition_cache = ConditionCache(self.transformer)
+        return self
+
+    def prepare(self, num_envs: int) -> None:
+        """Look whether ``num_envs`` episodes fit into the memory that is free, before the first of them is begun.
+
+        Raises:
+            NotEnoughMemoryError: they do not; says what needs how much. With ``micro_batch`` 0 fewer rows at once are tried
+                first.
+        """
+        dtype = self.transformer.proj_out.weight.dtype
+        arch, device = self.transformer.arch, self.device
+        rows = fit_rollout(arch, self.autoencoder, num_envs, dtype, self.reuse, device, self.micro_batch)
+        self._fitting = rows if rows < num_envs else 0
+
+    @torch.no_grad()
+    def start(self, frames: Tensor, keys: Sequence[NoiseKey], proprio: Tensor | None = None) -> DreamState:
+        """Begin B episodes. ``frames`` uint8 (B, H, W, 3); ``proprio`` (B, 7) commanded pose, needed with an arm
+        map.
+        """
+        frames = torch.as_tensor(frames)
+        if frames.shape[1:] != self.frame_shape or frames.dtype != torch.uint8:
+            raise ValueError(
+                f"start frames must be uint8 {('B', *self.frame_shape)}, got {frames.dtype} {tuple(frames.shape)}; "
+                "resize them to the world model's frame_shape"
+            )
+        if len(keys) != len(frames):
+            raise ValueError(f"{len(frames)} start frames but {len(keys)} noise keys")
+        arch = self.transformer.arch
+        if proprio is None:
+            if arch.pose_dim:
+                raise ValueError(
+                    "this world model draws the arm from its pose: give proprio (B, 7) with the start frames"
+                )
+            proprio = torch.zeros(len(frames), 7)
+        pose = torch.as_tensor(proprio, dtype=torch.float32).cpu()
+        frames = frames.to(self.device)
+        codec, (b, r) = self.autoencoder, (len(frames), arch.context_latents)
+        anchor = self._by_rows("encode", b, lambda rows: (codec.encode_image(frames[rows]),))[0]
+        decoder = self._by_rows("start decoding", b, lambda rows: codec.start_decoding(anchor[rows]))
+        rolling = (b, arch.num_attention_heads, r * arch.tokens_per_frame, arch.attention_head_dim)
+        dtype = self.transformer.proj_out.weight.dtype
+        cache = [torch.zeros(rolling, dtype=dtype, device=self.device) for _ in range(2 * arch.num_layers)]
+        still = torch.zeros(b, 1, FRAMES_PER_LATENT, arch.action_dim)
+        held = pose[:, None, None].expand(-1, 1, FRAMES_PER_LATENT, -1)
+        conditions, maps = self._conditions(still, held), self._maps(held, pose)
+        return DreamState(
+            anchor=anchor,
+            recent=anchor.new_zeros(b, r, *anchor.shape[1:]),
+            conditions=torch.cat([conditions, conditions.new_zeros(b, r, conditions.shape[-1])], 1),
+            arm_maps=torch.cat([maps, maps.new_zeros(b, r, *maps.shape[2:])], 1),
+            pose=pose,
+            keys=tuple(keys),
+            chunks=(0,) * b,
+            anchors=tuple(_name(frame, own) for frame, own in zip(frames.cpu(), pose, strict=True)),
+            decoder=decoder,
+            cache=tuple(cache) if self.reuse == "rolling" else (),
+        )
+
+    @torch.no_grad()
+    def imagine(self, state: DreamState, actions: Tensor) -> tuple[DreamState, Tensor]:
+        """One chunk for every row: ``actions`` (B, K, A) in [-1, 1] -> next state, frames uint8 (B, K, H, W, 3)."""
+        arch = self.transformer.arch
+        actions = torch.as_tensor(actions, dtype=torch.float32).cpu()
+        if actions.shape != (len(state), self.chunk_len, arch.action_dim):
+            raise InvalidActionError(
+                f"actions must have shape {(len(state), self.chunk_len, arch.action_dim)}, got {tuple(actions.shape)}"
+            )
+        if not torch.isfinite(actions).all():
+            raise InvalidActionError("actions contain NaN or infinity; check the policy before stepping")
+        poses = self._integrate(state.pose, actions)
+        split = (arch.chunk_latents, FRAMES_PER_LATENT)
+        new_conditions = self._conditions(actions.unflatten(1, split), poses.unflatten(1, split))
+        new_maps = self._maps(poses.unflatten(1, split), state.pose)
+        new = state.anchor.new_empty(len(state), arch.chunk_latents, *state.anchor.shape[1:])
+        cache = [torch.empty_like(x) for x in state.cache]
+        light = replace(state, decoder=())  # the decoder's memory is large and of no use here
+        lengths = [min(arch.context_latents, self._time(chunk) - 1) for chunk in state.chunks]
+        for length in sorted(set(lengths)):  # rows whose contexts are equally long are denoised together
+            rows = [i for i, n in enumerate(lengths) if n == length]
+            index = torch.tensor(rows, device=new.device)
+            part, conditions, maps = light[rows], new_conditions[index], new_maps[index]
+
+            def denoise(
+                some: slice, part: DreamState = part, c: Tensor = conditions, m: Tensor = maps, length: int = length
+            ) -> tuple[Tensor, ...]:
+                return self._denoise(part[some], c[some], m[some], length)
+
+            new[index], *changed = self._by_rows(f"denoise after {length}", len(rows), denoise)
+            for whole, some in zip(cache, changed, strict=True):
+                whole[index] = some
+        r = arch.context_latents
+        nxt = replace(
+            state,
+            recent=torch.cat([state.recent, new], 1)[:, -r:],
+            conditions=torch.cat(
+                [state.conditions[:, :1], torch.cat([state.conditions[:, 1:], new_conditions], 1)[:, -r:]], 1
+            ),
+            arm_maps=torch.cat([state.arm_maps[:, :1], torch.cat([state.arm_maps[:, 1:], new_maps], 1)[:, -r:]], 1),
+            pose=poses[:, -1],
+            chunks=tuple(c + 1 for c in state.chunks),
+            cache=tuple(cache),
+        )
+
+        def decode(rows: slice) -> tuple[Tensor, ...]:
+            decoder, frames = self.autoencoder.decode_next(tuple(x[rows] for x in state.decoder), new[rows])
+            return (frames, *decoder)
+
+        frames, *decoder = self._by_rows("decode", len(state), decode)
+        return replace(nxt, decoder=tuple(decoder)), frames
+
+    def _by_rows(self, what: str, n: int, compute: Callable[[slice], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """``compute`` over all ``n`` rows such that, on a CPU in fp32, each row is what it would be alone.
+
+        CPU kernels may sum in another order for another batch size. The first time a batch size is met its first and
+        last rows are compared with those rows computed alone; if they differ on this machine, rows are computed one by
+        one from then on, wherever ``what`` is done.
+        """
+        at_once = self.micro_batch or self._fitting
+        if 0 < at_once < n:
+            whole: tuple[Tensor, ...] = ()
+            for first in range(0, n, at_once):
+                size = min(at_once, n - first)
+
+                def some(rows: slice, first: int = first, size: int = size) -> tuple[Tensor, ...]:
+                    begin, end, _ = rows.indices(size)
+                    return compute(slice(first + begin, first + end))
+
+                parts = self._by_rows(what, size, some)
+                whole = whole or tuple(part.new_empty(n, *part.shape[1:]) for part in parts)
+                for target, part in zip(whole, parts, strict=True):
+                    target[first : first + size] = part
+                del parts, part  # or they would be alive beside the next ones
+            return whole
+        everything = slice(None)
+        weight = self.transformer.patch_embedding.weight
+        if n == 1 or weight.device.type != "cpu" or weight.dtype != torch.float32:
+            return compute(everything)
+        if what not in self._rowwise:
+            out = compute(everything)
+            if (what, n) in self._verified:
+                return out
+            if all(
+                torch.equal(batched[i : i + 1], alone)
+                for i in (0, n - 1)
+                for batched, alone in zip(out, compute(slice(i, i + 1)), strict=True)
+            ):
+                self._verified.add((what, n))
+                return out
+            self._rowwise.add(what)
+        return tuple(torch.cat(rows) for rows in zip(*(compute(slice(i, i + 1)) for i in range(n)), strict=True))
+
+    def _time(self, chunk: int) -> int:
+        """Position of the first new latent frame at autoregressive step ``chunk``; the anchor's is 0."""
+        return min(self.transformer.arch.chunk_latents * chunk + 1, self.config.max_time)
+
+    def _denoise(self, state: DreamState, conditions: Tensor, maps: Tensor, valid: int) -> tuple[Tensor, ...]:
+        """New latents (B, G, C, H, W) for rows that have ``valid`` recent frames, and the new rolling cache."""
+        arch, c, device = self.transformer.arch, self.config, self.device
+        r, shape = arch.context_latents, tuple(state.anchor.shape[1:])
+        keys = [key.at(chunk=chunk) for key, chunk in zip(state.keys, state.chunks, strict=True)]
+        names = [NoiseKey(a, chunk=k.chunk, draw=k.draw) for a, k in zip(state.anchors, keys, strict=True)]
+        anchor_level = [c.anchor_noise(chunk) for chunk in state.chunks]
+        level = torch.tensor(anchor_level, device=device).view(-1, 1, 1, 1)
+        anchor = (1 - level) * state.anchor + level * keyed_normal(names, shape, ANCHOR_STREAM).to(device)
+        recent = state.recent[:, r - valid :]
+        eps = keyed_normal(keys, (r, *shape), CONTEXT_STREAM)[:, r - valid :].to(device)
+        recent = (1 - c.context_noise) * recent + c.context_noise * eps
+        rest = [0, *range(1 + r - valid, 1 + r)]
+        context = Context(
+            torch.cat([anchor[:, None], recent], 1),
+            c.context_noise,
+            anchor_level,
+            names,
+            state.conditions[:, rest],
+            state.arm_maps[:, rest],
+            [self._time(chunk) for chunk in state.chunks],
+            state.cache,
+        )
+        evaluate = ChunkDenoiser(self.transformer, self._condition_cache, context, conditions, maps, self.reuse)
+        noise = keyed_normal(keys, (arch.chunk_latents, *shape), LATENT_STREAM).to(device)
+        return sample_flow(evaluate, noise, c.num_inference_steps, c.shift), *evaluate.cache
+
+    def _integrate(self, pose: Tensor, actions: Tensor) -> Tensor:
+        """Commanded poses after each action: (B, P), (B, K, A) -> (B, K, P)."""
+        if self._arm_map is None:
+            return pose[:, None].expand(-1, actions.shape[1], -1)
+        return self._arm_map.integrate(pose, actions)
+
+    def _conditions(self, actions: Tensor, poses: Tensor) -> Tensor:
+        """(B, F, 4, A), (B, F, 4, P) -> (B, F, D_c) on the model's device."""
+        parts = [((actions - self._action_mid) / self._action_half).clamp(-1, 1)]  # as in training
+        if self.transformer.arch.pose_dim:
+            assert self._arm_map is not None
+            parts.append(self._arm_map.normalise(poses))
+        return torch.cat(parts, -1).flatten(2).to(self.device)
+
+    def _maps(self, poses: Tensor, reference: Tensor) -> Tensor:
+        """(B, F, 4, P) and the pose before the chunk (B, P) -> maps (B, F, C_m, H, W) on the model's device; C_m = 0
+        without an arm map.
+        """
+        arch = self.transformer.arch
+        _, h, w = arch.latent_shape
+        if self._arm_map is None:
+            return torch.zeros(*poses.shape[:2], 0, h, w, device=self.device)
+        before = reference[:, None].expand(-1, poses.shape[1], -1)
+        return draw_maps(self._arm_map, poses, before, (h, w), carry=arch.carry).to(self.device)
+
+
+def _name(frame: Tensor, pose: Tensor) -> int:
+    """A 63-bit name of a start: the same for the same picture and pose."""
+    digest = hashlib.sha256(frame.numpy().tobytes() + pose.numpy().tobytes()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

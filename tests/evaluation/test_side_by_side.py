@@ -1,0 +1,335 @@
+"""Dream against simulator on a toy world whose answers are known, and the report made of it.
+
+The world: a square slides right by ``action[0]`` pixels a step; the task is done when it is at least GOAL pixels along.
+The fake simulator moves it exactly; the dream moves it by ``gain`` times as much plus keyed noise; the judge looks at
+the picture. The policy pushes with a force that differs by start.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rawdream_env.errors import InvalidOptionError
+from rawdream_env.evaluation.reporting import charts
+from rawdream_env.evaluation.side_by_side import aggregate as agg
+from rawdream_env.evaluation.side_by_side import report, rollouts
+from rawdream_env.evaluation.side_by_side.aggregate import EpisodeRecord
+from rawdream_env.evaluation.side_by_side.evaluate import EvaluateConfig, SideBySide, evaluate, parse_policies
+from rawdream_env.judges.scripted import ScriptedJudge
+from rawdream_env.seeding import NoiseKey
+from rawdream_env.types import PolicyOutput, Video
+
+SIZE, K, GOAL, CHUNKS = 24, 4, 8.0, 2
+
+
+def draw(x: np.ndarray, shade: np.ndarray) -> np.ndarray:
+    """Frames (n, H, W, 3): a bright column pair at ``x``; the floor's ``shade`` tells the start apart."""
+    frames = np.zeros((len(x), SIZE, SIZE, 3), np.uint8)
+    frames[:] = shade[:, None, None, None]
+    for i, left in enumerate(np.clip(np.round(x), 0, SIZE - 2).astype(int)):
+        frames[i, :, left : left + 2] = 255
+    return frames
+
+
+def position(frame: np.ndarray) -> int:
+    """Where the column is."""
+    return int(np.argmax(frame[0, :, 0] == 255))
+
+
+@dataclass
+class Step:
+    frames: np.ndarray
+    success: np.ndarray
+    proprio: np.ndarray
+
+
+class ToySimulator:
+    """The truth; ``Simulator`` protocol."""
+
+    def __init__(self, rows: int = 8) -> None:
+        self.x, self.shade = np.zeros(rows), np.zeros(rows, np.uint8)
+        self.resets: list[tuple[int, str]] = []
+
+    def reset(self, rows: Any, seeds: Any, tasks: Any) -> np.ndarray:
+        self.resets += list(zip(seeds, tasks, strict=True))
+        self.x[rows], self.shade[rows] = 0.0, [seed % 100 for seed in seeds]
+        return draw(self.x[rows], self.shade[rows])
+
+    def step(self, rows: Any, actions: np.ndarray) -> Step:
+        frames = []
+        for k in range(K):
+            self.x[rows] += 2 * actions[:, k, 0]
+            frames.append(draw(self.x[rows], self.shade[rows]))
+        return Step(np.stack(frames, 1), self.x[rows] >= GOAL, self.proprio(rows))
+
+    def proprio(self, rows: Any) -> np.ndarray:
+        return np.zeros((len(rows), 7), np.float32)
+
+
+@dataclass
+class State:
+    x: torch.Tensor
+    shade: torch.Tensor
+    keys: list[NoiseKey]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, rows: Any) -> State:
+        return State(self.x[rows], self.shade[rows], [self.keys[int(r)] for r in rows])
+
+    @staticmethod
+    def where(mask: Any, a: State, b: State) -> State:
+        keys = [p if m else q for m, p, q in zip(mask, a.keys, b.keys, strict=True)]
+        return State(torch.where(mask, a.x, b.x), torch.where(mask, a.shade, b.shade), keys)
+
+
+class ToyWorldModel:
+    """The dream of it: wrong by a factor ``gain``, and by keyed ``noise`` pixels a chunk."""
+
+    chunk_len, frame_shape, fps = K, (SIZE, SIZE, 3), 10.0
+
+    def __init__(self, gain: float = 1.0, noise: float = 0.0) -> None:
+        self.gain, self.noise = gain, noise
+
+    def start(self, frames: torch.Tensor, keys: Any, proprio: torch.Tensor | None = None) -> State:
+        x = torch.tensor([position(frame.numpy()) for frame in frames], dtype=torch.float64)
+        return State(x, frames[:, 0, -1, 0], list(keys))
+
+    def imagine(self, state: State, actions: torch.Tensor) -> tuple[State, torch.Tensor]:
+        jitter = [self.noise * key.numpy(1).standard_normal() for key in state.keys]
+        path = state.x[:, None] + 2 * self.gain * actions[..., 0].double().cumsum(1) + torch.tensor(jitter)[:, None]
+        frames = [draw(path[:, k].numpy(), state.shade.numpy()) for k in range(K)]
+        keys = [key.at(chunk=key.chunk + 1) for key in state.keys]
+        return State(path[:, -1], state.shade, keys), torch.from_numpy(np.stack(frames, 1))
+
+
+class ToyPolicy:
+    """Pushes with ``force`` times a number in [0.5, 1.5) that the picture's shade fixes."""
+
+    def __init__(self, force: float) -> None:
+        self.force = force
+        self.seen_keys: list[NoiseKey] = []
+
+    def act(self, images: Any, instructions: Any, *, temperature: float, keys: Any) -> PolicyOutput:
+        self.seen_keys += keys
+        actions = torch.zeros(len(instructions), K, 7)
+        actions[:, :, 0] = torch.tensor([self.force * (0.5 + image[0, -1, 0] / 100) for image in images])[:, None]
+        empty = torch.zeros(len(instructions), K * 7)
+        return PolicyOutput(actions.clamp(-1, 1), empty.long(), empty)
+
+    def logprobs(self, *_: Any, **__: Any) -> Any:
+        raise NotImplementedError
+
+
+def make_dream(gain: float = 1.0, noise: float = 0.0, judge: Any = None, num_envs: int = 8) -> Any:
+    from rawdream_env.envs.dream import DreamVectorEnv
+
+    def rule(video: Video, _: str) -> bool:
+        return position(video.frames[-1]) >= GOAL
+
+    return DreamVectorEnv(
+        num_envs,
+        world_model=ToyWorldModel(gain, noise),
+        judge=judge or ScriptedJudge(rule),
+        starts="null",
+        max_episode_steps=CHUNKS,
+        autoreset_mode="Disabled",
+    )
+
+
+CONFIG = EvaluateConfig(
+    tasks=("stack_block", "place_cup"), episodes_per_task=10, output=None, max_episode_steps=CHUNKS, videos=1
+)
+
+
+def run(config: EvaluateConfig = CONFIG, forces: tuple[float, ...] = (0.5,), **dream: Any) -> SideBySide:
+    policies = {f"force {force:g}": ToyPolicy(force) for force in forces}
+    return evaluate(config, policies=policies, dream=make_dream(**dream), simulator=ToySimulator(), progress=False)
+
+
+def test_a_true_dream_agrees_on_everything() -> None:
+    result = run()
+    overall = result.report["policies"][0]["all"]
+    assert len(result.records) == 20 and 0 < overall["simulator"]["successes"] < 20
+    assert overall["dream"] == overall["simulator"] == overall["verification"]["dream_verified"]
+    for name in ("closed_loop", "dreamed_actions", "simulator_actions", "judge_on_simulator"):
+        assert overall[name]["agreement"]["value"] == 1.0 and overall[name]["kappa"]["value"] == pytest.approx(1.0)
+    assert overall["verification"]["flagged"]["successes"] == 0
+    for table in result.report["policies"][0]["horizon"].values():
+        assert [row["frames"] for row in table] == [[0, 4], [4, 8]]
+        assert all(row["dream"]["psnr"]["value"] == 60.0 for row in table)
+
+
+def test_an_optimistic_dream_is_caught_by_its_own_actions() -> None:
+    overall = run(gain=1.6).report["policies"][0]["all"]
+    assert overall["dream"]["value"] > overall["simulator"]["value"]
+    acted = overall["dreamed_actions"]
+    assert acted["false_positive"] > 0 and acted["false_negative"] == 0
+    assert overall["judge_on_simulator"]["agreement"]["value"] == 1.0  # the judge is not to blame
+    assert overall["verification"]["flagged"]["successes"] == 0  # a bias repeats: fresh noise cannot find it
+
+
+def test_dual_noise_verification_flags_lucky_noise() -> None:
+    config = replace(CONFIG, episodes_per_task=40)
+    verified = run(config, noise=3.0).report["policies"][0]["all"]["verification"]
+    assert verified["flagged"]["successes"] > 0
+    assert verified["after"]["precision"]["value"] > verified["before"]["precision"]["value"]
+    assert verified["after"]["n"] == verified["before"]["n"] - verified["flagged"]["successes"]
+
+
+def test_starts_are_shared_and_repeat() -> None:
+    first, again = run(forces=(0.3, 0.6)), run(forces=(0.3, 0.6))
+    assert first.records == again.records
+    weak, strong = ([(r.task, r.index, r.seed) for r in first.records if r.policy == f"force {f}"] for f in (0.3, 0.6))
+    assert weak == strong and len({seed for _, _, seed in weak}) == 20
+    assert run(replace(CONFIG, seed=1)).records[0].seed != first.records[0].seed
+
+
+def test_rows_do_not_depend_on_the_batch() -> None:
+    def records(num_envs: int) -> list[EpisodeRecord]:
+        dream = make_dream(noise=2.0, num_envs=num_envs)
+        return evaluate(
+            CONFIG, policies={"p": ToyPolicy(0.5)}, dream=dream, simulator=ToySimulator(num_envs), progress=False
+        ).records
+
+    assert records(8) == records(3)
+
+
+def test_policy_noise_is_the_same_in_both_worlds() -> None:
+    policy, dream, simulator = ToyPolicy(0.5), make_dream(), ToySimulator()
+    starts = rollouts.make_starts(simulator, ["place_pot"] * 3, [0, 1, 2], 0)
+    rollouts.run_in_simulator(simulator, starts, policy=policy, chunks=CHUNKS)
+    in_simulator, policy.seen_keys = set(policy.seen_keys), []
+    rollouts.run_in_dream(dream, starts, policy)
+    assert set(policy.seen_keys) == in_simulator
+    assert simulator.resets[:3] == simulator.resets[3:6]
+
+
+def test_invalid_verdicts_are_left_out_never_failures() -> None:
+    judge = ScriptedJudge(success_rate=0.5, invalid_rate=0.4)
+    overall = run(judge=judge).report["policies"][0]["all"]
+    assert overall["dream_invalid"] > 0 and overall["judge_invalid"] > 0
+    assert overall["dream"]["n"] == 20 - overall["dream_invalid"] == overall["closed_loop"]["n"]
+    assert overall["judge_on_simulator"]["n"] == 20 - overall["judge_invalid"]
+
+
+def test_without_diagnosis_only_the_closed_loop_is_measured() -> None:
+    result = run(replace(CONFIG, diagnose=False, verify=False))
+    overall = result.report["policies"][0]["all"]
+    assert not {"dreamed_actions", "judge_on_simulator", "verification"} & set(overall)
+    assert not result.clips[0].same_actions and result.report["policies"][0]["horizon"] == {}
+
+
+def test_gain_and_ranking_of_three_policies() -> None:
+    result = run(forces=(0.3, 0.5, 0.9))
+    gain = result.report["policies"][2]["gain"]["simulator"]
+    rates = [entry["all"]["simulator"]["value"] for entry in result.report["policies"]]
+    assert gain["value"] == pytest.approx(rates[2] - rates[0]) and gain["low"] > 0 and gain["n"] == 20
+    ranking = result.report["ranking"]
+    assert ranking["spearman"]["value"] == pytest.approx(1.0) and ranking["n_policies"] == 3
+    assert ranking["swapped_pairs"] == []
+
+
+def record(policy: str, index: int, simulator: bool, dream: int) -> EpisodeRecord:
+    return EpisodeRecord(policy, "stack_block", index, index, simulator, simulator, dream)
+
+
+def test_ranking_finds_what_the_dream_swaps() -> None:
+    records = [record("good", i, i < 8, i < 3) for i in range(10)] + [record("bad", i, i < 2, i < 6) for i in range(10)]
+    ranking = agg.rank_policies(records)
+    assert ranking["swapped_pairs"] == [["good", "bad"]] and ranking["spearman"]["value"] == pytest.approx(-1.0)
+    blind = [record("a", i, True, -1) for i in range(4)] + [record("b", i, False, 1) for i in range(4)]
+    assert agg.rank_policies(blind)["spearman"]["value"] is None
+
+
+def test_policy_specs() -> None:
+    assert parse_policies(["sft=embedded", "runs/grpo/final"]) == {"sft": "embedded", "final": "runs/grpo/final"}
+    for bad in ([], ["=x"], ["a=b", "a=c"]):
+        with pytest.raises(InvalidOptionError, match="polic"):
+            parse_policies(bad)
+
+
+def test_bad_options_are_named() -> None:
+    with pytest.raises(InvalidOptionError, match="'fly' does not exist; choose among stack_block"):
+        run(replace(CONFIG, tasks=("fly",)))
+    with pytest.raises(InvalidOptionError, match="0 episodes"):
+        run(replace(CONFIG, episodes_per_task=0))
+
+
+class _Checker(HTMLParser):
+    """Collects what a browser would fetch, and checks that tags close."""
+
+    VOID = ("meta", "br")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack: list[str] = []
+        self.sources: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append(tag)
+        self.sources += [value for name, value in attrs if name in ("src", "href")]
+        if tag not in self.VOID:
+            self.stack.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: Any) -> None:  # <line ... />
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.stack.pop() == tag
+
+
+def test_report_is_one_self_contained_page(tmp_path: Path) -> None:
+    config = replace(CONFIG, output=tmp_path / "out")
+    result = run(config, forces=(0.4, 0.6), gain=1.3)
+    page = (tmp_path / "out" / "report.html").read_text()
+    checker = _Checker()
+    checker.feed(page)
+    assert checker.stack == [] and "script" not in checker.tags
+    assert checker.tags.count("video") == len(result.clips) >= 4
+    assert all(source.startswith("data:") for source in checker.sources)
+    assert "http" not in re.sub(r"base64,[^\"]*", "", page)
+    for entry in result.report["policies"]:
+        rate = entry["all"]["simulator"]
+        assert f"[{100 * rate['low']:.1f}, {100 * rate['high']:.1f}], n=20" in page
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["policies"] == result.report["policies"]
+    lines = (tmp_path / "out" / "episodes.jsonl").read_text().splitlines()
+    assert len(lines) == 40 and json.loads(lines[0])["policy"] == "force 0.4"
+    assert len(page) < 2_000_000
+
+
+def test_names_cannot_break_the_page() -> None:
+    result = evaluate(
+        replace(CONFIG, episodes_per_task=1, diagnose=False),
+        policies={"<script>alert(1)</script>": ToyPolicy(0.5)},
+        dream=make_dream(),
+        simulator=ToySimulator(),
+        progress=False,
+    )
+    assert "<script>" not in report.render(result.report, result.clips, 10.0)
+
+
+def test_clip_film_has_outcome_borders() -> None:
+    clip = next(c for c in run(gain=1.6).clips if c.kind == "only the dream succeeds")
+    film = report.clip_frames(clip, min_side=SIZE)
+    assert film.shape == (1 + CHUNKS * K, SIZE + 12, 2 * (SIZE + 12) + 4, 3)
+    assert film[0, 0, 0].tolist() == [218, 54, 51] and film[0, 0, -1].tolist() == [46, 160, 67]
+
+
+def test_chart_ticks_cover_the_data() -> None:
+    for low, high in ((17.2, 28.9), (0.0, 1.0), (-3.0, 250.0), (20.0, 20.0)):
+        ticks = charts.nice_ticks(low, high)
+        assert ticks[0] <= low and ticks[-1] >= high and len(ticks) <= 9
+    empty = charts.line_chart("Nothing", "dB", ["0-8"], [charts.Series("dream", "s", [None])])
+    assert "not measured" in empty

@@ -1,0 +1,227 @@
+"""Ensembles, the hold-out judge and its alarm, and the Robometer client against a server that misbehaves."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rawdream_env.envs.dream import DreamVectorEnv
+from rawdream_env.errors import InvalidOptionError
+from rawdream_env.judges import load_judge
+from rawdream_env.judges.ensemble import EnsembleJudge, HoldOutJudge, JudgeGap, JudgeGapWarning
+from rawdream_env.judges.robometer import RobometerJudge
+from rawdream_env.judges.scripted import ScriptedJudge
+from rawdream_env.types import Outcome, Verdict, Video
+
+YES, NO, UNREAD = Outcome.SUCCESS, Outcome.FAILURE, Outcome.INVALID
+CLIP = Video(np.zeros((17, 8, 8, 3), np.uint8), 10.0)
+
+
+def always(outcome: Outcome, probability: float | None = None) -> ScriptedJudge:
+    return ScriptedJudge(lambda video, text: Verdict(outcome, outcome.name, probability))
+
+
+@pytest.mark.parametrize(
+    ("rule", "votes", "expected"),
+    [
+        ("all", [YES, YES], YES), ("all", [YES, NO], NO), ("all", [YES, UNREAD], UNREAD), ("all", [NO, UNREAD], NO),
+        ("any", [NO, YES], YES), ("any", [NO, NO], NO), ("any", [NO, UNREAD], UNREAD), ("any", [YES, UNREAD], YES),
+        ("majority", [YES, YES, NO], YES), ("majority", [YES, NO, UNREAD], UNREAD), ("majority", [NO, NO, UNREAD], NO),
+    ],
+)  # fmt: skip
+def test_rules(rule: str, votes: list[Outcome], expected: Outcome) -> None:
+    verdict = EnsembleJudge([always(vote) for vote in votes], rule)([CLIP], ["go"])[0]
+    assert verdict.outcome is expected and verdict.votes == tuple(votes)
+
+
+def test_one_judge_that_fails_does_not_take_the_others_with_it() -> None:
+    def broken(videos: Any, instructions: Any) -> list[Verdict]:
+        raise RuntimeError("boom")
+
+    verdict = EnsembleJudge([always(YES, 0.8), broken], "any")([CLIP], ["go"])[0]
+    assert verdict.outcome is YES and verdict.probability == 0.8 and "boom" in verdict.reason
+    assert EnsembleJudge([always(YES), lambda v, t: []], "all")([CLIP], ["go"])[0].outcome is UNREAD
+    with pytest.raises(InvalidOptionError, match="2 judges"):
+        EnsembleJudge([always(YES)])
+
+
+def test_the_gap_has_its_interval_by_hand() -> None:
+    gap = JudgeGap(n=98, rewarding=60, held_out=30, only_rewarding=35, only_held_out=5)
+    b, c, n = 35.5, 5.5, 100
+    half = 1.959964 * math.sqrt(((b + c) / n - ((b - c) / n) ** 2) / n)
+    assert gap.gap == pytest.approx(30 / 98)
+    assert gap.interval == pytest.approx(((b - c) / n - half, (b - c) / n + half))
+    assert JudgeGap().as_dict() == {"judge_gap_n": 0} and math.isnan(JudgeGap().gap)
+
+
+def test_the_hold_out_judge_never_rewards_and_alarms_once_per_gap() -> None:
+    mood = {"kind": False}
+    rewarding = ScriptedJudge(lambda video, text: YES if mood["kind"] else NO)
+    judge = HoldOutJudge(rewarding, always(NO), alarm=0.2, window=40)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert all(v.outcome is NO for v in judge([CLIP] * 40, ["go"] * 40))
+        mood["kind"] = True
+        assert judge([CLIP] * 4, ["go"] * 4)[0].outcome is YES  # 4 of 40: not certain yet
+    with pytest.warns(JudgeGapWarning, match="more successes than the hold-out judge"):
+        judge([CLIP] * 20, ["go"] * 20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        judge([CLIP] * 20, ["go"] * 20)
+    assert judge.alarmed and judge.gap.n == 40 and judge.gap.gap == 1.0
+    mood["kind"] = False
+    judge([CLIP] * 40, ["go"] * 40)
+    assert not judge.alarmed and judge.gap.gap == 0.0
+    assert HoldOutJudge(always(YES), always(UNREAD))([CLIP], ["go"])[0].outcome is YES
+
+
+def test_grpo_logs_the_gap_and_gives_the_judge_back(tmp_path: Path) -> None:
+    from rawdream_env.policies.tiny_vla import TinyVLA, TinyVLAConfig
+    from rawdream_env.trainers.grpo.grpo import GRPOConfig, train_grpo
+
+    own = ScriptedJudge(success_rate=0.5)
+    env = DreamVectorEnv(
+        4, world_model="null", judge=own, starts="null", autoreset_mode="Disabled", max_episode_steps=1
+    )
+    config = GRPOConfig(
+        tmp_path, steps=1, group_size=4, groups_per_step=1, max_flagged=4, held_out_judge="scripted",
+        tensorboard=False, progress=False,
+    )  # fmt: skip
+    train_grpo(config, env=env, policy=TinyVLA(TinyVLAConfig(width=16, heads=2)))
+    logged = json.loads((tmp_path / "timings.jsonl").read_text().splitlines()[-1])
+    assert logged["judge_gap"] == 0.0 and logged["judge_gap_n"] >= 4 and env.judge is own
+    assert "judge_gap" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+# -- Robometer ------------------------------------------------------------------------------------------------------
+
+
+Answer = Callable[[Any, dict[str, Any]], None]
+
+
+def reply(handler: Any, status: int, body: bytes, length: int | None = None, **headers: str) -> None:
+    handler.send_response(status)
+    for name, value in headers.items():
+        handler.send_header(name.replace("_", "-"), value)
+    handler.send_header("Content-Length", str(len(body) if length is None else length))
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+def chances(*values: float) -> Answer:
+    return lambda handler, asked: reply(handler, 200, json.dumps({"success_probability": values}).encode())
+
+
+@pytest.fixture
+def service() -> Iterator[Any]:
+    """A server whose ``answers`` are given one after the other, the last for ever; ``asked`` are the bodies."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            server.asked.append(asked)
+            server.keys.append(self.headers.get("Authorization"))
+            answer = server.answers.pop(0) if len(server.answers) > 1 else server.answers[0]
+            with contextlib.suppress(OSError):  # the client has left
+                answer(self, asked)
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    server.asked, server.keys, server.answers = [], [], [chances(0.1, 0.2)]
+    server.url = f"http://127.0.0.1:{server.server_port}/judge"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_first_chunk_above_the_threshold_is_the_success(service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROBOMETER_API_KEY", "secret")
+    judge = load_judge(f"robometer:{service.url}")
+    assert isinstance(judge, RobometerJudge) and judge.remote
+    service.answers = [chances(0.9, 0.2), chances(0.1, 0.85), chances(0.1, 0.84)]
+    verdicts = [judge([CLIP], [" put\x00 it "])[0] for _ in range(3)]
+    assert [v.outcome for v in verdicts] == [YES, YES, NO] and verdicts[0].probability == 0.9
+    assert "frame 8" in verdicts[0].reason and "frame 16" in verdicts[1].reason
+    asked = service.asked[0]
+    assert asked["chunk_ends"] == [8, 16] and len(asked["frames"]) == 17 and asked["instruction"] == "put it"
+    assert set(service.keys) == {"Bearer secret"} and "secret" not in repr(vars(judge))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"[]", b"[" * 50_000, b'{"success_probability": [0.9]}', b'{"success_probability": [0.9, NaN]}',
+     b'{"success_probability": [0.9, "1"]}', b'{"success_probability": [0.9, true]}', b'{"success_probability": 1}',
+     b'{"success_probability": [0.9, 1.1]}', b'{"success_probability": [0.9, 0.9], "x": 1}', b"\xff" * 9],
+)  # fmt: skip
+def test_anything_but_the_schema_is_invalid(service: Any, body: bytes) -> None:
+    service.answers = [lambda handler, asked: reply(handler, 200, body)]
+    verdict = RobometerJudge(service.url)([CLIP], ["go"])[0]
+    assert verdict.outcome is UNREAD and verdict.reason and len(service.asked) == 1
+
+
+def test_outages_are_tried_again_and_bad_requests_are_not(service: Any) -> None:
+    def cut(handler: Any, asked: Any) -> None:
+        reply(handler, 200, b'{"success', length=400)
+
+    def reset(handler: Any, asked: Any) -> None:
+        handler.connection.close()
+
+    busy = [lambda h, a, s=status: reply(h, s, b"", Retry_After="0") for status in (503, 429)]
+    for first, second in zip(busy, (cut, reset), strict=True):
+        service.answers = [first, second, chances(0.9, 0.9)]
+        assert RobometerJudge(service.url)([CLIP], ["go"])[0].outcome is YES
+    assert len(service.asked) == 6
+    service.answers = [lambda handler, asked: reply(handler, 400, b"no")]
+    assert "status 400" in RobometerJudge(service.url)([CLIP], ["go"])[0].reason and len(service.asked) == 7
+
+
+def never(handler: Any, asked: Any) -> None:
+    time.sleep(5)
+
+
+def trickle(handler: Any, asked: Any) -> None:
+    handler.send_response(200)
+    handler.send_header("Content-Length", "40")
+    handler.end_headers()
+    for _ in range(40):
+        handler.wfile.write(b" ")
+        handler.wfile.flush()
+        time.sleep(0.2)
+
+
+@pytest.mark.parametrize(
+    "answer", [never, trickle, lambda h, a: reply(h, 503, b"", Retry_After="86400"), "nobody listens"]
+)
+def test_every_call_is_back_by_its_deadline_and_no_outage_is_a_failure(service: Any, answer: Any) -> None:
+    url = "http://127.0.0.1:9/" if isinstance(answer, str) else service.url
+    service.answers = [answer]
+    begin = time.monotonic()
+    verdicts = RobometerJudge(url, deadline_s=0.6, concurrency=2)([CLIP] * 3, ["go"] * 3)
+    assert time.monotonic() - begin < 1.6
+    assert [v.outcome for v in verdicts] == [UNREAD] * 3 and all("within 0.6 s" in v.reason for v in verdicts)
+
+
+def test_bad_items_are_not_sent_and_bad_options_are_named(service: Any) -> None:
+    judge = RobometerJudge(service.url)
+    empty = Video(np.zeros((1, 8, 8, 3), np.uint8), 10.0)
+    assert [v.outcome for v in judge([empty, CLIP], ["go", ""])] == [UNREAD, UNREAD] and not service.asked
+    assert judge([], []) == []
+    for url in ("ftp://x/y", "localhost:80", "http://user:secret@host/"):
+        with pytest.raises(InvalidOptionError, match="address") as error:
+            RobometerJudge(url)
+        assert "secret" not in str(error.value)

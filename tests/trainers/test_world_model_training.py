@@ -1,0 +1,437 @@
+"""Training a world model: windows of unequal episodes, starting from another model, resuming after kill -9."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rawdream_env.data import schema
+from rawdream_env.data.lerobot import LeRobotReader, LeRobotWriter
+from rawdream_env.errors import CheckpointError, DatasetError, InvalidOptionError, NotEnoughMemoryError
+from rawdream_env.files import load_safetensors
+from rawdream_env.piper.arm_map import ArmMap
+from rawdream_env.piper.geometry import HOME_POSE, project
+from rawdream_env.seeding import NoiseKey, mix
+from rawdream_env.trainers.common.distributed import ALONE
+from rawdream_env.trainers.common.training_stage import TrainingStage
+from rawdream_env.trainers.world_model import fit_memory
+from rawdream_env.trainers.world_model import train as training_module
+from rawdream_env.trainers.world_model.latent_data import load_bounds
+from rawdream_env.trainers.world_model.latent_episodes import EpisodeSampler, LatentEpisodes, focus_cells
+from rawdream_env.trainers.world_model.latent_windows import DataEntry, WindowObjective, cached_mixture, rollout_bounds
+from rawdream_env.trainers.world_model.losses import BatchNoise, episode_loss
+from rawdream_env.trainers.world_model.train import LossConfig, StageConfig, WorldModelTrainConfig, train_world_model
+from rawdream_env.world_models.autoencoders import AutoencoderConfig, PackedFrameAutoencoder
+from rawdream_env.world_models.loading import read_world_model, save_world_model
+from rawdream_env.world_models.memory import GIB
+from rawdream_env.world_models.wan.config import wan_config
+from rawdream_env.world_models.wan.rollout import RolloutConfig, WanWorldModel
+from rawdream_env.world_models.wan.transformer import WanConfig, WanWorldModelTransformer
+from rawdream_env.world_models.wan.vae import WanVAE
+
+WEIGHTS = {
+    "transformer": "transformer/diffusion_pytorch_model.safetensors",
+    "autoencoder": "autoencoder/model.safetensors",
+}
+MODEL = WanConfig(
+    num_layers=1, num_attention_heads=2, attention_head_dim=24, ffn_dim=64, stem_channels=16,
+    stem_blocks=1, head_blocks=1, arm_map_channels=384, carry=True,
+)  # fmt: skip
+
+
+def write_data(root: Path, lengths: tuple[int, ...], *, poses: bool = False, fps: int = 10) -> str:
+    """A LeRobot folder of a square that slides over a 64 x 64 picture; ``poses`` follow the actions, or are noise."""
+    features = {schema.ACTION_KEY: schema.numeric_feature(7), schema.STATE_KEY: schema.numeric_feature(7)}
+    writer = LeRobotWriter(root, fps=fps, image_shape=(64, 64, 3), features=features)
+    for seed, steps in enumerate(lengths):
+        rng = np.random.default_rng(seed)
+        frames = np.full((steps + 1, 64, 64, 3), 150, np.uint8)
+        for t, frame in enumerate(frames):
+            left = (seed * 5 + t) % 26
+            frame[10:16, left : left + 6] = (200, 40, 40)
+        actions = rng.uniform(-1, 1, (steps, 7)).astype(np.float32)
+        state = np.tile(np.asarray(HOME_POSE, np.float32), (steps + 1, 1)) + rng.normal(0, 0.01, (steps + 1, 7))
+        if poses:
+            first = torch.tensor(HOME_POSE, dtype=torch.float32)[None]
+            state = torch.cat([first, ArmMap().integrate(first, torch.from_numpy(actions)[None])[0]]).numpy()
+        writer.add_episode(frames, actions, state.astype(np.float32), "play")
+    writer.finalize()
+    return str(root)
+
+
+def config(data: str, out: Path, **changes: object) -> WorldModelTrainConfig:
+    """A run of seconds."""
+    stage = StageConfig(steps=4, batch_size=2, lr=1e-3, warmup=2)
+    base = WorldModelTrainConfig(
+        data=(data,), out=str(out), bf16=False, episode_chunks=3, autoencoder=stage, transformer=stage, model=MODEL,
+        save_every=1,
+        autoencoder_model=AutoencoderConfig(widths=(16, 16)),
+    )  # fmt: skip
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+def numbered_episodes(chunks: tuple[int, ...]) -> LatentEpisodes:
+    """Episodes whose every number says where it comes from: 1000 x episode + position."""
+
+    def numbers(counts: list[int], shape: tuple[int, ...]) -> torch.Tensor:
+        rows = [1000.0 * e + torch.arange(n) for e, n in enumerate(counts)]
+        return torch.cat(rows)[(..., *[None] * len(shape))].expand(-1, *shape)
+
+    steps = [8 * n for n in chunks]
+    return LatentEpisodes(
+        chunks=torch.tensor(chunks),
+        latents=numbers([2 * n for n in chunks], (16, 8, 8)),
+        stills=numbers([n + 1 for n in chunks], (16, 8, 8)),
+        actions=numbers(steps, (7,)),
+        poses=numbers([n + 1 for n in steps], (7,)),
+    )
+
+
+def test_windows_of_unequal_episodes(tmp_path: Path) -> None:
+    chunks = (5, 2, 3)
+    settings = config("", tmp_path, model=replace(MODEL, arm_map_channels=0, carry=False, pose_dim=0))
+    settings = replace(settings, rollout=replace(settings.rollout, arm_map=None))
+    batch = EpisodeSampler(numbered_episodes(chunks), settings).draw(np.random.default_rng(0), 64)
+    seen = set()
+    for latents, conditions in zip(batch.latents[:, :, 0, 0, 0], batch.conditions, strict=True):
+        episode, start = divmod(int(latents[0]), 1000)  # the anchor: the still before the first chunk
+        seen.add((episode, start))
+        assert latents[1:].tolist() == [1000 * episode + 2 * start + i for i in range(6)]
+        actions = conditions[1:].reshape(24, 7)[:, 0]
+        assert actions.tolist() == [1000 * episode + 8 * start + i for i in range(24)]
+        assert not conditions[0].any()
+    assert seen == {(0, 0), (0, 1), (0, 2), (2, 0)}  # episode 1 is too short, and nothing runs over an end
+
+    with pytest.raises(DatasetError, match="no episode has 3 chunks of 8 steps .the longest has 2"):
+        EpisodeSampler(numbered_episodes((2, 1)), settings)
+
+
+def test_commanded_poses_follow_their_actions(tmp_path: Path) -> None:
+    episodes = numbered_episodes((5, 4))
+    sampler = EpisodeSampler(episodes, config("", tmp_path))
+    assert sampler.arm_map is not None
+    batch = sampler.draw(np.random.default_rng(1), 8)
+    for latents, conditions in zip(batch.latents[:, :, 0, 0, 0], batch.conditions, strict=True):
+        episode, start = divmod(int(latents[0]), 1000)
+        first = 1000.0 * episode + 8 * start
+        expected = first + torch.tensor([0.0] * 4 + [1.0 + i for i in range(24)])  # held, then one after each action
+        poses = sampler.arm_map.normalise(expected.view(1, 7, 4, 1).expand(-1, -1, -1, 7))[0]
+        assert torch.equal(conditions.unflatten(1, (4, 14))[..., 7:], poses)
+
+
+def test_training_draws_the_maps_that_a_rollout_draws(tmp_path: Path) -> None:
+    actions = torch.rand(1, 24, 7, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    first = torch.tensor(HOME_POSE, dtype=torch.float32)[None]
+    poses = torch.cat([first[:, None], ArmMap().integrate(first, actions)], 1)
+    zeros = torch.zeros(7, 16, 8, 8)
+    episodes = LatentEpisodes(torch.tensor([3]), zeros[:6], zeros[:4], actions[0], poses[0])
+    batch = EpisodeSampler(episodes, config("", tmp_path)).draw(np.random.default_rng(0), 1)
+    model = WanWorldModel(WanWorldModelTransformer(MODEL), PackedFrameAutoencoder(AutoencoderConfig(widths=(16, 16))))
+    state = model.start(torch.zeros(1, 64, 64, 3, dtype=torch.uint8), [NoiseKey(0)], first)
+    for chunk in range(3):
+        state, _ = model.imagine(state, actions[:, 8 * chunk : 8 * chunk + 8])
+    assert batch.arm_maps is not None
+    torch.testing.assert_close(state.arm_maps, batch.arm_maps, atol=1e-5, rtol=0)  # the anchor and all six new frames
+    torch.testing.assert_close(state.conditions, batch.conditions, atol=1e-5, rtol=0)
+    assert state.arm_maps[0, 1:, -4:].abs().amax() > 0.3
+
+
+def test_the_loss_looks_where_objects_are_handled() -> None:
+    poses = np.tile(np.asarray([0.30, 0.0, 0.20, 0, 0, 0, 1], np.float32), (17, 1))
+    places = np.full((17, 4, 3), np.nan)
+    places[:, 0] = (0.25, -0.10, 0.02)  # stands still, out of reach
+    places[:, 1] = (0.30, 0.03, 0.19)  # held out to the tool, still
+    places[:, 2] = (0.35, 0.10, 0.02)
+    places[12:, 2] = (0.35, 0.02, 0.02)  # pushed in the second chunk
+    cells = focus_cells(places, poses, MODEL)
+    assert cells.shape == (4, 8, 8) and cells.dtype == np.uint8
+
+    def marked(frame: int, place: tuple[float, float, float]) -> bool:
+        u, v = project(np.asarray([place]), 8)[0][0]
+        return bool(cells[frame, int(v), int(u)])
+
+    assert not any(marked(m, (0.25, -0.10, 0.02)) for m in range(4))
+    assert all(marked(m, (0.30, 0.03, 0.19)) for m in range(4))
+    assert [marked(m, (0.35, 0.02, 0.02)) for m in range(4)] == [False, False, True, True]
+    assert [marked(m, (0.35, 0.10, 0.02)) for m in range(4)] == [False, False, True, True]  # where it has left
+    assert not focus_cells(None, poses, MODEL).any()
+
+
+def test_object_weight_weighs_the_cells_in_focus(tmp_path: Path) -> None:
+    settings = config("", tmp_path, loss=LossConfig(change_weight=0.0))
+    model = WanWorldModelTransformer(MODEL)
+    episodes = numbered_episodes((3,))
+    latents = torch.randn(episodes.latents.shape, generator=torch.Generator().manual_seed(0))
+    episodes = replace(episodes, latents=latents, stills=episodes.stills[..., :1, :1].expand(-1, -1, 8, 8) * 0)
+    batch = EpisodeSampler(episodes, settings).draw(np.random.default_rng(0), 2)
+
+    def loss(focus: torch.Tensor | None) -> float:
+        chosen = replace(batch, focus=focus)
+        return episode_loss(model, chosen, BatchNoise(torch.Generator().manual_seed(1), 2), settings.loss)[0].item()
+
+    everywhere, nowhere = torch.ones(2, 6, 8, 8, dtype=torch.uint8), torch.zeros(2, 6, 8, 8, dtype=torch.uint8)
+    assert loss(nowhere) == loss(None)
+    assert loss(everywhere) == pytest.approx((1 + settings.loss.object_weight) * loss(None), rel=1e-4)
+
+
+def test_it_goes_on_from_another_world_model(tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data", (40, 24, 12))
+    first = train_world_model(config(data, tmp_path / "first"))
+    still = StageConfig(steps=1, batch_size=2, lr=0.0)
+    again = train_world_model(config(data, tmp_path / "again", init=str(first), transformer=still))
+    for name in ("transformer", "autoencoder"):
+        ours, theirs = (load_safetensors(folder / WEIGHTS[name]) for folder in (again, first))
+        assert all(torch.allclose(ours[key], theirs[key], atol=1e-6) for key in theirs), name
+    assert not (tmp_path / "again" / "autoencoder").exists()
+    wider = replace(MODEL, ffn_dim=96)
+    with pytest.raises(CheckpointError, match=r"first.*has another architecture.*ffn_dim=64.*ffn_dim=96"):
+        train_world_model(config(data, tmp_path / "wider", init=str(first), model=wider))
+    with pytest.raises(CheckpointError, match="no world model in"):
+        train_world_model(config(data, tmp_path / "none", init=str(tmp_path)))
+
+
+KILLED_RUN = """
+import os, random, signal, sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import torch
+torch.set_num_threads(1)
+import test_world_model_training as t
+data, out, kills, rng = sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), random.Random(0)
+
+killed = []
+while True:
+    child = os.fork()
+    if child == 0:
+        t.train_world_model(t.config(data, out))
+        os._exit(0)
+    if len(killed) < kills:  # after a stage's checkpoint has appeared, at a random moment of the next step
+        before = set(out.glob("*/checkpoints/step_*"))
+        limit = time.monotonic() + 60
+        while set(out.glob("*/checkpoints/step_*")) <= before and time.monotonic() < limit:
+            if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                break
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0.0, 0.05))
+        os.kill(child, signal.SIGKILL)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status != -9:
+        break
+    killed.append(sorted(str(p.relative_to(out)) for p in out.glob("*/checkpoints/step_*")))
+print(len(killed), status)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_bit_identical(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    data = write_data(tmp_path / "data", (40, 24))
+    unbroken = train_world_model(config(data, tmp_path / "unbroken"))
+    command = [sys.executable, "-c", KILLED_RUN, str(Path(__file__).parent), data, str(tmp_path / "killed"), "4"]
+    output = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert output.returncode == 0, output.stderr
+    killed, status = map(int, output.stdout.split()[-2:])
+    assert killed >= 2 and status == 0, output.stderr
+    for stage in ("autoencoder", "transformer"):
+        hashes = [
+            json.loads((tmp_path / run / stage / "checkpoints/step_00000004/manifest.json").read_text())["files"]
+            for run in ("killed", "unbroken")
+        ]
+        assert hashes[0] == hashes[1], stage
+        weights = [load_safetensors(folder / WEIGHTS[stage]) for folder in (unbroken, tmp_path / "killed/world_model")]
+        assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def window_config(tmp_path: Path, **changes: object) -> WorldModelTrainConfig:
+    """A run on windows with a trained codec and far anchors."""
+    stage = StageConfig(steps=4, batch_size=2, lr=1e-3, warmup=2)
+    return replace(config(str(tmp_path / "data"), tmp_path / "out", objective="window", transformer=stage), **changes)  # type: ignore[arg-type]
+
+
+def test_windows_give_the_model_what_a_rollout_gives_it(tmp_path: Path) -> None:
+    """Conditions, maps and positions, behind a near and a far anchor, with the entry's own action statistics."""
+    reader = LeRobotReader(write_data(tmp_path / "data", (64,), poses=True))
+    codec = PackedFrameAutoencoder(AutoencoderConfig(widths=(16, 16))).eval()
+    settings = window_config(tmp_path, bf16=False, loss=LossConfig(far_anchor=1.0))
+    mixture = cached_mixture([DataEntry(str(tmp_path / "data"))], codec, tmp_path / "latents", settings, ALONE)
+    low, high = rollout_bounds(mixture.bounds[0], 7)
+    assert low[0] > -1 and high[0] < 1  # quantiles: some actions lie outside
+    rollout = replace(settings.rollout, action_low=low, action_high=high)
+    model = WanWorldModel(WanWorldModelTransformer(MODEL), codec, rollout)
+    episode = reader.episode(0)
+    states = [model.start(torch.from_numpy(episode.frames[:1]), [NoiseKey(0)], torch.from_numpy(episode.state[:1]))]
+    for chunk in range(8):
+        actions = torch.from_numpy(episode.actions[None, 8 * chunk : 8 * chunk + 8])
+        states.append(model.imagine(states[-1], actions)[0])
+    objective, seen = WindowObjective(mixture, settings, device="cpu"), set()
+    rows = list(range(100))
+    windows = mixture.draw(np.random.default_rng(mix(0, 2, 0, 0)), 100, 4, 1.0, max_offset=8)
+    batch = objective.draw(0, rows, 100)
+    assert batch.maps is not None and torch.equal(batch.times, windows.times)
+    for row, (_, first, anchor) in enumerate(windows.places.tolist()):
+        if anchor:
+            continue
+        n = int(batch.drawn.context[row])
+        seen.add((first, n))
+        if first:
+            assert n == 6
+        state = states[first + n // 2 + 1]  # after the chunk behind the context
+        new = slice(n + 1, n + 3)
+        assert int(batch.times[row, n + 1]) == model._time(first + n // 2)
+        torch.testing.assert_close(batch.conditions[row, new], state.conditions[0, -2:], atol=1e-4, rtol=0)
+        torch.testing.assert_close(batch.maps[row, new], state.arm_maps[0, -2:], atol=1e-4, rtol=0)
+        before = states[first + n // 2]  # what it looked back on
+        recent = slice(7 - n, 7)
+        torch.testing.assert_close(batch.conditions[row, 0], before.conditions[0, 0], atol=1e-4, rtol=0)
+        torch.testing.assert_close(batch.conditions[row, 1 : n + 1], before.conditions[0, recent], atol=1e-4, rtol=0)
+        torch.testing.assert_close(batch.maps[row, 1 : n + 1], before.arm_maps[0, recent], atol=1e-4, rtol=0)
+    assert {first for first, _ in seen} >= {0, 2, 4} and {n for _, n in seen} >= {0, 2, 4, 6}
+    part = objective.draw(0, [3, 17], 100)
+    assert torch.equal(part.latents, batch.latents[[3, 17]]) and torch.equal(
+        part.drawn.noise, batch.drawn.noise[[3, 17]]
+    )
+
+
+@pytest.mark.slow
+def test_a_run_on_windows_resumes_bit_identical(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    for name, lengths in (("data", (40, 72)), ("demos", (48,)), ("held_out", (40,))):
+        write_data(tmp_path / name, lengths)
+    changes: dict[str, object] = {
+        "data": (str(tmp_path / "data"), f"{tmp_path / 'demos'},weight=3,name=few"),
+        "validation": (str(tmp_path / "held_out"),), "validation_windows": 3, "validate_every": 2, "deploy": "few",
+        "log_every": 1,
+    }  # fmt: skip
+    unbroken = train_world_model(window_config(tmp_path, **changes))
+    stopped = replace(window_config(tmp_path, **changes), out=str(tmp_path / "stopped"))
+    save, saves = TrainingStage.save, []
+
+    def killed(self: TrainingStage[torch.nn.Module], step: int) -> None:
+        save(self, step)
+        saves.append(step)
+        if self.folder.name == "transformer" and step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(TrainingStage, "save", killed)
+        train_world_model(stopped)
+    resumed = train_world_model(stopped)
+    a, b = (load_safetensors(folder / WEIGHTS["transformer"]) for folder in (unbroken, resumed))
+    assert saves[-1] == 2 and all(torch.equal(a[key], b[key]) for key in a)
+    logs = [(folder.parent / "transformer" / "metrics.jsonl").read_text() for folder in (unbroken, resumed)]
+    assert logs[0] == logs[1]
+    lines = [json.loads(line) for line in logs[0].splitlines()]
+    assert [line["step"] for line in lines if "val_loss" in line] == [0, 2, 4]
+    assert {"val_dream_psnr_moving_0_8", "val_copy_last_ssim_32_40"} <= lines[-1].keys()
+    assert (unbroken.parent / "transformer/validation/step_00000004.mp4").stat().st_size > 1000
+    low, high = rollout_bounds(load_bounds(unbroken / "statistics.json", "few"), 7)
+    model = read_world_model(unbroken)
+    assert (model.config.action_low, model.config.action_high) == (low, high)
+    assert load_bounds(unbroken / "statistics.json", "data")[0].tolist() != list(low)
+
+
+def test_it_trains_on_with_wans_vae(tmp_path: Path) -> None:
+    from diffusers import AutoencoderKLWan
+
+    write_data(tmp_path / "data", (32,), fps=20)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        arch = replace(MODEL, latent_shape=(16, 4, 4), residual=False, pose_dim=0, arm_map_channels=0, carry=False,
+                       stem_channels=0, stem_blocks=0, head_blocks=0, text_dim=8)  # fmt: skip
+        vae, transformer = WanVAE(AutoencoderKLWan(base_dim=8), 32), WanWorldModelTransformer(arch)
+    save_world_model(WanWorldModel(transformer, vae, RolloutConfig(arm_map=None)), tmp_path / "wan")
+    folder = train_world_model(window_config(tmp_path, init=str(tmp_path / "wan"), model=arch))
+    assert (folder / "vae" / "config.json").is_file() and not (folder / "autoencoder").exists()
+    assert (read_world_model(folder).config.arm_map, read_world_model(folder).fps) == (None, 20.0)
+    with pytest.raises(InvalidOptionError, match='needs the embedded codec; give objective="window"'):
+        train_world_model(config(str(tmp_path / "data"), tmp_path / "x", init=str(tmp_path / "wan"), model=arch))
+
+
+def test_an_optimiser_on_the_host_trains_the_same_and_may_change_on_the_way(tmp_path: Path) -> None:
+    write_data(tmp_path / "data", (40, 24))
+    torch.set_num_threads(1)
+    settings = {"codec": "embedded", "save_every": 2, "checkpointing": True}
+
+    def train(name: str, steps: int = 4, **changes: object) -> dict[str, torch.Tensor]:
+        stage = StageConfig(steps=steps, batch_size=2, lr=1e-3, warmup=2, decay=1e-6)
+        train_world_model(window_config(tmp_path, out=str(tmp_path / name), transformer=stage, **settings, **changes))
+        step = tmp_path / name / f"transformer/checkpoints/step_{steps:08d}"
+        return load_safetensors(step / "tensors.safetensors")
+
+    whole = train("whole")
+    train("changed", 2, offload=True)
+    for other in (train("host", offload=True), train("changed", 4)):
+        assert whole.keys() == other.keys() and all(torch.equal(whole[key], other[key]) for key in whole)
+    assert any(key.startswith("optimizer/") for key in whole)
+
+
+def test_training_is_fitted_to_the_free_memory_or_refused_before_it_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_data(tmp_path / "data", (40,))
+    free = 0
+    monkeypatch.setattr(fit_memory, "free_memory", lambda device: free)
+    with pytest.raises(
+        NotEnoughMemoryError, match=r"Training 2 rows at a time needs .* but 0.00 GiB are free; most of"
+    ):
+        train_world_model(window_config(tmp_path, codec="embedded"))
+    with pytest.raises(NotEnoughMemoryError, match="Training, even with the thriftiest settings, needs"):
+        train_world_model(window_config(tmp_path, codec="embedded", fit_memory=True))
+    assert not (tmp_path / "out").exists()
+    full = window_config(
+        tmp_path, model=wan_config("wan2.1-1.3b"), fit_memory=True,
+        transformer=StageConfig(steps=4, batch_size=12, lr=1e-3),
+    )  # fmt: skip
+    chosen = []
+    with caplog.at_level(logging.INFO, "rawdream_env"):
+        for gib in (22, 44, 75, 130, 190):
+            free = gib * GIB
+            fitted = fit_memory.within_memory(full, ALONE)
+            chosen.append((fitted.micro_batch_size, fitted.checkpointing, fitted.offload))
+    assert [c[1:] for c in chosen] == [(True, True), (True, False), (True, False), (False, False), (False, False)]
+    assert all(12 % c[0] == 0 and c[0] >= 4 for c in chosen) and chosen[-1][0] == 12
+    assert "rows at a time, activations computed twice, the optimiser on the host: about" in caplog.text
+    free = 100 * GIB
+    small = train_world_model(window_config(tmp_path, codec="embedded", fit_memory=True))
+    assert small.is_dir()
+    said = "fsdp2 spreads it over the devices already"
+    with pytest.raises(InvalidOptionError, match=said):
+        training_module._check(window_config(tmp_path, offload=True, parallel="fsdp2"), ALONE)
+
+
+def test_mistakes_are_told(tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data", (40,))
+
+    def refused(error: type[Exception], said: str, **changes: object) -> None:
+        with pytest.raises(error, match=said):
+            train_world_model(window_config(tmp_path, codec="embedded", out=str(tmp_path / "x"), **changes))
+
+    refused(InvalidOptionError, "deploy='few' is none of the data entries; name one of data", deploy="few")
+    refused(InvalidOptionError, "give init or codec, not both", init="embedded")
+    refused(InvalidOptionError, "'wheight=2' in the data entry .* is no setting", data=(f"{data},wheight=2",))
+    refused(InvalidOptionError, "weight in the data entry .* is no number", data=(f"{data},weight=two",))
+    refused(InvalidOptionError, 'are for objective="window"', data=(f"{data},weight=2",), objective="episode")
+    refused(
+        InvalidOptionError,
+        "context_latents 5 is no multiple of chunk_latents 2",
+        model=replace(MODEL, context_latents=5),
+    )
+    wide = replace(MODEL, latent_shape=(16, 32, 32))
+    refused(
+        CheckpointError,
+        r"makes latents \(16, 8, 8\) of 64-pixel frames, the transformer takes \(16, 32, 32\)",
+        model=wide,
+    )
+    refused(CheckpointError, "no world-model configuration 'wan3'", model_name="wan3")
+    refused(DatasetError, "takes 9 pose dimensions", model=replace(MODEL, pose_dim=9))
+    short = write_data(tmp_path / "short", (4,))
+    refused(DatasetError, "none of 1 episodes is 8 steps long", validation=(short,))
+    assert DataEntry.parse("a/b,weight=2,name=n,camera=c") == DataEntry("a/b", 2.0, "n", "c")

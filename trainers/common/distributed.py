@@ -1,0 +1,215 @@
+"""Training in one process, or in many under torchrun: who computes which rows, and how weights are spread.
+
+    torchrun --nproc-per-node 8 -m rawdream_env train-world-model --parallel fsdp2 ...
+
+``ddp`` keeps everything on every process; ``fsdp2`` spreads weights, averages and optimiser state over them and gathers a
+block at a time. Both are torch's own. Batches are drawn by global row and process r of w computes the rows r, r + w, ...,
+so the number of processes changes only the order in which gradients are added up.
+
+Checkpoints hold whole tensors, gathered one by one to process 0, which alone writes: a run may go on with another number
+of processes or another ``--parallel``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from rawdream_env.errors import InvalidOptionError
+from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer
+
+Parallel = Literal["none", "ddp", "fsdp2"]
+PATIENCE = timedelta(hours=24)
+"""How long processes wait for process 0, which alone trains the autoencoder, encodes the data and validates. torchrun ends
+all of them when one fails, so nobody waits for the dead.
+"""
+
+
+@dataclass(frozen=True)
+class ProcessGroup:
+    """This process among ``size``; ``device`` is its own, "cuda:3" for "cuda" in the fourth process of a machine."""
+
+    parallel: Parallel = "none"
+    rank: int = 0
+    size: int = 1
+    device: str = "cpu"
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return self.rank == 0
+
+    def rows(self, batch_size: int) -> list[int]:
+        """The rows of a global batch that are this process's."""
+        return list(range(self.rank, batch_size, self.size))
+
+    def wait(self) -> None:
+        """Until every process has come this far."""
+        if self.size > 1:
+            dist.barrier()
+
+    def total(self, value: Tensor) -> Tensor:
+        """The sum of every process's ``value``."""
+        if self.size > 1:
+            value = value.detach().clone()
+            dist.all_reduce(value)
+        return value
+
+    def from_first(self, values: Mapping[str, Tensor] | None) -> Iterator[tuple[str, Tensor]]:
+        """The tensors that process 0 gives, on every process and one at a time; the others give None."""
+        if self.size == 1:
+            yield from (values or {}).items()
+            return
+        names = [[(k, v.shape, v.dtype) for k, v in values.items()] if values is not None else None]
+        dist.broadcast_object_list(names, device=torch.device(self.device))
+        for name, shape, dtype in names[0] or []:
+            value = torch.empty(shape, dtype=dtype) if values is None else values[name]
+            value = value.detach().to(self.device).contiguous()
+            dist.broadcast(value, 0)
+            yield name, value
+
+    def value_from_first(self, value: Any) -> Any:
+        """A small Python value of process 0, on every process."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, device=torch.device(self.device))
+        return box[0]
+
+    def share(self, module: nn.Module) -> None:
+        """Give every process the weights that ``module`` has on process 0."""
+        if self.size > 1:
+            own = module.state_dict()
+            for name, value in self.from_first(own if self.first else None):
+                own[name].copy_(value)
+
+
+ALONE = ProcessGroup()
+
+
+@contextlib.contextmanager
+def join(parallel: Parallel, device: str) -> Iterator[ProcessGroup]:
+    """The processes torchrun has started, or this one alone; leaves the group at the end.
+
+    Raises:
+        InvalidOptionError: no such device, or ``parallel`` does not fit the number of processes.
+    """
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InvalidOptionError(
+            f"device {device!r} needs a GPU and a CUDA build of torch, of which {torch.__version__} sees none; use "
+            "--device cpu, or see `rawdream doctor`."
+        )
+    if parallel != "none" and "WORLD_SIZE" not in os.environ:
+        raise InvalidOptionError(
+            f"parallel={parallel!r} needs processes to be parallel with: start it with `torchrun --nproc-per-node N -m "
+            "rawdream_env train-world-model ...`, or leave parallel out."
+        )
+    if parallel == "none":
+        if size > 1:
+            raise InvalidOptionError(
+                f"torchrun has started {size} processes, but with parallel='none' each would train the same model; add "
+                "--parallel ddp or --parallel fsdp2."
+            )
+        yield ProcessGroup(device=device)
+        return
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=PATIENCE)
+    try:
+        yield ProcessGroup(parallel, rank, size, device)
+    finally:
+        dist.destroy_process_group()
+
+
+class Objective(nn.Module):
+    """A model whose ``forward`` is the whole computation of a loss, which is what DDP and FSDP2 hook into."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, compute: Callable[[Any], Any]) -> Any:
+        """``compute(model)``."""
+        return compute(self.model)
+
+
+def spread(model: WanWorldModelTransformer, world: ProcessGroup) -> nn.Module:
+    """An ``Objective`` of ``model``, ready for training in ``world``.
+
+    FSDP2 gathers each block when it runs. The attention to the prompt is a unit of its own: its weights are used before the
+    first block runs (``prompt_keys``) and stay gathered until the backward pass is through with them. Gathered weights are
+    fp32 and autocast does the rest, as in one process.
+    """
+    objective = Objective(model)
+    if world.parallel == "ddp":
+        return DistributedDataParallel(objective)
+    if world.parallel == "fsdp2":
+        mesh: DeviceMesh = init_device_mesh(world.device.split(":")[0], (world.size,))
+        for block in model.blocks:
+            if block.attn2 is not None:
+                fully_shard(block.attn2, mesh=mesh, reshard_after_forward=False)
+                register_fsdp_forward_method(block.attn2, "prepare")
+                register_fsdp_forward_method(block.attn2, "add")
+            fully_shard(block, mesh=mesh)
+            register_fsdp_forward_method(block, "keys_values")  # of teacher forcing, whose last block stops there
+        fully_shard(objective, mesh=mesh)
+    return objective
+
+
+def accumulating(module: nn.Module, last: bool) -> AbstractContextManager[Any]:
+    """Around a forward and backward pass: gradients of all but the ``last`` micro-batch stay in the process."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(last)
+    elif isinstance(module, DistributedDataParallel) and not last:
+        context: AbstractContextManager[Any] = module.no_sync()
+        return context
+    return contextlib.nullcontext()
+
+
+def local(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """This process's parts; no copies. Call it without gradients."""
+    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a spread tensor; every process has to ask."""
+    full: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full
+
+
+def gather(named: Iterable[tuple[str, Tensor]], world: ProcessGroup) -> dict[str, Tensor]:
+    """Whole tensors on the CPU of process 0, one at a time, so that no device holds them all; {} elsewhere."""
+    result = {}
+    for name, value in named:
+        full = whole(value).detach()
+        if world.first:  # copied: a gathered tensor may be a part of a larger buffer
+            result[name] = full.to("cpu", copy=isinstance(value, DTensor))
+    return result
+
+
+def spread_like(value: Tensor, like: Tensor) -> Tensor:
+    """``value``, whole on every process, spread as ``like`` is."""
+    if not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def micro_batches(rows: Sequence[int], size: int) -> list[list[int]]:
+    """``rows`` in parts of at most ``size``; one part when ``size`` is 0."""
+    step = size or len(rows)
+    return [list(rows[i : i + step]) for i in range(0, len(rows), step)]

@@ -1,0 +1,366 @@
+"""A run directory: configuration, metrics and checkpoints of one training run, resumable after any crash.
+
+::
+
+    run/
+      config.json           the resolved configuration; compared on resume
+      metrics.jsonl         one line per ``log``: deterministic values only, so a resumed run writes the same bytes
+      timings.jsonl         one line per ``log_timings``: seconds, frames per second and other wall-clock values
+      tensorboard/          both of them as curves (when the tensorboard package is installed)
+      checkpoints/step_00000010/   tensors.safetensors, state.json, manifest.json (SHA-256 of each; lengths of the logs)
+
+A checkpoint folder is written under a temporary name, synced, and renamed: it is whole or absent. On resume the newest
+checkpoint whose files match its manifest is used and the logs are cut back to the length they had when it was made, so
+that weights, generators and log lines continue as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import enum
+import fcntl
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from rawdream_env import files
+from rawdream_env.errors import CheckpointError, RunDirError
+from rawdream_env.trainers.common.optimizer_state import pack_optimizer, unpack_optimizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Checkpoint", "RunDir", "pack_optimizer", "read_jsonl", "to_json", "unpack_optimizer"]
+
+_LOGS = ("metrics.jsonl", "timings.jsonl")
+_STEP = re.compile(r"step_(\d{8,})")
+_logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What ``RunDir.save`` was given, read back: tensors on the CPU, ``state`` as JSON values."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+    path: Path
+
+
+class RunDir:
+    """See the module's docstring. Use as a context manager, or call ``close``.
+
+    ``config``: a mapping or a dataclass. ``resume``: continue the run found in ``path``; when False, a folder that
+    already holds a run is refused. ``may_change``: top-level configuration keys that may differ on resume (such as the
+    number of steps); the stored configuration is then brought up to date. ``keep``: how many checkpoints to keep.
+
+    Raises ``RunDirError`` when the folder holds another configuration, is in use by another process or unwritable.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        config: Any,
+        *,
+        resume: bool = True,
+        may_change: Collection[str] = (),
+        keep: int = 2,
+        tensorboard: bool = True,
+    ) -> None:
+        self.path = Path(path)
+        self.config: dict[str, Any] = to_json(config)
+        self._keep = max(1, keep)
+        self._use_tensorboard = tensorboard
+        self._writer: Any = None
+        self._purge_step: int | None = None
+        self._logs: dict[str, int] = {}
+        self._checkpoints = self.path / "checkpoints"
+        try:
+            self._checkpoints.mkdir(parents=True, exist_ok=True)
+            self._lock = self._take_lock()
+            self._settle_config(resume, may_change)
+            self._tidy()
+        except OSError as error:
+            raise RunDirError(f"Cannot use the run directory {self.path}: {error}.") from error
+
+    # -- metrics -----------------------------------------------------------------------------------------------------
+
+    def log(self, step: int, **scalars: float | bool | str | None) -> None:
+        """Append one line of deterministic values to ``metrics.jsonl``. Non-finite numbers are written as null."""
+        self._append("metrics.jsonl", step, scalars)
+
+    def log_timings(self, step: int, **scalars: float) -> None:
+        """Append one line of wall-clock values to ``timings.jsonl``."""
+        self._append("timings.jsonl", step, scalars)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All whole lines of ``metrics.jsonl``."""
+        return read_jsonl(self.path / "metrics.jsonl")
+
+    def _append(self, name: str, step: int, scalars: Mapping[str, Any]) -> None:
+        record = {"step": int(step), **{key: _scalar(value) for key, value in scalars.items()}}
+        line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        try:
+            if name not in self._logs:
+                self._logs[name] = os.open(self.path / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            view = memoryview(line)
+            while view:
+                view = view[os.write(self._logs[name], view) :]
+        except OSError as error:
+            raise RunDirError(
+                f"Cannot write to {self.path / name}: {error}. Checkpoints are intact: free some space and run the "
+                "same command again to resume."
+            ) from error
+        writer = self._tensorboard()
+        if writer is not None:
+            for key, value in record.items():
+                if key != "step" and isinstance(value, int | float):
+                    writer.add_scalar(key, value, record["step"])
+
+    def _tensorboard(self) -> Any:
+        if self._use_tensorboard and self._writer is None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                self._use_tensorboard = False
+                _logger.info("tensorboard is not installed: curves are in %s only.", self.path / "metrics.jsonl")
+            else:
+                self._writer = SummaryWriter(str(self.path / "tensorboard"), purge_step=self._purge_step)
+        return self._writer
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any] | None = None) -> Path:
+        """Write the checkpoint of ``step``, then remove all but the newest ``keep``. Returns its folder.
+
+        ``state``: JSON values (a numpy generator's ``bit_generator.state`` is fine; a ``torch.Generator``'s
+        ``get_state()`` belongs into ``tensors``). Raises ``CheckpointError`` for non-finite tensors and ``RunDirError``
+        when the disk refuses; earlier checkpoints are intact in both cases.
+        """
+        target = self._checkpoints / f"step_{step:08d}"
+        temporary = self._checkpoints / f".tmp-{target.name}"
+        content = {
+            "tensors.safetensors": files.serialize_safetensors(tensors, where=target / "tensors.safetensors"),
+            "state.json": json.dumps(to_json(state or {}), allow_nan=False).encode(),
+        }
+        try:
+            self._sync_logs()
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            for name, data in content.items():
+                files.write_bytes_synced(temporary / name, data)
+            manifest = {
+                "format": 1,
+                "step": int(step),
+                "files": {name: files.sha256_file(temporary / name) for name in content},
+                "logs": {name: _size(self.path / name) for name in _LOGS},
+            }
+            files.write_bytes_synced(temporary / "manifest.json", json.dumps(manifest, indent=2).encode())
+            files.fsync_folder(temporary)
+            self._publish(temporary, target)
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise RunDirError(
+                f"Cannot write the checkpoint of step {step} to {target}: {error}. Earlier checkpoints are intact: "
+                "free some space and run the same command again to resume."
+            ) from error
+        self._prune()
+        return target
+
+    def load_latest(self) -> Checkpoint | None:
+        """The newest undamaged checkpoint, or None in a fresh run; cuts the logs back to the moment it was made.
+
+        A damaged checkpoint is named in a ``RuntimeWarning`` and passed over. When every checkpoint is damaged,
+        ``CheckpointError``: starting over silently would throw work away.
+        """
+        folders = self._folders()
+        for folder in reversed(folders):
+            try:
+                checkpoint, logs = _read_checkpoint(folder)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                warnings.warn(
+                    f"Checkpoint {folder} is damaged and is passed over: {error}", RuntimeWarning, stacklevel=2
+                )
+                continue
+            self._cut_logs(logs)
+            self._purge_step = checkpoint.step + 1
+            return checkpoint
+        if folders:
+            raise CheckpointError(
+                f"All {len(folders)} checkpoints in {self._checkpoints} are damaged. Restore one from a copy, or "
+                "remove that folder to start this run over."
+            )
+        self._cut_logs({})
+        return None
+
+    def _publish(self, temporary: Path, target: Path) -> None:
+        aside = target.with_name(f".old-{target.name}")
+        if target.exists():  # a folder cannot be replaced by rename; ``_tidy`` undoes this if we are killed in between
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(target, aside)
+        os.rename(temporary, target)
+        files.fsync_folder(self._checkpoints)
+        shutil.rmtree(aside, ignore_errors=True)
+
+    def _folders(self) -> list[Path]:
+        found = [entry for entry in self._checkpoints.iterdir() if _STEP.fullmatch(entry.name) and entry.is_dir()]
+        return sorted(found, key=lambda entry: int(entry.name.removeprefix("step_")))
+
+    def _prune(self) -> None:
+        for folder in self._folders()[: -self._keep]:
+            doomed = folder.with_name(f".tmp-{folder.name}")  # rename first: a half-removed folder must not look whole
+            with contextlib.suppress(OSError):
+                os.rename(folder, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+    def _tidy(self) -> None:
+        """Undo what a killed process left behind."""
+        for entry in self._checkpoints.iterdir():
+            if entry.name.startswith(".old-"):
+                original = entry.with_name(entry.name.removeprefix(".old-"))
+                if not original.exists():
+                    os.rename(entry, original)
+                else:
+                    shutil.rmtree(entry, ignore_errors=True)
+            elif entry.name.startswith(".tmp-"):
+                shutil.rmtree(entry, ignore_errors=True)
+
+    # -- the rest ----------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Close the logs and give the folder free. Idempotent."""
+        for descriptor in self._logs.values():
+            os.close(descriptor)
+        self._logs.clear()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        self._lock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _take_lock(self) -> Any:
+        lock = open(self.path / ".lock", "a")  # noqa: SIM115 - held until close
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go when the process dies
+        except OSError as error:
+            lock.close()
+            raise RunDirError(
+                f"The run directory {self.path} is in use by another process. Wait for it, or choose another folder."
+            ) from error
+        return lock
+
+    def _settle_config(self, resume: bool, may_change: Collection[str]) -> None:
+        stored_path = self.path / "config.json"
+        if not stored_path.exists():
+            files.atomic_write_json(stored_path, self.config)
+            return
+        if not resume:
+            raise RunDirError(f"{self.path} already holds a run. Resume it (resume=True) or choose another folder.")
+        try:
+            stored = json.loads(stored_path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RunDirError(f"{stored_path} is damaged ({error}). Restore it or choose another folder.") from error
+        differing = [
+            key
+            for key in sorted({*stored, *self.config})
+            if stored.get(key, _MISSING) != self.config.get(key, _MISSING)
+        ]
+        fatal = [key for key in differing if key not in may_change]
+        if fatal:
+            lines = ", ".join(f"{key}: {_show(stored, key)} -> {_show(self.config, key)}" for key in fatal)
+            raise RunDirError(
+                f"{self.path} holds a run with another configuration ({lines}; stored -> given). Use the stored values "
+                "to resume it, or choose another folder."
+            )
+        if differing:
+            files.atomic_write_json(stored_path, self.config)
+
+    def _sync_logs(self) -> None:
+        for descriptor in self._logs.values():
+            os.fsync(descriptor)
+
+    def _cut_logs(self, lengths: Mapping[str, int]) -> None:
+        for name in _LOGS:
+            path = self.path / name
+            if _size(path) > int(lengths.get(name, 0)):
+                os.truncate(path, int(lengths.get(name, 0)))
+
+
+_MISSING = object()
+
+
+def _show(config: Mapping[str, Any], key: str) -> str:
+    return json.dumps(config[key], ensure_ascii=False) if key in config else "(absent)"
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _read_checkpoint(folder: Path) -> tuple[Checkpoint, dict[str, int]]:
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    if manifest["step"] != int(folder.name.removeprefix("step_")) or set(manifest["files"]) != {
+        "tensors.safetensors",
+        "state.json",
+    }:
+        raise CheckpointError(f"{folder / 'manifest.json'} does not belong to this folder")
+    for name, digest in manifest["files"].items():
+        if files.sha256_file(folder / name) != digest:
+            raise CheckpointError(f"{folder / name} does not match its SHA-256")
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    tensors = files.load_safetensors(folder / "tensors.safetensors")
+    logs = {str(name): int(length) for name, length in manifest["logs"].items()}
+    return Checkpoint(manifest["step"], tensors, state, folder), logs
+
+
+def _scalar(value: Any) -> float | int | bool | str | None:
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, str | int | float):
+        return value
+    raise TypeError(f"a metric must be a number, a string or None, not {type(value).__name__}")
+
+
+def to_json(value: Any) -> Any:
+    """Plain JSON values from dataclasses, mappings, sequences, paths, enums and numpy scalars."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, enum.Enum):
+        return to_json(value.value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, list | tuple | set | frozenset):
+        return [to_json(item) for item in (sorted(value) if isinstance(value, set | frozenset) else value)]
+    if hasattr(value, "tolist"):
+        return to_json(value.tolist())
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    raise TypeError(f"{type(value).__name__} cannot be stored as JSON")
+
+
+def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The whole lines of a JSON-lines file; a last line without newline (being written, or cut) is left out."""
+    if not Path(path).exists():
+        return []
+    text = Path(path).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]

@@ -1,0 +1,455 @@
+"""GRPO in imagination: improve a policy inside a world model, with a judge's verdicts as the only reward.
+
+RAW-Dream sections 3.2 and 3.3, Eq. 2 and 3, appendix A.2 and A.4. One step:
+
+1. *Roll out* groups of episodes that share a start (``rollout.py``), sampling at ``temperature``.
+2. *Verify* each success by dreaming it again with fresh noise; what does not repeat gets advantage 0 (DNV).
+3. *Drop* groups that are all success or all failure, or have more than ``max_flagged`` doubtful members; open others.
+4. *Advantages* relative to the group, over its trustworthy members (``losses.group_advantages``).
+5. *Update* by the clipped objective (``losses.clipped_loss``): mean over each trajectory, then over the group.
+
+Kept of the paper: all of that, and its numbers as defaults (group of 8, T = 1.6, lr 5e-6, 50 steps, no KL term). Open
+in the paper and chosen here: clip range 0.2 / 0.28 (as the published peers), groups per step, unreadable verdicts (left
+out like flagged rollouts, never a 0). Not kept: many GPUs; this is one process.
+
+Nothing is drawn from a generator that would have to be saved: every start, every sampled token and every minibatch is
+named by (seed, step, ...). So a run killed at any moment and started again with the same command writes, on the same
+machine in float32, the same weights and the same ``metrics.jsonl`` as one that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import gymnasium as gym
+import torch
+from gymnasium.vector import VectorEnv
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from rawdream_env.errors import CheckpointError, InvalidOptionError, RawDreamError
+from rawdream_env.judges import load_judge
+from rawdream_env.judges.ensemble import HoldOutJudge
+from rawdream_env.policies import load_policy
+from rawdream_env.seeding import mix
+from rawdream_env.trainers.common.interrupt import deferred_interrupt
+from rawdream_env.trainers.common.run_dir import RunDir, pack_optimizer, unpack_optimizer
+from rawdream_env.trainers.grpo.batch import Batch
+from rawdream_env.trainers.grpo.groups import Rollouts
+from rawdream_env.trainers.grpo.losses import clipped_loss, merge_metrics
+from rawdream_env.trainers.grpo.rollout import GroupCollector, NoUsableGroupError, RolloutInterrupted
+from rawdream_env.trainers.grpo.rollout_metrics import StageTimer, describe, summarize
+from rawdream_env.wrappers.base import find_wrapper
+from rawdream_env.wrappers.dual_noise import DualNoiseVerification
+
+_STREAM_SHUFFLE = 21
+_logger = logging.getLogger(__name__)
+
+
+class TrainingDivergedError(RawDreamError, RuntimeError):
+    """The loss or its gradient is not finite, or the policy that learns is not the one that sampled."""
+
+
+@dataclass(frozen=True)
+class GRPOConfig:
+    """Options of :func:`train_grpo`. In TRL's names: ``num_generations`` = ``group_size``, ``epsilon`` =
+    ``clip_eps_low``, ``epsilon_high`` = ``clip_eps_high``, ``num_iterations`` = ``epochs``, ``beta`` = 0.
+    """
+
+    run_dir: Path
+    """Where configuration, metrics and checkpoints go. The same command on the same folder resumes."""
+    env_id: str = "rawdream/PiperDream-v0"
+    """A dream, or ``rawdream/PiperSim-v0`` to train in the simulator (then without dual-noise verification)."""
+    env_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """Further keyword arguments of the environment, such as world_model, judge, starts, judge_every."""
+    task: str | int | None = None
+    """A task's name, instruction or id; by default every start draws one."""
+    layout: Literal["narrow", "wide"] = "narrow"
+    """How far the objects of the starts are scattered."""
+    policy: str = "embedded"
+    """"embedded" or a checkpoint folder: the policy to improve, after supervised fine-tuning."""
+    device: str = "cpu"
+    """Where policy and environment run."""
+    num_envs: int = 64
+    """Episodes imagined side by side. Results do not depend on it."""
+
+    steps: int = 50
+    """Policy updates in all (paper: 50, on LIBERO-Object 20). May be raised when resuming."""
+    minutes: float | None = None
+    """Stop after the first step that ends later than this, counted from the start of this process."""
+    group_size: int = 8
+    """Rollouts that share a start."""
+    groups_per_step: int = 8
+    """Groups trained on in one step, dropped ones aside (times group_size: trajectories; peers use 512-1024)."""
+    max_groups_per_step: int = 64
+    """Most groups rolled out for one step, dropped ones included; a step may then be smaller."""
+    temperature: float = 1.6
+    """Of sampling and of the log-probabilities. 1.6 suits a large pre-trained policy, 0.3 to 1 the embedded one."""
+    dual_noise_verification: bool = True
+    """Dream every success again and leave out what does not repeat. Ignored in a simulator, which has no noise."""
+    held_out_judge: str = ""
+    """A judge that watches the same videos and never rewards; the gap between the two is logged and alarmed."""
+    overlap_judge: Literal["auto", "on", "off"] = "auto"
+    """Judge ended episodes while the next are imagined; "auto": where the judge is a server. Same results."""
+    max_flagged: int = 2
+    """A group with more flagged or invalid members than this is dropped."""
+
+    lr: float = 5e-6
+    """Of AdamW, constant. 5e-6 suits a 7B policy; a small one needs 1e-4 or so."""
+    weight_decay: float = 0.0
+    """Of AdamW."""
+    clip_eps_low: float = 0.2
+    """Ratios below 1 - clip_eps_low no longer push a bad action's probability down."""
+    clip_eps_high: float = 0.28
+    """Ratios above 1 + clip_eps_high no longer push a good action's probability up."""
+    loss_type: Literal["trajectory", "token"] = "trajectory"
+    """"trajectory": mean over each trajectory, then over the group (paper); "token": every token counts alike."""
+    scale_rewards: Literal["group", "none"] = "group"
+    """Whether advantages are divided by the group's standard deviation."""
+    epochs: int = 1
+    """Passes over a step's trajectories."""
+    minibatches: int = 2
+    """Updates per pass; each takes whole trajectories."""
+    microbatch_size: int = 256
+    """Most chunks in one forward pass (memory only; gradients are accumulated)."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+
+    seed: int = 0
+    """Names every random draw of the run."""
+    save_every: int = 5
+    """Steps between checkpoints."""
+    tensorboard: bool = True
+    """Write curves as well."""
+    progress: bool = True
+    """Show a progress bar with the current success rate."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work."""
+        lowest = {"num_envs": 1, "steps": 1, "group_size": 2, "groups_per_step": 1, "epochs": 1, "minibatches": 1}
+        lowest |= {"microbatch_size": 1, "save_every": 1, "max_flagged": 0, "max_groups_per_step": self.groups_per_step}
+        for name, minimum in lowest.items():
+            if getattr(self, name) < minimum:
+                raise InvalidOptionError(f"{name}={getattr(self, name)} must be at least {minimum}.")
+        for name in ("temperature", "lr", "max_grad_norm", "clip_eps_high"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise InvalidOptionError(f"{name}={getattr(self, name)} must be positive.")
+        if not 0 < self.clip_eps_low < 1:
+            raise InvalidOptionError(f"clip_eps_low={self.clip_eps_low} must lie between 0 and 1.")
+
+
+Stopped = Literal["steps", "minutes", "interrupted", "solved"]
+
+
+@dataclass(frozen=True)
+class GRPOResult:
+    """How a run ended: ``stopped`` by its "steps", its "minutes", "interrupted", or "solved" (every group a success);
+    ``step`` updates are done; ``message`` is one sentence for people; ``policy`` the trained one, in memory.
+    """
+
+    step: int
+    stopped: Stopped
+    message: str
+    policy: Any
+    run_dir: Path
+
+
+def train_grpo(config: GRPOConfig, *, env: VectorEnv[Any, Any, Any] | None = None, policy: Any = None) -> GRPOResult:
+    """Train, or go on training, the run in ``config.run_dir``.
+
+    Args:
+        config: every option.
+        env: use this vector environment (DISABLED autoreset) instead of making ``config.env_id``; it is left open.
+        policy: use this policy (a ``torch.nn.Module`` with ``act`` and ``logprobs``) instead of ``config.policy``.
+
+    Ctrl-C ends the run in good order: the last finished step is saved. A second Ctrl-C does not wait.
+
+    Raises:
+        RunDirError: the folder holds another run, or cannot be written. CheckpointError: damaged or of another policy.
+        NoUsableGroupError: every group of a step was dropped; the message says why and which option to change.
+        TrainingDivergedError: a non-finite update, or sampling and training disagree about the log-probabilities.
+        InvalidOptionError: options that do not fit. JudgeUnavailableError: run the same command again to go on.
+    """
+    deadline = None if config.minutes is None else time.monotonic() + config.minutes * 60
+    learner = Learner.of(load_policy(config.policy if policy is None else policy, config.device), config)
+    vector_env = make_env(config) if env is None else env
+    if config.dual_noise_verification:
+        vector_env = verified(vector_env)
+    may_change = ["run_dir", "steps", "minutes", "save_every", "tensorboard", "progress", "num_envs"]
+    may_change += ["overlap_judge", "held_out_judge"]  # neither changes a reward
+    own_judge = getattr(vector_env.unwrapped, "judge", None)
+    try:
+        if config.held_out_judge:
+            watch(vector_env, config)
+        with (
+            RunDir(config.run_dir, config, may_change=may_change, tensorboard=config.tensorboard) as run,
+            deferred_interrupt() as interrupted,
+        ):
+            step, stopped = _train(config, run, learner, vector_env, interrupted, deadline)
+            _export(learner.policy, run.path)
+    finally:
+        if config.held_out_judge:
+            vector_env.unwrapped.judge = own_judge  # type: ignore[attr-defined]
+        if env is None:
+            vector_env.close()
+    message = _farewell(stopped, step, config)
+    if stopped != "steps":
+        _logger.warning(message)
+    return GRPOResult(step, stopped, message, learner.policy, Path(config.run_dir))
+
+
+def _train(
+    config: GRPOConfig,
+    run: RunDir,
+    learner: Learner,
+    env: VectorEnv[Any, Any, Any],
+    interrupted: threading.Event,
+    deadline: float | None,
+) -> tuple[int, Stopped]:
+    """The algorithm: roll out, update, log, save; returns the steps done and why it stopped."""
+    step = saved = learner.restore(run)
+    whole = True  # whether the weights are those of a finished step
+    bar = tqdm(total=config.steps, initial=step, desc="GRPO", unit="step", disable=not config.progress)
+    collector = GroupCollector(
+        env,
+        learner.policy,
+        group_size=config.group_size,
+        num_groups=config.groups_per_step,
+        max_groups=config.max_groups_per_step,
+        temperature=config.temperature,
+        max_flagged=config.max_flagged,
+        scale_rewards=config.scale_rewards,
+        seed=config.seed,
+        should_stop=interrupted.is_set,
+        on_group=lambda counts: bar.set_postfix_str(describe(counts)),
+        overlap={"auto": None, "on": True, "off": False}[config.overlap_judge],
+    )
+    try:
+        while step < config.steps:
+            timer = StageTimer(env)
+            rollouts = collector.collect(step)
+            timer.lap("rollout")
+            whole = False
+            metrics = update(config, learner, rollouts, step)
+            step, whole = step + 1, True
+            timer.lap("update")
+            run.log(step, **summarize(rollouts), **metrics)
+            run.log_timings(step, **timer.summary(rollouts, env), **judge_gap(env))
+            bar.update()
+            if step % config.save_every == 0:
+                learner.save(run, step)
+                saved = step
+            if deadline is not None and time.monotonic() > deadline and step < config.steps:
+                return step, "minutes"
+        return step, "steps"
+    except RolloutInterrupted:
+        return step, "interrupted"
+    except NoUsableGroupError as error:
+        if set(error.dropped) == {"all_success"}:
+            return step, "solved"
+        raise
+    finally:
+        bar.close()
+        collector.close()
+        if step > saved and whole:
+            learner.save(run, step)
+
+
+def make_env(config: GRPOConfig) -> VectorEnv[Any, Any, Any]:
+    """The environment of ``config``, no wider than one step's rollouts."""
+    num_envs = min(config.num_envs, config.groups_per_step * config.group_size)
+    kwargs: dict[str, Any] = {
+        "task": config.task,
+        "layout": config.layout,
+        "device": config.device,
+        **config.env_kwargs,
+    }
+    try:
+        return gym.make_vec(config.env_id, num_envs=num_envs, autoreset_mode="Disabled", **kwargs)
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise InvalidOptionError(f"env_kwargs do not fit {config.env_id}: {error}.") from error
+
+
+def watch(env: VectorEnv[Any, Any, Any], config: GRPOConfig) -> None:
+    """Put the hold-out judge of ``config`` beside the environment's own."""
+    base: Any = env.unwrapped
+    if getattr(base, "judge", None) is None:
+        raise InvalidOptionError("held_out_judge watches a dream's judge, but this environment has none.")
+    base.judge = HoldOutJudge(base.judge, load_judge(config.held_out_judge, device=config.device))
+
+
+def judge_gap(env: VectorEnv[Any, Any, Any]) -> dict[str, float]:
+    """The gap between rewarding and hold-out judge for the log; nothing without a hold-out judge.
+
+    It stands beside the timings: it is over the latest videos in the order they were judged, which a resumed run lacks.
+    """
+    judge = getattr(env.unwrapped, "judge", None)
+    return judge.gap.as_dict() if isinstance(judge, HoldOutJudge) else {}
+
+
+def verified(env: VectorEnv[Any, Any, Any]) -> VectorEnv[Any, Any, Any]:
+    """``env`` with dual-noise verification, once, where there is noise to draw again."""
+    if find_wrapper(env, DualNoiseVerification) is not None or not callable(getattr(env.unwrapped, "replay", None)):
+        return env
+    return DualNoiseVerification(env)
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A policy, its trainable parameters by name, and their optimiser."""
+
+    policy: Any
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+
+    @classmethod
+    def of(cls, policy: Any, config: GRPOConfig) -> Learner:
+        """Parameters with ``requires_grad`` are trained and saved; the others stay as loaded."""
+        if not isinstance(policy, nn.Module):
+            raise InvalidOptionError(f"GRPO trains torch modules, but the policy is a {type(policy).__name__}.")
+        policy.eval()  # dropout would make the policy that learns another one than the policy that sampled
+        parameters = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+        if not parameters:
+            raise InvalidOptionError("The policy has no parameter with requires_grad: there is nothing to train.")
+        optimizer = torch.optim.AdamW(parameters.values(), config.lr, weight_decay=config.weight_decay)
+        return cls(policy, parameters, optimizer)
+
+    def save(self, run: RunDir, step: int) -> None:
+        """Checkpoint after ``step`` updates."""
+        tensors = {f"policy.{name}": parameter.detach() for name, parameter in self.parameters.items()}
+        run.save(step, {**tensors, **pack_optimizer(self.optimizer)}, {"step": step})
+
+    def restore(self, run: RunDir) -> int:
+        """Weights and optimiser of the last checkpoint; returns the number of steps done, 0 in a fresh run."""
+        checkpoint = run.load_latest()
+        if checkpoint is None:
+            return 0
+        stored = {n.removeprefix("policy."): t for n, t in checkpoint.tensors.items() if n.startswith("policy.")}
+        wrong = sorted({*stored} ^ {*self.parameters})
+        wrong = wrong or [name for name, p in self.parameters.items() if p.shape != stored[name].shape]
+        if wrong:
+            raise CheckpointError(
+                f"{checkpoint.path} belongs to another policy: {len(wrong)} parameters differ in name or shape, first "
+                f"{wrong[0]!r}. Give the policy this run began with, or choose another run_dir."
+            )
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(stored[name])
+        unpack_optimizer(self.optimizer, checkpoint.tensors)
+        return checkpoint.step
+
+
+# -- the update ------------------------------------------------------------------------------------------------------
+
+
+def update(config: GRPOConfig, learner: Learner, rollouts: Rollouts, step: int) -> dict[str, float]:
+    """``epochs`` x ``minibatches`` updates on the kept groups; returns metrics averaged over them.
+
+    Raises ``TrainingDivergedError``, before the weights are touched, when the first ratio is not 1 or a gradient is not
+    finite.
+    """
+    batch, parameters, optimizer = Batch.of(rollouts), learner.parameters, learner.optimizer
+    parts: list[dict[str, Tensor]] = []
+    norms: list[float] = []
+    losses: list[float] = []
+    first_deviation = math.nan
+    for epoch in range(config.epochs):
+        generator = torch.Generator().manual_seed(mix(config.seed, step, epoch, _STREAM_SHUFFLE))
+        order = torch.randperm(len(batch.advantages), generator=generator)
+        for trajectories in order.tensor_split(min(config.minibatches, len(order))):
+            chunks, weights = batch.weights(trajectories, config.loss_type)
+            optimizer.zero_grad(set_to_none=True)
+            loss, pieces = _backward(config, learner.policy, batch, chunks, weights)
+            if not norms:
+                first = merge_metrics(pieces)
+                first_deviation = first["ratio_deviation"]
+                _check_on_policy(first["ratio_error"], parameters, step)
+            norm = float(nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm))
+            if not (math.isfinite(norm) and math.isfinite(loss)):
+                raise TrainingDivergedError(
+                    f"Step {step + 1}: the loss is {loss:.4g} and the gradient norm {norm:.4g}; nothing of this step "
+                    f"is saved. Start a new run with a lower lr (now {config.lr:g}) or more groups_per_step."
+                )
+            optimizer.step()
+            norms.append(norm)
+            losses.append(loss)
+            parts.extend(pieces)
+    merged = merge_metrics(parts)
+    names = ("approx_kl", "clip_frac", "entropy", "ratio_mean", "ratio_max")
+    return {
+        "loss": sum(losses) / len(losses),
+        "grad_norm": sum(norms) / len(norms),
+        "first_ratio_deviation": first_deviation,
+        **{name: merged[name] for name in names},
+    }
+
+
+def _backward(
+    config: GRPOConfig, policy: Any, batch: Batch, chunks: Tensor, weights: Tensor
+) -> tuple[float, list[dict[str, Tensor]]]:
+    """Accumulate the gradient of one minibatch, ``microbatch_size`` chunks at a time."""
+    total, metrics = 0.0, []
+    size = config.microbatch_size
+    for first in range(0, len(chunks), size):
+        rows, weight = chunks[first : first + size], weights[first : first + size]
+        instructions = [batch.instructions[row] for row in rows.tolist()]
+        arguments = (batch.images[rows], instructions, batch.tokens[rows])
+        entropy: Tensor | None = None
+        if hasattr(policy, "logprobs_and_entropy"):
+            logprobs, entropy = policy.logprobs_and_entropy(*arguments, temperature=config.temperature)
+        else:
+            logprobs = policy.logprobs(*arguments, temperature=config.temperature)
+        loss, part = clipped_loss(
+            logprobs,
+            batch.old_logprobs[rows].to(logprobs.device),
+            batch.advantages[batch.trajectory[rows]].to(logprobs.device),
+            weight[:, None].expand(-1, logprobs.shape[1]).to(logprobs.device),
+            clip_eps_low=config.clip_eps_low,
+            clip_eps_high=config.clip_eps_high,
+            entropy=entropy,
+        )
+        loss.backward()
+        total += float(loss.detach())
+        metrics.append(part)
+    return total, metrics
+
+
+def _check_on_policy(error: float, parameters: Mapping[str, Tensor], step: int) -> None:
+    """Before any update the ratio is 1 but for rounding, on average over the tokens: 1e-5 in float32 on a CPU."""
+    exact = all(p.dtype in (torch.float32, torch.float64) for p in parameters.values())
+    on_cpu = all(p.device.type == "cpu" for p in parameters.values())
+    limit = 1e-5 if exact and on_cpu else 1e-2 if exact else 0.5
+    if not error <= limit:
+        raise TrainingDivergedError(
+            f"Step {step + 1}: before the first update the probability ratio is off 1 by {error:.3g} (limit "
+            f"{limit:g}): act() and logprobs() disagree. Look for dropout left on, another temperature, or other image "
+            "processing."
+        )
+
+
+# -- bookkeeping -----------------------------------------------------------------------------------------------------
+
+
+def _export(policy: Any, folder: Path) -> None:
+    """The trained policy as an ordinary checkpoint folder, for policies that can be saved as one."""
+    if callable(getattr(policy, "save_pretrained", None)):
+        policy.save_pretrained(folder / "policy")
+
+
+def _farewell(stopped: Stopped, step: int, config: GRPOConfig) -> str:
+    where = f"{step} of {config.steps} steps are done and saved in {config.run_dir}"
+    return {
+        "steps": f"All {where}.",
+        "minutes": f"The {config.minutes} minutes are up: {where}; the same command with more minutes goes on.",
+        "interrupted": f"Stopped on request: {where}; the same command goes on.",
+        "solved": f"Every rollout succeeds, so there is nothing left to learn here: {where}.",
+    }[stopped]

@@ -1,0 +1,156 @@
+"""Imagined clips for the judge: recorded actions dreamt again, with the simulator's truth of what they did.
+
+The judge will look at dreams, so part of its training looks like dreams: windows of play that the world model has not
+seen are imagined from their first frame with their own actions, and labelled by the simulator's relations. The format
+is that of ``rawdream_env.trainers.judge.clips``. Each file is a function of the configuration and its number, and is
+skipped when it exists: an interrupted run continues.
+
+Where the dream went wrong, the label is that of the simulator all the same: a judge that is shown an object that
+vanished and told "success" learns to be unsure, which is what we want of it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from rawdream_env.data.reader import EpisodeArrays, LeRobotReader
+from rawdream_env.errors import DatasetError
+from rawdream_env.evaluation.world_model.fidelity import RecordedEpisode, dream_episodes
+from rawdream_env.files import atomic_write_json, save_safetensors
+from rawdream_env.piper.goals import GOAL_NAMES, HELD_OUT_JUDGE_PAIRS, goal_mask, paraphrase
+from rawdream_env.piper.hindsight import label_windows, sample_goals
+from rawdream_env.piper.relations import OBJECTS, PLACE_RELATIONS
+from rawdream_env.seeding import mix
+from rawdream_env.trainers.judge.clips import CHUNK, episode_windows
+from rawdream_env.types import WorldModel
+from rawdream_env.world_models.loading import load_world_model
+
+
+@dataclass(frozen=True)
+class DreamClipsConfig:
+    """What to imagine."""
+
+    data: str
+    """LeRobotDataset v3 folder with privileged poses and relations, not used to train the world model."""
+    out: str
+    """Folder for the clips."""
+    world_model: str = "embedded"
+    """Name or folder of the world model."""
+    clips: int = 1200
+    """How many, over all lengths."""
+    clips_per_file: int = 32
+    """Clips of one length in a file (a clip of 65 frames is 0.8 MB)."""
+    stride: int = 4
+    """Rows between the ends of candidate windows."""
+    seed: int = 0
+    """Names windows, instructions and noise."""
+    device: str = "cpu"
+    """Where the world model runs."""
+    progress: bool = True
+    """Show a progress bar."""
+
+
+@dataclass(frozen=True)
+class _File:
+    """Windows (n, 2) of one length, and the goal asked about each."""
+
+    number: int
+    windows: NDArray[np.int64]
+    goals: NDArray[np.int64]
+
+
+def make_dream_clips(config: DreamClipsConfig, *, world_model: WorldModel | None = None) -> Path:
+    """Imagine the clips that are still missing; returns the folder.
+
+    Raises:
+        DatasetError: the data lack the privileged columns, or hold no window with an askable goal; or the folder holds
+            clips of another configuration.
+        CheckpointError: the world model is missing or damaged.
+    """
+    model = load_world_model(config.world_model, config.device) if world_model is None else world_model
+    arrays = LeRobotReader(config.data).load_all(workers=2, progress=config.progress)
+    folder = Path(config.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    _claim(folder, config)
+    files = plan(arrays, config)
+    todo = [file for file in files if not _path(folder, file).exists()]
+    done = sum(len(file.windows) for file in files) - sum(len(file.windows) for file in todo)
+    with tqdm(total=config.clips, initial=done, desc="dreams", unit="clip", disable=not config.progress) as bar:
+        for file in todo:
+            _write(_path(folder, file), arrays, file, model, config)
+            bar.update(len(file.windows))
+    return folder
+
+
+def _claim(folder: Path, config: DreamClipsConfig) -> None:
+    """Refuse to mix configurations in one folder; remember this one."""
+    path = folder / "config.json"
+    wanted = {key: value for key, value in asdict(config).items() if key not in ("out", "device", "progress")}
+    if not path.exists():
+        atomic_write_json(path, wanted)
+    elif json.loads(path.read_text(encoding="utf-8")) != wanted:
+        raise DatasetError(f"{folder} holds clips of another configuration (see {path}); give another folder.")
+
+
+def _path(folder: Path, file: _File) -> Path:
+    return folder / f"clips-{file.number:04d}.safetensors"
+
+
+def plan(arrays: EpisodeArrays, config: DreamClipsConfig) -> list[_File]:
+    """Which windows are imagined, and what is asked: half are successes if there are as many, held-out pairs never."""
+    rng = np.random.default_rng(mix(config.seed, 0xD12E))
+    truth = arrays.privileged.get("relations")
+    if truth is None:
+        raise DatasetError(f"{config.data} has no privileged.relations: only data from the simulator have them.")
+    windows = [
+        begin + episode_windows(truth[begin:end, : len(PLACE_RELATIONS)] > 0.5, rng, config.stride)
+        for begin, end in zip(arrays.offsets[:-1], arrays.offsets[1:], strict=True)
+    ]
+    spans = np.concatenate(windows)
+    labels = label_windows(arrays, spans[:, 0], spans[:, 1])
+    goals = sample_goals(labels, rng, allowed=goal_mask(exclude_pairs=HELD_OUT_JUDGE_PAIRS))
+    # Few windows end in a success: take those first, and as many others.
+    reached = (goals >= 0) & labels.reached[np.arange(len(spans)), goals]
+    successes, failures = (rng.permutation(np.flatnonzero(mask)) for mask in (reached, (goals >= 0) & ~reached))
+    half = min(config.clips // 2, len(successes))
+    chosen = np.concatenate([successes[:half], failures[: config.clips - half]])
+    if not len(chosen):
+        raise DatasetError(f"{config.data}: nothing can be asked about any of its {len(spans)} windows; collect more.")
+    lengths = spans[chosen, 1] - spans[chosen, 0]
+    files: list[_File] = []
+    for length in np.unique(lengths):
+        same = rng.permutation(chosen[lengths == length])
+        for first in range(0, len(same), config.clips_per_file):
+            part = same[first : first + config.clips_per_file]
+            files.append(_File(len(files), spans[part], goals[part]))
+    return files
+
+
+def _write(path: Path, arrays: EpisodeArrays, file: _File, model: WorldModel, config: DreamClipsConfig) -> None:
+    rng = np.random.default_rng(mix(config.seed, 0xD12E, file.number))
+    texts = [paraphrase(GOAL_NAMES[goal], rng) for goal in file.goals]
+    episodes = [
+        RecordedEpisode(arrays.frames[first : last + 1], arrays.actions[first:last], arrays.state[first], text)
+        for (first, last), text in zip(file.windows, texts, strict=True)
+    ]
+    assert all(len(episode.actions) % CHUNK == 0 for episode in episodes)
+    dreams = dream_episodes(model, episodes, seed=mix(config.seed, file.number), batch_size=config.clips_per_file)
+    frames = np.stack([np.concatenate([e.frames[:1], dream]) for e, dream in zip(episodes, dreams, strict=True)])
+    rows = file.windows
+    poses = arrays.privileged["object_poses"].reshape(-1, len(OBJECTS), 7)[rows]
+    relations = arrays.privileged["relations"][rows] > 0.5
+    reached = label_windows(arrays, rows[:, 0], rows[:, 1]).reached[np.arange(len(rows)), file.goals]
+    tensors = {
+        "frames": torch.from_numpy(frames),
+        "labels": torch.from_numpy(reached.astype(np.uint8)),
+        "object_poses": torch.from_numpy(np.nan_to_num(poses).astype(np.float32)),
+        "relations": torch.from_numpy(relations.astype(np.uint8)),
+    }
+    save_safetensors(path, tensors, {"instructions": json.dumps(texts)})

@@ -1,0 +1,201 @@
+"""Demonstrations as the policy's trainer wants them: (frame, goal, next K actions) samples in memory.
+
+Two sources. Play: stretches of task-agnostic play in which something was picked up and put somewhere, named in
+hindsight by the relation they established (paper section 4.1's generalist, without any of the target tasks). Experts:
+whole episodes of a task, a few of each (the paper's few-shot anchor). Both give the same samples.
+
+Shape letters: R rows of frames, N samples, K actions in a chunk, A action dimensions, H W image size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rawdream_env.data.lerobot import LeRobotReader
+from rawdream_env.data.reader import Episode, EpisodeArrays
+from rawdream_env.errors import DatasetError
+from rawdream_env.piper.goals import GOAL_NAMES, TASK_PAIRS, find_goal, paraphrase
+from rawdream_env.piper.hindsight import pick_place_segments
+from rawdream_env.piper.relations import TASKS, object_index
+from rawdream_env.types import Float32Array, UInt8Array
+
+_TASK_GOALS = {task.instruction: task.relation for task in TASKS}
+_GOAL_SET = frozenset(GOAL_NAMES)
+
+
+@dataclass(frozen=True)
+class Demonstrations:
+    """Samples of one or more data sets.
+
+    ``frames`` uint8 (R, H, W, 3); sample n looks at ``frames[rows[n]]`` and should do ``actions[n]`` (K, A);
+    ``readout`` (N, 13) float32: commanded pose and gripper (7), xyz of the moved object (3) and of its goal (3) in
+    metres, NaN where the data do not say; ``goals[goal[n]]`` is a goal's name (an instruction is then sampled) or a fixed
+    instruction; ``episode`` (N,) says which samples belong together.
+    """
+
+    frames: UInt8Array
+    rows: NDArray[np.int64]
+    actions: Float32Array
+    readout: Float32Array
+    goal: NDArray[np.int64]
+    goals: tuple[str, ...]
+    episode: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        """The number of samples."""
+        return len(self.rows)
+
+    def instruction(self, sample: int, rng: np.random.Generator) -> str:
+        """The sentence for a sample; a named goal gets a fresh paraphrase from ``rng``."""
+        goal = self.goals[self.goal[sample]]
+        return paraphrase(goal, rng) if goal in _GOAL_SET else goal
+
+    def select(self, samples: NDArray[np.int64] | NDArray[np.bool_]) -> Demonstrations:
+        """The given samples; frames are shared, not copied."""
+        return replace(
+            self,
+            rows=self.rows[samples],
+            actions=self.actions[samples],
+            readout=self.readout[samples],
+            goal=self.goal[samples],
+            episode=self.episode[samples],
+        )
+
+    def split(self, held_out: float, seed: int) -> tuple[Demonstrations, Demonstrations]:
+        """Training and held-out samples, divided by whole episodes; a share above 0 holds out at least one episode."""
+        episodes = np.unique(self.episode)
+        count = min(len(episodes) - 1, max(1, round(held_out * len(episodes)))) if held_out > 0 else 0
+        out = np.random.default_rng(seed).permutation(episodes)[:count]
+        mask = np.isin(self.episode, out)
+        return self.select(~mask), self.select(mask)
+
+
+def chunk_targets(actions: Float32Array, start: int, end: int, chunk_len: int) -> Float32Array:
+    """The next K actions at every step of ``[start, end)``: ``actions`` (T, A) -> (end - start, K, A).
+
+    Beyond ``end`` the target is to hold still: zero motion, the gripper as it was last commanded.
+    """
+    steps = np.arange(start, end)[:, None] + np.arange(chunk_len)
+    targets: Float32Array = actions[np.minimum(steps, end - 1)].astype(np.float32)
+    targets[steps >= end, :-1] = 0.0
+    return targets
+
+
+def readout_targets(episode: Episode, goal: str, start: int, end: int) -> Float32Array:
+    """What the auxiliary head should read out, (end - start, 13), NaN where the data do not say."""
+    out = np.full((end - start, 13), np.nan, dtype=np.float32)
+    if episode.state.shape[1] == 7:
+        out[:, :7] = episode.state[start:end]
+    poses = episode.privileged.get("object_poses")
+    if poses is not None and goal in _GOAL_SET:
+        objects = find_goal(goal)
+        for column, name in ((7, objects.a), (10, objects.b)):
+            if name:
+                place = 7 * object_index(name)
+                out[:, column : column + 3] = poses.reshape(len(poses), -1)[start:end, place : place + 3]
+    return out
+
+
+def play_demonstrations(
+    arrays: EpisodeArrays, chunk_len: int, *, exclude_pairs: Collection[tuple[str, str]] = TASK_PAIRS
+) -> Demonstrations:
+    """Pick-and-place stretches of play, named in hindsight; ``exclude_pairs`` (moved object, goal object) are left out.
+
+    By default the four tasks' pairs: the policy that is adapted must not have been trained on its targets. Raises
+    ``DatasetError`` when nothing is left.
+    """
+    parts: list[tuple[int, Episode, int, int, int]] = []
+    for position in range(len(arrays)):
+        episode = arrays.episode(position)
+        parts.extend(
+            (position, episode, segment.start, segment.end, GOAL_NAMES.index(segment.goal))
+            for segment in pick_place_segments(episode, exclude_pairs=exclude_pairs)
+        )
+    if not parts:
+        raise DatasetError(f"none of the {len(arrays)} play episodes holds a pick-and-place; collect more play.")
+    return _assemble(arrays, parts, GOAL_NAMES, [GOAL_NAMES[p[4]] for p in parts], chunk_len)
+
+
+def expert_demonstrations(
+    arrays: EpisodeArrays, chunk_len: int, *, demos_per_task: int, tasks: Sequence[str] = ()
+) -> Demonstrations:
+    """The first ``demos_per_task`` episodes of every instruction (or only of those in ``tasks``), whole but
+    for the idle tail.
+
+    Raises ``DatasetError`` when an instruction has fewer episodes than that.
+    """
+    wanted = tuple(tasks) or tuple(dict.fromkeys(arrays.tasks))
+    parts = []
+    for goal, instruction in enumerate(wanted):
+        positions = [p for p, task in enumerate(arrays.tasks) if task == instruction][:demos_per_task]
+        if len(positions) < demos_per_task:
+            raise DatasetError(f"{len(positions)} demonstrations of {instruction!r}, {demos_per_task} asked for.")
+        for position in positions:
+            episode = arrays.episode(position)
+            parts.append((position, episode, 0, _end_of_motion(episode.actions, chunk_len), goal))
+    named = [_TASK_GOALS.get(wanted[p[4]], "") for p in parts]
+    return _assemble(arrays, parts, wanted, named, chunk_len)
+
+
+def _end_of_motion(actions: Float32Array, slack: int) -> int:
+    """Where an episode's idle tail begins, plus ``slack`` steps of it: hovering needs no more examples than that."""
+    moving = np.flatnonzero(
+        (np.abs(actions[:, :-1]) > 0.05).any(1) | (np.abs(np.diff(actions[:, -1], prepend=0)) > 0.5)
+    )
+    return min(len(actions), (int(moving[-1]) + 1 if len(moving) else 0) + slack)
+
+
+def _assemble(
+    arrays: EpisodeArrays,
+    parts: Sequence[tuple[int, Episode, int, int, int]],
+    goals: tuple[str, ...],
+    named: Sequence[str],
+    chunk_len: int,
+) -> Demonstrations:
+    lengths = [end - start for _, _, start, end, _ in parts]
+    return Demonstrations(
+        frames=arrays.frames,
+        rows=np.concatenate([arrays.offsets[p] + np.arange(start, end) for p, _, start, end, _ in parts]),
+        actions=np.concatenate([chunk_targets(e.actions, start, end, chunk_len) for _, e, start, end, _ in parts]),
+        readout=np.concatenate([readout_targets(p[1], r, p[2], p[3]) for p, r in zip(parts, named, strict=True)]),
+        goal=np.repeat([p[4] for p in parts], lengths).astype(np.int64),
+        goals=goals,
+        episode=np.repeat([p[0] for p in parts], lengths).astype(np.int64),
+    )
+
+
+def load_play(folders: Sequence[str], chunk_len: int) -> list[Demonstrations]:
+    """``play_demonstrations`` of LeRobotDataset v3 folders; only the frames that are used stay in memory."""
+    return [_load_compactly(LeRobotReader(folder), chunk_len) for folder in folders]
+
+
+def _load_compactly(reader: LeRobotReader, chunk_len: int, block: int = 128) -> Demonstrations:
+    """Find the segments from the numbers alone, then decode ``block`` episodes at a time and keep what they need."""
+    whole = play_demonstrations(reader.load_all(frames=False), chunk_len)
+    used = np.unique(whole.rows)
+    frames = np.empty((len(used), *reader.frame_shape), np.uint8)
+    ends = np.concatenate([[0], np.cumsum(reader.lengths + 1)])
+    for first in range(0, len(reader), block):
+        last = min(first + block, len(reader))
+        mine = slice(*np.searchsorted(used, [ends[first], ends[last]]))
+        frames[mine] = reader.load_all(range(first, last), workers=2).frames[used[mine] - ends[first]]
+    return replace(whole, frames=frames, rows=np.searchsorted(used, whole.rows))
+
+
+def load_experts(folders: Sequence[str], chunk_len: int, *, demos_per_task: int) -> list[Demonstrations]:
+    """``expert_demonstrations`` of LeRobotDataset v3 folders; only the episodes used are decoded."""
+    out = []
+    for folder in folders:
+        reader = LeRobotReader(folder)
+        used = [i for task in reader.tasks for i in _first_of(reader, task, demos_per_task)]
+        arrays = reader.load_all(used)
+        out.append(expert_demonstrations(arrays, chunk_len, demos_per_task=demos_per_task))
+    return out
+
+
+def _first_of(reader: LeRobotReader, task: str, count: int) -> list[int]:
+    return [i for i in range(len(reader)) if reader.task(i) == task][:count]

@@ -1,0 +1,356 @@
+"""Encode a data set once: latents of every episode in safetensors shards that training reads by the row.
+
+A cache folder::
+
+    index.json             what the cache is of (codec, data, chunk length), action statistics, the episodes of each shard
+    shard-00000.safetensors ...  about 256 MB each; the episodes of a shard one after the other
+
+Tensors of a shard, over its episodes e with T_e whole chunks (what is left of an episode after the last is cut off):
+
+    latents  fp16  (sum G T, C, h, w)   4 frames each; the frame before the first chunk is the anchor and not among them
+    stills   fp16  (sum T + 1, C, h, w) the frame before each chunk, and the last one, encoded as a picture: an anchor
+    actions  fp32  (sum K T, A)         as the data have them
+    poses    fp32  (sum K T + 1, P)     the state before each action, and after the last; P may be 0
+    focus    uint8 (sum G T, h, w)      where the loss is to look; only if asked for
+
+A shard is written whole and then entered in the index, with its SHA-256: an interrupted run goes on behind the last entry
+and ends with the same bytes. One process writes; the other ranks of a training run wait for it.
+
+Shape letters: K actions in a chunk, G = K / 4 latents in a chunk, T chunks and M = G T latents of an episode, C h w latent,
+H W frame, A action dims, P state dims.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from rawdream_env.data import schema
+from rawdream_env.data.reader import Episode, LeRobotReader
+from rawdream_env.errors import DatasetError
+from rawdream_env.files import atomic_write_bytes, atomic_write_json, serialize_safetensors, sha256_file
+from rawdream_env.trainers.common.run_dir import to_json
+from rawdream_env.world_models.autoencoders import FRAMES_PER_LATENT
+
+FORMAT = 1
+INDEX = "index.json"
+
+
+class FrameEncoder(Protocol):
+    """The half of ``FrameCodec`` that is needed here. Frames are uint8, on the device of ``CacheConfig``."""
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Pictures (N, H, W, 3), each on its own -> (N, C, h, w)."""
+        ...
+
+    def encode_video(self, frames: Tensor) -> Tensor:
+        """Videos (N, 1 + 4 M, H, W, 3) -> (N, 1 + M, C, h, w)."""
+        ...
+
+
+FocusFunction = Callable[[Episode], NDArray[np.uint8]]
+"""The cells (M, h, w) that the loss is to look at (1), of an episode already cut to whole chunks.
+
+The index knows whether there is one, not which: cache into another folder to change it.
+"""
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """What a cache is made of, besides data and codec."""
+
+    chunk_len: int = 8
+    """Actions in a chunk, K; a multiple of 4."""
+    shard_bytes: int = 256 * 2**20
+    """Size at which a shard is closed."""
+    still_batch: int = 16
+    """Pictures encoded at a time."""
+    device: str = "cpu"
+    """Where the codec lives."""
+    progress: bool = True
+    """Show a progress bar."""
+
+
+def codec_fingerprint(codec: FrameEncoder) -> str:
+    """SHA-256 of a codec's configuration and weights.
+
+    The codec's own ``fingerprint`` (a string or a method) where it has one; else of the ``config`` of the module and of
+    every module in it, and of their tensors. Configuration keys with an underscore (paths, versions) do not count.
+    """
+    own = getattr(codec, "fingerprint", None)
+    if own is not None:
+        return str(own() if callable(own) else own)
+    if not isinstance(codec, nn.Module):
+        raise TypeError(f"{type(codec).__name__} is no torch module: give it a `fingerprint`, a string that names it.")
+    configs = {name: to_json(part.config) for name, part in codec.named_modules() if hasattr(part, "config")}
+    plain = {name: {k: v for k, v in config.items() if k[0] != "_"} for name, config in configs.items()}
+    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
+    for name, tensor in sorted(codec.state_dict().items()):
+        value = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def source_fingerprint(reader: LeRobotReader, episodes: Sequence[int]) -> str:
+    """SHA-256 of a data set's metadata, of the names and sizes of its files, and of how they are read."""
+    how = [reader.image_key, reader.image_size, reader.action_key, reader.state_key, list(episodes)]
+    digest = hashlib.sha256(json.dumps(how).encode())
+    for path in sorted(reader.root.glob("meta/**/*.parquet")) + [reader.root / schema.INFO_PATH]:
+        digest.update(path.relative_to(reader.root).as_posix().encode() + path.read_bytes())
+    for path in sorted(
+        [*reader.root.glob("data/**/*.parquet"), *reader.root.glob(f"videos/{reader.image_key}/**/*.mp4")]
+    ):
+        digest.update(f"{path.relative_to(reader.root).as_posix()} {path.stat().st_size}".encode())
+    return digest.hexdigest()
+
+
+def cache_latents(
+    reader: LeRobotReader,
+    codec: FrameEncoder,
+    folder: str | Path,
+    config: CacheConfig = CacheConfig(),
+    *,
+    episodes: Sequence[int] | None = None,
+    focus: FocusFunction | None = None,
+    rank: int = 0,
+    patience_s: float = 86400.0,
+) -> Path:
+    """Encode ``episodes`` (default: all) of a data set into ``folder``; a finished cache is used as it is.
+
+    Rank 0 encodes, other ranks wait for it, at most ``patience_s`` seconds. Episodes shorter than a chunk are left out.
+
+    Raises:
+        DatasetError: the frames are not of the codec's size, the folder is a cache of something else or in use, a shard is
+            damaged, or values are not finite. The message says which and what to do.
+    """
+    folder = Path(folder)
+    if config.chunk_len < 1 or config.chunk_len % FRAMES_PER_LATENT:
+        raise DatasetError(f"chunk_len {config.chunk_len} has to be a multiple of {FRAMES_PER_LATENT} frames.")
+    shape = getattr(codec, "frame_shape", reader.frame_shape)
+    if tuple(shape) != reader.frame_shape:
+        raise DatasetError(
+            f"{reader.root} is read as frames {reader.frame_shape}, the codec encodes {tuple(shape)}. Open the data set "
+            f"with LeRobotReader(..., image_size={tuple(shape[:2])})."
+        )
+    wanted = list(range(len(reader)) if episodes is None else dict.fromkeys(episodes))
+    identity = {
+        "format": FORMAT,
+        "codec": codec_fingerprint(codec),
+        "source": source_fingerprint(reader, wanted),
+        "chunk_len": config.chunk_len,
+        "shard_bytes": config.shard_bytes,
+        "focus": focus is not None,
+    }
+    if rank:
+        _wait(folder, identity, patience_s)
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        index = _begin(folder, identity)
+        if not index["complete"]:
+            index |= {"camera": reader.image_key, "fps": reader.fps, "data": str(reader.root)}
+            _encode_all(reader, codec, folder, config, wanted, focus, index)
+    return folder
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The index of a cache; a ``DatasetError`` when there is none."""
+    if not (folder / INDEX).is_file():
+        raise DatasetError(f"{folder / INDEX} is missing: {folder} is no latent cache. Make one with cache_latents.")
+    return schema.read_json(folder / INDEX)
+
+
+def verify_shard(folder: Path, shard: dict[str, Any]) -> Path:
+    """The path of a shard that is what the index says; a ``DatasetError`` naming a missing or damaged one."""
+    path = folder / str(shard["file"])
+    size = path.stat().st_size if path.is_file() else None
+    if size != shard["bytes"] or sha256_file(path) != shard["sha256"]:
+        size_is = f"{size} bytes instead of {shard['bytes']}" if size != shard["bytes"] else "another SHA-256"
+        what = "is missing" if size is None else f"is damaged: {size_is}"
+        raise DatasetError(f"{path} {what}. Copy it again, or delete it and {folder / INDEX} and cache the data again.")
+    return path
+
+
+def check_identity(folder: Path, index: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Refuse a cache of something else, saying of what."""
+    names = {
+        "codec": "another codec",
+        "source": "other data",
+        "chunk_len": "another chunk_len",
+        "format": "another format",
+    }
+    for name, value in identity.items():
+        if index.get(name) != value:
+            was, now = (x[:12] if isinstance(x, str) else x for x in (index.get(name), value))
+            raise DatasetError(
+                f"{folder} is a latent cache of {names.get(name, f'another {name}')} ({name} {was}, now {now}). Delete the "
+                "folder to cache again, or give another one."
+            )
+
+
+def _begin(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """The index to go on from."""
+    for left_over in folder.glob(".*.tmp"):  # of a killed process: the lock is ours
+        left_over.unlink()
+    if not (folder / INDEX).exists():
+        return identity | {"complete": False, "skipped": [], "shards": []}
+    index = read_index(folder)
+    check_identity(folder, index, identity)
+    if not index["complete"]:
+        for shard in index["shards"]:
+            verify_shard(folder, shard)
+    return index
+
+
+def _wait(folder: Path, identity: dict[str, Any], patience_s: float) -> None:
+    end = time.monotonic() + patience_s
+    while True:
+        if (folder / INDEX).exists():
+            index = read_index(folder)
+            check_identity(folder, index, identity)  # at once: rank 0 stops for the same reason
+            if index["complete"]:
+                return
+        if time.monotonic() > end:
+            raise DatasetError(f"{folder} was not finished by rank 0 within {patience_s:.0f} s. See what rank 0 says.")
+        time.sleep(min(5.0, patience_s / 10))
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with (folder / ".lock").open("a") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go when the process dies
+        except OSError as error:
+            raise DatasetError(f"{folder} is being written by another process. Wait for it, or give rank=1.") from error
+        yield
+
+
+def _encode_all(
+    reader: LeRobotReader,
+    codec: FrameEncoder,
+    folder: Path,
+    config: CacheConfig,
+    wanted: list[int],
+    focus: FocusFunction | None,
+    index: dict[str, Any],
+) -> None:
+    index["skipped"] = [e for e in wanted if reader.lengths[e] < config.chunk_len]
+    usable = [e for e in wanted if reader.lengths[e] >= config.chunk_len]
+    if not usable:
+        raise DatasetError(
+            f"{reader.root}: none of {len(wanted)} episodes is {config.chunk_len} steps long. Lower chunk_len."
+        )
+    done = sum(len(shard["episodes"]) for shard in index["shards"])
+    parts: list[dict[str, Tensor]] = []
+    numbers: list[int] = []
+    with tqdm(total=len(usable), initial=done, desc="encode", unit="ep", disable=not config.progress) as bar:
+        for episode in _ahead(reader, usable[done:]):
+            parts.append(_encode(reader, codec, episode, config, focus))
+            numbers.append(episode.index)
+            bar.update()
+            size = sum(tensor.nbytes for part in parts for tensor in part.values())
+            if size >= config.shard_bytes or episode.index == usable[-1]:
+                _write_shard(folder, index, parts, numbers, config)
+                parts, numbers = [], []
+    actions = []
+    for shard in index["shards"]:
+        with safe_open(folder / shard["file"], framework="pt") as file:
+            actions.append(file.get_tensor("actions"))
+    stats = schema.stats_to_json({"action": schema.numeric_stats(torch.cat(actions).numpy())})["action"]
+    atomic_write_json(folder / INDEX, index | {"complete": True, "statistics": stats})
+
+
+def _ahead(reader: LeRobotReader, episodes: Sequence[int]) -> Iterator[Episode]:
+    """The episodes in order; the next one is decoded while the codec works on this one."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        following = pool.submit(reader.episode, episodes[0]) if episodes else None
+        for number in range(len(episodes)):
+            assert following is not None
+            current = following.result()
+            following = pool.submit(reader.episode, episodes[number + 1]) if number + 1 < len(episodes) else None
+            yield current
+
+
+@torch.no_grad()
+def _encode(
+    reader: LeRobotReader, codec: FrameEncoder, episode: Episode, config: CacheConfig, focus: FocusFunction | None
+) -> dict[str, Tensor]:
+    """The tensors of one episode, cut to whole chunks."""
+    n = len(episode) // config.chunk_len * config.chunk_len
+    cut = Episode(
+        index=episode.index,
+        frames=episode.frames[: n + 1],
+        actions=episode.actions[:n],
+        state=episode.state[: n + 1],
+        task=episode.task,
+        fps=episode.fps,
+        privileged={name: values[: n + 1] for name, values in episode.privileged.items()},
+    )
+    frames = torch.from_numpy(np.ascontiguousarray(cut.frames)).to(config.device)
+    stills = frames[:: config.chunk_len].split(config.still_batch)
+    tensors = {
+        "latents": codec.encode_video(frames[None])[0, 1:].half().cpu(),
+        "stills": torch.cat([codec.encode_image(x).half().cpu() for x in stills]),
+        "actions": torch.from_numpy(np.ascontiguousarray(cut.actions, np.float32)),
+        "poses": torch.from_numpy(np.ascontiguousarray(cut.state, np.float32)),
+    }
+    if focus is not None:
+        tensors["focus"] = torch.from_numpy(focus(cut))
+    _check(tensors, n, config, f"{reader.root}, episode {episode.index}")
+    return tensors
+
+
+def _check(tensors: dict[str, Tensor], n: int, config: CacheConfig, where: str) -> None:
+    m = n // FRAMES_PER_LATENT
+    lengths = {"latents": m, "stills": n // config.chunk_len + 1, "actions": n, "poses": n + 1, "focus": m}
+    for name, tensor in tensors.items():
+        if len(tensor) != lengths[name]:
+            raise DatasetError(f"{where}: {len(tensor)} rows of {name}, expected {lengths[name]} of {n} steps.")
+        bad = 0 if name == "focus" else int((~tensor.isfinite()).sum())
+        if bad:
+            cause = (
+                "The codec overflows in fp16 or diverged" if name in ("latents", "stills") else "The data are damaged"
+            )
+            raise DatasetError(
+                f"{where}: {bad} of {tensor.numel()} {name} are not finite. {cause}; leave the episode out."
+            )
+
+
+def _write_shard(
+    folder: Path, index: dict[str, Any], parts: list[dict[str, Tensor]], numbers: list[int], config: CacheConfig
+) -> None:
+    name = f"shard-{len(index['shards']):05d}.safetensors"
+    tensors = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    content = serialize_safetensors(tensors, where=folder / name)
+    atomic_write_bytes(folder / name, content)
+    chunks = [len(part["actions"]) // config.chunk_len for part in parts]
+    shard = {
+        "file": name,
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "episodes": numbers,
+        "chunks": chunks,
+    }
+    index["latent_shape"], index["action_dim"], index["pose_dim"] = (
+        list(tensors["latents"].shape[1:]),
+        tensors["actions"].shape[1],
+        tensors["poses"].shape[1],
+    )
+    index["shards"].append(shard)
+    atomic_write_json(folder / INDEX, index)

@@ -1,0 +1,360 @@
+"""Read latent caches by the row, and mix several of them into training batches.
+
+Every data set keeps its own action statistics: a unit of "right" is another distance on another robot, and one set of
+bounds over all would squeeze most of them into a corner of [-1, 1]. Which were used is saved with the checkpoint, and a
+rollout names the entry whose statistics it acts by.
+
+A batch is a pure function of the generator it is drawn with, whatever was drawn before: a trainer that makes the
+generator from ``mix(seed, step, rank)`` can name any batch and draw it again.
+
+Shape letters: B batch, K actions in a chunk, G = K / 4 latents in a chunk, T chunks of an episode, M latents of a window,
+C h w latent, A action dims, P state dims.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from rawdream_env.data import schema
+from rawdream_env.errors import DatasetError
+from rawdream_env.files import atomic_write_json
+from rawdream_env.trainers.world_model.latent_cache import read_index, verify_shard
+from rawdream_env.types import Float32Array
+from rawdream_env.world_models.autoencoders import FRAMES_PER_LATENT
+
+QuantileBounds = tuple[NDArray[np.float64], NDArray[np.float64]]
+"""The quantiles q01 and q99 of every action dimension, (A,) each."""
+
+
+def normalise_actions(actions: Float32Array, low: NDArray[np.float64], high: NDArray[np.float64]) -> Float32Array:
+    """Raw actions (..., A) so that [low, high] becomes [-1, 1], clipped (paper, section 3.1).
+
+    A dimension that never moves (high = low) becomes 0: there is nothing to tell apart.
+    """
+    width = high - low
+    still = width < 1e-6
+    scaled = (actions - low) / np.where(still, 1.0, width) * 2 - 1
+    return np.where(still, 0.0, scaled).clip(-1, 1).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class LatentWindow:
+    """Consecutive chunks of one episode, as they are in the cache.
+
+    ``anchor`` fp16 (C, h, w): the frame before the window as a still; ``latents`` fp16 (M, C, h, w); ``actions`` fp32
+    (4 M, A), raw; ``poses`` fp32 (4 M + 1, P), before each action and after the last; ``focus`` uint8 (M, h, w) or None.
+    """
+
+    anchor: Tensor
+    latents: Tensor
+    actions: Tensor
+    poses: Tensor
+    focus: Tensor | None
+
+
+class LatentDataset:
+    """A finished latent cache. Only the rows that are asked for are read; a shard is checked when it is first opened.
+
+    Args:
+        folder: what ``cache_latents`` returned.
+        verify: compare every shard with its SHA-256 at its first use (reads it once, about 0.2 s for 256 MB).
+
+    Attributes:
+        chunks: int64 (E,), whole chunks of each episode; episodes: int64 (E,), their numbers in the data set.
+        index: ``index.json``. latent_shape: (C, h, w). chunk_len, action_dim, pose_dim: K, A, P.
+
+    Raises:
+        DatasetError: no cache, an unfinished one, or a missing or damaged shard.
+    """
+
+    def __init__(self, folder: str | Path, *, verify: bool = True) -> None:
+        self.folder, self.verify = Path(folder), verify
+        self.index = read_index(self.folder)
+        shards: list[dict[str, Any]] = self.index["shards"]
+        if not self.index["complete"]:
+            raise DatasetError(
+                f"{folder} is an unfinished latent cache ({sum(len(s['episodes']) for s in shards)} episodes so far). "
+                "Run the command that began it again: it goes on where it stopped."
+            )
+        self.chunks = np.concatenate([s["chunks"] for s in shards]).astype(np.int64)
+        self.episodes = np.concatenate([s["episodes"] for s in shards]).astype(np.int64)
+        self.latent_shape: tuple[int, int, int] = tuple(self.index["latent_shape"])
+        self.chunk_len, self.action_dim, self.pose_dim = (
+            int(self.index[name]) for name in ("chunk_len", "action_dim", "pose_dim")
+        )
+        self._shard = np.repeat(np.arange(len(shards)), [len(s["chunks"]) for s in shards])
+        # Chunks and episodes before each episode in its own shard: where its rows begin.
+        self._before = np.concatenate([np.cumsum(s["chunks"]) - s["chunks"] for s in shards]).astype(np.int64)
+        self._place = np.concatenate([np.arange(len(s["chunks"])) for s in shards])
+        self._files: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        """The number of episodes E."""
+        return len(self.chunks)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Open files stay behind when a dataset is sent to a worker process."""
+        return self.__dict__ | {"_files": {}}
+
+    @property
+    def bounds(self) -> QuantileBounds:
+        """The data set's own action quantiles q01 and q99."""
+        low, high = (np.asarray(self.index["statistics"][name], np.float64) for name in ("q01", "q99"))
+        return low, high
+
+    def still(self, episode: int, boundary: int) -> Tensor:
+        """The frame at chunk boundary 0 ... T of an episode, encoded as a picture: fp16 (C, h, w)."""
+        row = int(self._before[episode] + self._place[episode]) + boundary
+        return self._rows(episode, "stills", row, row + 1)[0]
+
+    def pose(self, episode: int, boundary: int) -> Tensor:
+        """The state at chunk boundary 0 ... T of an episode: fp32 (P,)."""
+        row = self._first_pose(episode) + boundary * self.chunk_len
+        return self._rows(episode, "poses", row, row + 1)[0]
+
+    def window(self, episode: int, first_chunk: int, num_chunks: int) -> LatentWindow:
+        """The chunks ``first_chunk`` ... ``first_chunk + num_chunks - 1`` of an episode in [0, E)."""
+        if first_chunk < 0 or num_chunks < 1 or first_chunk + num_chunks > self.chunks[episode]:
+            raise IndexError(
+                f"chunks {first_chunk} to {first_chunk + num_chunks - 1} of an episode of {self.chunks[episode]}"
+            )
+        k, g = self.chunk_len, self.chunk_len // FRAMES_PER_LATENT
+        begin = int(self._before[episode]) + first_chunk
+        end = begin + num_chunks
+        pose = self._first_pose(episode) + first_chunk * k
+        return LatentWindow(
+            anchor=self.still(episode, first_chunk),
+            latents=self._rows(episode, "latents", begin * g, end * g),
+            actions=self._rows(episode, "actions", begin * k, end * k),
+            poses=self._rows(episode, "poses", pose, pose + num_chunks * k + 1),
+            focus=self._rows(episode, "focus", begin * g, end * g) if self.index["focus"] else None,
+        )
+
+    def _first_pose(self, episode: int) -> int:
+        return int(self._before[episode]) * self.chunk_len + int(self._place[episode])
+
+    def _rows(self, episode: int, name: str, begin: int, end: int) -> Tensor:
+        number = int(self._shard[episode])
+        shard = self.index["shards"][number]
+        try:
+            if number not in self._files:
+                path = verify_shard(self.folder, shard) if self.verify else self.folder / shard["file"]
+                self._files[number] = safe_open(path, framework="pt")
+            rows: Tensor = self._files[number].get_slice(name)[begin:end]
+        except (SafetensorError, OSError) as error:
+            raise DatasetError(
+                f"{self.folder / shard['file']} is missing or damaged ({error}). Copy it again, or delete the folder and "
+                "cache the data again."
+            ) from error
+        return rows
+
+
+@dataclass(frozen=True)
+class MixtureEntry:
+    """One data set of a mixture."""
+
+    path: str
+    """Folder of its latent cache."""
+    weight: float = 1.0
+    """Its share of the draws is its weight over the sum of weights, however large it is."""
+    name: str = ""
+    """What it is called in the saved statistics; by default the folder's name."""
+
+    @property
+    def label(self) -> str:
+        """``name``, the default filled in."""
+        return self.name or Path(self.path).name
+
+
+@dataclass(frozen=True)
+class LatentBatch:
+    """B windows, each of one data set. Row 0 of the time axis is the anchor.
+
+    ``latents`` fp32 (B, 1+M, C, h, w); ``actions`` fp32 (B, 1+M, 4, A) in [-1, 1], those that lead to each latent, zero
+    for the anchor and in dimensions the data set does not have; ``poses`` fp32 (B, 1+M, 4, P), after each of these actions,
+    for the anchor its own four times, zero-padded; ``times`` int64 (B, 1+M), positions in latents, 0 for the anchor;
+    ``before`` fp32 (B, P), the state at the start of the window, that of the anchor unless it is a far one; ``focus`` uint8
+    (B, M, h, w), zero where a data set has none; ``source`` int64 (B,), which entry; ``places`` int64 (B, 3): episode, first
+    chunk, and the chunk boundary of the anchor.
+    """
+
+    latents: Tensor
+    actions: Tensor
+    poses: Tensor
+    times: Tensor
+    before: Tensor
+    focus: Tensor
+    source: Tensor
+    places: Tensor
+
+    def to(self, device: str | torch.device) -> LatentBatch:
+        """The same batch on another device."""
+        return LatentBatch(**{name: value.to(device) for name, value in vars(self).items()})
+
+
+class Mixture:
+    """A weighted mixture of latent caches with one codec and chunk length.
+
+    Args:
+        entries: the data sets and their weights.
+        action_dim: A of the model; data with fewer dimensions are padded with zeros. Default: the largest.
+        bounds: action bounds of all entries, instead of each entry's own: of the training data, for held-out ones.
+        verify: as in ``LatentDataset``.
+
+    Attributes:
+        bounds: the action bounds by which each entry's actions are normalised.
+
+    Raises:
+        DatasetError: caches that do not fit together, more action dimensions than the model has, two entries of one name
+            or no positive weight.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[MixtureEntry],
+        *,
+        action_dim: int | None = None,
+        bounds: QuantileBounds | None = None,
+        verify: bool = True,
+    ) -> None:
+        if not entries or any(not (0 < entry.weight < float("inf")) for entry in entries):
+            raise DatasetError(f"a mixture needs entries, all of positive weight; got {[e.weight for e in entries]}.")
+        labels = [entry.label for entry in entries]
+        if len(set(labels)) < len(labels):
+            raise DatasetError(f"two entries of the mixture have one name: {labels}. Give each its own with name=.")
+        self.entries = tuple(entries)
+        self.datasets = tuple(LatentDataset(entry.path, verify=verify) for entry in entries)
+        self.action_dim = max(d.action_dim for d in self.datasets) if action_dim is None else action_dim
+        self.pose_dim = max(d.pose_dim for d in self.datasets)
+        first = self.datasets[0]
+        for entry, dataset in zip(entries, self.datasets, strict=True):
+            for name in ("codec", "chunk_len", "latent_shape"):
+                if dataset.index[name] != first.index[name]:
+                    raise DatasetError(
+                        f"{entry.path} has {name} {str(dataset.index[name])[:16]}, {entries[0].path} "
+                        f"{str(first.index[name])[:16]}: they cannot be mixed. Cache both with the same settings."
+                    )
+            if dataset.action_dim > self.action_dim:
+                raise DatasetError(
+                    f"{entry.path} has {dataset.action_dim} action dimensions, the model {self.action_dim}. Raise the "
+                    "model's action_dim, or leave the data set out."
+                )
+        self.chunk_len, self.latent_shape = first.chunk_len, first.latent_shape
+        weights = np.array([entry.weight for entry in entries], np.float64)
+        self._upto = np.cumsum(weights / weights.sum())[:-1]
+        self.bounds = [dataset.bounds if bounds is None else bounds for dataset in self.datasets]
+        self._windows: dict[int, list[NDArray[np.int64]]] = {}
+
+    def statistics(self) -> dict[str, Any]:
+        """What ``save_statistics`` writes: per entry its weight, cache and action statistics."""
+        return {
+            entry.label: {"path": entry.path, "weight": entry.weight} | dataset.index["statistics"]
+            for entry, dataset in zip(self.entries, self.datasets, strict=True)
+        }
+
+    def save_statistics(self, path: str | Path) -> None:
+        """Write the action statistics of all entries, for the checkpoint; ``load_bounds`` reads them."""
+        atomic_write_json(path, self.statistics())
+
+    def draw(
+        self,
+        rng: np.random.Generator,
+        batch_size: int,
+        num_chunks: int,
+        far_anchor: float = 0.0,
+        *,
+        max_offset: int = 64,
+        rows: Sequence[int] | None = None,
+    ) -> LatentBatch:
+        """Draw windows of ``num_chunks`` chunks: a data set by weight, then one of its windows, all equally likely.
+
+        With probability ``far_anchor`` the anchor is not the frame just before the window but an earlier chunk boundary of
+        the episode, all equally likely, as in a long rollout, where it is the start frame while the context has moved on (a
+        window at the very start has no earlier one). The window's times then begin at 1 + the gap in latents, at most
+        1 + ``max_offset``: positions the model never sees in training would mean nothing to it.
+
+        The result depends on the state of ``rng`` and the arguments alone, and which windows are drawn does not depend on
+        ``far_anchor`` or ``max_offset``. ``rows``: read and return only these of the ``batch_size`` rows.
+        """
+        ends = self._ends(num_chunks)
+        source = np.searchsorted(self._upto, rng.random(batch_size), side="right")
+        window = rng.integers(np.array([int(e[-1]) for e in ends])[source])
+        far = rng.random(batch_size) < far_anchor
+        share = rng.random(batch_size)
+        places = np.empty((batch_size, 3), np.int64)
+        for row, (s, number) in enumerate(zip(source, window, strict=True)):
+            episode = int(np.searchsorted(ends[s], number, side="right"))
+            first = int(number - (ends[s][episode - 1] if episode else 0))
+            places[row] = episode, first, int(share[row] * first) if far[row] and first else first
+        if rows is not None:
+            source, places = source[list(rows)], places[list(rows)]
+        read = [self._row(s, e, c, a, num_chunks) for s, (e, c, a) in zip(source, places.tolist(), strict=True)]
+        latents, actions, poses, before, focus = (torch.stack(parts) for parts in zip(*read, strict=True))
+        gap = (places[:, 1] - places[:, 2]) * (self.chunk_len // FRAMES_PER_LATENT)
+        times = 1 + np.minimum(gap, max_offset)[:, None] + np.arange(latents.shape[1] - 1)
+        return LatentBatch(
+            latents=latents,
+            actions=actions,
+            poses=poses,
+            times=torch.from_numpy(np.pad(times.astype(np.int64), ((0, 0), (1, 0)))),
+            before=before,
+            focus=focus,
+            source=torch.from_numpy(source.astype(np.int64)),
+            places=torch.from_numpy(places),
+        )
+
+    def _ends(self, num_chunks: int) -> list[NDArray[np.int64]]:
+        """Per data set the number of windows in the episodes up to and with each."""
+        if num_chunks not in self._windows:
+            counts = [np.maximum(d.chunks - num_chunks + 1, 0) for d in self.datasets]
+            for entry, dataset, count in zip(self.entries, self.datasets, counts, strict=True):
+                if not count.any():
+                    raise DatasetError(
+                        f"{entry.path}: no episode has {num_chunks} chunks of {self.chunk_len} steps (the longest has "
+                        f"{dataset.chunks.max()}). Draw shorter windows, or leave the data set out."
+                    )
+            self._windows[num_chunks] = [np.cumsum(count) for count in counts]
+        return self._windows[num_chunks]
+
+    def _row(
+        self, source: int, episode: int, first: int, anchor: int, num_chunks: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """One window (latents, actions, poses, state before it, focus), with the still at chunk boundary ``anchor``."""
+        dataset = self.datasets[source]
+        window = dataset.window(episode, first, num_chunks)
+        near = anchor == first
+        still = window.anchor if near else dataset.still(episode, anchor)
+        held = window.poses[0] if near else dataset.pose(episode, anchor)
+        m = len(window.latents)
+        actions = torch.zeros(1 + m, FRAMES_PER_LATENT, self.action_dim)
+        poses = torch.zeros(1 + m, FRAMES_PER_LATENT, self.pose_dim)
+        normal = torch.from_numpy(normalise_actions(window.actions.numpy(), *self.bounds[source]))
+        actions[1:, :, : dataset.action_dim] = normal.unflatten(0, (m, FRAMES_PER_LATENT))
+        poses[0, :, : dataset.pose_dim] = held
+        poses[1:, :, : dataset.pose_dim] = window.poses[1:].unflatten(0, (m, FRAMES_PER_LATENT))
+        focus = torch.zeros(m, *self.latent_shape[1:], dtype=torch.uint8) if window.focus is None else window.focus
+        before = torch.zeros(self.pose_dim)
+        before[: dataset.pose_dim] = window.poses[0]
+        return torch.cat([still[None], window.latents]).float(), actions, poses, before, focus
+
+
+def load_bounds(path: str | Path, name: str = "") -> QuantileBounds:
+    """The action bounds q01 and q99 of one entry of a file that ``Mixture.save_statistics`` wrote.
+
+    Raises:
+        DatasetError: no such file or entry; ``name`` may be left out only where there is one.
+    """
+    entries = schema.read_json(Path(path))
+    if name not in entries and (name or len(entries) != 1):
+        raise DatasetError(f"{path} has no action statistics of {name!r}; name one of {sorted(entries)}.")
+    entry = entries[name or next(iter(entries))]
+    return np.asarray(entry["q01"], np.float64), np.asarray(entry["q99"], np.float64)

@@ -1,0 +1,236 @@
+"""Windows of mixed data sets as the transformer takes them: the data of the objective "window" (the paper's).
+
+A window is the anchor, R recent latents and the G of a chunk: 33 frames at the paper's sizes. A batch has to look as the
+same frames would look in a rollout (``world_models/wan/rollout.py``):
+
+- The first new latent of autoregressive step s lies at position min(G s + 1, max_time), its context just before it, the
+  anchor at 0. With all of the context, R latents, the first new one of a window with offset o lies at o + R + 1, so
+  offsets go up to max_time - R - 1: then training sees every position that a rollout uses, and none beyond.
+- The anchor's four actions are zeros *before* they are normalised.
+- The tool's motion in the maps of generated latents counts from the end of the context, whose last frame is the base that
+  ``carry`` shifts; in the maps of context latents it counts from before their own chunk.
+
+Shape letters: B rows, M latents after the anchor, F = 1 + M, R recent latents, G latents of a chunk, K actions of a chunk,
+A action dims, P pose dims, C h w latent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rawdream_env.data.reader import LeRobotReader
+from rawdream_env.errors import DatasetError, InvalidOptionError
+from rawdream_env.piper.arm_map import ArmMap, draw_maps
+from rawdream_env.seeding import mix
+from rawdream_env.trainers.common.distributed import ProcessGroup
+from rawdream_env.trainers.world_model.latent_cache import CacheConfig, cache_latents, codec_fingerprint
+from rawdream_env.trainers.world_model.latent_data import (
+    LatentBatch,
+    Mixture,
+    MixtureEntry,
+    QuantileBounds,
+    normalise_actions,
+)
+from rawdream_env.trainers.world_model.latent_episodes import episode_focus
+from rawdream_env.trainers.world_model.losses import LossFunction, Sums, WindowBatch, draw_window_noise, window_loss
+from rawdream_env.world_models.autoencoders import FrameCodec, PackedFrameAutoencoder
+from rawdream_env.world_models.wan.config import WanConfig
+from rawdream_env.world_models.wan.rollout import RolloutConfig
+from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer
+
+if TYPE_CHECKING:
+    from rawdream_env.trainers.world_model.train import WorldModelTrainConfig
+
+_NEVER = 1e6  # half the width of the bounds of an action that says nothing: whatever it is, it becomes about 0
+
+
+@dataclass(frozen=True)
+class DataEntry:
+    """A data set of a mixture: ``FOLDER[,weight=W][,name=N][,camera=C]`` on the command line."""
+
+    path: str
+    """LeRobotDataset v3.0 folder."""
+    weight: float = 1.0
+    """Its share of the windows is its weight over the sum of weights, however large it is."""
+    name: str = ""
+    """What it is called in the statistics; the folder's name by default."""
+    camera: str = ""
+    """Which camera to read; the first one by default."""
+
+    @classmethod
+    def parse(cls, text: str) -> DataEntry:
+        """Raises ``InvalidOptionError`` for settings there are not."""
+        path, *settings = text.split(",")
+        values: dict[str, str] = {}
+        for setting in settings:
+            key, found, value = setting.partition("=")
+            if key not in ("weight", "name", "camera") or not found or not value:
+                raise InvalidOptionError(
+                    f"{setting!r} in the data entry {text!r} is no setting; write FOLDER,weight=2,name=play,camera=front "
+                    "(all but the folder may be left out)."
+                )
+            values[key] = value
+        try:
+            weight = float(values.pop("weight", "1"))
+        except ValueError as error:
+            raise InvalidOptionError(f"the weight in the data entry {text!r} is no number.") from error
+        return cls(path, weight, **values)
+
+    def reader(self, image_size: tuple[int, int] | None = None) -> LeRobotReader:
+        """Its reader; frames are resized to ``image_size``."""
+        return LeRobotReader(self.path, image_key=self.camera or None, image_size=image_size)
+
+
+class _HalfCodec:
+    """The embedded codec in bfloat16 autocast, as it is trained: several times as fast on a CPU."""
+
+    def __init__(self, codec: FrameCodec, device: str) -> None:
+        self.codec, self.device = codec, device.split(":")[0]
+        self.fingerprint = f"{codec_fingerprint(codec)} bf16"
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        with torch.autocast(self.device, torch.bfloat16):
+            return self.codec.encode_image(images)
+
+    def encode_video(self, frames: Tensor) -> Tensor:
+        with torch.autocast(self.device, torch.bfloat16):
+            return self.codec.encode_video(frames)
+
+
+def cached_mixture(
+    entries: Sequence[DataEntry],
+    codec: FrameCodec,
+    folder: Path,
+    config: WorldModelTrainConfig,
+    world: ProcessGroup,
+    bounds: QuantileBounds | None = None,
+) -> Mixture:
+    """Encode the data sets into ``folder``, a cache for each, and mix them. Process 0 encodes, the others wait."""
+    size = (codec.frame_shape[0], codec.frame_shape[1])
+    focused = config.model.residual and config.loss.object_weight > 0
+    cache = CacheConfig(config.model.chunk_len, device=world.device, progress=world.first)
+    half = config.bf16 and isinstance(codec, PackedFrameAutoencoder)
+    source = _HalfCodec(codec, world.device) if half else codec
+    mixture = []
+    for entry in entries:
+        label = MixtureEntry(entry.path, name=entry.name).label
+        cached = cache_latents(
+            entry.reader(size),
+            source,
+            folder / label,
+            cache,
+            focus=(lambda episode: episode_focus(episode, config.model)) if focused else None,
+            rank=world.rank,
+        )
+        mixture.append(MixtureEntry(str(cached), entry.weight, label))
+    return Mixture(mixture, action_dim=config.model.action_dim, bounds=bounds)
+
+
+def deployed_entry(mixture: Mixture, name: str) -> int:
+    """The place of the entry called ``name`` (the first when empty); ``InvalidOptionError`` names those there are."""
+    labels = [entry.label for entry in mixture.entries]
+    if name and name not in labels:
+        raise InvalidOptionError(f"deploy={name!r} is none of the data entries; name one of {', '.join(labels)}.")
+    return labels.index(name) if name else 0
+
+
+def rollout_bounds(bounds: QuantileBounds, action_dim: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """``action_low`` and ``action_high`` of a rollout that normalises like ``normalise_actions``: dimensions that never
+    moved, and those the data do not have, become 0.
+    """
+    low, high = (np.pad(np.asarray(side, np.float64), (0, action_dim - len(side))) for side in bounds)
+    still = high - low < 1e-6
+    low, high = np.where(still, -_NEVER, low), np.where(still, _NEVER, high)
+    return tuple(low.tolist()), tuple(high.tolist())
+
+
+class WindowObjective:
+    """The loss of a step's rows; a process reads and draws only its own.
+
+    ``stream`` separates uses of one seed: 2 is training.
+    """
+
+    def __init__(self, mixture: Mixture, config: WorldModelTrainConfig, *, device: str, stream: int = 2) -> None:
+        arch, rollout = config.model, config.rollout
+        if mixture.latent_shape != arch.latent_shape:
+            raise DatasetError(f"the data's latents are {mixture.latent_shape}, the model's {arch.latent_shape}.")
+        if (arch.pose_dim or arch.map_channels) and (rollout.arm_map is None or mixture.pose_dim < arch.pose_dim):
+            raise DatasetError(
+                f"the model takes {arch.pose_dim} pose dimensions and {arch.map_channels} map channels, but the data's "
+                f"states have {mixture.pose_dim} dimensions (arm map: {rollout.arm_map}). Use data of the arm, or "
+                "--model.pose-dim 0 --model.arm-map-channels 0 --model.no-carry."
+            )
+        self.mixture, self.config, self.device, self.stream = mixture, config, device, stream
+        self.chunks = (arch.context_latents + arch.chunk_latents) // arch.chunk_latents
+        self.max_offset = max_window_offset(arch, rollout)
+        self.arm_map = ArmMap(rollout.arm_map) if rollout.arm_map and (arch.pose_dim or arch.map_channels) else None
+        self.anchor_actions = torch.zeros(len(mixture.datasets), arch.action_dim)
+        for row, (low, high) in enumerate(mixture.bounds):
+            zero = normalise_actions(np.zeros(len(low), np.float32), low, high)
+            self.anchor_actions[row, : len(low)] = torch.from_numpy(zero)
+
+    def losses(self, step: int, parts: Sequence[Sequence[int]], batch_size: int) -> Iterator[LossFunction]:
+        """One function of the model for each of ``parts``, which name rows of the global batch of ``step``."""
+        for rows in parts:
+            batch = self.draw(step, rows, batch_size)
+
+            def compute(model: WanWorldModelTransformer, batch: WindowBatch = batch) -> tuple[Tensor, Sums]:
+                return window_loss(model, batch, self.config.loss)
+
+            yield compute
+
+    def draw(self, step: int, rows: Sequence[int], batch_size: int) -> WindowBatch:
+        """Some ``rows`` of the global batch of ``step``: row i is the same whoever draws it."""
+        seed, loss = self.config.seed, self.config.loss
+        rng = np.random.default_rng(mix(seed, self.stream, step, 0))
+        windows = self.mixture.draw(
+            rng, batch_size, self.chunks, loss.far_anchor, max_offset=self.max_offset, rows=rows
+        )
+        seeds = [mix(seed, self.stream, step, 1, row) for row in rows]
+        arch = self.config.model
+        drawn = draw_window_noise(seeds, windows.times, arch.latent_shape, arch, loss)
+        conditions, maps = self.conditions(windows, drawn.context)
+        batch = WindowBatch(
+            windows.latents, conditions, windows.times, maps, windows.focus if arch.residual else None, drawn
+        )
+        return batch.to(self.device)
+
+    def conditions(self, windows: LatentBatch, context: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Action conditions (B, F, D_c) and maps (B, F, C_m, h, w) of windows with ``context`` (B,) latents of context."""
+        arch, actions = self.config.model, windows.actions.clone()
+        actions[:, 0] = self.anchor_actions[windows.source][:, None]
+        if self.arm_map is None:
+            return actions.flatten(2), None
+        poses = windows.poses[..., : arch.pose_dim or 7]
+        parts = [actions, self.arm_map.normalise(poses)] if arch.pose_dim else [actions]
+        maps = None
+        if arch.arm_map_channels:
+            before = poses_before(poses, windows.before[:, : poses.shape[-1]], context, arch.chunk_latents)
+            maps = draw_maps(self.arm_map, poses, before, arch.latent_shape[1:], carry=arch.carry)
+        return torch.cat(parts, -1).flatten(2), maps
+
+
+def max_window_offset(arch: WanConfig, rollout: RolloutConfig) -> int:
+    """The largest offset of a window's positions, max_time - R - 1 (see the module's docstring)."""
+    return rollout.max_time - arch.context_latents - 1
+
+
+def poses_before(poses: Tensor, start: Tensor, context: Tensor, chunk_latents: int) -> Tensor:
+    """The pose the tool's motion counts from: ``poses`` (B, F, 4, P), ``start`` (B, P) at the start of the window, ``context``
+    (B,) -> (B, F, P).
+
+    That before a context latent's own chunk, for generated latents the one at the end of the context, and for the anchor
+    its own.
+    """
+    ends = torch.cat([start[:, None], poses[:, 1:, -1]], 1)  # after 0, 1, 2, ... latents of the window
+    latent = torch.arange(1, poses.shape[1])
+    own = (latent - 1) // chunk_latents * chunk_latents
+    index = torch.where(latent > context[:, None], context[:, None], own)
+    return torch.cat([poses[:, :1, -1], ends[torch.arange(len(poses))[:, None], index]], 1)

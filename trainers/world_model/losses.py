@@ -1,0 +1,250 @@
+"""The objectives of the world model as pure functions: batch and noise in, loss out.
+
+Rectified flow (paper Eq. 1): z_tau = tau * eps + (1 - tau) * z0, velocity v = eps - z0. Two ways to lay out a pass:
+
+- ``window_loss`` (the paper's): 33 frames, an anchor and M latents. The anchor and the first n latents are context, each at
+  a small noise level of its own; the others are generated, all of a row at one tau, and they alone have a loss.
+- ``episode_loss`` (the embedded size): every chunk of a whole episode is a target in one pass (``teacher_forcing.py``).
+
+A model with ``residual`` predicts the clean sample, others the velocity. Errors of residual models and of whole episodes
+are weighed towards cells that change and, where the data say so, towards handled objects; the paper's are not.
+
+A loss is a mean over rows. What is logged beside it are sums and counts, to be added up over micro-batches and processes
+before they are divided.
+
+Shape letters: B rows, M latents after the anchor, F = 1 + M, G latents of a chunk, R recent latents a rollout looks back
+on, C h w latent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from rawdream_env.world_models.wan.config import WanConfig
+from rawdream_env.world_models.wan.teacher_forcing import EpisodeBatch, denoise_all_chunks
+from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer
+
+Sums = dict[str, Tensor]
+"""Name -> (2,): a sum and how many numbers are in it."""
+LossFunction = Callable[[WanWorldModelTransformer], tuple[Tensor, Sums]]
+"""The loss of some rows, of which only the model is missing."""
+_LIFT = (..., None, None, None)  # a level per latent -> one per latent cell
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What is drawn and what weighs how much."""
+
+    context_noise: float = 0.3
+    """Context noise levels are drawn per position from U[0, this]. Objective "episode": in half of the episodes, the rest
+    have the rollout's level.
+    """
+    pure_noise: float = 0.3
+    """Share of targets (chunks of an episode, or windows) at tau = 1."""
+    timestep_shift: float = 1.0
+    """Objective "window": tau becomes shift * tau / (1 + (shift - 1) * tau); above 1 more of them are noisy."""
+    far_anchor: float = 0.5
+    """Objective "window": share of windows whose anchor is an earlier frame of the episode, as in a long rollout."""
+    change_weight: float = 3.0
+    """Extra weight of latent cells that differ from the last context frame."""
+    object_weight: float = 12.0
+    """Extra weight of latent cells in which an object moves or is within reach of the gripper, where the
+    data say so (``privileged.object_poses``): a block is a few pixels, and what becomes of it is all a judge asks about.
+    """
+    self_forcing: float = 0.4
+    """Objective "episode": share of training, at its end, in which the context is the model's own prediction."""
+    self_forcing_depth: int = 3
+    """Largest number of chunks the self-made context is unrolled."""
+
+
+class BatchNoise:
+    """Noise of some ``rows`` of a batch of ``total``: the whole batch is drawn, so no row depends on who computes it."""
+
+    def __init__(self, generator: torch.Generator, total: int, rows: Sequence[int] | None = None) -> None:
+        self.generator, self.total = generator, total
+        self.rows = torch.arange(total) if rows is None else torch.tensor(rows)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """U[0, 1) (len(rows), *shape)."""
+        return torch.rand(self.total, *shape, generator=self.generator)[self.rows]
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal (len(rows), *shape)."""
+        return torch.randn(self.total, *shape, generator=self.generator)[self.rows]
+
+
+# -- windows -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class WindowNoise:
+    """What is drawn for B windows: ``context`` int64 (B,), how many latents after the anchor are context; ``level`` (B, F)
+    noise levels; ``noise`` (B, F, C, h, w).
+    """
+
+    context: Tensor
+    level: Tensor
+    noise: Tensor
+
+
+def draw_window_noise(
+    seeds: Sequence[int], times: Tensor, latent_shape: tuple[int, ...], arch: WanConfig, config: LossConfig
+) -> WindowNoise:
+    """Split, levels and noise of every row, each from its own seed.
+
+    ``times`` int64 (B, F): positions. The context is n latents long, n a multiple of G from 0 to R, all equally likely;
+    behind a far anchor (whose window begins later than 1) it is R long, for a rollout that has moved away from its start
+    has all its context.
+    """
+    b, f = times.shape
+    choice, uniform, noise = [], [], []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        choice.append(torch.randint(arch.context_latents // arch.chunk_latents + 1, (), generator=generator))
+        uniform.append(torch.rand(2 + f, generator=generator))
+        noise.append(torch.randn(f, *latent_shape, generator=generator))
+    u = torch.stack(uniform)
+    tau = config.timestep_shift * u[:, 0] / (1 + (config.timestep_shift - 1) * u[:, 0])
+    tau = torch.where(u[:, 1] < config.pure_noise, torch.ones(b), tau)
+    full = torch.full((b,), arch.context_latents)
+    context = torch.where(times[:, 1] > 1, full, torch.stack(choice) * arch.chunk_latents)
+    level = torch.where(generated_positions(context, f), tau[:, None], config.context_noise * u[:, 2:])
+    return WindowNoise(context, level, torch.stack(noise))
+
+
+def generated_positions(context: Tensor, frames: int) -> Tensor:
+    """``context`` (B,) -> bool (B, F): True where a latent is generated, False for the anchor and the context."""
+    return torch.arange(frames, device=context.device) > context[:, None]
+
+
+@dataclass(frozen=True)
+class WindowBatch:
+    """B windows, the anchor first: ``latents`` (B, F, C, h, w), ``conditions`` (B, F, D_c), ``times`` int64 (B, F), ``maps``
+    (B, F, C_m, h, w) or None, ``focus`` uint8 (B, M, h, w) or None, and what was drawn for them.
+    """
+
+    latents: Tensor
+    conditions: Tensor
+    times: Tensor
+    maps: Tensor | None
+    focus: Tensor | None
+    drawn: WindowNoise
+
+    def to(self, device: str) -> WindowBatch:
+        """The same batch on another device."""
+        drawn = WindowNoise(**{name: value.to(device) for name, value in vars(self.drawn).items()})
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved, drawn=drawn)
+
+
+def window_loss(model: WanWorldModelTransformer, batch: WindowBatch, config: LossConfig) -> tuple[Tensor, Sums]:
+    """Rectified-flow loss of the generated positions (Eq. 1): their mean in every window, then the mean of windows.
+
+    The base of a residual model is the last context frame as the model sees it, noise included.
+    """
+    latents, noise, level = batch.latents, batch.drawn.noise, batch.drawn.level
+    b, f = level.shape
+    generated = generated_positions(batch.drawn.context, f)
+    noisy = (1 - level[_LIFT]) * latents + level[_LIFT] * noise
+    last = noisy[torch.arange(b, device=noisy.device), batch.drawn.context][:, None]
+    base = torch.where(generated[_LIFT], last, torch.zeros_like(noisy)) if model.arch.residual else None
+    out = model(noisy, level, batch.conditions, batch.maps, base, batch.times)
+    if base is None:
+        weighed = error = (out - (noise - latents)) ** 2
+    else:
+        focus = None if batch.focus is None else torch.nn.functional.pad(batch.focus, (0, 0, 0, 0, 1, 0))
+        error = (out - latents) ** 2
+        weighed = cell_weight(latents, last, focus, config) * clean_sample_weight(level) * error
+    per_row = (weighed.mean((2, 3, 4)) * generated).sum(1) / generated.sum(1)
+    at_one = (level == 1) & generated
+    return per_row.mean(), {"mse_pure_noise": _sums(error, at_one)}
+
+
+def cell_weight(target: Tensor, base: Tensor, focus: Tensor | None, config: LossConfig) -> Tensor:
+    """Weights of cells that change and of those in focus: ``target`` (B, F, C, h, w), ``base`` broadcastable to it,
+    ``focus`` (B, F, h, w) or None -> (B, F, 1, h, w).
+    """
+    change = (target - base).abs().mean(2, keepdim=True)
+    weight = 1 + config.change_weight * (change / 0.5).clamp(max=1)
+    return weight if focus is None else weight + config.object_weight * focus[:, :, None]
+
+
+def clean_sample_weight(level: Tensor) -> Tensor:
+    """Weight of a squared clean-sample error at ``level`` (B, F) -> (B, F, 1, 1, 1): near that of a velocity loss,
+    1 / level^2, without its blow-up at level -> 0.
+    """
+    return 0.5 / (level[_LIFT] ** 2 + 0.15)
+
+
+def _sums(error: Tensor, chosen: Tensor) -> Tensor:
+    """Sum and number of the entries of ``error`` (B, F, C, h, w) in chosen frames (B, F): (2,)."""
+    with torch.no_grad():
+        mask = chosen[_LIFT].float()
+        return torch.stack([(error * mask).sum(), mask.expand_as(error).sum()])
+
+
+# -- episodes ----------------------------------------------------------------------------------------------------------
+
+
+def episode_loss(
+    model: WanWorldModelTransformer,
+    batch: EpisodeBatch,
+    noise: BatchNoise,
+    config: LossConfig,
+    *,
+    depth: int = 0,
+    usual_noise: float = 0.05,
+) -> tuple[Tensor, Sums]:
+    """Rectified-flow loss over all chunks of the episodes; ``depth`` > 0 unrolls the context with the model's own
+    predictions. ``usual_noise``: the context noise level of a rollout.
+
+    Self-forcing in parallel: predicting every chunk from the true context gives a context one chunk deep in the model's
+    own world; predicting again from that, two deep; and so on, at one pass each.
+    """
+    latents = batch.latents
+    m, g, device = latents.shape[1] - 1, model.arch.chunk_latents, latents.device
+    clean_level, level = (x.to(device) for x in _episode_levels(noise, m, g, config, usual_noise))
+
+    def normal(n: int) -> Tensor:
+        return noise.normal(n, *latents.shape[2:]).to(device)
+
+    context = latents[:, : m - g + 1]
+    if depth:
+        with torch.no_grad():
+            for _ in range(depth):
+                mixed = clean_level[_LIFT]
+                clean = (1 - mixed) * context + mixed * normal(m - g + 1)
+                own, _ = denoise_all_chunks(model, batch, clean, clean_level, normal(m), torch.ones_like(level))
+                context = torch.cat([latents[:, :1], own[:, : m - g].float()], 1)
+    mixed = clean_level[_LIFT]
+    clean = (1 - mixed) * context + mixed * normal(m - g + 1)
+    target, eps = latents[:, 1:], normal(m)
+    noisy = (1 - level[_LIFT]) * target + level[_LIFT] * eps
+    out, base = denoise_all_chunks(model, batch, clean, clean_level, noisy, level)
+    weight = cell_weight(target, base, batch.focus, config)
+    if model.arch.residual:
+        error = (out - target) ** 2
+        weight = weight * clean_sample_weight(level)
+    else:
+        error = (out - (eps - target)) ** 2
+    pure = level == 1
+    return (weight * error).mean(), {
+        "depth": torch.tensor([depth, 1.0], device=device),
+        "mse_pure_noise": _sums(error, pure),
+        "mse_copy_last": _sums((base - target) ** 2, pure),
+    }
+
+
+def _episode_levels(noise: BatchNoise, m: int, g: int, config: LossConfig, usual_noise: float) -> tuple[Tensor, Tensor]:
+    """Levels of the clean stream (B, M-G+1) and of the targets (B, M)."""
+    clean = config.context_noise * noise.uniform(m - g + 1)
+    usual = torch.full_like(clean, usual_noise)
+    usual[:, 0] = 0.0
+    clean = torch.where(noise.uniform(1) < 0.5, clean, usual)
+    level = noise.uniform(m // g)
+    level = torch.where(noise.uniform(m // g) < config.pure_noise, torch.ones_like(level), level)
+    return clean, level.repeat_interleave(g, 1)

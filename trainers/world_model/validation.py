@@ -1,0 +1,130 @@
+"""How good the world model is while it trains: held-out loss, open-loop rollouts with PSNR and SSIM by horizon, a film.
+
+All of it on the averaged weights, on process 0, with noise that is the same at every validation: two numbers differ because
+the weights do. Rollouts know the first frame and the actions only (``evaluation/world_model/fidelity.py``); the film shows the
+real episode over the imagined one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rawdream_env.errors import DatasetError
+from rawdream_env.evaluation.reporting import pictures
+from rawdream_env.evaluation.world_model.fidelity import (
+    Fidelity,
+    RecordedEpisode,
+    episodes_from_dataset,
+    evaluate_fidelity,
+)
+from rawdream_env.evaluation.world_model.metrics import METRICS
+from rawdream_env.files import atomic_write_bytes
+from rawdream_env.trainers.common.training_stage import TrainingStage
+from rawdream_env.trainers.world_model.latent_windows import DataEntry
+from rawdream_env.trainers.world_model.losses import LossFunction
+from rawdream_env.world_models.autoencoders import FrameCodec
+from rawdream_env.world_models.wan.config import WanConfig
+from rawdream_env.world_models.wan.rollout import RolloutConfig, WanWorldModel
+from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer
+
+if TYPE_CHECKING:
+    from rawdream_env.trainers.world_model.train import WorldModelTrainConfig
+
+
+class LossSource(Protocol):
+    """An objective on held-out data."""
+
+    def losses(self, step: int, parts: Sequence[Sequence[int]], batch_size: int) -> Iterator[LossFunction]:
+        """One loss function for each of ``parts``."""
+        ...
+
+
+def assembled(arch: WanConfig, tensors: Mapping[str, Tensor]) -> WanWorldModelTransformer:
+    """A transformer with these weights (not copies of them)."""
+    with torch.device("meta"):  # neither memory nor random numbers for weights that are about to be replaced
+        model = WanWorldModelTransformer(arch)
+    model.load_state_dict(dict(tensors), assign=True)
+    model.eval().requires_grad_(False)
+    return model
+
+
+class Validation:
+    """``run`` measures; the numbers go to the log of the stage, ``val_...``, the film to its folder ``validation``.
+
+    Args:
+        config: of the run.
+        rollout: settings of the rollouts, with the action bounds the model is deployed with.
+        codec: frames to latents and back.
+        entries: held-out data sets; the episodes imagined are the first of each.
+        objective: the training objective on their latents.
+    """
+
+    def __init__(
+        self,
+        config: WorldModelTrainConfig,
+        rollout: RolloutConfig,
+        codec: FrameCodec,
+        entries: Sequence[DataEntry],
+        objective: LossSource,
+    ) -> None:
+        self.config, self.rollout, self.codec, self.objective = config, rollout, codec, objective
+        size = (codec.frame_shape[0], codec.frame_shape[1])
+        each = max(1, config.validation_episodes // len(entries))
+        recorded = (e for entry in entries for e in episodes_from_dataset(entry.reader(size), limit=each))
+        dims = config.model.action_dim
+        self.episodes = [_padded(e, dims) for e in recorded if len(e.actions) >= config.model.chunk_len]
+        if not self.episodes:
+            raise DatasetError(f"no validation episode is {config.model.chunk_len} steps long; give longer ones.")
+
+    def begin(self, stage: TrainingStage[Any]) -> None:
+        """Log the held-out loss before the first step. Every process has to call it."""
+        tensors = stage.averaged()
+        if stage.world.first:
+            stage.log(0, val_loss=self.loss(assembled(self.config.model, tensors).to(self.config.device)))
+
+    def run(self, step: int, stage: TrainingStage[Any]) -> None:
+        """Measure the averaged weights after ``step`` steps. Every process has to call it."""
+        tensors = stage.averaged()
+        if not stage.world.first:
+            return
+        transformer = assembled(self.config.model, tensors).to(self.config.device)
+        loss = self.loss(transformer)
+        model = WanWorldModel(transformer, self.codec, self.rollout)
+        fidelity = evaluate_fidelity(model, self.episodes, batch_size=4, sensitivity_episodes=0, samples=4)
+        stage.log(step, val_loss=loss, **horizon_scalars(fidelity))
+        folder = stage.folder / "validation"
+        folder.mkdir(exist_ok=True)
+        atomic_write_bytes(folder / f"step_{step:08d}.mp4", pictures.mp4_bytes(fidelity.clip(), fidelity.fps))
+
+    @torch.no_grad()
+    def loss(self, model: WanWorldModelTransformer) -> float:
+        """Mean loss of ``validation_windows`` held-out rows with fixed noise; the context is the true one."""
+        total, n = 0.0, self.config.validation_windows
+        parts = [list(range(i, min(i + 4, n))) for i in range(0, n, 4)]
+        for part, compute in zip(parts, self.objective.losses(0, parts, n), strict=True):
+            with torch.autocast(self.config.device.split(":")[0], torch.bfloat16, enabled=self.config.bf16):
+                total += float(compute(model)[0]) * len(part)
+        return total / n
+
+
+def horizon_scalars(fidelity: Fidelity) -> dict[str, float]:
+    """``val_<source>_<metric>_<first>_<last>`` for every horizon bucket; values that nothing was measured for are left out."""
+    return {
+        f"val_{source}_{metric}_{row['frames'][0]}_{row['frames'][1]}": float(row[source][metric]["value"])
+        for row in fidelity.table
+        for source in ("dream", "copy_last")
+        for metric in METRICS
+        if row[source][metric]["value"] is not None
+    }
+
+
+def _padded(episode: RecordedEpisode, action_dim: int) -> RecordedEpisode:
+    """Actions with zeros for the dimensions that the data do not have."""
+    missing = action_dim - episode.actions.shape[1]
+    return replace(episode, actions=np.pad(episode.actions, ((0, 0), (0, missing))))

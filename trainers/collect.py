@@ -115,7 +115,7 @@ class PiperSource:
         if config.kind == "policy":
             from rawdream_env.policies import load_policy
 
-            self.policy = load_policy(config.policy, "cpu")
+            self.policy = load_policy(config.policy)
 
     def __call__(self, index: int) -> EpisodeData:
         """Episode ``index``, whatever was made before it."""

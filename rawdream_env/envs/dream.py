@@ -16,16 +16,26 @@ from rawdream_env.envs.imagination import (
     Replay,
     begin_states,
     imagine,
-    load_judge,
-    load_world_model,
     scatter,
     select,
 )
 from rawdream_env.errors import InvalidActionError, InvalidOptionError, RawDreamError
+from rawdream_env.judges import load_judge
 from rawdream_env.seeding import NoiseKey
 from rawdream_env.starts import load_starts
 from rawdream_env.starts.base import TaskLike
-from rawdream_env.types import Float32Array, Outcome, Start, Trajectory, UInt8Array, Verdict, Video
+from rawdream_env.types import (
+    Float32Array,
+    Outcome,
+    Start,
+    SupportsClose,
+    SupportsPrepare,
+    Trajectory,
+    UInt8Array,
+    Verdict,
+    Video,
+)
+from rawdream_env.world_models.loading import load_world_model
 
 _BROKEN = Verdict(Outcome.INVALID, "the world model returned frames that are not finite")
 
@@ -101,12 +111,13 @@ class DreamVectorEnv(ChunkVectorEnv):
             approximations=approximations,
             micro_batch=micro_batch,
         )
-        self.judge = load_judge(judge, device=device)
+        no_judge = judge is None or (isinstance(judge, str) and judge == "none")
+        self.judge = None if no_judge else load_judge(judge, device=device)
         self.judge_every = parse_choice("judge_every", judge_every, ("episode", "chunk"))
         self.layout = parse_choice("layout", layout, ("narrow", "wide"))
         self.task = task
         shape = self.world_model.frame_shape
-        self.starts = load_starts(starts, frame_shape=shape, layout=layout)
+        self.starts = load_starts(starts, device=device, frame_shape=shape, layout=layout)
         super().__init__(
             num_envs,
             frame_shape=shape,
@@ -119,9 +130,8 @@ class DreamVectorEnv(ChunkVectorEnv):
             render_mode=render_mode,
             return_frames=return_frames,
         )
-        prepare = getattr(self.world_model, "prepare", None)
-        if callable(prepare):  # a world model may say that so many rows are too many for it
-            prepare(self.num_envs)
+        if isinstance(self.world_model, SupportsPrepare):
+            self.world_model.prepare(self.num_envs)
         self.defer_judging = False
         """Set by those who judge ``videos()`` themselves: episodes then end unjudged (verdict -1)."""
         self._state: Any = None
@@ -315,9 +325,8 @@ class DreamVectorEnv(ChunkVectorEnv):
         self._state = None
         self._current = [None] * self.num_envs
         for part in (self.starts, self.judge):
-            close = getattr(part, "close", None)
-            if callable(close):
-                close()
+            if isinstance(part, SupportsClose):
+                part.close()
 
 
 class PiperDreamVectorEnv(DreamVectorEnv):

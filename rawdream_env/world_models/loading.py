@@ -13,15 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from rawdream_env.config import parse_dtype
 from rawdream_env.errors import CheckpointError, InvalidOptionError
 from rawdream_env.files import atomic_write_json, load_weights, save_safetensors
 from rawdream_env.piper.arm_map import ArmMapConfig
+from rawdream_env.resolve import bundled_folder, resolve
 from rawdream_env.types import WorldModel
 from rawdream_env.world_models.autoencoders import AutoencoderConfig, FrameCodec, PackedFrameAutoencoder
 from rawdream_env.world_models.pretrained import dataclass_from_json, read_json
@@ -93,7 +94,7 @@ def read_world_model(
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(
-            f"no world model in {folder}: config.json is missing; train one with `rawdream train-world-model`"
+            f"no world model in {folder}: config.json is missing; train one with `rawdream world-model train`"
         )
     config = read_json(path)
     if config.get("format") != FORMAT:
@@ -108,34 +109,54 @@ def read_world_model(
 
 def load_world_model(
     spec: str | Path | WorldModel,
-    device: str = "cpu",
-    dtype: str = "float32",
     *,
+    device: str = "cpu",
+    dtype: str | None = None,
     num_inference_steps: int | None = None,
     approximations: Sequence[str] = (),
     micro_batch: int = 0,
 ) -> WorldModel:
-    """The world model called ``spec``: "embedded" (shipped with the package), "null", a folder, or an object as it
-    is.
+    """The world model that ``spec`` names: "embedded" (the bundled one), "null" (the twin for tests), a folder,
+    "owner/name" of the Hugging Face hub, "module:factory", or an object with the ``WorldModel`` protocol.
 
-    ``approximations`` are opt-in and cost accuracy (their price: docs/world_model.md): "rolling_cache" keeps the context's
-    keys and values across chunks, "tiny_decoder" decodes Wan's latents with TAEHV's, "fp8" rounds the blocks' matrix
-    products. Fewer evaluations is ``num_inference_steps``. ``micro_batch``: rows computed at once, to bound memory; 0: all.
+    Args:
+        spec: see above.
+        device: where it computes.
+        dtype: precision of its weights; None: float32.
+        num_inference_steps: evaluations of the sampler per chunk; None: the checkpoint's own.
+        approximations: opt-in, at a cost in accuracy (docs/world_model.md): "rolling_cache" keeps the context's keys and
+            values across chunks, "tiny_decoder" decodes Wan's latents with TAEHV's, "fp8" rounds the blocks' matrix
+            products.
+        micro_batch: rows computed at once, to bound memory; 0: all.
+
+    Raises:
+        InvalidOptionError: an option, an object or a factory that does not fit.
+        CheckpointError: the folder is missing or damaged.
     """
     if unknown := sorted(set(approximations) - set(APPROXIMATIONS)):
         raise InvalidOptionError(f"there is no approximation {unknown}; choose among {', '.join(APPROXIMATIONS)}.")
-    if not isinstance(spec, str | Path):
-        return spec
-    if spec == "null":
+    if isinstance(spec, str) and spec == "null":
         from rawdream_env.world_models.null import NullWorldModel
 
         return NullWorldModel()
-    folder = Path(str(resources.files("rawdream_env.assets") / "world_model")) if spec == "embedded" else Path(spec)
+    found: Path | WorldModel = resolve(
+        spec,
+        "world model",
+        WorldModel,
+        bundled=bundled_folder("world_model"),
+        device=device,
+        dtype=dtype,
+        num_inference_steps=num_inference_steps,
+        approximations=approximations,
+        micro_batch=micro_batch,
+    )
+    if not isinstance(found, Path):
+        return found
     overrides = {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
     reuse: ContextCache = "rolling" if "rolling_cache" in approximations else "step"
     tiny = "tiny_decoder" in approximations
-    model = read_world_model(folder, reuse=reuse, tiny_decoder=tiny, micro_batch=micro_batch, **overrides)
-    model.to(device, getattr(torch, dtype))
+    model = read_world_model(found, reuse=reuse, tiny_decoder=tiny, micro_batch=micro_batch, **overrides)
+    model.to(device, getattr(torch, parse_dtype(dtype) or "float32"))
     if "fp8" in approximations:
         use_fp8(model.transformer)
     return model

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from rawdream_env.errors import CheckpointError
 from rawdream_env.files import check_weights, fsync_folder, load_tensors
+from rawdream_env.resolve import hub_folder, is_hub_id
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 T = TypeVar("T")
@@ -70,22 +70,10 @@ def find_folder(
     """The local folder of a checkpoint; ``owner/name`` is fetched from the Hugging Face hub when no such folder exists."""
     path = Path(source)
     if not path.is_dir():
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        if not is_hub_id(str(source)):
             raise CheckpointError(f"there is no folder {source}; check the path.")
-        from huggingface_hub import snapshot_download
-
         wanted = [f"{subfolder or ''}{'/' if subfolder else ''}{kind}" for kind in ("*.json", "*.safetensors")]
-        try:
-            path = Path(
-                snapshot_download(
-                    str(source), revision=revision, local_files_only=local_files_only, allow_patterns=wanted
-                )
-            )
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{source} is neither a folder here nor a repository that can be fetched ({type(error).__name__}: "
-                f"{str(error).splitlines()[0]})."
-            ) from error
+        path = hub_folder(str(source), revision=revision, local_files_only=local_files_only, allow_patterns=wanted)
     return path / subfolder if subfolder else path
 
 

@@ -178,7 +178,7 @@ def train_grpo(config: GRPOConfig, *, env: VectorEnv[Any, Any, Any] | None = Non
         InvalidOptionError: options that do not fit. JudgeUnavailableError: run the same command again to go on.
     """
     deadline = None if config.minutes is None else time.monotonic() + config.minutes * 60
-    learner = Learner.of(load_policy(config.policy if policy is None else policy, config.device), config)
+    learner = Learner.of(load_policy(config.policy if policy is None else policy, device=config.device), config)
     vector_env = make_env(config) if env is None else env
     if config.dual_noise_verification:
         vector_env = verified(vector_env)

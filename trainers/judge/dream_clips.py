@@ -74,7 +74,7 @@ def make_dream_clips(config: DreamClipsConfig, *, world_model: WorldModel | None
             clips of another configuration.
         CheckpointError: the world model is missing or damaged.
     """
-    model = load_world_model(config.world_model, config.device) if world_model is None else world_model
+    model = load_world_model(config.world_model, device=config.device) if world_model is None else world_model
     arrays = LeRobotReader(config.data).load_all(workers=2, progress=config.progress)
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)

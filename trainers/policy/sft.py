@@ -283,7 +283,7 @@ def train_sft(config: SFTConfig, *, progress: bool = True) -> SFTResult:
 def _initial_policy(config: SFTConfig) -> TinyVLA:
     if config.init is None:
         return TinyVLA(config.model, seed=config.seed).to(config.device)
-    policy = load_policy(config.init, config.device)
+    policy = load_policy(config.init, device=config.device)
     if not isinstance(policy, TinyVLA):
         raise InvalidOptionError(f"init={config.init!r} is a {type(policy).__name__}; this trainer trains TinyVLA.")
     return policy

@@ -87,7 +87,7 @@ class Player:
         if self._policy is None:
             from rawdream_env.policies import load_policy
 
-            self._policy = load_policy(self.spec.policy, "cpu")
+            self._policy = load_policy(self.spec.policy)
         key, queue, chunks = NoiseKey(mix(seed, 2)), list[Float32Array](), 0
 
         def act(frame: UInt8Array) -> Float32Array:

@@ -101,12 +101,12 @@ def hub_folder(
                 spec, revision=revision, local_files_only=cached, allow_patterns=list(allow_patterns)
             )
         except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:160]
+            reason = str(error).partition("\n")[0][:120]
         else:
             return Path(found)
     raise CheckpointError(
-        f"{spec!r} is neither a folder here nor in the cache of the Hugging Face hub, and cannot be downloaded ({reason}). "
-        "Check the name, the network and HF_HUB_OFFLINE."
+        f"there is no folder {spec}, and the Hugging Face hub has no such repository that can be fetched ({reason}). "
+        "Check the path or the name; HF_HUB_OFFLINE=1 allows no download."
     )
 
 

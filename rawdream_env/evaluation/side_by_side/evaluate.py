@@ -36,7 +36,7 @@ from rawdream_env.types import Judge, Policy, Start, UInt8Array, Verdict, Video
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Options of ``rawdream evaluate``."""
+    """Options of ``rawdream policy evaluate``."""
 
     policies: tuple[str, ...] = ("embedded",)
     """Policies to compare, each name=folder or name=embedded; the first is the reference."""

@@ -1,4 +1,4 @@
-"""How far a world model's imagined frames follow the recorded ones: ``rawdream evaluate-world-model``.
+"""How far a world model's imagined frames follow the recorded ones: ``rawdream world-model evaluate``.
 
 Recorded episodes are imagined from their first frame and actions alone, and every frame is held against the recorded
 one: PSNR, SSIM, LPIPS and FVD by horizon, whole picture and moving region, beside two baselines; whether actions matter;
@@ -42,7 +42,7 @@ _LOGGER = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EvaluateWorldModelConfig:
-    """Options of ``rawdream evaluate-world-model``."""
+    """Options of ``rawdream world-model evaluate``."""
 
     data: tuple[str, ...]
     """LeRobotDataset v3 folders of recorded episodes that the world model was not trained on."""
@@ -117,7 +117,6 @@ def evaluate_world_model(
 
     _check(config)
     folder = Path(config.out)
-    folder.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written is known before the work
     if frame_features is None and config.lpips:
         from rawdream_env.evaluation.world_model.lpips import LpipsAlex
 
@@ -137,6 +136,7 @@ def evaluate_world_model(
             approximations=config.approximations,
         )
     episodes, notes = _read(config, world_model)
+    folder.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written is known before the work
     fidelity = evaluate_fidelity(
         world_model,
         episodes,

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from rawdream_env.envs.dream import DreamVectorEnv
+from rawdream_env.envs.reflector import Reflection
 from rawdream_env.errors import InvalidOptionError, JudgeUnavailableError
 from rawdream_env.judges.scripted import ScriptedJudge
 from rawdream_env.piper.envs import PiperSimVectorEnv
 from rawdream_env.testing.check_vector_env import check_vector_env
 from rawdream_env.types import Outcome, Verdict, Video
 from rawdream_env.wrappers import DualNoiseVerification, InstantReflector
-from rawdream_env.envs.reflector import Reflection
 
 
 def by_hash(video: Video, instruction: str) -> float:

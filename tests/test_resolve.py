@@ -13,7 +13,7 @@ from rawdream_env.policies import load_policy
 from rawdream_env.resolve import bundled_folder, resolve
 from rawdream_env.starts import NullStarts, load_starts
 from rawdream_env.types import Judge
-from rawdream_env.world_models.loading import load_world_model
+from rawdream_env.world_models import load_world_model
 from rawdream_env.world_models.null import NullWorldModel
 
 LOADERS = {"world_model": load_world_model, "judge": load_judge, "policy": load_policy, "starts": load_starts}

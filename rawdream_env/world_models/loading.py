@@ -11,30 +11,22 @@ Weights may be stored in fp16; they are loaded as fp32 and cast by ``dtype``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from rawdream_env.config import parse_dtype
-from rawdream_env.errors import CheckpointError, InvalidOptionError
+from rawdream_env.errors import CheckpointError
 from rawdream_env.files import atomic_write_json, load_weights, save_safetensors
 from rawdream_env.piper.arm_map import ArmMapConfig
-from rawdream_env.resolve import bundled_folder, resolve
-from rawdream_env.types import WorldModel
 from rawdream_env.world_models.autoencoders import AutoencoderConfig, FrameCodec, PackedFrameAutoencoder
 from rawdream_env.world_models.pretrained import dataclass_from_json, read_json
 from rawdream_env.world_models.wan.chunk import ContextCache
-from rawdream_env.world_models.wan.fp8 import use_fp8
 from rawdream_env.world_models.wan.rollout import RolloutConfig, WanWorldModel
 from rawdream_env.world_models.wan.tiny_decoder import TinyDecoder, TinyDecoderCodec
 from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer
 from rawdream_env.world_models.wan.vae import SPATIAL_STRIDE, WanVAE
 
 FORMAT = "rawdream-world-model-2"
-APPROXIMATIONS = ("rolling_cache", "tiny_decoder", "fp8")
 
 
 def save_codec(codec: FrameCodec, folder: Path, *, half: bool = False) -> None:
@@ -107,59 +99,4 @@ def read_world_model(
     return WanWorldModel(transformer, codec, replace(settings, **rollout), reuse=reuse, micro_batch=micro_batch)
 
 
-def load_world_model(
-    spec: str | Path | WorldModel,
-    *,
-    device: str = "cpu",
-    dtype: str | None = None,
-    num_inference_steps: int | None = None,
-    approximations: Sequence[str] = (),
-    micro_batch: int = 0,
-) -> WorldModel:
-    """The world model that ``spec`` names: "embedded" (the bundled one), "null" (the twin for tests), a folder,
-    "owner/name" of the Hugging Face hub, "module:factory", or an object with the ``WorldModel`` protocol.
-
-    Args:
-        spec: see above.
-        device: where it computes.
-        dtype: precision of its weights; None: float32.
-        num_inference_steps: evaluations of the sampler per chunk; None: the checkpoint's own.
-        approximations: opt-in, at a cost in accuracy (docs/world_model.md): "rolling_cache" keeps the context's keys and
-            values across chunks, "tiny_decoder" decodes Wan's latents with TAEHV's, "fp8" rounds the blocks' matrix
-            products.
-        micro_batch: rows computed at once, to bound memory; 0: all.
-
-    Raises:
-        InvalidOptionError: an option, an object or a factory that does not fit.
-        CheckpointError: the folder is missing or damaged.
-    """
-    if unknown := sorted(set(approximations) - set(APPROXIMATIONS)):
-        raise InvalidOptionError(f"there is no approximation {unknown}; choose among {', '.join(APPROXIMATIONS)}.")
-    if isinstance(spec, str) and spec == "null":
-        from rawdream_env.world_models.null import NullWorldModel
-
-        return NullWorldModel()
-    found: Path | WorldModel = resolve(
-        spec,
-        "world model",
-        WorldModel,
-        bundled=bundled_folder("world_model"),
-        device=device,
-        dtype=dtype,
-        num_inference_steps=num_inference_steps,
-        approximations=approximations,
-        micro_batch=micro_batch,
-    )
-    if not isinstance(found, Path):
-        return found
-    overrides = {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
-    reuse: ContextCache = "rolling" if "rolling_cache" in approximations else "step"
-    tiny = "tiny_decoder" in approximations
-    model = read_world_model(found, reuse=reuse, tiny_decoder=tiny, micro_batch=micro_batch, **overrides)
-    model.to(device, getattr(torch, parse_dtype(dtype) or "float32"))
-    if "fp8" in approximations:
-        use_fp8(model.transformer)
-    return model
-
-
-__all__ = ["ArmMapConfig", "load_world_model", "read_world_model", "save_world_model"]
+__all__ = ["ArmMapConfig", "read_world_model", "save_world_model"]

@@ -30,7 +30,7 @@ from rawdream_env.piper.relations import OBJECTS, PLACE_RELATIONS
 from rawdream_env.seeding import mix
 from rawdream_env.trainers.judge.clips import CHUNK, episode_windows
 from rawdream_env.types import WorldModel
-from rawdream_env.world_models.loading import load_world_model
+from rawdream_env.world_models import load_world_model
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ def evaluate_world_model(
 
         video_features = I3DTorchScript(config.fvd, config.device)
     if world_model is None:
-        from rawdream_env.world_models.loading import load_world_model
+        from rawdream_env.world_models import load_world_model
 
         world_model = load_world_model(
             config.world_model,

@@ -11,7 +11,7 @@ import io
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -42,12 +42,13 @@ def parse(name: str, command: Command, words: Sequence[str]) -> tuple[Any, list[
                 kind,
                 args=words,
                 prog=f"rawdream {name}",
+                config=(tyro.conf.PositionalMetavarFromFieldName,),
                 description=f"{command.help[0].upper()}{command.help[1:]}.\n\n"
                 "--config FILE reads options from a run's config.json or a YAML file.",
             )
     except SystemExit as exit_:
         if exit_.code:
-            raise InvalidOptionError(f"{_sentence(problem.getvalue(), kind)}; see `rawdream {name} --help`.") from None
+            raise InvalidOptionError(f"{_sentence(problem.getvalue())}; see `rawdream {name} --help`.") from None
         raise
     return checked(config), notices
 
@@ -162,7 +163,9 @@ def _words(
             unknown.append(key)
         elif is_dataclass(hints[name]) and isinstance(value, Mapping):
             words += _words(value, hints[name], f"{key}.", renamed, dropped, unknown, last)
-        elif part := next((hint for hint in get_args(hints[name]) if is_dataclass(hint)), None):
+        elif part := next(
+            (hint for hint in get_args(hints[name]) if isinstance(hint, type) and is_dataclass(hint)), None
+        ):
             chosen = "none" if value is None else re.sub(r"(?<!^)(?=[A-Z])", "-", part.__name__).lower()
             last.append(f"{key.replace('_', '-')}:{chosen}")
             last += _words(value or {}, part, f"{key}.", renamed, dropped, unknown, last)
@@ -189,7 +192,7 @@ def _flat(values: Sequence[Any]) -> list[Any]:
 # -- wrong usage -------------------------------------------------------------------------------------------------------
 
 
-def _sentence(box: str, kind: type) -> str:
+def _sentence(box: str) -> str:
     """tyro's framed explanation of wrong usage as one sentence."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", box).translate(str.maketrans("│╭╮╰╯─", "     -"))
     rows = [line.rstrip() for line in plain.splitlines() if line.strip()][1:]  # the first is the title
@@ -198,8 +201,7 @@ def _sentence(box: str, kind: type) -> str:
         text = " ".join(section.split())
         if text.startswith("Missing from"):
             named = re.findall(r"^ {6}(\S+)", section, flags=re.MULTILINE)
-            bare = [field.name.upper() for field in fields(kind) if field.default is MISSING]
-            said.append(f"missing {', '.join(word if word.startswith('-') else bare[0] for word in named)}")
+            said.append(f"missing {', '.join(named)}")
         elif text.startswith(("Perhaps you meant", "Arguments similar to")):
             near = re.findall(r"^ {6}(--[a-z][a-z0-9.-]*)", section, flags=re.MULTILINE)
             said.append(f"perhaps you meant {' or '.join(near[:3])}")

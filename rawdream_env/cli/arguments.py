@@ -70,11 +70,15 @@ def checked(config: Any) -> Any:
 
 def renamed_options(command: Command, kind: type) -> dict[str, str]:
     """Former option -> option of today; the other way round where the dataclass still has the former."""
-    names = {field.name for field in fields(kind)}
     pairs = command.renamed.items()
-    return {old: new for old, new in pairs if new.split(".")[0] in names} | {
-        new: old for old, new in pairs if old in names
-    }
+    return {old: new for old, new in pairs if _has(kind, new)} | {new: old for old, new in pairs if _has(kind, old)}
+
+
+def _has(kind: Any, key: str) -> bool:
+    """Whether the dataclass ``kind`` has the field ``key``, with dots for nested ones."""
+    name, _, rest = key.partition(".")
+    hints = get_type_hints(kind)
+    return name in hints and (not rest or _has(hints[name], rest))
 
 
 def current_options(words: Sequence[str], command: Command, kind: type) -> tuple[list[str], list[str]]:
@@ -84,7 +88,7 @@ def current_options(words: Sequence[str], command: Command, kind: type) -> tuple
         option, equals, value = word.partition("=")
         match = re.fullmatch(r"--((?:[\w-]+\.)*)(no-)?([\w.-]+)", option)
         key = f"{match[1]}{match[3]}".replace("-", "_") if match else ""
-        if match and key in command.dropped:
+        if match and key in command.dropped and not _has(kind, key):
             notices.append(f"{option} has no effect")
         elif match and key in renamed:
             *path, last = renamed[key].replace("_", "-").split(".")
@@ -157,10 +161,8 @@ def _words(
         key = f"{prefix}{given}".replace("-", "_")
         key = renamed.get(key, key)
         name = key.removeprefix(prefix)
-        if key in dropped:
-            continue
         if name not in hints:
-            unknown.append(key)
+            unknown += [] if key in dropped else [key]
         elif is_dataclass(hints[name]) and isinstance(value, Mapping):
             words += _words(value, hints[name], f"{key}.", renamed, dropped, unknown, last)
         elif part := next(

@@ -108,7 +108,8 @@ COMMANDS: dict[str, Command] = {
     "world-model train": Command(
         "train the frame codec and the video transformer on recorded episodes",
         f"{_TRAINERS}.world_model.train", "WorldModelTrainConfig", "train_world_model", _folder,
-        old="train-world-model", renamed={"out": "run_dir"},
+        old="train-world-model", renamed={"out": "run_dir", "model.carry": "model.warp_last_frame"},
+        dropped=("fit_memory",),
     ),
     "world-model convert": Command(
         "make a world model from Wan 2.1 weights (a diffusers folder or the original release)",

@@ -20,7 +20,7 @@ from rawdream_env.errors import InvalidOptionError
 
 if TYPE_CHECKING:
     from rawdream_env.evaluation.side_by_side.evaluate import Clip, EvaluateConfig, SideBySide
-    from rawdream_env.trainers.grpo.grpo import GRPOConfig
+    from rawdream_env.trainers.grpo import GRPOConfig
 
 BEFORE, AFTER = "before", "after dreaming"
 SECONDS_PER_EPISODE = 0.45
@@ -113,7 +113,7 @@ def run_demo(config: DemoConfig) -> DemoResult:
 
 def grpo_config(config: DemoConfig) -> GRPOConfig:
     """The training run of the demo."""
-    from rawdream_env.trainers.grpo.grpo import GRPOConfig
+    from rawdream_env.trainers.grpo import GRPOConfig
 
     return GRPOConfig(
         run_dir=config.out / "grpo",

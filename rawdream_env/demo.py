@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from rawdream_env.errors import InvalidOptionError
 
 if TYPE_CHECKING:
-    from rawdream_env.evaluation.side_by_side.evaluate import Clip, EvaluateConfig, SideBySide
+    from rawdream_env.evaluation.side_by_side.evaluate import EvaluateConfig
+    from rawdream_env.evaluation.side_by_side.records import Clip, SideBySide
     from rawdream_env.trainers.grpo.grpo import GRPOConfig
 
 BEFORE, AFTER = "before", "after dreaming"
@@ -159,7 +160,7 @@ def evaluate_config(config: DemoConfig) -> EvaluateConfig:
 
 def table(report: Mapping[str, Any]) -> str:
     """Success rates of a side-by-side report as text: a line per policy and task, dream beside simulator."""
-    from rawdream_env.evaluation.reporting.html import rate_text
+    from rawdream_env.evaluation.reporting.numbers import rate_text
 
     lines = [("policy", "task", "dream", "simulator")]
     for entry in report["policies"]:

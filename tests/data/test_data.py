@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from rawdream_env.data import schema
 from rawdream_env.data.lerobot import EpisodeData, LeRobotReader, LeRobotWriter
-from rawdream_env.data.video import psnr
 from rawdream_env.errors import DatasetError, InvalidOptionError, SimulatorError
 from rawdream_env.piper.goals import GOAL_NAMES, phrases
 from rawdream_env.piper.relations import RELATION_NAMES
@@ -58,6 +57,10 @@ def write(root: Path, episodes: list[EpisodeData], *, per_shard: int = 2, featur
     for e in episodes:
         writer.add_episode(e.frames, e.actions, e.state, e.task, e.privileged)
     writer.finalize()
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    return float(10 * np.log10(255.0**2 / np.mean((a.astype(float) - b) ** 2)))
 
 
 def contents(root: Path) -> dict[str, bytes]:

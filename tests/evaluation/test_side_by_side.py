@@ -22,8 +22,8 @@ from rawdream_env.errors import InvalidOptionError
 from rawdream_env.evaluation.reporting import charts
 from rawdream_env.evaluation.side_by_side import aggregate as agg
 from rawdream_env.evaluation.side_by_side import report, rollouts
-from rawdream_env.evaluation.side_by_side.aggregate import EpisodeRecord
-from rawdream_env.evaluation.side_by_side.evaluate import EvaluateConfig, SideBySide, evaluate, parse_policies
+from rawdream_env.evaluation.side_by_side.evaluate import EvaluateConfig, evaluate, parse_policies
+from rawdream_env.evaluation.side_by_side.records import EpisodeRecord, SideBySide
 from rawdream_env.judges.scripted import ScriptedJudge
 from rawdream_env.seeding import NoiseKey
 from rawdream_env.types import PolicyOutput, Video

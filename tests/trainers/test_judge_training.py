@@ -13,6 +13,7 @@ import torch
 from rawdream_env.data import schema
 from rawdream_env.data.lerobot import LeRobotWriter
 from rawdream_env.errors import DatasetError
+from rawdream_env.evaluation.judges.report import JudgeClip, JudgeReport, evaluate
 from rawdream_env.files import load_safetensors, save_safetensors
 from rawdream_env.judges import load_judge
 from rawdream_env.judges.embedded_network import EmbeddedJudgeConfig
@@ -35,6 +36,7 @@ from rawdream_env.trainers.judge.clips import (
 )
 from rawdream_env.trainers.judge.losses import answer_loss, look_imagined, place_loss
 from rawdream_env.trainers.judge.train import JudgeTrainConfig, learning_rate, train_judge
+from rawdream_env.types import Judge
 
 MODEL = EmbeddedJudgeConfig(frame_size=32, stem=16, mid=16, deep=24, width=32, heads=2, layers=2, text_layers=1)
 COLOURS = np.array(
@@ -282,12 +284,22 @@ def config(folder: str, out: Path, **changes: object) -> JudgeTrainConfig:
 
 
 @pytest.mark.slow
-def test_it_learns_who_is_on_whom(folder: str, tmp_path: Path) -> None:
+def test_it_learns_who_is_on_whom(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rawdream_env.trainers.judge import train as module
+
+    held_out: list[JudgeClip] = []
+
+    def evaluate_and_keep(judge: Judge, clips: list[JudgeClip]) -> JudgeReport:
+        held_out.extend(clips)
+        return evaluate(judge, clips)
+
+    monkeypatch.setattr(module, "evaluate", evaluate_and_keep)
     settings = config(folder, tmp_path / "run", steps=360, batch_size=16, questions=6, augment=0.2, warmup=30, ema=0.97)
     result = train_judge(settings, progress=False)
+    verdicts = result.judge([clip.video for clip in held_out], [clip.instruction for clip in held_out])
     answers = [
         ((verdict.probability or 0.0) >= 0.5) == clip.label
-        for clip, verdict in zip(result.report.clips, result.report.verdicts, strict=True)
+        for clip, verdict in zip(held_out, verdicts, strict=True)
         if clip.relation.startswith("on:") and not clip.held_out
     ]
     assert len(answers) > 40 and np.mean(answers) > 0.8, result.report.table(("kind", "relation on"))
@@ -297,8 +309,9 @@ def test_it_learns_who_is_on_whom(folder: str, tmp_path: Path) -> None:
     assert on["low"] <= on["value"] <= on["high"] and on["n"] > 0
     assert metrics["groups"]["held-out pairs"]["n"] > 0 and len(metrics["threshold_sweep"]) > 10
     again = load_judge(result.folder)
-    clip = result.report.clips[0]
-    assert again([clip.video], [clip.instruction])[0].probability == result.report.verdicts[0].probability
+    clip = held_out[0]
+    ours = result.judge([clip.video], [clip.instruction])
+    assert again([clip.video], [clip.instruction])[0].probability == ours[0].probability
 
 
 def test_a_stopped_run_continues_bit_identically(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any
@@ -136,8 +137,14 @@ def fresh_clips(spec: FreshEpisodes, episodes: int, *, workers: int = 0) -> Iter
         return
     context = multiprocessing.get_context("spawn")  # a forked OpenGL context does not work in the child
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_process) as pool:
+        running: deque[Future[JudgeClip]] = deque()
         try:
-            yield from pool.map(_play, [spec] * episodes, range(episodes), chunksize=4)
+            for index in range(episodes):
+                running.append(pool.submit(_play, spec, index))
+                if len(running) > 4 * workers:  # so that played episodes do not pile up before a slow judge
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
         except BrokenProcessPool as error:
             raise SimulatorError(
                 "a simulator process died (out of memory?); run the command again with fewer workers."

@@ -8,13 +8,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rawdream_env.evaluation.reporting.provenance import provenance
+from rawdream_env.evaluation.side_by_side.records import EpisodeRecord
 from rawdream_env.evaluation.world_model.fidelity import summarise
 from rawdream_env.statistics import (
     Confusion,
@@ -25,35 +25,11 @@ from rawdream_env.statistics import (
     paired_bootstrap,
     spearman,
 )
-from rawdream_env.types import Outcome
 
 Scores = dict[str, NDArray[np.float64]]
 """Source ("dream", "copy_first", "copy_last") -> scores (F, 4) of one episode's frames, see ``metrics.METRICS``."""
 
 ALL = "all"
-
-
-@dataclass(frozen=True)
-class EpisodeRecord:
-    """Everything kept of one start under one policy; verdicts are 1, 0 or -1 (INVALID), None: not asked."""
-
-    policy: str
-    task: str
-    index: int
-    seed: int
-    simulator: bool
-    simulator_end: bool
-    dream: int
-    second: int | None = None
-    dreamed_actions: bool | None = None
-    dreamed_actions_end: bool | None = None
-    simulator_actions: int | None = None
-    judge_on_simulator: int | None = None
-
-    @property
-    def flagged(self) -> bool:
-        """Dreamed a success that did not repeat."""
-        return self.second == Outcome.FAILURE
 
 
 def aggregate(

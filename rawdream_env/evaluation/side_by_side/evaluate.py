@@ -28,10 +28,12 @@ from typing import Any
 
 from rawdream_env.errors import InvalidOptionError
 from rawdream_env.evaluation.side_by_side import rollouts
-from rawdream_env.evaluation.side_by_side.aggregate import EpisodeRecord, Scores, aggregate
+from rawdream_env.evaluation.side_by_side.aggregate import Scores, aggregate
+from rawdream_env.evaluation.side_by_side.records import Clip, Clips, EpisodeRecord, SideBySide
+from rawdream_env.evaluation.side_by_side.report import write_report
 from rawdream_env.evaluation.side_by_side.rollouts import DreamEpisode, SimEpisode
 from rawdream_env.evaluation.world_model.fidelity import compare_episode
-from rawdream_env.types import Judge, Policy, Start, UInt8Array, Verdict, Video
+from rawdream_env.types import Judge, Policy, Start, Verdict, Video
 
 
 @dataclass(frozen=True)
@@ -78,31 +80,6 @@ class EvaluateConfig:
     """Torch device of the models."""
 
 
-@dataclass(frozen=True)
-class Clip:
-    """Frames for the report: ``left`` what happened in the simulator, ``right`` the dream, uint8 (F, H, W, 3).
-
-    ``happened``: whether the left one is a success; ``same_actions``: the left one executes the dream's actions.
-    """
-
-    record: EpisodeRecord
-    kind: str
-    instruction: str
-    left: UInt8Array
-    right: UInt8Array
-    happened: bool
-    same_actions: bool
-
-
-@dataclass
-class SideBySide:
-    """What :func:`evaluate` returns: ``report`` (JSON), the ``records`` behind it and the ``clips`` to look at."""
-
-    report: dict[str, Any]
-    records: list[EpisodeRecord]
-    clips: list[Clip] = field(default_factory=list)
-
-
 @dataclass
 class _Parts:
     """The worlds and their judge."""
@@ -117,8 +94,8 @@ class _Parts:
 class _Collected:
     """What grows while episodes run."""
 
+    clips: Clips
     records: list[EpisodeRecord] = field(default_factory=list)
-    clips: list[Clip] = field(default_factory=list)
     scores: dict[str, dict[str, list[Scores]]] = field(default_factory=dict)
 
 
@@ -156,7 +133,7 @@ def evaluate(
         raise InvalidOptionError(f"nothing to run: {config.episodes_per_task} episodes of {len(config.tasks)} tasks")
     actors = _load_policies(config) if policies is None else dict(policies)
     parts, opened = _open(config, dream, simulator)
-    collected = _Collected()
+    collected = _Collected(Clips(config.videos))
     try:
         _run_all(config, actors, parts, collected, progress)
     finally:
@@ -171,8 +148,6 @@ def evaluate(
     )
     result = SideBySide(report, collected.records, collected.clips)
     if config.output is not None:
-        from rawdream_env.evaluation.side_by_side.report import write_report
-
         write_report(result, config.output, parts.fps)
     return result
 
@@ -270,7 +245,10 @@ def _run_batch(
     for i, (task, index) in enumerate(batch):
         record = _record(name, task, index, starts[i], b, i)
         collected.records.append(record)
-        _keep_clip(config, collected, record, starts[i].instruction, b, i)
+        left = b.sims[i] if b.acted is None else b.acted[i]
+        happened = left.success_end if config.judge_every == "episode" else left.success_any
+        text, same_actions = starts[i].instruction, b.acted is not None
+        collected.clips.add(Clip(record, text, left.frames, b.dreams[i].frames, happened, same_actions))
 
 
 def _record(name: str, task: str, index: int, start: Start, b: _Batch, i: int) -> EpisodeRecord:
@@ -298,26 +276,6 @@ def _score(b: _Batch, scores: dict[str, list[Scores]], chunk_len: int) -> None:
         scores.setdefault("dreamed_actions", []).append(compare_episode(dream.frames[1:], acted.frames, chunk_len))
     for echo, sim in zip(b.echoes, b.sims, strict=True):
         scores.setdefault("simulator_actions", []).append(compare_episode(echo.frames[1:], sim.frames, chunk_len))
-
-
-KINDS = {
-    (True, 1): "both succeed",
-    (False, 0): "both fail",
-    (False, 1): "only the dream succeeds",
-    (True, 0): "only the simulator succeeds",
-}
-
-
-def _keep_clip(
-    config: EvaluateConfig, collected: _Collected, record: EpisodeRecord, text: str, b: _Batch, i: int
-) -> None:
-    """Keep the first few of each kind: whatever comes first, so that nobody picks the pretty ones."""
-    left = b.sims[i] if b.acted is None else b.acted[i]
-    happened = left.success_end if config.judge_every == "episode" else left.success_any
-    kind = KINDS.get((happened, record.dream), "no verdict")
-    if sum(c.kind == kind and c.record.policy == record.policy for c in collected.clips) < config.videos:
-        clip = Clip(record, kind, text, left.frames, b.dreams[i].frames, happened, b.acted is not None)
-        collected.clips.append(clip)
 
 
 def config_dict(config: EvaluateConfig) -> dict[str, Any]:

@@ -43,9 +43,39 @@ class RecordedEpisode:
     camera: str = ""
 
 
-def background(episodes: Sequence[RecordedEpisode], samples: int = 200) -> UInt8Array:
+@dataclass(frozen=True)
+class StoredEpisode:
+    """A recorded episode of a data set whose frames stay on disk: ``frames`` decodes them each time it is read, so that
+    memory does not grow with the number of episodes.
+    """
+
+    reader: LeRobotReader
+    index: int
+    actions: Float32Array
+    proprio: Float32Array | None
+
+    @property
+    def frames(self) -> UInt8Array:
+        """uint8 (N+1, H, W, 3)."""
+        return self.reader.episode(self.index).frames[: len(self.actions) + 1]
+
+    @property
+    def name(self) -> str:
+        """Number and instruction."""
+        return f"{self.index}: {self.reader.task(self.index)}"
+
+    @property
+    def camera(self) -> str:
+        """All episodes of a folder have one camera."""
+        return str(self.reader.root)
+
+
+Recording = RecordedEpisode | StoredEpisode
+
+
+def background(episodes: Sequence[Recording], samples: int = 200) -> UInt8Array:
     """Median picture of a fixed camera over frames spread across the episodes: uint8 (H, W, 3)."""
-    every = max(1, sum(len(e.frames) for e in episodes) // samples)
+    every = max(1, sum(len(e.actions) + 1 for e in episodes) // samples)
     sample = np.concatenate([e.frames[::every] for e in episodes])
     return np.asarray(np.median(sample, axis=0).astype(np.uint8))
 
@@ -60,7 +90,7 @@ def baselines(truth: UInt8Array, frames: int, chunk_len: int) -> dict[str, UInt8
 
 def dream_episodes(
     world_model: WorldModel,
-    episodes: Sequence[RecordedEpisode],
+    episodes: Sequence[Recording],
     *,
     seed: int = 0,
     draw: int = 0,
@@ -103,13 +133,15 @@ def dream_episodes(
                     imagined[r].append(clip)
                 if progress is not None:
                     progress(len(rows))
-        for clips, episode in zip(imagined, batch, strict=True):
-            yield np.concatenate(clips) if clips else np.empty((0, *episode.frames.shape[1:]), np.uint8)
+        nothing = np.empty((0, *frames.shape[1:]), np.uint8)
+        for row, clips in enumerate(imagined):
+            imagined[row] = []  # a dream that was passed on is not kept
+            yield np.concatenate(clips) if clips else nothing
 
 
 def action_sensitivity(
     world_model: WorldModel,
-    episodes: Sequence[RecordedEpisode],
+    episodes: Sequence[Recording],
     *,
     seed: int = 0,
     batch_size: int = 16,
@@ -177,13 +209,14 @@ def action_sensitivity(
 
 
 def episodes_from_dataset(
-    reader: LeRobotReader, indices: Iterable[int] | None = None, limit: int | None = None
-) -> Iterator[RecordedEpisode]:
-    """Recorded episodes of a data set; ``indices`` (say, the held-out ones) or all, at most ``limit``."""
+    reader: LeRobotReader, indices: Iterable[int] | None = None, limit: int | None = None, horizon: int | None = None
+) -> Iterator[StoredEpisode]:
+    """Recorded episodes of a data set, ``indices`` (say, the held-out ones) or all, at most ``limit``; of each the first
+    ``horizon`` actions.
+    """
     for index in itertools.islice(range(len(reader)) if indices is None else indices, limit):
-        episode = reader.episode(index)
-        name = f"{index}: {episode.task}"
-        yield RecordedEpisode(episode.frames, episode.actions, episode.state[0], name, str(reader.root))
+        episode = reader.episode(index, frames=False)
+        yield StoredEpisode(reader, index, episode.actions[:horizon].copy(), episode.state[0].copy())
 
 
 def deafness(sensitivity: Mapping[str, Any]) -> str:

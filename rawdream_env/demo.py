@@ -144,13 +144,13 @@ def evaluate_config(config: DemoConfig) -> EvaluateConfig:
     return EvaluateConfig(
         policies=(f"{BEFORE}={config.policy}", f"{AFTER}={config.out / 'grpo' / 'policy'}"),
         episodes_per_task=config.episodes,
-        output=config.out,
+        out=config.out,
         world_model=config.world_model,
         judge=config.judge,
         dtype=config.dtype,
         num_inference_steps=config.num_inference_steps,
         diagnose=False,
-        sim_workers=config.sim_workers,
+        workers=config.sim_workers,
         seed=config.seed + 1,
     )
 

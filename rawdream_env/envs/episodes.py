@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from numpy.typing import NDArray
@@ -81,6 +82,16 @@ class Rollout:
     def __len__(self) -> int:
         """Number of chunks T."""
         return len(self.images)
+
+    @property
+    def success_any(self) -> bool:
+        """Whether the environment's verdict was a success after some chunk."""
+        return bool((self.verdicts == Outcome.SUCCESS).any())
+
+    @property
+    def success_end(self) -> bool:
+        """Whether it was one after the last chunk."""
+        return bool(self.verdicts[-1] == Outcome.SUCCESS)
 
 
 @dataclass
@@ -332,6 +343,20 @@ def _requests(
             )
         chunk = None if given is None else np.asarray(next(given), np.float32)
         yield EpisodeRequest(episode, episode.seed, NoiseKey(episode.seed), chunk)
+
+
+def make_env(env_id: str, num_envs: int, **kwargs: Any) -> VectorEnv[Any, Any, Any]:
+    """The vector environment of an id, in DISABLED autoreset mode.
+
+    Raises:
+        InvalidOptionError: the environment does not take one of ``kwargs``.
+    """
+    try:
+        return gym.make_vec(env_id, num_envs=num_envs, autoreset_mode="Disabled", **kwargs)
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise InvalidOptionError(f"the options do not fit {env_id}: {error}.") from error
 
 
 def _stack(parts: list[Any]) -> Any:

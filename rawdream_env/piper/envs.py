@@ -37,6 +37,8 @@ class PiperSimVectorEnv(ChunkVectorEnv):
         InvalidOptionError: an option is out of its range. RendererError: no working OpenGL renderer.
     """
 
+    tasks = tuple(zip(TASK_NAMES, INSTRUCTIONS, strict=True))
+
     def __init__(
         self,
         num_envs: int = 1,

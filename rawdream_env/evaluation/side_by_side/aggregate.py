@@ -114,8 +114,8 @@ def verification(dreams: Sequence[EpisodeRecord], at_end: bool) -> dict[str, Any
     successes = [r for r in dreams if r.dream == 1]
     if not any(r.second is not None for r in successes):
         return None
-    readable = [r for r in successes if (r.second or 0) >= 0]
-    kept = [r for r in dreams if r.dream == 0 or r.second == 1]
+    readable = [r for r in successes if r.result.verified or r.flagged]
+    kept = [r for r in dreams if r.result.verified]
     acted = all(r.dreamed_actions is not None for r in dreams)
 
     def against(some: Sequence[EpisodeRecord]) -> Confusion:
@@ -123,7 +123,7 @@ def verification(dreams: Sequence[EpisodeRecord], at_end: bool) -> dict[str, Any
         return Confusion.over([r.dream == 1 for r in some], truth)
 
     flagged = against([r for r in readable if r.flagged])
-    repeated, failures = sum(r.second == 1 for r in readable), sum(r.dream == 0 for r in dreams)
+    repeated, failures = sum(r.result.verified for r in readable), sum(r.dream == 0 for r in dreams)
     return {
         "against": "dreamed actions in the simulator" if acted else "closed-loop episode in the simulator",
         "flagged": Rate.over(r.flagged for r in readable).as_dict(),

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from rawdream_env.types import Outcome, UInt8Array
+from rawdream_env.envs.verification import EpisodeResult, episode_result
+from rawdream_env.types import Outcome, UInt8Array, Verdict
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,15 @@ class EpisodeRecord:
     judge_on_simulator: int | None = None
 
     @property
+    def result(self) -> EpisodeResult:
+        """What the dream's verdicts amount to under the rule of dual-noise verification."""
+        second = None if self.second is None else Verdict(Outcome(self.second))
+        return episode_result(Verdict(Outcome(self.dream)), second)
+
+    @property
     def flagged(self) -> bool:
         """Dreamed a success that did not repeat."""
-        return self.second == Outcome.FAILURE
+        return self.result.flagged
 
 
 _KINDS = {

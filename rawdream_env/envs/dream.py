@@ -22,6 +22,7 @@ from rawdream_env.envs.imagination import (
     select,
 )
 from rawdream_env.errors import InvalidActionError, InvalidOptionError, RawDreamError
+from rawdream_env.robots import DEFAULT_ROBOT
 from rawdream_env.seeding import NoiseKey
 from rawdream_env.starts import load_starts
 from rawdream_env.starts.base import TaskLike
@@ -55,6 +56,7 @@ class DreamVectorEnv(ChunkVectorEnv):
         world_model: Any = "embedded",
         judge: Any = "embedded",
         starts: Any = "pack",
+        robot: str = "",
         task: TaskLike = None,
         layout: str = "narrow",
         max_episode_steps: int = 8,
@@ -78,6 +80,7 @@ class DreamVectorEnv(ChunkVectorEnv):
                 ("vlm_server:http://host:8000/v1" or its options, see ``judges.vlm_config``), or a ``Judge``.
             starts: "pack", "sim", "null", a folder of images, a ``.safetensors`` pack, a list of ``Start``, or an
                 object with ``sample(key, task)``.
+            robot: whose "pack" and "sim" starts; empty: that of the world model, else the default robot.
             task: name, instruction or id to keep to; None draws one per episode.
             layout: "narrow" or "wide": how far objects are scattered in "pack" and "sim" starts.
             max_episode_steps: horizon in chunks.
@@ -106,7 +109,9 @@ class DreamVectorEnv(ChunkVectorEnv):
         self.layout = parse_choice("layout", layout, ("narrow", "wide"))
         self.task = task
         shape = self.world_model.frame_shape
-        self.starts = load_starts(starts, frame_shape=shape, layout=layout)
+        self.robot = robot or getattr(self.world_model, "robot", "") or DEFAULT_ROBOT
+        self.starts = load_starts(starts, frame_shape=shape, layout=layout, robot=self.robot)
+        self.tasks = tuple(getattr(self.starts, "tasks", ()))
         super().__init__(
             num_envs,
             frame_shape=shape,
@@ -318,12 +323,3 @@ class DreamVectorEnv(ChunkVectorEnv):
             close = getattr(part, "close", None)
             if callable(close):
                 close()
-
-
-class PiperDreamVectorEnv(DreamVectorEnv):
-    """The Piper tabletop in the embedded world model: what ``gym.make_vec("rawdream/PiperDream-v0")`` makes.
-
-    Four tasks (stack block, place pot, put spoon, place cup), 64x64 pixels at 10 Hz, 8 actions a chunk, 8 chunks an
-    episode; everything ships with the package and runs on a CPU. ``PiperSimVectorEnv`` has the same spaces and infos.
-    Options are those of :class:`DreamVectorEnv`.
-    """

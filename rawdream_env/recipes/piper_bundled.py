@@ -36,9 +36,9 @@ from rawdream_env.evaluation.side_by_side.evaluate import EvaluateConfig, evalua
 from rawdream_env.evaluation.world_model.fidelity import episodes_from_dataset, evaluate_fidelity
 from rawdream_env.files import atomic_write_json
 from rawdream_env.piper.goals import OTHER_RELATIONS
+from rawdream_env.piper.starts import make_start_pack
 from rawdream_env.recipes.card import write_card
 from rawdream_env.recipes.presets import PRESETS, Scale
-from rawdream_env.starts.pack import make_start_pack
 from rawdream_env.trainers.collect import CollectConfig, collect
 from rawdream_env.trainers.common.stages import Stage, run_stages
 from rawdream_env.trainers.judge.dream_clips import DreamClipsConfig, make_dream_clips

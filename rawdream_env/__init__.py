@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 
-import rawdream_env.piper  # registers the robot and its environments
+import rawdream_env.piper  # noqa: F401 (registers the robot and its environments)
 
 if TYPE_CHECKING:
     from rawdream_env.envs.base import ChunkVectorEnv

@@ -128,7 +128,8 @@ class LeRobotReader:
         state_key: the feature that holds the state. Data without it have episodes with P = 0.
 
     Attributes:
-        info, fps, features, tasks: from ``meta``; stats: feature -> statistic -> array (empty when not in the folder).
+        info, fps, features, tasks, robot_type ("" where none is named): from ``meta``; stats: feature -> statistic ->
+            array (empty when not in the folder).
         image_key: full name of the camera.
         lengths: int64 (E,), the number of actions of every episode.
 
@@ -163,6 +164,7 @@ class LeRobotReader:
         self.action_key = action_key
         self.state_key = state_key if state_key in self.features else None
         self.fps = float(self.info["fps"])
+        self.robot_type = str(self.info.get("robot_type") or "")
         self.image_key = self._pick_camera(image_key)
         self._entries = self._load_entries()
         self.lengths = np.array([entry.length - 1 for entry in self._entries], dtype=np.int64)

@@ -222,3 +222,10 @@ class GoalGrammar(Protocol):
     ) -> Sequence[Segment]:
         """Demonstrations in an ``Episode`` of play."""
         ...
+
+
+def find_goals(name: str) -> GoalGrammar | None:
+    """The goals of a robot (empty: the default robot); None where it is not registered or has none."""
+    robot = find_robot(name) if is_registered(name) else None
+    grammar: GoalGrammar | None = robot.load("goals") if robot and robot.goals else None
+    return grammar

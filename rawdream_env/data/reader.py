@@ -63,7 +63,7 @@ class EpisodeArrays:
 
     ``frames`` uint8 (R, H, W, 3), empty (0, H, W, 3) when they were not loaded; ``actions`` (R, A) with a zero action
     in every episode's last row; ``state`` (R, P); ``privileged`` name -> (R, ...); ``offsets`` int64 (E+1,);
-    ``episodes`` the E episode indices; ``tasks`` their E instructions.
+    ``episodes`` the E episode indices; ``tasks`` their E instructions; ``robot_type`` "" where none is named.
     """
 
     frames: UInt8Array
@@ -74,6 +74,7 @@ class EpisodeArrays:
     episodes: NDArray[np.int64]
     tasks: tuple[str, ...]
     fps: float
+    robot_type: str = ""
 
     def __len__(self) -> int:
         """The number of episodes."""
@@ -363,6 +364,7 @@ class LeRobotReader:
             episodes=np.array(wanted, dtype=np.int64),
             tasks=tuple(e.task for e in numbers),
             fps=self.fps,
+            robot_type=self.robot_type,
         )
 
 

@@ -69,8 +69,8 @@ def claim_folder(out: str | Path, config_path: str, settings: Mapping[str, Any],
         atomic_write_json(path, dict(settings))
         return
     stored = schema.read_json(path)
-    for name, value in settings.items():
-        old = stored.get(name)
+    for name in {**settings, **stored}:
+        value, old = settings.get(name), stored.get(name)
         if old == value:
             continue
         was, now = f"with {name}={old!r}", f"now it is {value!r}"

@@ -46,7 +46,7 @@ def data(
         privileged = {column.removeprefix("privileged."): truth}
         episodes.append(EpisodeData(frames=frames, actions=actions, state=state, task=task, privileged=privileged))
     writer.write(0, episodes, first_episode=0, first_row=0, tasks=tasks)
-    writer.finalize(tasks, robot_type="toy")
+    writer.finalize(tasks, robot_type="piper" if "relations" in column else "toy")
     return str(root)
 
 

@@ -91,7 +91,7 @@ class Validation:
             return
         transformer = assembled(self.config.model, tensors).to(self.config.device)
         loss = self.loss(transformer)
-        model = WanWorldModel(transformer, self.codec, self.rollout)
+        model = WanWorldModel(transformer, self.codec, self.rollout, robot=self.config.robot)
         fidelity = evaluate_fidelity(model, self.episodes, batch_size=4, sensitivity_episodes=0, samples=4)
         stage.log(step, val_loss=loss, **horizon_scalars(fidelity))
         folder = stage.folder / "validation"

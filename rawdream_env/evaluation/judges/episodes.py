@@ -24,7 +24,8 @@ import numpy as np
 
 from rawdream_env.errors import DatasetError, InvalidOptionError, SimulatorError
 from rawdream_env.evaluation.judges.report import JudgeClip
-from rawdream_env.piper.relations import RELATION_NAMES, TASKS, Task
+from rawdream_env.piper.relations import TASKS, Task
+from rawdream_env.robots import find_goals
 from rawdream_env.seeding import NoiseKey, mix
 from rawdream_env.types import Float32Array, UInt8Array, Video
 
@@ -157,8 +158,8 @@ def recorded_clips(folders: Sequence[str], *, success_key: str = "", limit: int 
     """Whole episodes of LeRobotDataset v3.0 folders, at most ``limit`` of each; the task is the question.
 
     Where the truth comes from, the first that a folder has: the column ``success_key`` if one is named; the last row of
-    ``privileged.success`` or of ``next.success`` (1: reached); ``privileged.relations`` together with an instruction of
-    one of the four Piper tasks.
+    ``privileged.success`` or of ``next.success`` (1: reached); ``privileged.relations`` together with the instruction of
+    one of the robot's tasks.
 
     Raises:
         DatasetError: a folder is damaged or says nowhere whether its episodes succeeded.
@@ -176,10 +177,11 @@ def _recorded(folder: str, success_key: str, limit: int | None) -> Iterator[Judg
         raise DatasetError(f"{folder} has no column {success_key!r}; it has {', '.join(sorted(reader.features))}.")
     if key:
         reader = LeRobotReader(folder, state_key=key)  # any numeric column can be read in the state's place
-    relations = {task.instruction: (task.name, RELATION_NAMES.index(task.relation)) for task in TASKS}
+    grammar = find_goals(reader.robot_type)
+    tasks = {text: (name, grammar.relations.index(goal)) for name, text, goal in grammar.tasks} if grammar else {}
     for index in range(len(reader) if limit is None else min(limit, len(reader))):
         episode = reader.episode(index)
-        name, column = relations.get(episode.task, (episode.task, None))
+        name, column = tasks.get(episode.task, (episode.task, None))
         if key:
             success = float(episode.state[-1].max(initial=0.0)) > 0.5
         elif column is not None and "relations" in episode.privileged:

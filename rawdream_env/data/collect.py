@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from rawdream_env.data.lerobot import EpisodeData
 from rawdream_env.data.recording import EpisodeSource, claim_folder, record
 from rawdream_env.errors import DatasetError, SimulatorError
 from rawdream_env.robots import DEFAULT_ROBOT, find_robot
@@ -69,6 +70,10 @@ class CollectSource(EpisodeSource, Protocol):
 
     config: CollectConfig
     """The configuration with its defaults filled in, which the data set keeps."""
+
+    def attempt(self, index: int, seed: int) -> tuple[EpisodeData, bool]:
+        """Episode ``index`` as ``seed`` draws it, and whether its task is done at the end (for ``judge evaluate``)."""
+        ...
 
 
 def collect(config: CollectConfig, *, source: Callable[[CollectConfig], CollectSource] | None = None) -> Path:

@@ -31,10 +31,11 @@ import torch
 
 from rawdream_env.data.collect import CollectConfig, collect
 from rawdream_env.data.reader import LeRobotReader
+from rawdream_env.data.recorded import episodes_from_dataset
 from rawdream_env.errors import InvalidOptionError
 from rawdream_env.evaluation.reporting.provenance import provenance
 from rawdream_env.evaluation.side_by_side.evaluate import EvaluateConfig, evaluate
-from rawdream_env.evaluation.world_model.fidelity import episodes_from_dataset, evaluate_fidelity
+from rawdream_env.evaluation.world_model.fidelity import evaluate_fidelity
 from rawdream_env.files import atomic_write_json
 from rawdream_env.piper.goals import OTHER_RELATIONS
 from rawdream_env.piper.starts import make_start_pack

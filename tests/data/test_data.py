@@ -21,7 +21,6 @@ from rawdream_env.errors import DatasetError, InvalidOptionError, SimulatorError
 from rawdream_env.piper.collect import PLAY_TASK, PiperSource
 from rawdream_env.piper.goals import GOAL_NAMES, phrases
 from rawdream_env.piper.relations import RELATION_NAMES
-from rawdream_env.policies.stepwise import StepwisePolicy
 from rawdream_env.seeding import NoiseKey, mix
 from rawdream_env.text import MAX_INSTRUCTION_LENGTH, PAD_ID, VOCAB_SIZE, clean_instruction, tokenize, word_id
 
@@ -366,18 +365,22 @@ class ChunkPolicy:
 
         from rawdream_env.types import PolicyOutput
 
-        assert images.shape == (1, 2, 2, 3)
+        assert images.shape == (1, 16, 16, 3) and instructions == ["place the cup into the pot"]
         self.keys += keys
-        actions = torch.full((1, 8, 7), float(len(self.keys))) + torch.arange(8)[None, :, None] / 100
+        actions = torch.full((1, 8, 7), len(self.keys) / 10) + torch.arange(8)[None, :, None] / 100
         return PolicyOutput(actions, torch.zeros(1, 56), torch.zeros(1, 56))
 
 
 def test_a_policy_is_asked_once_a_chunk() -> None:
-    policy = ChunkPolicy()
-    chunks = StepwisePolicy(policy, "stack", NoiseKey(3), temperature=1.0)
-    actions = np.stack([chunks(np.zeros((2, 2, 3), np.uint8)) for _ in range(17)])
-    np.testing.assert_allclose(actions[:, 0], [1 + i / 100 for i in range(8)] + [2 + i / 100 for i in range(8)] + [3])
-    assert policy.keys == [NoiseKey(3, chunk=i) for i in range(3)]
+    pytest.importorskip("mujoco")
+    config = CollectConfig(out="", kind="policy", tasks=("place_cup",), steps_per_episode=17, image_size=16)
+    source = PiperSource(config)
+    policy = source._policy = ChunkPolicy()
+    episode, _ = source.attempt(0, 3)
+    source.close()
+    expected = [i / 10 + k / 100 for i in (1, 2, 3) for k in range(8)][:17]
+    np.testing.assert_allclose(episode.actions[:, 0], expected, atol=1e-6)
+    assert len(episode.frames) == 18 and policy.keys == [NoiseKey(3, chunk=i) for i in range(3)]
 
 
 @pytest.mark.parametrize("kind", ["play", "expert"])

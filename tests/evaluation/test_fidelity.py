@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from rawdream_env import media
+from rawdream_env.data.recorded import RecordedEpisode
 from rawdream_env.errors import DatasetError
 from rawdream_env.evaluation.reporting import pictures
 from rawdream_env.evaluation.world_model import fidelity, metrics
-from rawdream_env.evaluation.world_model.fidelity import RecordedEpisode
 from rawdream_env.seeding import NoiseKey
 from rawdream_env.wrappers.drawing import COLOURS
 

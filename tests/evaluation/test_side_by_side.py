@@ -310,13 +310,21 @@ def test_a_simulator_of_ones_own_stands_in_by_its_id() -> None:
         config = replace(CONFIG, sim_env="tests/ToySim-v0", sim_kwargs={"gravity": 9.81}, num_envs=8, tasks=())
         policies = {"force 0.5": ToyPolicy(0.5)}
         result = evaluate(config, policies=policies, dream=make_dream(), progress=False)
-        assert [r.task for r in result.records[:5]] == ["stack_block", "place_pot", "put_spoon", "place_cup", "stack_block"]
+        assert [r.task for r in result.records[:5]] == [
+            "stack_block",
+            "place_pot",
+            "put_spoon",
+            "place_cup",
+            "stack_block",
+        ]
         chosen = [r for r in result.records if r.task in CONFIG.tasks]
         assert chosen == run().records and made[0].closed
         told = {"max_episode_steps": CHUNKS, "judge_every": "chunk", "end_on_success": False, "return_frames": True}
         assert made[0].options == {**told, "gravity": 9.81, "autoreset_mode": "Disabled"}
         with pytest.raises(InvalidOptionError, match="do not fit tests/StrictSim-v0"):
-            evaluate(replace(config, sim_env="tests/StrictSim-v0"), policies=policies, dream=make_dream(), progress=False)
+            evaluate(
+                replace(config, sim_env="tests/StrictSim-v0"), policies=policies, dream=make_dream(), progress=False
+            )
     finally:
         del gym.registry["tests/ToySim-v0"], gym.registry["tests/StrictSim-v0"]
 

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from rawdream_env.data.reader import EpisodeArrays, LeRobotReader
+from rawdream_env.data.recorded import RecordedEpisode
 from rawdream_env.errors import DatasetError
-from rawdream_env.evaluation.world_model.fidelity import RecordedEpisode, dream_episodes
+from rawdream_env.evaluation.world_model.replay import dream_episodes
 from rawdream_env.files import atomic_write_json, save_safetensors
 from rawdream_env.seeding import mix
 from rawdream_env.trainers.judge.clips import CHUNK, episode_windows, grammar_of

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rawdream_env.data.recorded import StoredEpisode, episodes_from_dataset
 from rawdream_env.errors import DatasetError
-from rawdream_env.evaluation.world_model.fidelity import Fidelity, episodes_from_dataset, evaluate_fidelity
+from rawdream_env.evaluation.world_model.fidelity import Fidelity, evaluate_fidelity
 from rawdream_env.evaluation.world_model.metrics import METRICS
-from rawdream_env.evaluation.world_model.replay import StoredEpisode
 from rawdream_env.files import atomic_write_bytes
 from rawdream_env.media import encode_video
 from rawdream_env.trainers.common.training_stage import TrainingStage

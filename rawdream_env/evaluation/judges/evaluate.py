@@ -46,7 +46,9 @@ class EvaluateJudgeConfig:
     judge: str = "embedded"
     """"embedded", or the folder or address of a judge, as for the environments."""
     episodes: int = 200
-    """Fresh Piper episodes; of a data set the first so many of each folder, at most."""
+    """Number of fresh episodes; of a data set, at most N episodes of each folder."""
+    robot: str = ""
+    """Robot whose simulator plays the fresh episodes; the default robot when not given."""
     data: tuple[str, ...] = ()
     """LeRobotDataset v3.0 folders with success labels, instead of fresh episodes."""
     success_key: str = ""
@@ -135,7 +137,7 @@ def _setting(judge: Judge, name: str) -> float | None:
 def _source(config: EvaluateJudgeConfig) -> Iterator[JudgeClip]:
     if config.data:
         return recorded_clips(config.data, success_key=config.success_key, limit=config.episodes)
-    spec = FreshEpisodes(config.seed, config.layout, config.policy, drivers=config.drivers)
+    spec = FreshEpisodes(config.seed, config.layout, config.policy, drivers=config.drivers, robot=config.robot)
     workers = usable_cores() if config.workers < 0 else config.workers
     return fresh_clips(spec, config.episodes, workers=min(workers, config.episodes))
 

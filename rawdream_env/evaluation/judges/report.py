@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from rawdream_env.errors import DatasetError, InvalidOptionError
+from rawdream_env.errors import DatasetError
 from rawdream_env.files import atomic_write_bytes, atomic_write_json
+from rawdream_env.judges.base import ask
 from rawdream_env.judges.verdict import combine_votes
 from rawdream_env.media import encode_picture
 from rawdream_env.statistics import Confusion, Rate
@@ -185,18 +186,14 @@ def evaluate(judge: Judge, clips: Iterable[JudgeClip], *, batch_size: int = 32, 
 
     Raises:
         DatasetError: no clips.
-        InvalidOptionError: the judge returns another number of verdicts than it was asked for.
+        JudgeError: the judge does not return one verdict per video.
     """
     report = JudgeReport(worst)
     source = iter(clips)
     while part := list(islice(source, batch_size)):
         begun = perf_counter()
-        verdicts = judge([clip.video for clip in part], [clip.instruction for clip in part])
+        verdicts = ask(judge, [clip.video for clip in part], [clip.instruction for clip in part])
         report.judge_seconds += perf_counter() - begun
-        if len(verdicts) != len(part):
-            raise InvalidOptionError(
-                f"{type(judge).__name__} gave {len(verdicts)} verdicts for {len(part)} videos; expected one per video."
-            )
         for clip, verdict in zip(part, verdicts, strict=True):
             report.add(clip, verdict)
     if not report.n:

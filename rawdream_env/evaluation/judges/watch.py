@@ -14,6 +14,7 @@ import tyro
 from rawdream_env import media
 from rawdream_env.errors import DatasetError, InvalidOptionError
 from rawdream_env.judges import load_judge
+from rawdream_env.judges.base import ask
 from rawdream_env.types import Outcome, Verdict, Video
 
 
@@ -69,7 +70,7 @@ def watch(config: WatchConfig) -> Watched:
         raise InvalidOptionError(f"fps={config.fps} must be a positive number, or 0 for the file's own.")
     video = read_video(config.video, config.fps)
     judge = load_judge(config.judge, device=config.device)
-    return Watched(config, video, judge([video], [config.instruction])[0])
+    return Watched(config, video, ask(judge, [video], [config.instruction])[0])
 
 
 def summary(watched: Watched) -> tuple[str, int]:

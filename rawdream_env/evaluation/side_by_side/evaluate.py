@@ -45,6 +45,7 @@ from rawdream_env.evaluation.side_by_side.report import write_report
 from rawdream_env.evaluation.world_model.fidelity import compare_episode
 from rawdream_env.judges.base import ask
 from rawdream_env.policies import load_policy
+from rawdream_env.robots import find_robot
 from rawdream_env.seeding import NoiseKey, mix
 from rawdream_env.types import Outcome, Policy, Start, Trajectory, UInt8Array, Verdict, Video
 
@@ -65,8 +66,8 @@ class EvaluateConfig:
     """Environment id of the dream."""
     dream_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
     """Further keyword arguments of the dream."""
-    sim_env: str = "rawdream/PiperSim-v0"
-    """Environment id of the simulator. Another one needs the same spaces and infos, and a list of its tasks."""
+    sim_env: str = ""
+    """Environment id of the simulator; that of the dream's robot when not given."""
     sim_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
     """Further keyword arguments of the simulator."""
     world_model: str = "embedded"
@@ -159,8 +160,7 @@ def evaluate(
                 "the dream has no judge: there is nothing to compare with the simulator; give judge=..."
             )
         if simulator is None:
-            side = dream.single_observation_space["image"].shape[0]
-            simulator = opened.enter_context(closing(_make_simulator(config, side)))
+            simulator = opened.enter_context(closing(_make_simulator(config, dream)))
         config = replace(config, tasks=_task_names(simulator, config.tasks))
         pairs = [(task, index) for index in range(config.episodes_per_task) for task in config.tasks]
         with tqdm(total=len(pairs) * len(actors), desc="evaluate", unit="episode", disable=not progress) as bar:
@@ -199,12 +199,14 @@ def _make_dream(config: EvaluateConfig) -> Any:
     )
 
 
-def _make_simulator(config: EvaluateConfig, image_size: int) -> Any:
+def _make_simulator(config: EvaluateConfig, dream: Any) -> Any:
+    env_id = config.sim_env or find_robot(getattr(dream.unwrapped, "robot", "")).sim_env
     kwargs: dict[str, Any] = {"max_episode_steps": config.max_episode_steps, "return_frames": True}
     kwargs |= {"judge_every": "chunk", "end_on_success": False}
-    if config.sim_env == EvaluateConfig.sim_env:
+    if env_id == find_robot().sim_env:  # a simulator of somebody else has options of its own
+        image_size = dream.single_observation_space["image"].shape[0]
         kwargs |= {"num_workers": config.workers, "layout": config.layout, "image_size": image_size}
-    return make_env(config.sim_env, config.num_envs, **{**kwargs, **config.sim_kwargs})
+    return make_env(env_id, config.num_envs, **{**kwargs, **config.sim_kwargs})
 
 
 def _task_list(simulator: Any) -> tuple[tuple[str, str], ...]:
@@ -234,9 +236,7 @@ def make_starts(simulator: Any, pairs: Sequence[tuple[str, int]], seed: int) -> 
     tasks = _task_list(simulator)
     ids = {name: task_id for task_id, (name, _) in enumerate(tasks)}
     blank = np.zeros(simulator.single_observation_space["image"].shape, np.uint8)
-    return [
-        Start(blank, tasks[ids[task]][1], ids[task], None, mix(seed, ids[task], index)) for task, index in pairs
-    ]
+    return [Start(blank, tasks[ids[task]][1], ids[task], None, mix(seed, ids[task], index)) for task, index in pairs]
 
 
 def _compare(

@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rawdream_env.config import parse_positive_int
+from rawdream_env.data.recorded import Recording, episodes_from_dataset
 from rawdream_env.errors import InvalidOptionError
 from rawdream_env.evaluation.reporting.provenance import provenance
 from rawdream_env.evaluation.world_model.fidelity import (
     Fidelity,
-    episodes_from_dataset,
     evaluate_fidelity,
 )
-from rawdream_env.evaluation.world_model.replay import Recording
 from rawdream_env.media import encode_gif, encode_video
 
 if TYPE_CHECKING:

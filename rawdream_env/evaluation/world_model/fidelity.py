@@ -29,20 +29,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rawdream_env.data.recorded import Recording
 from rawdream_env.errors import DatasetError
 from rawdream_env.evaluation.reporting import pictures
 from rawdream_env.evaluation.world_model.ghosting import episode_ghosts, summarise_ghosts
 from rawdream_env.evaluation.world_model.metrics import METRICS, PSNR_CAP_DB, buckets, frame_scores, moving_region
 from rawdream_env.evaluation.world_model.replay import (
     SOURCES,
-    RecordedEpisode,
-    Recording,
     action_sensitivity,
     background,
     baselines,
     deafness,
     dream_episodes,
-    episodes_from_dataset,
 )
 from rawdream_env.media import encode_gif, encode_picture
 from rawdream_env.statistics import Estimate, bootstrap_ratio
@@ -54,12 +52,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Fidelity",
-    "RecordedEpisode",
     "action_sensitivity",
     "background",
     "compare_episode",
     "dream_episodes",
-    "episodes_from_dataset",
     "evaluate_fidelity",
     "summarise",
 ]

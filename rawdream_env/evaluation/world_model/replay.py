@@ -8,69 +8,22 @@ Shape letters: B episodes, N actions in an episode, K actions in a chunk, P prop
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rawdream_env.data.recorded import Recording
 from rawdream_env.errors import DatasetError
 from rawdream_env.seeding import NoiseKey
 from rawdream_env.statistics import bootstrap_ratio
 from rawdream_env.types import Float32Array, UInt8Array, WorldModel
 
-if TYPE_CHECKING:
-    from rawdream_env.data.reader import LeRobotReader
-
 Float64Array = NDArray[np.float64]
 
 SOURCES = ("dream", "copy_first", "copy_last")
 """Whose frames are held against the truth: the world model's and those of :func:`baselines`."""
-
-
-@dataclass(frozen=True)
-class RecordedEpisode:
-    """What really happened: ``frames`` uint8 (N+1, H, W, 3), frame t seen before action t; ``actions`` float32 (N, A);
-    ``proprio`` float32 (P,) at the start, or None. Episodes of equal ``camera`` were filmed by the same fixed camera.
-    """
-
-    frames: UInt8Array
-    actions: Float32Array
-    proprio: Float32Array | None = None
-    name: str = ""
-    camera: str = ""
-
-
-@dataclass(frozen=True)
-class StoredEpisode:
-    """A recorded episode of a data set whose frames stay on disk: ``frames`` decodes them each time it is read, so that
-    memory does not grow with the number of episodes.
-    """
-
-    reader: LeRobotReader
-    index: int
-    actions: Float32Array
-    proprio: Float32Array | None
-
-    @property
-    def frames(self) -> UInt8Array:
-        """uint8 (N+1, H, W, 3)."""
-        return self.reader.episode(self.index).frames[: len(self.actions) + 1]
-
-    @property
-    def name(self) -> str:
-        """Number and instruction."""
-        return f"{self.index}: {self.reader.task(self.index)}"
-
-    @property
-    def camera(self) -> str:
-        """All episodes of a folder have one camera."""
-        return str(self.reader.root)
-
-
-Recording = RecordedEpisode | StoredEpisode
 
 
 def background(episodes: Sequence[Recording], samples: int = 200) -> UInt8Array:
@@ -206,17 +159,6 @@ def action_sensitivity(
         interval = bootstrap_ratio(changed, resamples=1000).as_dict()
         result[name] = {"change": float(changed.mean()), "interval": interval, "ratio": ratio}
     return result
-
-
-def episodes_from_dataset(
-    reader: LeRobotReader, indices: Iterable[int] | None = None, limit: int | None = None, horizon: int | None = None
-) -> Iterator[StoredEpisode]:
-    """Recorded episodes of a data set, ``indices`` (say, the held-out ones) or all, at most ``limit``; of each the first
-    ``horizon`` actions.
-    """
-    for index in itertools.islice(range(len(reader)) if indices is None else indices, limit):
-        episode = reader.episode(index, frames=False)
-        yield StoredEpisode(reader, index, episode.actions[:horizon].copy(), episode.state[0].copy())
 
 
 def deafness(sensitivity: Mapping[str, Any]) -> str:

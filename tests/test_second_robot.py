@@ -22,6 +22,7 @@ from rawdream_env.data.lerobot import EpisodeData
 from rawdream_env.data.reader import LeRobotReader
 from rawdream_env.envs.base import ChunkResult, ChunkVectorEnv
 from rawdream_env.errors import DatasetError, InvalidOptionError
+from rawdream_env.evaluation.side_by_side.evaluate import EvaluateConfig, evaluate
 from rawdream_env.judges.scripted import ScriptedJudge
 from rawdream_env.policies.tiny_vla import TinyVLA, TinyVLAConfig
 from rawdream_env.robots import Robot, find_goals, find_robot, register_robot
@@ -159,6 +160,17 @@ gym.register(
 
 # ----------------------------------------------------------------------------------------------------------------------
 
+SMALL = TinyVLAConfig(
+    image_size=SIDE,
+    stem_channels=16,
+    trunk_channels=16,
+    trunk_blocks=1,
+    width=32,
+    heads=2,
+    decoder_layers=1,
+    bin_rank=16,
+)
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> str:
@@ -219,10 +231,6 @@ def test_grpo_in_the_dream(world_model: str, tmp_path: Path) -> None:
         autoreset_mode="Disabled",
     )  # fmt: skip
     assert (env.unwrapped.robot, env.unwrapped.tasks) == ("square", TASKS)
-    small = TinyVLAConfig(
-        image_size=SIDE, stem_channels=16, trunk_channels=16, trunk_blocks=1, width=32, heads=2, decoder_layers=1,
-        bin_rank=16,
-    )  # fmt: skip
     config = GRPOConfig(
         tmp_path,
         steps=2,
@@ -233,10 +241,22 @@ def test_grpo_in_the_dream(world_model: str, tmp_path: Path) -> None:
         tensorboard=False,
         progress=False,
     )
-    result = train_grpo(config, env=env, policy=TinyVLA(small))
+    result = train_grpo(config, env=env, policy=TinyVLA(SMALL))
     assert result.step == 2
     assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 2
-    # Side-by-side evaluation against the robot's simulator environment follows here.
+
+
+def test_side_by_side_evaluation(world_model: str, tmp_path: Path) -> None:
+    config = EvaluateConfig(
+        dream_env="toy/SquareDream-v0", sim_env="toy/SquareSim-v0", world_model=world_model, judge="scripted",
+        episodes_per_task=3, max_episode_steps=2, num_envs=4, videos=0, out=tmp_path / "report",
+    )  # fmt: skip
+    result = evaluate(config, policies={"small": TinyVLA(SMALL)}, progress=False)
+    assert {record.task for record in result.records} == {"left", "right"} and len(result.records) == 6
+    assert result.report["policies"][0]["all"]["simulator"]["n"] == 6
+    assert result.report["policies"][0]["horizon"].keys() == {"dreamed_actions", "simulator_actions"}
+    named = evaluate(replace(config, sim_env="", out=None), policies={"small": TinyVLA(SMALL)}, progress=False)
+    assert named.records == result.records  # the dream's robot names its simulator
 
 
 def test_what_is_missing_is_named(data: str) -> None:

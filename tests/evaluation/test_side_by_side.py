@@ -319,7 +319,7 @@ def test_a_simulator_of_ones_own_stands_in_by_its_id() -> None:
         ]
         chosen = [r for r in result.records if r.task in CONFIG.tasks]
         assert chosen == run().records and made[0].closed
-        told = {"max_episode_steps": CHUNKS, "judge_every": "chunk", "end_on_success": False, "return_frames": True}
+        told = {"max_episode_steps": CHUNKS, "end_on_success": False, "return_frames": True}
         assert made[0].options == {**told, "gravity": 9.81, "autoreset_mode": "Disabled"}
         with pytest.raises(InvalidOptionError, match="do not fit tests/StrictSim-v0"):
             evaluate(

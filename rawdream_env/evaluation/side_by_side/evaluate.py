@@ -15,8 +15,9 @@ world model's (3 and 4 beyond 5). Verdicts that are INVALID are counted and left
 
 Both worlds are vector environments driven by :func:`rawdream_env.envs.episodes.run_episodes`. Any simulator can stand in
 that is registered under an id (``sim_env``) or passed in: a Gymnasium vector environment with our infos that lists its
-``tasks``, (name, instruction) pairs in the order of the task ids, begins from a ``Start`` with a seed and a task id, and
-goes on to its horizon with a verdict after every chunk (``judge_every="chunk"``, ``end_on_success=False``).
+``tasks``, (name, instruction) pairs in the order of the task ids, begins from a ``Start`` with a seed and a task id, has a
+verdict after every chunk and goes on to its horizon (options ``max_episode_steps``, ``return_frames``,
+``end_on_success=False``).
 
 *Truth*: a judge that sees the whole video once (``judge_every="episode"``) can only say whether the goal holds at its
 end, so verdicts are compared with that; with ``judge_every="chunk"`` with success after any chunk. The simulator's
@@ -200,12 +201,19 @@ def _make_dream(config: EvaluateConfig) -> Any:
 
 
 def _make_simulator(config: EvaluateConfig, dream: Any) -> Any:
-    env_id = config.sim_env or find_robot(getattr(dream.unwrapped, "robot", "")).sim_env
-    kwargs: dict[str, Any] = {"max_episode_steps": config.max_episode_steps, "return_frames": True}
-    kwargs |= {"judge_every": "chunk", "end_on_success": False}
+    robot = find_robot(getattr(dream.unwrapped, "robot", ""))
+    env_id = config.sim_env or robot.sim_env
+    if not env_id:
+        raise InvalidOptionError(f"robot {robot.name!r} names no simulator; give the id of one with sim_env.")
+    kwargs: dict[str, Any] = {
+        "max_episode_steps": config.max_episode_steps,
+        "return_frames": True,
+        "end_on_success": False,
+    }
     if env_id == find_robot().sim_env:  # a simulator of somebody else has options of its own
         image_size = dream.single_observation_space["image"].shape[0]
         kwargs |= {"num_workers": config.workers, "layout": config.layout, "image_size": image_size}
+        kwargs["judge_every"] = "chunk"
     return make_env(env_id, config.num_envs, **{**kwargs, **config.sim_kwargs})
 
 

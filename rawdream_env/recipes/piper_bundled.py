@@ -322,10 +322,10 @@ def measure(config: EmbeddedConfig, scale: Scale, paths: Paths) -> dict[str, Any
         EvaluateConfig(
             policies=(f"few-shot={paths.assets / 'policy'}",),
             episodes_per_task=scale.episodes,
-            output=paths.out / "metrics",
+            out=paths.out / "metrics",
             world_model=str(paths.assets / "world_model"),
             judge=str(paths.assets / "judge"),
-            sim_workers=config.workers,
+            workers=config.workers,
             seed=config.seed + 4,
             device=config.device,
         ),

@@ -48,9 +48,10 @@ def build(option: dict[str, Any]) -> Any:
 
 def sample_starts(episodes: int) -> list[Any]:
     """Starts of the shipped wide pack, the tasks in turn."""
-    from rawdream_env.starts.pack import PackStarts, default_pack_path
+    from rawdream_env.piper.starts import bundled_pack
+    from rawdream_env.starts.pack import PackStarts
 
-    pack = PackStarts(default_pack_path("wide"))
+    pack = PackStarts(bundled_pack("wide"))
     by_task = [[i for i in range(len(pack)) if pack.task_ids[i] == t] for t in range(len(pack.task_names))]
     return [pack[by_task[e % len(by_task)][e // len(by_task)]] for e in range(episodes)]
 

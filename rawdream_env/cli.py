@@ -98,7 +98,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "collect": Command(
         "record play, demonstrations or a policy in the simulator (LeRobotDataset v3.0)",
-        f"{_TRAINERS}.collect", "CollectConfig", "collect", _folder,
+        "rawdream_env.data.collect", "CollectConfig", "collect", _folder,
     ),
     "import-hdf5": Command(
         "turn LIBERO or robomimic demonstration files into a data set (LeRobotDataset v3.0)",

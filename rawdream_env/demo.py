@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from rawdream_env.errors import InvalidOptionError
 
 if TYPE_CHECKING:
-    from rawdream_env.evaluation.side_by_side.evaluate import Clip, EvaluateConfig, SideBySide
+    from rawdream_env.evaluation.side_by_side.evaluate import EvaluateConfig
+    from rawdream_env.evaluation.side_by_side.records import Clip, SideBySide
     from rawdream_env.trainers.grpo import GRPOConfig
 
 BEFORE, AFTER = "before", "after dreaming"
@@ -94,7 +95,7 @@ def run_demo(config: DemoConfig) -> DemoResult:
         RunDirError: ``out`` holds a demo with other options.
     """
     from rawdream_env.evaluation.side_by_side.evaluate import evaluate
-    from rawdream_env.trainers.grpo.grpo import train_grpo
+    from rawdream_env.trainers.grpo import train_grpo
 
     begun = time.monotonic()
     about = config.episodes * 4 * 2 * SECONDS_PER_EPISODE / 60
@@ -143,13 +144,13 @@ def evaluate_config(config: DemoConfig) -> EvaluateConfig:
     return EvaluateConfig(
         policies=(f"{BEFORE}={config.policy}", f"{AFTER}={config.out / 'grpo' / 'policy'}"),
         episodes_per_task=config.episodes,
-        output=config.out,
+        out=config.out,
         world_model=config.world_model,
         judge=config.judge,
         dtype=config.dtype,
         num_inference_steps=config.num_inference_steps,
         diagnose=False,
-        sim_workers=config.sim_workers,
+        workers=config.sim_workers,
         seed=config.seed + 1,
     )
 
@@ -159,7 +160,7 @@ def evaluate_config(config: DemoConfig) -> EvaluateConfig:
 
 def table(report: Mapping[str, Any]) -> str:
     """Success rates of a side-by-side report as text: a line per policy and task, dream beside simulator."""
-    from rawdream_env.evaluation.reporting.html import rate_text
+    from rawdream_env.evaluation.reporting.numbers import rate_text
 
     lines = [("policy", "task", "dream", "simulator")]
     for entry in report["policies"]:

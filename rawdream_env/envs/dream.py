@@ -25,6 +25,7 @@ from rawdream_env.envs.reflector import Reflector
 from rawdream_env.errors import InvalidActionError, InvalidOptionError
 from rawdream_env.judges.base import ask
 from rawdream_env.judges.ensemble import HoldOutJudge
+from rawdream_env.robots import DEFAULT_ROBOT
 from rawdream_env.seeding import NoiseKey
 from rawdream_env.starts import load_starts
 from rawdream_env.starts.base import TaskLike
@@ -59,6 +60,7 @@ class DreamVectorEnv(ChunkVectorEnv):
         judge: Any = "embedded",
         held_out_judge: Any = None,
         starts: Any = "pack",
+        robot: str = "",
         task: TaskLike = None,
         layout: str = "narrow",
         max_episode_steps: int = 8,
@@ -86,6 +88,7 @@ class DreamVectorEnv(ChunkVectorEnv):
                 (``judges.ensemble.HoldOutJudge``); None: no such judge.
             starts: "pack", "sim", "null", a folder of images, a ``.safetensors`` pack, a list of ``Start``, or an
                 object with ``sample(key, task)``.
+            robot: whose "pack" and "sim" starts; empty: that of the world model, else the default robot.
             task: name, instruction or id to keep to; None draws one per episode.
             layout: "narrow" or "wide": how far objects are scattered in "pack" and "sim" starts.
             max_episode_steps: horizon in chunks.
@@ -122,7 +125,9 @@ class DreamVectorEnv(ChunkVectorEnv):
         self.layout = parse_choice("layout", layout, ("narrow", "wide"))
         self.task = task
         shape = self.world_model.frame_shape
-        self.starts = load_starts(starts, frame_shape=shape, layout=layout)
+        self.robot = robot or getattr(self.world_model, "robot", "") or DEFAULT_ROBOT
+        self.starts = load_starts(starts, frame_shape=shape, layout=layout, robot=self.robot)
+        self.tasks = tuple(getattr(self.starts, "tasks", ()))
         super().__init__(
             num_envs,
             frame_shape=shape,
@@ -327,12 +332,3 @@ class DreamVectorEnv(ChunkVectorEnv):
             close = getattr(part, "close", None)
             if callable(close):
                 close()
-
-
-class PiperDreamVectorEnv(DreamVectorEnv):
-    """The Piper tabletop in the embedded world model: what ``gym.make_vec("rawdream/PiperDream-v0")`` makes.
-
-    Four tasks (stack block, place pot, put spoon, place cup), 64x64 pixels at 10 Hz, 8 actions a chunk, 8 chunks an
-    episode; everything ships with the package and runs on a CPU. ``PiperSimVectorEnv`` has the same spaces and infos.
-    Options are those of :class:`DreamVectorEnv`.
-    """

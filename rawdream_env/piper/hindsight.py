@@ -11,51 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rawdream_env import robots
 from rawdream_env.data.reader import Episode, EpisodeArrays
 from rawdream_env.errors import DatasetError
-from rawdream_env.piper.goals import (
-    DIRECTIONS,
-    GOAL_NAMES,
-    GOALS,
-    HELD_OUT_JUDGE_PAIRS,
-    TASK_PAIRS,
-    Goal,
-    find_goal,
-    goal_index,
-    goal_mask,
-    paraphrase,
-    phrases,
-)
+from rawdream_env.piper.goals import DIRECTIONS, GOAL_NAMES, GOALS, find_goal, goal_mask
 from rawdream_env.piper.relations import MOVABLE, OBJECTS, PLACE_RELATIONS, RELATION_NAMES, SHAPES, relation_index
-
-__all__ = [
-    "DIRECTIONS",
-    "GOALS",
-    "GOAL_NAMES",
-    "HELD_OUT_JUDGE_PAIRS",
-    "TASK_PAIRS",
-    "ClipLabels",
-    "Goal",
-    "Segment",
-    "clip_labels",
-    "find_goal",
-    "goal_index",
-    "goal_mask",
-    "label_clips",
-    "label_windows",
-    "paraphrase",
-    "phrases",
-    "pick_place_segments",
-    "sample_goals",
-]
-
-FloatArray = NDArray[np.floating[Any]]
-BoolArray = NDArray[np.bool_]
+from rawdream_env.robots import BoolArray, ClipLabels, FloatArray
 
 MOVE_DISTANCE: Final = 0.04
 """An object pushed this far (m) has been moved ..."""
@@ -71,15 +37,6 @@ _RADIUS = np.array([(SHAPES[name].half[0] + SHAPES[name].half[1]) / 2 for name i
 _PLACES = np.array([[n in PLACE_RELATIONS and n.split(":")[1] == o for o in OBJECTS] for n in RELATION_NAMES])
 _HOLDS = np.array([[n == f"holding:{o}" for o in OBJECTS] for n in RELATION_NAMES])
 _LIFTS = np.array([[n == f"lifted:{o}" for o in OBJECTS] for n in RELATION_NAMES])
-
-
-@dataclass(frozen=True)
-class ClipLabels:
-    """``reached`` bool (M, G); ``askable`` bool (M, G): where that means something; ``moved`` (M, 7) in metres."""
-
-    reached: BoolArray
-    askable: BoolArray
-    moved: FloatArray
 
 
 def _columns(kind: str) -> NDArray[np.int64]:
@@ -218,16 +175,13 @@ def sample_goals(
 
 
 @dataclass(frozen=True)
-class Segment:
+class Segment(robots.Segment):
     """A pick-and-place inside an episode: frames ``start`` .. ``end`` (inclusive), actions ``start`` .. ``end - 1``.
 
     ``grasp`` is the first frame in which the object is held, ``release`` the first after it was let go, ``established``
     the first in which ``goal`` (a name of ``goals.GOAL_NAMES``) is true.
     """
 
-    start: int
-    end: int
-    goal: str
     grasp: int
     release: int
     established: int

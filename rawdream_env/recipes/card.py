@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rawdream_env.evaluation.reporting.html import estimate_text, rate_text
+from rawdream_env.evaluation.reporting.numbers import estimate_text, rate_text
 from rawdream_env.files import atomic_write_json, atomic_write_text, sha256_file
 
 _ORDER = (

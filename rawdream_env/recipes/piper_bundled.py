@@ -29,17 +29,18 @@ from typing import Any, Literal
 
 import torch
 
+from rawdream_env.data.collect import CollectConfig, collect
 from rawdream_env.data.reader import LeRobotReader
+from rawdream_env.data.recorded import episodes_from_dataset
 from rawdream_env.errors import InvalidOptionError
 from rawdream_env.evaluation.reporting.provenance import provenance
 from rawdream_env.evaluation.side_by_side.evaluate import EvaluateConfig, evaluate
-from rawdream_env.evaluation.world_model.fidelity import episodes_from_dataset, evaluate_fidelity
+from rawdream_env.evaluation.world_model.fidelity import evaluate_fidelity
 from rawdream_env.files import atomic_write_json
 from rawdream_env.piper.goals import OTHER_RELATIONS
+from rawdream_env.piper.starts import make_start_pack
 from rawdream_env.recipes.card import write_card
 from rawdream_env.recipes.presets import PRESETS, Scale
-from rawdream_env.starts.pack import make_start_pack
-from rawdream_env.trainers.collect import CollectConfig, collect
 from rawdream_env.trainers.common.stages import Stage, run_stages
 from rawdream_env.trainers.judge.dream_clips import DreamClipsConfig, make_dream_clips
 from rawdream_env.trainers.judge.train import JudgeTrainConfig, train_judge
@@ -131,25 +132,24 @@ class Paths:
 
 
 def _collect_stage(name: str, config: CollectConfig, needs: tuple[str, ...] = ()) -> Stage:
-    free = ("root", "policy", "workers", "progress")
+    free = ("out", "robot", "policy", "workers", "progress")
     settings = {key: value for key, value in asdict(config).items() if key not in free}
-    root = Path(config.root)
 
     def run() -> dict[str, Any]:
         collect(config)
         return {"episodes": config.episodes, "transitions": config.episodes * config.steps}
 
-    return Stage(name, settings, (root / "meta" / "info.json",), run, needs)
+    return Stage(name, settings, (Path(config.out) / "meta" / "info.json",), run, needs)
 
 
 def _play_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[Stage]:
-    def play(root: Path, episodes: int, seed: int) -> CollectConfig:
+    def play(out: Path, episodes: int, seed: int) -> CollectConfig:
         return CollectConfig(
-            root=str(root), kind="play", episodes=episodes, workers=config.workers, seed=seed, progress=config.progress
+            out=str(out), kind="play", episodes=episodes, workers=config.workers, seed=seed, progress=config.progress
         )
 
-    def rollouts(root: Path, episodes: int, seed: int) -> CollectConfig:
-        source = replace(play(root, episodes, seed), kind="policy", policy=str(paths.generalist))
+    def rollouts(out: Path, episodes: int, seed: int) -> CollectConfig:
+        source = replace(play(out, episodes, seed), kind="policy", policy=str(paths.generalist))
         return replace(source, tasks=OTHER_RELATIONS, action_noise=0.1)
 
     pretrain = _pretrain(config, scale, paths)
@@ -241,7 +241,7 @@ def _trained(sft: SFTConfig, progress: bool) -> Callable[[], dict[str, Any]]:
 
 def _policy_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[Stage]:
     demonstrations = CollectConfig(
-        root=str(paths.demonstrations),
+        out=str(paths.demonstrations),
         kind="expert",
         episodes=12,
         action_noise=0.1,
@@ -322,10 +322,10 @@ def measure(config: EmbeddedConfig, scale: Scale, paths: Paths) -> dict[str, Any
         EvaluateConfig(
             policies=(f"few-shot={paths.assets / 'policy'}",),
             episodes_per_task=scale.episodes,
-            output=paths.out / "metrics",
+            out=paths.out / "metrics",
             world_model=str(paths.assets / "world_model"),
             judge=str(paths.assets / "judge"),
-            sim_workers=config.workers,
+            workers=config.workers,
             seed=config.seed + 4,
             device=config.device,
         ),
@@ -349,7 +349,7 @@ def _forget_folders(path: Path) -> None:
 
 def _settings(config: Any) -> dict[str, Any]:
     """What a stage depends on: its configuration without folders, which are told by ``needs``, and the progress bar."""
-    left_out = ("data", "out", "world_model", "imagined", "init", "replay", "progress")
+    left_out = ("data", "out", "robot", "world_model", "imagined", "init", "replay", "progress")
     return {key: value for key, value in asdict(config).items() if key not in left_out}
 
 

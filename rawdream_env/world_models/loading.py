@@ -1,6 +1,6 @@
 """Loading and saving world models: a folder of safetensors and JSON, checked on the way in.
 
-    config.json     format and rollout settings
+    config.json     format, rollout settings and the robot's name (none: the default robot)
     transformer/    WanWorldModelTransformer in diffusers' layout
     autoencoder/    PackedFrameAutoencoder (embedded size), or
     vae/            AutoencoderKLWan in diffusers' layout (full size)
@@ -21,7 +21,6 @@ import torch
 
 from rawdream_env.errors import CheckpointError, InvalidOptionError
 from rawdream_env.files import atomic_write_json, load_weights, save_safetensors
-from rawdream_env.piper.arm_map import ArmMapConfig
 from rawdream_env.types import WorldModel
 from rawdream_env.world_models.autoencoders import AutoencoderConfig, FrameCodec, PackedFrameAutoencoder
 from rawdream_env.world_models.pretrained import dataclass_from_json, read_json
@@ -77,7 +76,8 @@ def save_world_model(model: WanWorldModel, folder: str | Path, *, half: bool = F
     folder.mkdir(parents=True, exist_ok=True)
     model.transformer.save_pretrained(folder / "transformer", half=half)
     save_codec(model.autoencoder, folder, half=half)
-    atomic_write_json(folder / "config.json", {"format": FORMAT, "rollout": asdict(model.config)})
+    named = {"robot": model.robot} if model.robot else {}
+    atomic_write_json(folder / "config.json", {"format": FORMAT, "rollout": asdict(model.config), **named})
 
 
 def read_world_model(
@@ -103,7 +103,8 @@ def read_world_model(
     settings = dataclass_from_json(RolloutConfig, config["rollout"], str(path))
     transformer = WanWorldModelTransformer.from_pretrained(folder / "transformer")
     codec = read_codec(folder, transformer.arch.latent_shape[1], tiny=tiny_decoder)
-    return WanWorldModel(transformer, codec, replace(settings, **rollout), reuse=reuse, micro_batch=micro_batch)
+    settings, robot = replace(settings, **rollout), str(config.get("robot", ""))
+    return WanWorldModel(transformer, codec, settings, robot=robot, reuse=reuse, micro_batch=micro_batch)
 
 
 def load_world_model(
@@ -141,4 +142,4 @@ def load_world_model(
     return model
 
 
-__all__ = ["ArmMapConfig", "load_world_model", "read_world_model", "save_world_model"]
+__all__ = ["load_world_model", "read_world_model", "save_world_model"]

@@ -15,11 +15,12 @@ import torch
 from rawdream_env import cli
 from rawdream_env.data import schema
 from rawdream_env.data.lerobot import LeRobotWriter
+from rawdream_env.data.recorded import RecordedEpisode
 from rawdream_env.errors import CheckpointError, InvalidOptionError
 from rawdream_env.evaluation.world_model import evaluate as world_model
 from rawdream_env.evaluation.world_model import ghosting
 from rawdream_env.evaluation.world_model.evaluate import EvaluateWorldModelConfig, evaluate_world_model
-from rawdream_env.evaluation.world_model.fidelity import RecordedEpisode, evaluate_fidelity
+from rawdream_env.evaluation.world_model.fidelity import evaluate_fidelity
 from rawdream_env.evaluation.world_model.replay import deafness
 from rawdream_env.world_models.null import NullWorldModel
 

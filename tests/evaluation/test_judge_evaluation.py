@@ -16,7 +16,7 @@ from rawdream_env.data.lerobot import EpisodeData, ShardWriter
 from rawdream_env.errors import DatasetError, InvalidOptionError
 from rawdream_env.evaluation.judges.episodes import FreshEpisodes, Player, fresh_clips, recorded_clips
 from rawdream_env.evaluation.judges.evaluate import EvaluateJudgeConfig, evaluate_judge
-from rawdream_env.evaluation.judges.report import JudgeClip, report_on
+from rawdream_env.evaluation.judges.report import JudgeClip, JudgeReport
 from rawdream_env.judges.scripted import ScriptedJudge
 from rawdream_env.piper.relations import RELATION_NAMES, TASKS
 from rawdream_env.types import Outcome, Verdict, Video
@@ -46,7 +46,7 @@ def data(
         privileged = {column.removeprefix("privileged."): truth}
         episodes.append(EpisodeData(frames=frames, actions=actions, state=state, task=task, privileged=privileged))
     writer.write(0, episodes, first_episode=0, first_row=0, tasks=tasks)
-    writer.finalize(tasks, robot_type="toy")
+    writer.finalize(tasks, robot_type="piper" if "relations" in column else "toy")
     return str(root)
 
 
@@ -92,14 +92,25 @@ def test_the_report_counts_and_is_written(tmp_path: Path) -> None:
 
 def test_votes_are_swept() -> None:
     votes = [(YES, YES, NO), (YES, NO, NO), (YES, UNREAD, UNREAD)]
-    verdicts = [Verdict(NO, "x", 0.5, vote) for vote in votes]
-    clips = [JudgeClip(CLIP, "go", label, task="t") for label in (True, False, True)]
-    sweep = report_on(clips, verdicts).vote_sweep
+    report, without = JudgeReport(), JudgeReport()
+    for vote, label in zip(votes, (True, False, True), strict=True):
+        clip = JudgeClip(CLIP, "go", label, task="t")
+        report.add(clip, Verdict(NO, "x", 0.5, vote))
+        without.add(clip, Verdict(YES))
+    sweep = report.vote_sweep
     assert [(point["need"], point["true_positive"], point["false_positive"]) for point in sweep] == [
         (1, 2, 1), (2, 1, 0), (3, 0, 0),
     ]  # fmt: skip
     assert [point["invalid"]["successes"] for point in sweep] == [0, 1, 1]
-    assert report_on(clips, [Verdict(YES)] * 3).vote_sweep == ()
+    assert without.vote_sweep == ()
+
+
+def test_only_the_worst_mistakes_are_kept() -> None:
+    report = JudgeReport(worst=2)
+    cases = [(YES, 0.7, False), (NO, 0.1, True), (YES, 0.9, False), (YES, 0.95, True), (UNREAD, 0.99, False)]
+    for number, (outcome, chance, label) in enumerate(cases):
+        report.add(JudgeClip(CLIP, f"clip {number}", label, task="t"), Verdict(outcome, "", chance))
+    assert [clip.instruction for clip, _ in report.mistakes()] == ["clip 2", "clip 1"] and report.n == 5
 
 
 def test_fresh_episodes_depend_on_seed_and_number_alone() -> None:

@@ -151,7 +151,7 @@ def test_the_loss_looks_where_objects_are_handled() -> None:
     places[:, 1] = (0.30, 0.03, 0.19)  # held out to the tool, still
     places[:, 2] = (0.35, 0.10, 0.02)
     places[12:, 2] = (0.35, 0.02, 0.02)  # pushed in the second chunk
-    cells = focus_cells(places, poses, MODEL)
+    cells = focus_cells(places, poses, MODEL, ArmMap())
     assert cells.shape == (4, 8, 8) and cells.dtype == np.uint8
 
     def marked(frame: int, place: tuple[float, float, float]) -> bool:
@@ -162,7 +162,7 @@ def test_the_loss_looks_where_objects_are_handled() -> None:
     assert all(marked(m, (0.30, 0.03, 0.19)) for m in range(4))
     assert [marked(m, (0.35, 0.02, 0.02)) for m in range(4)] == [False, False, True, True]
     assert [marked(m, (0.35, 0.10, 0.02)) for m in range(4)] == [False, False, True, True]  # where it has left
-    assert not focus_cells(None, poses, MODEL).any()
+    assert not focus_cells(None, poses, MODEL, ArmMap()).any()
 
 
 def test_object_weight_weighs_the_cells_in_focus(tmp_path: Path) -> None:

@@ -4,9 +4,9 @@
 
 The paper takes an off-the-shelf vision-language model as its judge (section 3.2); at the embedded size we train a
 classifier of 1.6 M parameters instead, on the world model's own task-agnostic play: every window of an episode is a
-clip about which every goal of the grammar can be asked, true or not. The four tasks are treated like any other pair,
-and whole object pairs (``HELD_OUT_JUDGE_PAIRS``) are never asked about in training, so that the report shows what it
-knows of pairs it was not trained on.
+clip about which every goal of the robot's grammar can be asked, true or not. The tasks are treated like any other pair,
+and whole object pairs (the grammar's ``held_out_pairs``) are never asked about in training, so that the report shows
+what it knows of pairs it was not trained on.
 
 The loop reads top to bottom: draw clips and questions in balance, make the frames look a little like dreams, ask,
 compare (answer, and where the named objects are), step, average. Every batch and every perturbation is a function of
@@ -177,7 +177,7 @@ def _fit(
     ema = copy.deepcopy(network).requires_grad_(False)
     with torch.random.fork_rng(devices=[]):  # modules draw their weights from the global generator: borrow, return it
         torch.manual_seed(mix(config.seed, 12))
-        locator = Locator(network.config.width).to(config.device)
+        locator = Locator(network.config.width, len(clips[0].grammar.objects)).to(config.device)
     parts = nn.ModuleDict({"network": network, "locator": locator, "ema": ema})
     trained = [*network.parameters(), *locator.parameters()]
     optimizer = torch.optim.AdamW(
@@ -271,10 +271,11 @@ def _batch(
 ) -> tuple[Tensor, ...]:
     """A batch's frames (B, F, H, W, 3), tokens (B, Q, L), labels and weights (B, Q), and places in metres.
 
-    The places are those of the objects named (B, Q, F, 2, 3), and of all objects (B, F, 7, 3).
+    The places are those of the objects named (B, Q, F, 2, 3), and of all objects (B, F, O, 3).
     """
     rows = clips.rows(asked.windows)
-    texts = [[instruction_for(clips.goals[goal], rng) for goal in row] for row in asked.goals]
+    grammar = clips.grammar
+    texts = [[instruction_for(clips.goals[goal], grammar, rng) for goal in row] for row in asked.goals]
     tokens = np.array([[tokenize(text, max_len=text_len) for text in row] for row in texts])
     weights = sampler.weights[asked.labels.astype(np.int64), asked.goals]
     named = positions_of(clips, rows, asked.goals)

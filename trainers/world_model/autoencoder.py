@@ -36,6 +36,7 @@ MAY_CHANGE = (
     "checkpointing",
     "offload",
     "fit_memory",
+    "robot",  # the data's, and filled in only once they are read
 )
 """Settings that may differ when a run is continued: they do not change what a step is."""
 

@@ -27,7 +27,6 @@ from torch import Tensor
 
 from rawdream_env.data.reader import LeRobotReader
 from rawdream_env.errors import DatasetError, InvalidOptionError
-from rawdream_env.piper.arm_map import ArmMap, draw_maps
 from rawdream_env.seeding import mix
 from rawdream_env.trainers.common.distributed import ProcessGroup
 from rawdream_env.trainers.world_model.latent_cache import CacheConfig, cache_latents, codec_fingerprint
@@ -38,10 +37,11 @@ from rawdream_env.trainers.world_model.latent_data import (
     QuantileBounds,
     normalise_actions,
 )
-from rawdream_env.trainers.world_model.latent_episodes import episode_focus
+from rawdream_env.trainers.world_model.latent_episodes import episode_focus, model_kinematics
 from rawdream_env.trainers.world_model.losses import LossFunction, Sums, WindowBatch, draw_window_noise, window_loss
 from rawdream_env.world_models.autoencoders import FrameCodec, PackedFrameAutoencoder
 from rawdream_env.world_models.wan.config import WanConfig
+from rawdream_env.world_models.wan.kinematics import draw_maps, load_kinematics
 from rawdream_env.world_models.wan.rollout import RolloutConfig
 from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer
 
@@ -118,6 +118,7 @@ def cached_mixture(
     cache = CacheConfig(config.model.chunk_len, device=world.device, progress=world.first)
     half = config.bf16 and isinstance(codec, PackedFrameAutoencoder)
     source = _HalfCodec(codec, world.device) if half else codec
+    kinematics = load_kinematics(config.robot, config.rollout.arm_map) if focused else None
     mixture = []
     for entry in entries:
         label = MixtureEntry(entry.path, name=entry.name).label
@@ -126,7 +127,7 @@ def cached_mixture(
             source,
             folder / label,
             cache,
-            focus=(lambda episode: episode_focus(episode, config.model)) if focused else None,
+            focus=(lambda episode: episode_focus(episode, config.model, kinematics)) if focused else None,
             rank=world.rank,
         )
         mixture.append(MixtureEntry(str(cached), entry.weight, label))
@@ -161,16 +162,10 @@ class WindowObjective:
         arch, rollout = config.model, config.rollout
         if mixture.latent_shape != arch.latent_shape:
             raise DatasetError(f"the data's latents are {mixture.latent_shape}, the model's {arch.latent_shape}.")
-        if (arch.pose_dim or arch.map_channels) and (rollout.arm_map is None or mixture.pose_dim < arch.pose_dim):
-            raise DatasetError(
-                f"the model takes {arch.pose_dim} pose dimensions and {arch.map_channels} map channels, but the data's "
-                f"states have {mixture.pose_dim} dimensions (arm map: {rollout.arm_map}). Use data of the arm, or "
-                "--model.pose-dim 0 --model.arm-map-channels 0 --model.no-carry."
-            )
         self.mixture, self.config, self.device, self.stream = mixture, config, device, stream
         self.chunks = (arch.context_latents + arch.chunk_latents) // arch.chunk_latents
         self.max_offset = max_window_offset(arch, rollout)
-        self.arm_map = ArmMap(rollout.arm_map) if rollout.arm_map and (arch.pose_dim or arch.map_channels) else None
+        self.arm_map = model_kinematics(config, mixture.pose_dim)
         self.anchor_actions = torch.zeros(len(mixture.datasets), arch.action_dim)
         for row, (low, high) in enumerate(mixture.bounds):
             zero = normalise_actions(np.zeros(len(low), np.float32), low, high)
@@ -208,7 +203,7 @@ class WindowObjective:
         actions[:, 0] = self.anchor_actions[windows.source][:, None]
         if self.arm_map is None:
             return actions.flatten(2), None
-        poses = windows.poses[..., : arch.pose_dim or 7]
+        poses = windows.poses
         parts = [actions, self.arm_map.normalise(poses)] if arch.pose_dim else [actions]
         maps = None
         if arch.arm_map_channels:

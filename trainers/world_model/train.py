@@ -43,6 +43,7 @@ from rawdream_env.trainers.world_model.latent_episodes import (
     RawEpisodes,
     encode_episodes,
     read_episodes,
+    with_robot,
 )
 from rawdream_env.trainers.world_model.latent_windows import (
     DataEntry,
@@ -56,6 +57,7 @@ from rawdream_env.trainers.world_model.validation import Validation, assembled
 from rawdream_env.world_models.autoencoders import AutoencoderConfig, FrameCodec, PackedFrameAutoencoder
 from rawdream_env.world_models.loading import read_world_model, save_world_model
 from rawdream_env.world_models.wan.config import WAN_CONFIGS, WanConfig, wan_config
+from rawdream_env.world_models.wan.kinematics import load_kinematics
 from rawdream_env.world_models.wan.rollout import WAN_ROLLOUT, RolloutConfig, WanWorldModel
 from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer
 
@@ -89,6 +91,8 @@ class WorldModelTrainConfig:
     """Data folders of held-out episodes, written like ``data``."""
     deploy: str = ""
     """Data entry whose action statistics the saved model acts by; the first one by default (objective "window")."""
+    robot: str = ""
+    """Robot whose kinematics the model uses; by default the one that the data name."""
     seed: int = 0
     """Seed of initialisation, batches and noise."""
     device: str = "cpu"
@@ -163,6 +167,7 @@ def train_world_model(config: WorldModelTrainConfig) -> Path:
 def _train_windows(config: WorldModelTrainConfig, initial: WanWorldModel | None, world: ProcessGroup) -> Path:
     """The paper's objective on a mixture of data sets, each with its own action statistics."""
     entries = [DataEntry.parse(text) for text in config.data]
+    config = with_robot(config, [entry.reader() for entry in entries])
     out = Path(config.out)
     codec = _codec(config, initial)
     if codec is None:
@@ -190,16 +195,18 @@ def _train_windows(config: WorldModelTrainConfig, initial: WanWorldModel | None,
 def _train_episodes(config: WorldModelTrainConfig, initial: WanWorldModel | None, world: ProcessGroup) -> Path:
     """Teacher forcing over whole episodes in memory, whose actions are in the rollout's bounds."""
     entries = [DataEntry.parse(text) for text in config.data]
-    config = replace(config, rollout=replace(config.rollout, fps=entries[0].reader().fps))
+    readers = [entry.reader() for entry in entries]
+    config = with_robot(replace(config, rollout=replace(config.rollout, fps=readers[0].fps)), readers)
+    kinematics = load_kinematics(config.robot, config.rollout.arm_map)
     codec = _codec(config, initial)
-    raw = read_episodes([entry.reader() for entry in entries], config.model)
+    raw = read_episodes(readers, config.model, kinematics)
     codec = _trained_codec(config, raw, world) if codec is None else codec
     episodes = _latent_episodes(config, codec, raw, "latents.safetensors", world)
     del raw
     validation = None
     if config.validation:
         held_out = [DataEntry.parse(text) for text in config.validation]
-        unseen = read_episodes([entry.reader() for entry in held_out], config.model)
+        unseen = read_episodes([entry.reader() for entry in held_out], config.model, kinematics)
         latents = _latent_episodes(config, codec, unseen, "validation_latents.safetensors", world)
         validation = Validation(config, config.rollout, codec, held_out, EpisodeObjective(latents, config, stream=9))
     transformer = train_transformer(config, initial, EpisodeObjective(episodes, config), validation, world)
@@ -376,5 +383,5 @@ def _save(
 ) -> Path:
     target = Path(config.out) / "world_model"
     if transformer is not None:
-        save_world_model(WanWorldModel(transformer, codec, rollout), target)
+        save_world_model(WanWorldModel(transformer, codec, rollout, robot=config.robot), target)
     return target

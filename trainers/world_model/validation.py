@@ -15,16 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rawdream_env.data.recorded import StoredEpisode, episodes_from_dataset
 from rawdream_env.errors import DatasetError
-from rawdream_env.evaluation.reporting import pictures
-from rawdream_env.evaluation.world_model.fidelity import (
-    Fidelity,
-    RecordedEpisode,
-    episodes_from_dataset,
-    evaluate_fidelity,
-)
+from rawdream_env.evaluation.world_model.fidelity import Fidelity, evaluate_fidelity
 from rawdream_env.evaluation.world_model.metrics import METRICS
 from rawdream_env.files import atomic_write_bytes
+from rawdream_env.media import encode_video
 from rawdream_env.trainers.common.training_stage import TrainingStage
 from rawdream_env.trainers.world_model.latent_windows import DataEntry
 from rawdream_env.trainers.world_model.losses import LossFunction
@@ -95,12 +91,12 @@ class Validation:
             return
         transformer = assembled(self.config.model, tensors).to(self.config.device)
         loss = self.loss(transformer)
-        model = WanWorldModel(transformer, self.codec, self.rollout)
+        model = WanWorldModel(transformer, self.codec, self.rollout, robot=self.config.robot)
         fidelity = evaluate_fidelity(model, self.episodes, batch_size=4, sensitivity_episodes=0, samples=4)
         stage.log(step, val_loss=loss, **horizon_scalars(fidelity))
         folder = stage.folder / "validation"
         folder.mkdir(exist_ok=True)
-        atomic_write_bytes(folder / f"step_{step:08d}.mp4", pictures.mp4_bytes(fidelity.clip(), fidelity.fps))
+        atomic_write_bytes(folder / f"step_{step:08d}.mp4", encode_video([fidelity.clip()], fidelity.fps))
 
     @torch.no_grad()
     def loss(self, model: WanWorldModelTransformer) -> float:
@@ -124,7 +120,7 @@ def horizon_scalars(fidelity: Fidelity) -> dict[str, float]:
     }
 
 
-def _padded(episode: RecordedEpisode, action_dim: int) -> RecordedEpisode:
+def _padded(episode: StoredEpisode, action_dim: int) -> StoredEpisode:
     """Actions with zeros for the dimensions that the data do not have."""
     missing = action_dim - episode.actions.shape[1]
     return replace(episode, actions=np.pad(episode.actions, ((0, 0), (0, missing))))

@@ -21,13 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from rawdream_env.errors import InvalidActionError
-from rawdream_env.piper.arm_map import ArmMap, ArmMapConfig, draw_maps
+from rawdream_env.robots import ArmMapConfig
 from rawdream_env.seeding import NoiseKey, keyed_normal
 from rawdream_env.world_models.autoencoders import FRAMES_PER_LATENT, FrameCodec
 from rawdream_env.world_models.memory import fit_rollout, require_weights
 from rawdream_env.world_models.sampler import sample_flow
 from rawdream_env.world_models.wan.chunk import ChunkDenoiser, ConditionCache, Context, ContextCache
 from rawdream_env.world_models.wan.dream_state import DreamState
+from rawdream_env.world_models.wan.kinematics import draw_maps, load_kinematics
 from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer
 
 LATENT_STREAM, CONTEXT_STREAM, ANCHOR_STREAM = 0, 1, 2
@@ -78,6 +79,7 @@ class WanWorldModel:
         transformer: the denoiser.
         autoencoder: frames to latents and back.
         config: rollout settings.
+        robot: name of the robot whose kinematics turn actions into poses and maps; empty: the default robot.
         reuse: which keys and values are computed again, see ``chunk.py``. "step" is exact, "none" its slow equal,
             "rolling" the named approximation.
         micro_batch: rows that are denoised, encoded or decoded at once, to bound the memory for activations; 0: all, or
@@ -90,6 +92,7 @@ class WanWorldModel:
         autoencoder: FrameCodec,
         config: RolloutConfig = RolloutConfig(),
         *,
+        robot: str = "",
         reuse: ContextCache = "step",
         micro_batch: int = 0,
     ) -> None:
@@ -112,7 +115,12 @@ class WanWorldModel:
             )
         if config.max_time <= arch.context_latents:
             raise ValueError(f"max_time {config.max_time} must exceed context_latents {arch.context_latents}")
-        self._arm_map = ArmMap(config.arm_map) if config.arm_map is not None else None
+        self.robot = robot
+        self._arm_map = load_kinematics(robot, config.arm_map)
+        if self._arm_map is not None and arch.pose_dim not in (0, self._arm_map.state_dim):
+            raise ValueError(
+                f"the transformer takes {arch.pose_dim} pose dimensions, robot {robot!r} has {self._arm_map.state_dim}"
+            )
         self._condition_cache = ConditionCache(transformer)
         self._rowwise: set[str] = set()
         self._verified: set[tuple[str, int]] = set()
@@ -151,7 +159,7 @@ class WanWorldModel:
 
     @torch.no_grad()
     def start(self, frames: Tensor, keys: Sequence[NoiseKey], proprio: Tensor | None = None) -> DreamState:
-        """Begin B episodes. ``frames`` uint8 (B, H, W, 3); ``proprio`` (B, 7) commanded pose, needed with an arm
+        """Begin B episodes. ``frames`` uint8 (B, H, W, 3); ``proprio`` (B, P) commanded pose, needed with an arm
         map.
         """
         frames = torch.as_tensor(frames)
@@ -163,12 +171,16 @@ class WanWorldModel:
         if len(keys) != len(frames):
             raise ValueError(f"{len(frames)} start frames but {len(keys)} noise keys")
         arch = self.transformer.arch
-        if proprio is None:
-            if arch.pose_dim:
-                raise ValueError(
-                    "this world model draws the arm from its pose: give proprio (B, 7) with the start frames"
-                )
-            proprio = torch.zeros(len(frames), 7)
+        width = (
+            7 if self._arm_map is None else self._arm_map.state_dim
+        )  # zeros are part of the name of the anchor's noise
+        if proprio is None and not arch.pose_dim:
+            proprio = torch.zeros(len(frames), width)
+        if proprio is None or (self._arm_map is not None and tuple(proprio.shape) != (len(frames), width)):
+            raise ValueError(
+                f"this world model draws the arm from its pose: give proprio {(len(frames), width)} with the start "
+                f"frames, got {None if proprio is None else tuple(proprio.shape)}"
+            )
         pose = torch.as_tensor(proprio, dtype=torch.float32).cpu()
         frames = frames.to(self.device)
         codec, (b, r) = self.autoencoder, (len(frames), arch.context_latents)

@@ -160,7 +160,8 @@ def test_the_command_writes_its_files(play: Path, tmp_path: Path) -> None:
     assert "3 clips of 3 features" in report["notes"][-1]
     page = (out / "report.html").read_text()
     assert page.count("<svg") == 7 and "Ghosts: not measured" in page and "data:video/mp4;base64" in page
-    assert not re.search(r'(?:src|href)="(?!data:)', page)
+    assert not re.search(r'(?:src|href)="(?!data:)', page) and "<th>" not in page and "<video autoplay" in page
+    assert 'name="viewport"' in page and "The first 2 episodes" in page
     from PIL import Image
 
     with Image.open(io.BytesIO((out / "grid.gif").read_bytes())) as gif:

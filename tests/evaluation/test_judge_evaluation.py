@@ -78,13 +78,16 @@ def test_the_report_counts_and_is_written(tmp_path: Path) -> None:
     row = right.report.rows["task fold"]
     assert row.confusion.precision.value == row.confusion.recall.value == 1.0 and row.invalid.n == 5
     assert not (tmp_path / "out" / "mistakes.png").exists()
-    wrong = evaluate_judge(config, judge=ScriptedJudge(lambda v, t: 1 - bright(v, t)))
+    dark = ScriptedJudge(lambda v, t: 1 - bright(v, t))
+    dark.threshold = 0.5  # type: ignore[attr-defined]
+    wrong = evaluate_judge(config, judge=dark)
     assert wrong.report.rows["all"].confusion.false_positive_rate.value == 1.0
     assert {p.name for p in wrong.folder.iterdir()} == {"judge_report.json", "judge_report.html", "mistakes.png"}
     content = json.loads((wrong.folder / "judge_report.json").read_text())
     assert content["groups"]["all"]["recall"]["n"] == 3 and content["run"]["config"]["batch_size"] == 2
     page = (wrong.folder / "judge_report.html").read_text()
     assert "<svg" in page and "data:image/png" in page and "probability threshold" in page and "http://" not in page
+    assert "this judge: 0.5" in page and "INVALID" in page and 'name="viewport"' in page and "<th>" not in page
     assert "task fold" in str(wrong) and "judge_report.html" in str(wrong)
     blind = evaluate_judge(config, judge=ScriptedJudge(lambda v, t: UNREAD))
     assert blind.report.rows["all"].invalid.value == 1.0 and "100.0" in str(blind)

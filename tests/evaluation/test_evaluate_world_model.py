@@ -15,11 +15,12 @@ import torch
 from rawdream_env import cli
 from rawdream_env.data import schema
 from rawdream_env.data.lerobot import LeRobotWriter
+from rawdream_env.data.reader import LeRobotReader
 from rawdream_env.errors import CheckpointError, InvalidOptionError
 from rawdream_env.evaluation.world_model import evaluate as world_model
 from rawdream_env.evaluation.world_model import ghosting
 from rawdream_env.evaluation.world_model.evaluate import EvaluateWorldModelConfig, evaluate_world_model
-from rawdream_env.evaluation.world_model.fidelity import RecordedEpisode, evaluate_fidelity
+from rawdream_env.evaluation.world_model.fidelity import RecordedEpisode, episodes_from_dataset, evaluate_fidelity
 from rawdream_env.evaluation.world_model.replay import deafness
 from rawdream_env.world_models.null import NullWorldModel
 
@@ -171,6 +172,16 @@ def test_the_command_writes_its_files(play: Path, tmp_path: Path) -> None:
     assert again.report["horizon"][0]["dream"]["psnr"] == first.report["horizon"][0]["dream"]["psnr"]
     assert "LPIPS, whole picture" in again.table() and "not measured" in again.table()
     assert sum("is not measured" in note and "--" in note for note in again.report["notes"]) == 2
+
+
+def test_frames_of_a_data_set_stay_on_disk(play: Path) -> None:
+    reader = LeRobotReader(play)
+    stored = list(episodes_from_dataset(reader, limit=2, horizon=8))
+    assert [(len(e.actions), len(e.frames)) for e in stored] == [(8, 9)] * 2
+    assert stored[1].frames is not stored[1].frames and np.array_equal(stored[1].frames, reader.episode(1).frames[:9])
+    loaded = [RecordedEpisode(e.frames, e.actions, e.proprio, e.name, e.camera) for e in stored]
+    world = NullWorldModel((64, 64, 3))
+    assert evaluate_fidelity(world, stored).as_dict() == evaluate_fidelity(world, loaded).as_dict()
 
 
 def test_the_command_line_prints_the_table(play: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from rawdream_env.data.lerobot import EpisodeData, ShardWriter
 from rawdream_env.errors import DatasetError, InvalidOptionError
 from rawdream_env.evaluation.judges.episodes import FreshEpisodes, Player, fresh_clips, recorded_clips
 from rawdream_env.evaluation.judges.evaluate import EvaluateJudgeConfig, evaluate_judge
-from rawdream_env.evaluation.judges.report import JudgeClip, JudgeReport
+from rawdream_env.evaluation.judges.report import JudgeClip, JudgeReport, evaluate
 from rawdream_env.judges.scripted import ScriptedJudge
 from rawdream_env.piper.relations import RELATION_NAMES, TASKS
 from rawdream_env.types import Outcome, Verdict, Video
@@ -114,6 +116,21 @@ def test_only_the_worst_mistakes_are_kept() -> None:
     for number, (outcome, chance, label) in enumerate(cases):
         report.add(JudgeClip(CLIP, f"clip {number}", label, task="t"), Verdict(outcome, "", chance))
     assert [clip.instruction for clip, _ in report.mistakes()] == ["clip 2", "clip 1"] and report.n == 5
+
+
+def test_clips_are_forgotten_once_they_are_counted() -> None:
+    seen: list[weakref.ref[JudgeClip]] = []
+    alive: list[int] = []
+
+    def clips() -> Iterator[JudgeClip]:
+        for _ in range(60):
+            clip = JudgeClip(CLIP, "go", False, task="t")
+            seen.append(weakref.ref(clip))
+            alive.append(sum(ref() is not None for ref in seen))
+            yield clip
+
+    report = evaluate(ScriptedJudge(lambda v, t: 1.0), clips(), batch_size=5, worst=3)
+    assert report.n == 60 and len(report.mistakes()) == 3 and max(alive) <= 3 + 2 * 5
 
 
 def test_fresh_episodes_depend_on_seed_and_number_alone() -> None:

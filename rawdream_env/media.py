@@ -112,7 +112,7 @@ def iterate_video(path: Path, fps: float, *, start: float = 0.0) -> Iterator[UIn
                 container.seek(int((start - 0.5 / fps) / stream.time_base), stream=stream, backward=True)
             for frame in container.decode(stream):
                 if frame.pts is not None and round((frame.time - start) * fps) >= 0:
-                    yield reformatter.reformat(frame, format="rgb24").to_ndarray()
+                    yield np.asarray(reformatter.reformat(frame, format="rgb24").to_ndarray(), np.uint8)
     except (av.error.FFmpegError, OSError, IndexError) as error:
         raise _unreadable(path, error) from error
 
@@ -155,7 +155,7 @@ def _unreadable(path: Path, error: Exception) -> DatasetError:
 # -- GIF --------------------------------------------------------------------------------------------------------------
 
 
-def encode_gif(frames: Sequence[UInt8Array], fps: float) -> bytes:
+def encode_gif(frames: UInt8Array | Sequence[UInt8Array], fps: float) -> bytes:
     """Frames (H, W, 3) of one size as a looping GIF. One palette serves all frames: palettes per frame flicker."""
     sample = [frames[i] for i in range(0, len(frames), max(1, len(frames) // 8))]
     palette = Image.fromarray(np.concatenate(sample)).quantize(colors=255, dither=Image.Dither.NONE)

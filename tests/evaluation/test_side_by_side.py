@@ -342,6 +342,7 @@ class _Checker(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: Any) -> None:
         self.tags.append(tag)
+        assert {"th": "scope", "video": "aria-label", "svg": "aria-label"}.get(tag, "") in ("", *dict(attrs))
         self.sources += [value for name, value in attrs if name in ("src", "href")]
         if tag not in self.VOID:
             self.stack.append(tag)
@@ -369,7 +370,8 @@ def test_report_is_one_self_contained_page(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "report.json").read_text())["policies"] == result.report["policies"]
     lines = (tmp_path / "out" / "episodes.jsonl").read_text().splitlines()
     assert len(lines) == 40 and json.loads(lines[0])["policy"] == "force 0.4"
-    assert len(page) < 2_000_000
+    assert len(page) < 2_000_000 and 'name="viewport"' in page
+    assert "The first 1 episode of each kind and policy" in page
 
 
 def test_names_cannot_break_the_page() -> None:

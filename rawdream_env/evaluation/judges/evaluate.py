@@ -156,6 +156,7 @@ def page(content: Json, sheet: bytes | None, *, threshold: float | None = None, 
         config,
         lines=[(label, css) for label, css in _RATES.values()],
         charts=[chart for chart in charts if chart],
+        marked=threshold is not None or need is not None,
         sheet=None if sheet is None else html.base64_text(sheet),
     )
 

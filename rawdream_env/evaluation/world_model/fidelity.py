@@ -5,8 +5,8 @@ it. PSNR, SSIM and, with an extractor of features, LPIPS are reported per *horiz
 32-64, ... after the start) and over all frames, over the whole picture and over the *moving region*; FVD, with an
 extractor, over the whole picture. Beside them two baselines that know nothing about actions:
 
-- ``copy_first``: the start frame for ever;
-- ``copy_last``: the last *true* frame before the current chunk. It is told the truth every chunk, which the model never
+- ``copy_first``: the start frame, repeated;
+- ``copy_last``: the last *true* frame before the current chunk. It is given the truth every chunk, which the model never
   is, so it is a hard baseline late in an episode; beating it at 0-8 (where both know the same) is the minimum.
 
 Averages are of per-frame values (PSNR capped at 60 dB, about the quantisation noise of 8-bit frames, since a still

@@ -101,11 +101,9 @@ def _sensitivity_text(report: Json) -> list[str]:
     lines = []
     for key, name in (("swapped", "another episode's actions"), ("zeroed", "no motion")):
         ratio = s[key]["ratio"]
-        times = (
-            "fresh noise changes nothing" if ratio is None else f"{estimate_text(ratio)} times what fresh noise does"
-        )
+        noise = "fresh noise changes nothing" if ratio is None else f"relative to fresh noise {estimate_text(ratio)}"
         change = estimate_text(s[key]["interval"])
-        lines.append(f"With {name} the frames change by {change} of 255 levels, {times}.")
+        lines.append(f"With {name} the frames change by (levels of 255) {change}; {noise}.")
     return lines
 
 

@@ -67,8 +67,10 @@ class CollectConfig:
 class CollectSource(EpisodeSource, Protocol):
     """What ``Robot.episode_source`` makes of a configuration."""
 
-    config: CollectConfig
-    """The configuration with its defaults filled in, which the data set keeps."""
+    @property
+    def config(self) -> CollectConfig:
+        """The configuration with its defaults filled in, which the data set keeps."""
+        ...
 
 
 def collect(config: CollectConfig, *, source: Callable[[CollectConfig], CollectSource] | None = None) -> Path:

@@ -174,20 +174,40 @@ class GoalGrammar(Protocol):
     ``privileged.relations``. Shape letters: M clips, O objects, R relations, G goals.
     """
 
-    objects: Sequence[str]
-    """Order of ``privileged.object_poses``."""
-    relations: Sequence[str]
-    """Order of ``privileged.relations``."""
-    place_relations: Sequence[str]
-    """The first of them: what placing an object brings about. Clips gather around the moments these come true."""
-    goals: tuple[str, ...]
-    """Names of all goals: columns of the labels. A relation that can be asked for is a goal of the same name."""
-    tasks: Sequence[tuple[str, str, str]]
-    """(name, instruction, goal) of every task, in the order of the task ids."""
-    task_pairs: Collection[tuple[str, str]]
-    """Ordered object pairs of the tasks: a generalist policy is pre-trained without them."""
-    held_out_pairs: Collection[tuple[str, str]]
-    """Ordered object pairs the judge is tested on and never trained on."""
+    @property
+    def objects(self) -> Sequence[str]:
+        """Order of ``privileged.object_poses``."""
+        ...
+
+    @property
+    def relations(self) -> Sequence[str]:
+        """Order of ``privileged.relations``."""
+        ...
+
+    @property
+    def place_relations(self) -> Sequence[str]:
+        """The first of them: what placing an object brings about. Clips gather around the moments these come true."""
+        ...
+
+    @property
+    def goals(self) -> tuple[str, ...]:
+        """Names of all goals: columns of the labels. A relation that can be asked for is a goal of the same name."""
+        ...
+
+    @property
+    def tasks(self) -> Sequence[tuple[str, str, str]]:
+        """(name, instruction, goal) of every task, in the order of the task ids."""
+        ...
+
+    @property
+    def task_pairs(self) -> Collection[tuple[str, str]]:
+        """Ordered object pairs of the tasks: a generalist policy is pre-trained without them."""
+        ...
+
+    @property
+    def held_out_pairs(self) -> Collection[tuple[str, str]]:
+        """Ordered object pairs the judge is tested on and never trained on."""
+        ...
 
     def goal_objects(self, goal: str) -> tuple[str, ...]:
         """The objects a goal is about: what is moved, then where to."""

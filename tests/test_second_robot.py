@@ -273,6 +273,21 @@ def test_what_is_missing_is_named(data: str) -> None:
     assert with_robot(pictures, [reader]).robot == "arm of somebody else"  # without kinematics: pictures alone
 
 
+def test_installed_packages_announce_robots(monkeypatch) -> None:
+    class Announced:
+        @staticmethod
+        def load() -> None:
+            register_robot(Robot("announced"))
+
+    def entry_points(group: str, name: str) -> list[type]:
+        return [Announced] if (group, name) == ("rawdream.robots", "announced") else []
+
+    robots = sys.modules["rawdream_env.robots"]
+    monkeypatch.setattr(robots, "entry_points", entry_points)
+    monkeypatch.setattr(robots, "_ROBOTS", dict(robots._ROBOTS))
+    assert find_robot("announced").name == "announced"
+
+
 def test_the_default_robot_is_found_without_importing_its_parts() -> None:
     code = "import sys, rawdream_env.robots as r; print(r.find_robot().name, [m for m in sys.modules if 'env.piper.' in m])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -68,8 +68,10 @@ class CollectConfig:
 class CollectSource(EpisodeSource, Protocol):
     """What ``Robot.episode_source`` makes of a configuration."""
 
-    config: CollectConfig
-    """The configuration with its defaults filled in, which the data set keeps."""
+    @property
+    def config(self) -> CollectConfig:
+        """The configuration with its defaults filled in, which the data set keeps."""
+        ...
 
     def attempt(self, index: int, seed: int) -> tuple[EpisodeData, bool]:
         """Episode ``index`` as ``seed`` draws it, and whether its task is done at the end (for ``judge evaluate``)."""

@@ -31,16 +31,30 @@ class EpisodeSource(Protocol):
     Light to make and to pickle: what is heavy (a simulator, a policy) opens at the first episode, in its own process.
     """
 
-    fps: float
-    """Frames per second."""
-    image_shape: tuple[int, int, int]
-    """(H, W, 3) of the frames."""
-    features: schema.Features
-    """Numeric columns (``schema.numeric_feature``): state, action, and ``privileged.`` ones where there are any."""
-    instructions: Sequence[str]
-    """The instructions of all episodes, each once."""
-    robot_type: str | None
-    """Name of the robot, for ``info.json``."""
+    @property
+    def fps(self) -> float:
+        """Frames per second."""
+        ...
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, 3) of the frames."""
+        ...
+
+    @property
+    def features(self) -> schema.Features:
+        """Numeric columns (``schema.numeric_feature``): state, action, and ``privileged.`` ones where there are any."""
+        ...
+
+    @property
+    def instructions(self) -> Sequence[str]:
+        """The instructions of all episodes, each once."""
+        ...
+
+    @property
+    def robot_type(self) -> str | None:
+        """Name of the robot, for ``info.json``."""
+        ...
 
     def steps(self, index: int) -> int:
         """Actions of episode ``index``, known before it is made."""

@@ -19,9 +19,26 @@ from numpy.typing import NDArray
 from rawdream_env import robots
 from rawdream_env.data.reader import Episode, EpisodeArrays
 from rawdream_env.errors import DatasetError
-from rawdream_env.piper.goals import DIRECTIONS, GOAL_NAMES, GOALS, find_goal, goal_mask
-from rawdream_env.piper.relations import MOVABLE, OBJECTS, PLACE_RELATIONS, RELATION_NAMES, SHAPES, relation_index
-from rawdream_env.robots import BoolArray, ClipLabels, FloatArray
+from rawdream_env.piper.goals import (
+    DIRECTIONS,
+    GOAL_NAMES,
+    GOALS,
+    HELD_OUT_JUDGE_PAIRS,
+    TASK_PAIRS,
+    find_goal,
+    goal_mask,
+    paraphrase,
+)
+from rawdream_env.piper.relations import (
+    MOVABLE,
+    OBJECTS,
+    PLACE_RELATIONS,
+    RELATION_NAMES,
+    SHAPES,
+    TASKS,
+    relation_index,
+)
+from rawdream_env.robots import BoolArray, ClipLabels, FloatArray, GoalGrammar
 
 MOVE_DISTANCE: Final = 0.04
 """An object pushed this far (m) has been moved ..."""
@@ -291,3 +308,29 @@ def _outcome(
         before = np.flatnonzero(~reached[:, i])
         return goal.name, int(rows[before[-1] + 1 if len(before) else 0])
     return None
+
+
+class PiperGrammar:
+    """The goals of the tabletop as the generic trainers ask for them; see ``robots.GoalGrammar``."""
+
+    objects = OBJECTS
+    relations = RELATION_NAMES
+    place_relations = PLACE_RELATIONS
+    goals = GOAL_NAMES
+    tasks = tuple((task.name, task.instruction, task.relation) for task in TASKS)
+    task_pairs = TASK_PAIRS
+    held_out_pairs = HELD_OUT_JUDGE_PAIRS
+
+    paraphrase = staticmethod(paraphrase)
+    goal_mask = staticmethod(goal_mask)
+    label_clips = staticmethod(label_clips)
+    label_windows = staticmethod(label_windows)
+    sample_goals = staticmethod(sample_goals)
+    pick_place_segments = staticmethod(pick_place_segments)
+
+    def goal_objects(self, goal: str) -> tuple[str, ...]:
+        """The objects of a goal, what is moved first."""
+        return tuple(part for part in goal.split(":")[1:] if part in OBJECTS)
+
+
+GRAMMAR: GoalGrammar = PiperGrammar()

@@ -18,7 +18,7 @@ from rawdream_env.files import load_safetensors, save_safetensors
 from rawdream_env.judges import load_judge
 from rawdream_env.judges.embedded_network import EmbeddedJudgeConfig
 from rawdream_env.piper.goals import GOAL_NAMES, HELD_OUT_JUDGE_PAIRS, TASK_PAIRS
-from rawdream_env.piper.grammar import GRAMMAR
+from rawdream_env.piper.hindsight import GRAMMAR
 from rawdream_env.piper.relations import OBJECTS, RELATION_NAMES, SHAPES, relations
 from rawdream_env.trainers.judge.clips import (
     UNKNOWN,

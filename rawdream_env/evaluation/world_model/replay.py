@@ -186,7 +186,7 @@ def episodes_from_dataset(
         yield RecordedEpisode(episode.frames, episode.actions, episode.state[0], name, str(reader.root))
 
 
-def deafness(sensitivity: Mapping[str, Any]) -> str:
+def action_sensitivity_warning(sensitivity: Mapping[str, Any]) -> str:
     """One sentence when the world model cannot be seen to listen to its actions (see :func:`action_sensitivity`), else
     the empty string.
     """

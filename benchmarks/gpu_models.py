@@ -120,12 +120,12 @@ def _flex_alone() -> Any:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def world_model(transformer: Any, codec: Any, reuse: str = "step", evaluations: int = 5) -> Any:
+def world_model(transformer: Any, codec: Any, context_cache: str = "step", evaluations: int = 5) -> Any:
     """The parts as a world model."""
     from rawdream_env.world_models.wan.rollout import RolloutConfig, WanWorldModel
 
     config = RolloutConfig(num_inference_steps=evaluations, arm_map=None)
-    model = WanWorldModel(transformer, codec, config, reuse=reuse)  # type: ignore[arg-type]
+    model = WanWorldModel(transformer, codec, config, context_cache=context_cache)  # type: ignore[arg-type]
     weight = transformer.proj_out.weight
     return model.to(weight.device, weight.dtype)
 

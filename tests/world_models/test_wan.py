@@ -352,7 +352,7 @@ def test_approximations_are_opt_in_and_named(wan_release: Path, tmp_path: Path) 
         )
         model = load_world_model(target, approximations=["tiny_decoder", "rolling_cache", "fp8"])
     assert isinstance(model, WanWorldModel)
-    assert model.reuse == "rolling"
+    assert model.context_cache == "rolling"
     state = model.start(torch.zeros(1, 64, 64, 3, dtype=torch.uint8), [NoiseKey(0)])
     for _ in range(3):
         state, frames = model.imagine(state, torch.zeros(1, 8, 7))

@@ -35,7 +35,7 @@ MAY_CHANGE = (
     "micro_batch_size",
     "checkpointing",
     "offload",
-    "fit_memory",
+    "fit_memory",  # of earlier versions
 )
 """Settings that may differ when a run is continued: they do not change what a step is."""
 

@@ -185,7 +185,7 @@ class EpisodeSampler:
             before = poses[:, torch.arange(c) * g, -1].repeat_interleave(g, 1)
             before = torch.cat([poses[:, :1, -1], before], 1)
             maps = draw_maps(
-                self.arm_map, poses, before, (latents.shape[-2], latents.shape[-1]), carry=cfg.model.carry
+                self.arm_map, poses, before, (latents.shape[-2], latents.shape[-1]), motion=cfg.model.warp_last_frame
             ).to(cfg.device)
         focus = None if e.focus is None else e.focus[frames].to(cfg.device)
         conditions = torch.cat(parts, -1).flatten(2).to(cfg.device)

@@ -232,7 +232,7 @@ class WanWorldModelTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.gradient_checkpointing = False
         c = config.latent_shape[0]
         d, p = config.width, config.patch_size
-        channels = c * (2 if config.residual else 1) + config.map_channels + (2 * c if config.carry else 0)
+        channels = c * (2 if config.residual else 1) + config.map_channels + (2 * c if config.warp_last_frame else 0)
         s = config.stem_channels
         self.condition_embedder = ConditionEmbedder(config)
         self.stem_in = RowExactConv2d(channels, s, 3, padding=1) if s else None
@@ -335,7 +335,7 @@ class WanWorldModelTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         if self.arch.arm_map_channels:
             assert arm_map is not None
             parts.append(arm_map.to(latents.dtype))
-        if self.arch.carry:
+        if self.arch.warp_last_frame:
             assert arm_map is not None
             motion = arm_map[:, :, self.arch.arm_map_channels :, 0, 0]
             parts += [shifted(parts[1], motion[..., :2]), shifted(parts[1], motion[..., 2:])]
@@ -406,6 +406,8 @@ class WanWorldModelTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def from_config(cls, config: Any = None, **kwargs: Any) -> WanWorldModelTransformer:
         """A model with random weights from what ``config.json`` holds."""
         values = {k: v for k, v in {**dict(config or {}), **kwargs}.items() if not k.startswith("_")}
+        if "carry" in values:  # the name of earlier versions
+            values["warp_last_frame"] = values.pop("carry")
         return cls(dataclass_from_json(WanConfig, values, "the transformer's configuration"))
 
     @classmethod

@@ -86,9 +86,9 @@ def read_world_model(
     context_cache: ContextCache = "step",
     tiny_decoder: bool = False,
     micro_batch_size: int = 0,
-    **rollout: Any,
+    **overrides: Any,
 ) -> WanWorldModel:
-    """Load a world model folder; ``rollout`` overrides fields of its ``RolloutConfig`` (``num_inference_steps=1``)."""
+    """Load a world model folder; ``overrides`` are fields of its ``RolloutConfig`` (``num_inference_steps=1``)."""
     folder = Path(folder)
     path = folder / "config.json"
     if not path.is_file():
@@ -106,7 +106,7 @@ def read_world_model(
     return WanWorldModel(
         transformer,
         codec,
-        replace(settings, **rollout),
+        replace(settings, **overrides),
         context_cache=context_cache,
         micro_batch_size=micro_batch_size,
     )

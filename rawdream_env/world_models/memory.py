@@ -115,7 +115,8 @@ def _stream_bytes(codec: FrameCodec, dtype: torch.dtype) -> int:
     empty |= {id(x): torch.empty_like(x, device="meta") for x in module.buffers()}
     shadow = cast(FrameCodec, copy.deepcopy(module, empty).to(dtype))
     with torch.no_grad():
-        return sum(x.nbytes for x in shadow.start_decoding(torch.empty(1, *codec.latent_shape, device="meta")))
+        stream = shadow.start_decoding(torch.empty(1, *codec.latent_shape, device="meta"))
+    return sum(int(x.nbytes) for x in stream)
 
 
 def rows_that_fit(

@@ -116,7 +116,8 @@ def _stream_bytes(codec: FrameCodec, dtype: torch.dtype) -> int:
     shadow = cast(FrameCodec, copy.deepcopy(module, empty).to(dtype))
     with torch.no_grad():
         stream = shadow.start_decoding(torch.empty(1, *codec.latent_shape, device="meta"))
-    return sum(int(x.nbytes) for x in stream)
+    total: int = sum(x.nbytes for x in stream)
+    return total
 
 
 def rows_that_fit(

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 
 from rawdream_env.errors import CheckpointError, InvalidOptionError
-from rawdream_env.files import atomic_write_json, load_weights, save_safetensors
+from rawdream_env.files import atomic_write_json, load_weights, read_json, save_safetensors
 from rawdream_env.piper.arm_map import ArmMapConfig
 from rawdream_env.types import WorldModel
 from rawdream_env.world_models.autoencoders import AutoencoderConfig, FrameCodec, PackedFrameAutoencoder
-from rawdream_env.world_models.pretrained import dataclass_from_json, read_json
+from rawdream_env.world_models.pretrained import dataclass_from_json
 from rawdream_env.world_models.wan.chunk import ContextCache
 from rawdream_env.world_models.wan.fp8 import use_fp8
 from rawdream_env.world_models.wan.rollout import RolloutConfig, WanWorldModel

@@ -94,7 +94,7 @@ def compiled(transformer: Any, size: Size, mode: str | None = None) -> Any:
     """A copy whose blocks are compiled; the copy shares nothing, so that the original stays eager."""
     import torch
 
-    from rawdream_env.world_models.wan.transformer import attention
+    from rawdream_env.world_models.wan import attention
 
     torch._dynamo.config.recompile_limit = 64
     if hasattr(attention, "_compiled_flex"):  # within a compiled block FlexAttention is compiled with it

@@ -14,6 +14,7 @@ from rawdream_env.errors import CheckpointError, InvalidActionError
 from rawdream_env.piper import geometry as piper
 from rawdream_env.piper.arm_map import ArmMap
 from rawdream_env.seeding import NoiseKey
+from rawdream_env.trainers.world_model.teacher_forcing import EpisodeBatch, denoise_all_chunks
 from rawdream_env.world_models.autoencoders import AutoencoderConfig, PackedFrameAutoencoder, pack_frames, unpack_frames
 from rawdream_env.world_models.loading import load_world_model, save_world_model
 from rawdream_env.world_models.sampler import flow_sigmas, sample_flow
@@ -21,7 +22,6 @@ from rawdream_env.world_models.wan.chunk import ChunkDenoiser, ConditionCache, C
 from rawdream_env.world_models.wan.config import WanConfig
 from rawdream_env.world_models.wan.dream_state import DreamState
 from rawdream_env.world_models.wan.rollout import RolloutConfig, WanWorldModel
-from rawdream_env.world_models.wan.teacher_forcing import EpisodeBatch, denoise_all_chunks
 from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer, shifted
 
 WAN = WanConfig(

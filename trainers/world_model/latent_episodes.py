@@ -23,10 +23,10 @@ from rawdream_env.piper.arm_map import ArmMap, draw_maps
 from rawdream_env.piper.geometry import project
 from rawdream_env.seeding import mix
 from rawdream_env.trainers.world_model.losses import BatchNoise, LossFunction, episode_loss
+from rawdream_env.trainers.world_model.teacher_forcing import EpisodeBatch
 from rawdream_env.types import Float32Array, UInt8Array
 from rawdream_env.world_models.autoencoders import PackedFrameAutoencoder
 from rawdream_env.world_models.wan.config import WanConfig
-from rawdream_env.world_models.wan.teacher_forcing import EpisodeBatch
 from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer
 
 if TYPE_CHECKING:

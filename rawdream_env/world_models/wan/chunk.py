@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from rawdream_env.world_models.wan.attention import KeyValues, PromptKeys, Rope, frame_mask, rope_tables, rotate
-from rawdream_env.world_models.wan.transformer import Condition, WanWorldModelTransformer
+from rawdream_env.world_models.wan.blocks import Condition
+from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer
 
 ContextCache = Literal["step", "none", "rolling"]
 

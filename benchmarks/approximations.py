@@ -41,7 +41,7 @@ def build(option: dict[str, Any]) -> Any:
     from benchmarks.common import random_world_model
 
     model = random_world_model()
-    model.reuse = "rolling" if "rolling_cache" in kept.get("approximations", ()) else "step"
+    model.context_cache = "rolling" if "rolling_cache" in kept.get("approximations", ()) else "step"
     model.config = replace(model.config, num_inference_steps=kept.get("num_inference_steps", 5))
     return model.to("cpu", getattr(torch, kept.get("dtype", "float32")))
 

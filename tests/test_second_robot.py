@@ -183,7 +183,7 @@ def data(tmp_path_factory) -> str:
 def world_model(data: str, tmp_path_factory) -> str:
     model = WanConfig(
         latent_shape=(16, 4, 4), num_layers=1, num_attention_heads=2, attention_head_dim=24, ffn_dim=64,
-        stem_channels=16, stem_blocks=1, head_blocks=1, pose_dim=2, arm_map_channels=4, carry=True,
+        stem_channels=16, stem_blocks=1, head_blocks=1, pose_dim=2, arm_map_channels=4, warp_last_frame=True,
     )  # fmt: skip
     stage = StageConfig(steps=3, batch_size=2, lr=1e-3)
     config = WorldModelTrainConfig(

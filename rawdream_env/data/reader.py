@@ -88,10 +88,6 @@ class EpisodeArrays:
             or [np.empty(0, np.int64)]
         ).astype(np.int64)
 
-    def episode_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Position in [0, E) of the episode each row belongs to."""
-        return np.searchsorted(self.offsets, rows, side="right") - 1
-
     def episode(self, position: int) -> Episode:
         """A view of the episode at ``position`` in [0, E)."""
         rows = slice(self.offsets[position], self.offsets[position + 1])

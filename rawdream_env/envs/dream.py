@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -73,9 +74,10 @@ class DreamVectorEnv(ChunkVectorEnv):
         return_frames: bool = False,
         num_inference_steps: int | None = None,
         approximations: Sequence[str] = (),
-        micro_batch: int = 0,
+        micro_batch_size: int = 0,
         end_on_success: bool = True,
         reflector: Mapping[str, Any] | Reflector | None = None,
+        micro_batch: int | None = None,
     ) -> None:
         """Load the parts and set the spaces up.
 
@@ -102,17 +104,22 @@ class DreamVectorEnv(ChunkVectorEnv):
             num_inference_steps: denoising steps; None: the model's own.
             approximations: opt-in shortcuts of the world model that cost accuracy: "rolling_cache", "tiny_decoder",
                 "fp8".
-            micro_batch: rows the world model computes at once, to bound its memory (docs/world_model.md); 0: all.
+            micro_batch_size: rows the world model computes at once, to bound its memory (docs/world_model.md); 0: as many
+                as fit.
             end_on_success: False lets episodes go on to their horizon.
             reflector: options of a ``Reflector`` (rewards at every chunk, predicted ends), or one; None: none.
+            micro_batch: deprecated name of ``micro_batch_size``.
         """
+        if micro_batch is not None:
+            warnings.warn("micro_batch is called micro_batch_size now.", DeprecationWarning, stacklevel=2)
+            micro_batch_size = micro_batch
         self.world_model = load_world_model(
             world_model,
             device=device,
             dtype=dtype,
             num_inference_steps=num_inference_steps,
             approximations=approximations,
-            micro_batch=micro_batch,
+            micro_batch_size=micro_batch_size,
         )
         self.judge = load_judge(judge, device=device)
         if held_out_judge is not None:

@@ -52,7 +52,7 @@ def load_world_model(
     dtype: str | None,
     num_inference_steps: int | None,
     approximations: Sequence[str] = (),
-    micro_batch: int = 0,
+    micro_batch_size: int = 0,
 ) -> WorldModel:
     """The ``world_model`` option as an object: "embedded", "null", a folder, or an object of that kind already."""
     if isinstance(world_model, str) and world_model == "null":
@@ -67,14 +67,14 @@ def load_world_model(
             kwargs["dtype"] = dtype
         if approximations:
             kwargs["approximations"] = tuple(approximations)
-        if micro_batch:
-            kwargs["micro_batch"] = micro_batch
+        if micro_batch_size:
+            kwargs["micro_batch_size"] = micro_batch_size
         loaded: WorldModel = load(str(world_model), device=device, **kwargs)
         return loaded
-    if num_inference_steps is not None or dtype is not None or approximations or micro_batch:
+    if num_inference_steps is not None or dtype is not None or approximations or micro_batch_size:
         raise InvalidOptionError(
-            "num_inference_steps, dtype, approximations and micro_batch apply when the world model is loaded here; set "
-            "them on the object you pass."
+            "num_inference_steps, dtype, approximations and micro_batch_size apply when the world model is loaded here; "
+            "set them on the object you pass."
         )
     model: WorldModel = _require(world_model, "world_model", ("start", "imagine", "chunk_len", "frame_shape", "fps"))
     return model

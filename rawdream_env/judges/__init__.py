@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rawdream_env.errors import CheckpointError, InvalidOptionError
-from rawdream_env.judges.base import read_json
+from rawdream_env.files import read_json
 
 if TYPE_CHECKING:
     from rawdream_env.types import Judge
@@ -98,5 +98,4 @@ def _options(path: Path) -> Mapping[str, Any]:
 
 def _kind_of(folder: Path) -> object:
     """The ``kind`` in a checkpoint's config.json."""
-    config = read_json(folder / "config.json", f"is {folder} a judge folder?")
-    return config.get("kind") if isinstance(config, dict) else None
+    return read_json(folder / "config.json", "give a folder that holds a judge").get("kind")

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from rawdream_env.errors import CheckpointError, InvalidOptionError
-from rawdream_env.files import atomic_write_json, load_weights, save_safetensors
+from rawdream_env.files import atomic_write_json, load_weights, read_json, save_safetensors
 from rawdream_env.types import WorldModel
 from rawdream_env.world_models.autoencoders import AutoencoderConfig, FrameCodec, PackedFrameAutoencoder
-from rawdream_env.world_models.pretrained import dataclass_from_json, read_json
+from rawdream_env.world_models.pretrained import dataclass_from_json
 from rawdream_env.world_models.wan.chunk import ContextCache
 from rawdream_env.world_models.wan.fp8 import use_fp8
 from rawdream_env.world_models.wan.rollout import RolloutConfig, WanWorldModel
@@ -83,12 +83,12 @@ def save_world_model(model: WanWorldModel, folder: str | Path, *, half: bool = F
 def read_world_model(
     folder: str | Path,
     *,
-    reuse: ContextCache = "step",
+    context_cache: ContextCache = "step",
     tiny_decoder: bool = False,
-    micro_batch: int = 0,
-    **rollout: Any,
+    micro_batch_size: int = 0,
+    **overrides: Any,
 ) -> WanWorldModel:
-    """Load a world model folder; ``rollout`` overrides fields of its ``RolloutConfig`` (``num_inference_steps=1``)."""
+    """Load a world model folder; ``overrides`` are fields of its ``RolloutConfig`` (``num_inference_steps=1``)."""
     folder = Path(folder)
     path = folder / "config.json"
     if not path.is_file():
@@ -103,8 +103,14 @@ def read_world_model(
     settings = dataclass_from_json(RolloutConfig, config["rollout"], str(path))
     transformer = WanWorldModelTransformer.from_pretrained(folder / "transformer")
     codec = read_codec(folder, transformer.arch.latent_shape[1], tiny=tiny_decoder)
-    settings, robot = replace(settings, **rollout), str(config.get("robot", ""))
-    return WanWorldModel(transformer, codec, settings, robot=robot, reuse=reuse, micro_batch=micro_batch)
+    return WanWorldModel(
+        transformer,
+        codec,
+        replace(settings, **overrides),
+        robot=str(config.get("robot", "")),
+        context_cache=context_cache,
+        micro_batch_size=micro_batch_size,
+    )
 
 
 def load_world_model(
@@ -114,14 +120,15 @@ def load_world_model(
     *,
     num_inference_steps: int | None = None,
     approximations: Sequence[str] = (),
-    micro_batch: int = 0,
+    micro_batch_size: int = 0,
 ) -> WorldModel:
     """The world model called ``spec``: "embedded" (shipped with the package), "null", a folder, or an object as it
     is.
 
     ``approximations`` are opt-in and cost accuracy (their price: docs/world_model.md): "rolling_cache" keeps the context's
     keys and values across chunks, "tiny_decoder" decodes Wan's latents with TAEHV's, "fp8" rounds the blocks' matrix
-    products. Fewer evaluations is ``num_inference_steps``. ``micro_batch``: rows computed at once, to bound memory; 0: all.
+    products. Fewer evaluations is ``num_inference_steps``. ``micro_batch_size``: rows computed at once, to bound memory;
+    0: as many as fit.
     """
     if unknown := sorted(set(approximations) - set(APPROXIMATIONS)):
         raise InvalidOptionError(f"there is no approximation {unknown}; choose among {', '.join(APPROXIMATIONS)}.")
@@ -133,9 +140,11 @@ def load_world_model(
         return NullWorldModel()
     folder = Path(str(resources.files("rawdream_env.assets") / "world_model")) if spec == "embedded" else Path(spec)
     overrides = {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
-    reuse: ContextCache = "rolling" if "rolling_cache" in approximations else "step"
+    context_cache: ContextCache = "rolling" if "rolling_cache" in approximations else "step"
     tiny = "tiny_decoder" in approximations
-    model = read_world_model(folder, reuse=reuse, tiny_decoder=tiny, micro_batch=micro_batch, **overrides)
+    model = read_world_model(
+        folder, context_cache=context_cache, tiny_decoder=tiny, micro_batch_size=micro_batch_size, **overrides
+    )
     model.to(device, getattr(torch, dtype))
     if "fp8" in approximations:
         use_fp8(model.transformer)

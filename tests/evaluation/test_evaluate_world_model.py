@@ -15,14 +15,14 @@ import torch
 from rawdream_env import cli
 from rawdream_env.data import schema
 from rawdream_env.data.lerobot import LeRobotWriter
-from rawdream_env.data.recorded import RecordedEpisode, episodes_from_dataset
 from rawdream_env.data.reader import LeRobotReader
+from rawdream_env.data.recorded import RecordedEpisode, episodes_from_dataset
 from rawdream_env.errors import CheckpointError, InvalidOptionError
 from rawdream_env.evaluation.world_model import evaluate as world_model
 from rawdream_env.evaluation.world_model import ghosting
 from rawdream_env.evaluation.world_model.evaluate import EvaluateWorldModelConfig, evaluate_world_model
 from rawdream_env.evaluation.world_model.fidelity import evaluate_fidelity
-from rawdream_env.evaluation.world_model.replay import deafness
+from rawdream_env.evaluation.world_model.replay import action_sensitivity_warning
 from rawdream_env.world_models.null import NullWorldModel
 
 SIZE, K, STEPS = 24, 4, 16
@@ -111,8 +111,8 @@ def test_a_model_that_ignores_actions_is_called_so(noise: int) -> None:
 def test_little_more_than_noise_is_not_listening() -> None:
     ratio = {"value": 1.2, "low": 0.9, "high": 1.6, "n": 5}
     heard = {"change": 3.0, "ratio": {**ratio, "low": 1.1}}
-    assert deafness({"n": 5, "swapped": heard, "zeroed": heard}) == ""
-    said = deafness({"n": 5, "swapped": heard, "zeroed": {"change": 3.0, "ratio": ratio}})
+    assert action_sensitivity_warning({"n": 5, "swapped": heard, "zeroed": heard}) == ""
+    said = action_sensitivity_warning({"n": 5, "swapped": heard, "zeroed": {"change": 3.0, "ratio": ratio}})
     assert "no motion at all" in said and "1.20 times" in said and "n=5" in said
 
 

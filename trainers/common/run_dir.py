@@ -273,7 +273,7 @@ class RunDir:
         if not resume:
             raise RunDirError(f"{self.path} already holds a run. Resume it (resume=True) or choose another folder.")
         try:
-            stored = json.loads(stored_path.read_text(encoding="utf-8"))
+            stored = _with_current_names(json.loads(stored_path.read_text(encoding="utf-8")))
         except ValueError as error:
             raise RunDirError(f"{stored_path} is damaged ({error}). Restore it or choose another folder.") from error
         differing = [
@@ -303,6 +303,14 @@ class RunDir:
 
 
 _MISSING = object()
+_RENAMED = {"carry": "warp_last_frame"}
+"""Configuration keys of earlier versions, at any depth."""
+
+
+def _with_current_names(stored: Any) -> Any:
+    if isinstance(stored, dict):
+        return {_RENAMED.get(key, key): _with_current_names(value) for key, value in stored.items()}
+    return stored
 
 
 def _show(config: Mapping[str, Any], key: str) -> str:

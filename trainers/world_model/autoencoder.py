@@ -35,7 +35,7 @@ MAY_CHANGE = (
     "micro_batch_size",
     "checkpointing",
     "offload",
-    "fit_memory",
+    "fit_memory",  # of earlier versions
     "robot",  # the data's, and filled in only once they are read
 )
 """Settings that may differ when a run is continued: they do not change what a step is."""

@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rawdream_env.data import schema
 from rawdream_env.errors import DatasetError
 from rawdream_env.files import atomic_write_json
 from rawdream_env.trainers.world_model.latent_cache import read_index, verify_shard
@@ -262,7 +261,7 @@ class Mixture:
         }
 
     def save_statistics(self, path: str | Path) -> None:
-        """Write the action statistics of all entries, for the checkpoint; ``load_bounds`` reads them."""
+        """Write the action statistics of all entries, for the checkpoint."""
         atomic_write_json(path, self.statistics())
 
     def draw(
@@ -345,16 +344,3 @@ class Mixture:
         before = torch.zeros(self.pose_dim)
         before[: dataset.pose_dim] = window.poses[0]
         return torch.cat([still[None], window.latents]).float(), actions, poses, before, focus
-
-
-def load_bounds(path: str | Path, name: str = "") -> QuantileBounds:
-    """The action bounds q01 and q99 of one entry of a file that ``Mixture.save_statistics`` wrote.
-
-    Raises:
-        DatasetError: no such file or entry; ``name`` may be left out only where there is one.
-    """
-    entries = schema.read_json(Path(path))
-    if name not in entries and (name or len(entries) != 1):
-        raise DatasetError(f"{path} has no action statistics of {name!r}; name one of {sorted(entries)}.")
-    entry = entries[name or next(iter(entries))]
-    return np.asarray(entry["q01"], np.float64), np.asarray(entry["q99"], np.float64)

@@ -22,11 +22,11 @@ from rawdream_env.files import load_safetensors, save_safetensors
 from rawdream_env.robots import Kinematics, find_robot, is_registered
 from rawdream_env.seeding import mix
 from rawdream_env.trainers.world_model.losses import BatchNoise, LossFunction, episode_loss
+from rawdream_env.trainers.world_model.teacher_forcing import EpisodeBatch
 from rawdream_env.types import Float32Array, UInt8Array
 from rawdream_env.world_models.autoencoders import PackedFrameAutoencoder
 from rawdream_env.world_models.wan.config import WanConfig
 from rawdream_env.world_models.wan.kinematics import draw_maps, load_kinematics
-from rawdream_env.world_models.wan.teacher_forcing import EpisodeBatch
 from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def model_kinematics(config: WorldModelTrainConfig, pose_dim: int) -> Kinematics
         raise DatasetError(
             f"the model takes {arch.pose_dim} pose dimensions and {arch.map_channels} map channels, but the data's states "
             f"have {pose_dim} dimensions (arm map: {rollout.arm_map}). Use data of the robot, or --model.pose-dim 0 "
-            "--model.arm-map-channels 0 --model.no-carry."
+            "--model.arm-map-channels 0 --model.no-warp-last-frame."
         )
     return kinematics
 
@@ -79,7 +79,7 @@ def with_robot(config: WorldModelTrainConfig, readers: Sequence[LeRobotReader]) 
         raise DatasetError(
             f"the model takes {arch.pose_dim} pose dimensions and {arch.map_channels} map channels, for data of one robot "
             f"with kinematics; the data are of {names}, known are {known}. Register the robot, or --model.pose-dim 0 "
-            "--model.arm-map-channels 0 --model.no-carry."
+            "--model.arm-map-channels 0 --model.no-warp-last-frame."
         )
     return replace(config, robot=names[0] if len(names) == 1 else "")
 
@@ -228,7 +228,7 @@ class EpisodeSampler:
             before = poses[:, torch.arange(c) * g, -1].repeat_interleave(g, 1)
             before = torch.cat([poses[:, :1, -1], before], 1)
             maps = draw_maps(
-                self.arm_map, poses, before, (latents.shape[-2], latents.shape[-1]), carry=cfg.model.carry
+                self.arm_map, poses, before, (latents.shape[-2], latents.shape[-1]), motion=cfg.model.warp_last_frame
             ).to(cfg.device)
         focus = None if e.focus is None else e.focus[frames].to(cfg.device)
         conditions = torch.cat(parts, -1).flatten(2).to(cfg.device)

@@ -8,7 +8,7 @@ same frames would look in a rollout (``world_models/wan/rollout.py``):
   offsets go up to max_time - R - 1: then training sees every position that a rollout uses, and none beyond.
 - The anchor's four actions are zeros *before* they are normalised.
 - The tool's motion in the maps of generated latents counts from the end of the context, whose last frame is the base that
-  ``carry`` shifts; in the maps of context latents it counts from before their own chunk.
+  ``warp_last_frame`` shifts; in the maps of context latents it counts from before their own chunk.
 
 Shape letters: B rows, M latents after the anchor, F = 1 + M, R recent latents, G latents of a chunk, K actions of a chunk,
 A action dims, P pose dims, C h w latent.
@@ -208,7 +208,7 @@ class WindowObjective:
         maps = None
         if arch.arm_map_channels:
             before = poses_before(poses, windows.before[:, : poses.shape[-1]], context, arch.chunk_latents)
-            maps = draw_maps(self.arm_map, poses, before, arch.latent_shape[1:], carry=arch.carry)
+            maps = draw_maps(self.arm_map, poses, before, arch.latent_shape[1:], motion=arch.warp_last_frame)
         return torch.cat(parts, -1).flatten(2), maps
 
 

@@ -24,8 +24,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from rawdream_env.trainers.world_model.teacher_forcing import EpisodeBatch, denoise_all_chunks
 from rawdream_env.world_models.wan.config import WanConfig
-from rawdream_env.world_models.wan.teacher_forcing import EpisodeBatch, denoise_all_chunks
 from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer
 
 Sums = dict[str, Tensor]

@@ -35,7 +35,6 @@ from rawdream_env.seeding import mix
 from rawdream_env.trainers.common.distributed import Parallel, ProcessGroup, accumulating, join, micro_batches, spread
 from rawdream_env.trainers.common.training_stage import StageConfig, TrainingStage, learning_rate
 from rawdream_env.trainers.world_model.autoencoder import MAY_CHANGE, train_autoencoder
-from rawdream_env.trainers.world_model.fit_memory import within_memory
 from rawdream_env.trainers.world_model.latent_episodes import (
     EpisodeObjective,
     EpisodeSampler,
@@ -56,6 +55,7 @@ from rawdream_env.trainers.world_model.losses import LossConfig
 from rawdream_env.trainers.world_model.validation import Validation, assembled
 from rawdream_env.world_models.autoencoders import AutoencoderConfig, FrameCodec, PackedFrameAutoencoder
 from rawdream_env.world_models.loading import read_world_model, save_world_model
+from rawdream_env.world_models.memory import require_memory, training_memory
 from rawdream_env.world_models.wan.config import WAN_CONFIGS, WanConfig, wan_config
 from rawdream_env.world_models.wan.kinematics import load_kinematics
 from rawdream_env.world_models.wan.rollout import WAN_ROLLOUT, RolloutConfig, WanWorldModel
@@ -107,8 +107,6 @@ class WorldModelTrainConfig:
     """Rows a process computes at a time, adding up gradients; 0: all of its rows."""
     offload: bool = False
     """Keep optimiser state and averaged weights in the host's memory: slower steps, 12 bytes less per weight."""
-    fit_memory: bool = False
-    """Choose micro_batch_size, checkpointing and offload by the memory that is free."""
     objective: Literal["episode", "window"] = "episode"
     """The loss: over whole episodes (embedded size), or over windows with random context (the paper's)."""
     episode_chunks: int = 8
@@ -147,13 +145,13 @@ def train_world_model(config: WorldModelTrainConfig) -> Path:
         InvalidOptionError: options that do not fit each other, the machine or the processes there are.
         CheckpointError: ``init`` or ``codec`` is missing, damaged or of another architecture.
         DatasetError: data that are missing, damaged or lack what the model takes.
-        NotEnoughMemoryError: the transformer and its optimiser do not fit; said before they are made.
+        NotEnoughMemoryError: the transformer and its optimiser do not fit; raised before they are made.
         RunDirError: ``out`` holds a run with other settings.
     """
     with join(config.parallel, config.device) as world:
         config, initial = _resolved(replace(config, device=world.device))
         _check(config, world)
-        config = within_memory(config, world)
+        _require_memory(config, world)
         Path(config.out).mkdir(parents=True, exist_ok=True)
         train = _train_windows if config.objective == "window" else _train_episodes
         target = train(config, initial, world)
@@ -312,6 +310,23 @@ def _check(config: WorldModelTrainConfig, world: ProcessGroup) -> None:
         )
     if config.objective == "episode" and (config.deploy or any(DataEntry.parse(x).weight != 1 for x in config.data)):
         raise InvalidOptionError('weights of data entries and deploy are for objective="window"; add it.')
+
+
+def _require_memory(config: WorldModelTrainConfig, world: ProcessGroup) -> None:
+    """Raise ``NotEnoughMemoryError`` when training does not fit on this process's device."""
+    arch, rows = config.model, config.transformer.batch_size // world.size
+    rows = min(config.micro_batch_size or rows, rows)
+    frames = 1 + arch.context_latents + arch.chunk_latents
+    if config.objective == "episode":  # teacher forcing: the clean frames, and as many noisy ones
+        frames = 1 + 2 * config.episode_chunks * arch.chunk_latents
+    shards = world.size if config.parallel == "fsdp2" else 1
+    parts = training_memory(
+        arch, rows, frames, shards=shards, checkpointing=config.checkpointing, offload=config.offload
+    )
+    if world.device == "cpu":  # all processes share the host's memory
+        parts = {name: size * world.size for name, size in parts.items()}
+    advice = "lower micro_batch_size, add checkpointing or offload, or use more devices (parallel='fsdp2')"
+    require_memory(parts, world.device, f"Training {rows} rows at a time", advice)
 
 
 def _read(folder: str) -> WanWorldModel:

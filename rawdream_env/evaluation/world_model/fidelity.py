@@ -37,9 +37,9 @@ from rawdream_env.evaluation.world_model.metrics import METRICS, PSNR_CAP_DB, bu
 from rawdream_env.evaluation.world_model.replay import (
     SOURCES,
     action_sensitivity,
+    action_sensitivity_warning,
     background,
     baselines,
-    deafness,
     dream_episodes,
 )
 from rawdream_env.media import encode_gif, encode_picture
@@ -298,7 +298,7 @@ def _notes(overall: dict[str, Any], sensitivity: dict[str, Any] | None) -> tuple
     """What a reader should beware of, a sentence each."""
     from rawdream_env.evaluation.world_model import fvd, lpips
 
-    notes = [deafness(sensitivity)] if sensitivity is not None else []
+    notes = [action_sensitivity_warning(sensitivity)] if sensitivity is not None else []
     if sensitivity is None:
         notes.append(
             "Whether the model listens to its actions is not measured: that swaps actions between two episodes."

@@ -161,7 +161,7 @@ def action_sensitivity(
     return result
 
 
-def deafness(sensitivity: Mapping[str, Any]) -> str:
+def action_sensitivity_warning(sensitivity: Mapping[str, Any]) -> str:
     """One sentence when the world model cannot be seen to listen to its actions (see :func:`action_sensitivity`), else
     the empty string.
     """

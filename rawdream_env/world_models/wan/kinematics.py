@@ -24,14 +24,14 @@ def load_kinematics(robot: str, config: ArmMapConfig | None) -> Kinematics | Non
 
 
 def draw_maps(
-    arm_map: Kinematics, poses: Tensor, before: Tensor, latent_size: tuple[int, int], *, carry: bool
+    arm_map: Kinematics, poses: Tensor, before: Tensor, latent_size: tuple[int, int], *, motion: bool
 ) -> Tensor:
-    """The map tensor of ``WanConfig``: the arm map and, with ``carry``, the tool's motion in every cell.
+    """The map tensor of ``WanConfig``: the arm map and, with ``motion``, the tool's motion in every cell.
 
     ``poses`` (B, F, 4, P), ``before`` (B, F, P) the pose before each frame's chunk -> (B, F, C_m, H, W).
     """
     maps = arm_map.draw(poses, latent_size)
-    if not carry:
+    if not motion:
         return maps
-    motion = arm_map.motion(poses, before, latent_size)[..., None, None]
-    return torch.cat([maps, motion.expand(-1, -1, -1, *latent_size)], 2)
+    moved = arm_map.motion(poses, before, latent_size)[..., None, None]
+    return torch.cat([maps, moved.expand(-1, -1, -1, *latent_size)], 2)

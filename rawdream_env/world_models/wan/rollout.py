@@ -24,7 +24,7 @@ from rawdream_env.errors import InvalidActionError
 from rawdream_env.robots import ArmMapConfig
 from rawdream_env.seeding import NoiseKey, keyed_normal
 from rawdream_env.world_models.autoencoders import FRAMES_PER_LATENT, FrameCodec
-from rawdream_env.world_models.memory import fit_rollout, require_weights
+from rawdream_env.world_models.memory import module_bytes, require_memory, rollout_memory, rows_that_fit
 from rawdream_env.world_models.sampler import sample_flow
 from rawdream_env.world_models.wan.chunk import ChunkDenoiser, ConditionCache, Context, ContextCache
 from rawdream_env.world_models.wan.dream_state import DreamState
@@ -80,10 +80,10 @@ class WanWorldModel:
         autoencoder: frames to latents and back.
         config: rollout settings.
         robot: name of the robot whose kinematics turn actions into poses and maps; empty: the default robot.
-        reuse: which keys and values are computed again, see ``chunk.py``. "step" is exact, "none" its slow equal,
-            "rolling" the named approximation.
-        micro_batch: rows that are denoised, encoded or decoded at once, to bound the memory for activations; 0: all, or
-            after ``prepare`` as many as fit.
+        context_cache: which keys and values of the context are kept, see ``chunk.py``. "step" is exact, "none" its slow
+            equal, "rolling" the named approximation.
+        micro_batch_size: rows that are denoised, encoded or decoded at once, to bound the memory for activations; 0: all,
+            or after ``prepare`` as many as fit.
     """
 
     def __init__(
@@ -93,16 +93,16 @@ class WanWorldModel:
         config: RolloutConfig = RolloutConfig(),
         *,
         robot: str = "",
-        reuse: ContextCache = "step",
-        micro_batch: int = 0,
+        context_cache: ContextCache = "step",
+        micro_batch_size: int = 0,
     ) -> None:
         transformer.eval().requires_grad_(False)
         self.transformer = transformer
         cast(nn.Module, autoencoder).eval().requires_grad_(False)
         self.autoencoder = autoencoder
         self.config = config
-        self.reuse: ContextCache = reuse
-        self.micro_batch = micro_batch
+        self.context_cache: ContextCache = context_cache
+        self.micro_batch_size = micro_batch_size
         self._fitting = 0
         arch = transformer.arch
         self.chunk_len = arch.chunk_len
@@ -139,22 +139,26 @@ class WanWorldModel:
             NotEnoughMemoryError: the weights do not fit there; nothing has been moved.
         """
         if torch.device(device) != self.device:
-            require_weights((self.transformer, cast(nn.Module, self.autoencoder)), dtype, torch.device(device))
+            weights = module_bytes((self.transformer, cast(nn.Module, self.autoencoder)), dtype)
+            require_memory({"weights": weights}, device, "The world model", "use dtype='bfloat16' or a larger device")
         self.transformer.to(device, dtype)
         cast(nn.Module, self.autoencoder).to(device, dtype)
         self._condition_cache = ConditionCache(self.transformer)
         return self
 
     def prepare(self, num_envs: int) -> None:
-        """Look whether ``num_envs`` episodes fit into the memory that is free, before the first of them is begun.
+        """Check that ``num_envs`` episodes fit into the memory that is free, before the first of them begins.
+
+        With ``micro_batch_size`` 0 as many rows are computed at once as fit.
 
         Raises:
-            NotEnoughMemoryError: they do not; says what needs how much. With ``micro_batch`` 0 fewer rows at once are tried
-                first.
+            NotEnoughMemoryError: they do not fit.
         """
-        dtype = self.transformer.proj_out.weight.dtype
-        arch, device = self.transformer.arch, self.device
-        rows = fit_rollout(arch, self.autoencoder, num_envs, dtype, self.reuse, device, self.micro_batch)
+        arch, dtype, cache = self.transformer.arch, self.transformer.proj_out.weight.dtype, self.context_cache
+        rows = self.micro_batch_size or rows_that_fit(arch, self.autoencoder, num_envs, dtype, cache, self.device)
+        parts = rollout_memory(arch, self.autoencoder, num_envs, rows, dtype, cache)
+        advice = "use fewer environments, a smaller micro_batch_size or dtype='bfloat16'"
+        require_memory(parts, self.device, f"Imagining {num_envs} episodes, {rows} at a time,", advice)
         self._fitting = rows if rows < num_envs else 0
 
     @torch.no_grad()
@@ -202,7 +206,7 @@ class WanWorldModel:
             chunks=(0,) * b,
             anchors=tuple(_name(frame, own) for frame, own in zip(frames.cpu(), pose, strict=True)),
             decoder=decoder,
-            cache=tuple(cache) if self.reuse == "rolling" else (),
+            cache=tuple(cache) if self.context_cache == "rolling" else (),
         )
 
     @torch.no_grad()
@@ -264,7 +268,7 @@ class WanWorldModel:
         last rows are compared with those rows computed alone; if they differ on this machine, rows are computed one by
         one from then on, wherever ``what`` is done.
         """
-        at_once = self.micro_batch or self._fitting
+        at_once = self.micro_batch_size or self._fitting
         if 0 < at_once < n:
             whole: tuple[Tensor, ...] = ()
             for first in range(0, n, at_once):
@@ -276,9 +280,9 @@ class WanWorldModel:
 
                 parts = self._by_rows(what, size, some)
                 whole = whole or tuple(part.new_empty(n, *part.shape[1:]) for part in parts)
-                for target, part in zip(whole, parts, strict=True):
-                    target[first : first + size] = part
-                del parts, part  # or they would be alive beside the next ones
+                for i, target in enumerate(whole):
+                    target[first : first + size] = parts[i]
+                del parts  # or they would be alive beside the next ones
             return whole
         everything = slice(None)
         weight = self.transformer.patch_embedding.weight
@@ -325,7 +329,7 @@ class WanWorldModel:
             [self._time(chunk) for chunk in state.chunks],
             state.cache,
         )
-        evaluate = ChunkDenoiser(self.transformer, self._condition_cache, context, conditions, maps, self.reuse)
+        evaluate = ChunkDenoiser(self.transformer, self._condition_cache, context, conditions, maps, self.context_cache)
         noise = keyed_normal(keys, (arch.chunk_latents, *shape), LATENT_STREAM).to(device)
         return sample_flow(evaluate, noise, c.num_inference_steps, c.shift), *evaluate.cache
 
@@ -352,7 +356,7 @@ class WanWorldModel:
         if self._arm_map is None:
             return torch.zeros(*poses.shape[:2], 0, h, w, device=self.device)
         before = reference[:, None].expand(-1, poses.shape[1], -1)
-        return draw_maps(self._arm_map, poses, before, (h, w), carry=arch.carry).to(self.device)
+        return draw_maps(self._arm_map, poses, before, (h, w), motion=arch.warp_last_frame).to(self.device)
 
 
 def _name(frame: Tensor, pose: Tensor) -> int:

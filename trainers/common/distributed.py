@@ -148,18 +148,18 @@ class Objective(nn.Module):
         return compute(self.model)
 
 
-def spread(model: WanWorldModelTransformer, world: ProcessGroup) -> nn.Module:
-    """An ``Objective`` of ``model``, ready for training in ``world``.
+def spread(model: WanWorldModelTransformer, group: ProcessGroup) -> nn.Module:
+    """An ``Objective`` of ``model``, ready for training in ``group``.
 
     FSDP2 gathers each block when it runs. The attention to the prompt is a unit of its own: its weights are used before the
     first block runs (``prompt_keys``) and stay gathered until the backward pass is through with them. Gathered weights are
     fp32 and autocast does the rest, as in one process.
     """
     objective = Objective(model)
-    if world.parallel == "ddp":
+    if group.parallel == "ddp":
         return DistributedDataParallel(objective)
-    if world.parallel == "fsdp2":
-        mesh: DeviceMesh = init_device_mesh(world.device.split(":")[0], (world.size,))
+    if group.parallel == "fsdp2":
+        mesh: DeviceMesh = init_device_mesh(group.device.split(":")[0], (group.size,))
         for block in model.blocks:
             if block.attn2 is not None:
                 fully_shard(block.attn2, mesh=mesh, reshard_after_forward=False)
@@ -192,12 +192,12 @@ def whole(tensor: Tensor) -> Tensor:
     return full
 
 
-def gather(named: Iterable[tuple[str, Tensor]], world: ProcessGroup) -> dict[str, Tensor]:
+def gather(named: Iterable[tuple[str, Tensor]], group: ProcessGroup) -> dict[str, Tensor]:
     """Whole tensors on the CPU of process 0, one at a time, so that no device holds them all; {} elsewhere."""
     result = {}
     for name, value in named:
         full = whole(value).detach()
-        if world.first:  # copied: a gathered tensor may be a part of a larger buffer
+        if group.first:  # copied: a gathered tensor may be a part of a larger buffer
             result[name] = full.to("cpu", copy=isinstance(value, DTensor))
     return result
 

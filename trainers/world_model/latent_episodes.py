@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,15 +21,13 @@ from rawdream_env.files import load_safetensors, save_safetensors
 from rawdream_env.piper.arm_map import ArmMap, draw_maps
 from rawdream_env.piper.geometry import project
 from rawdream_env.seeding import mix
+from rawdream_env.trainers.world_model.config import WorldModelTrainConfig
 from rawdream_env.trainers.world_model.losses import BatchNoise, LossFunction, episode_loss
 from rawdream_env.types import Float32Array, UInt8Array
 from rawdream_env.world_models.autoencoders import PackedFrameAutoencoder
 from rawdream_env.world_models.wan.config import WanConfig
 from rawdream_env.world_models.wan.teacher_forcing import EpisodeBatch
 from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer
-
-if TYPE_CHECKING:
-    from rawdream_env.trainers.world_model.train import WorldModelTrainConfig
 
 
 @dataclass(frozen=True)

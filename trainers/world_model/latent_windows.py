@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -30,6 +29,7 @@ from rawdream_env.errors import DatasetError, InvalidOptionError
 from rawdream_env.piper.arm_map import ArmMap, draw_maps
 from rawdream_env.seeding import mix
 from rawdream_env.trainers.common.distributed import ProcessGroup
+from rawdream_env.trainers.world_model.config import WorldModelTrainConfig
 from rawdream_env.trainers.world_model.latent_cache import CacheConfig, cache_latents, codec_fingerprint
 from rawdream_env.trainers.world_model.latent_data import (
     LatentBatch,
@@ -44,9 +44,6 @@ from rawdream_env.world_models.autoencoders import FrameCodec, PackedFrameAutoen
 from rawdream_env.world_models.wan.config import WanConfig
 from rawdream_env.world_models.wan.rollout import RolloutConfig
 from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer
-
-if TYPE_CHECKING:
-    from rawdream_env.trainers.world_model.train import WorldModelTrainConfig
 
 _NEVER = 1e6  # half the width of the bounds of an action that says nothing: whatever it is, it becomes about 0
 
@@ -109,15 +106,15 @@ def cached_mixture(
     codec: FrameCodec,
     folder: Path,
     config: WorldModelTrainConfig,
-    world: ProcessGroup,
+    group: ProcessGroup,
     bounds: QuantileBounds | None = None,
 ) -> Mixture:
     """Encode the data sets into ``folder``, a cache for each, and mix them. Process 0 encodes, the others wait."""
     size = (codec.frame_shape[0], codec.frame_shape[1])
     focused = config.model.residual and config.loss.object_weight > 0
-    cache = CacheConfig(config.model.chunk_len, device=world.device, progress=world.first)
+    cache = CacheConfig(config.model.chunk_len, device=group.device, progress=group.first)
     half = config.bf16 and isinstance(codec, PackedFrameAutoencoder)
-    source = _HalfCodec(codec, world.device) if half else codec
+    source = _HalfCodec(codec, group.device) if half else codec
     mixture = []
     for entry in entries:
         label = MixtureEntry(entry.path, name=entry.name).label
@@ -127,7 +124,7 @@ def cached_mixture(
             folder / label,
             cache,
             focus=(lambda episode: episode_focus(episode, config.model)) if focused else None,
-            rank=world.rank,
+            rank=group.rank,
         )
         mixture.append(MixtureEntry(str(cached), entry.weight, label))
     return Mixture(mixture, action_dim=config.model.action_dim, bounds=bounds)

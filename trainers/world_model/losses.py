@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from rawdream_env.trainers.world_model.config import LossConfig
 from rawdream_env.world_models.wan.config import WanConfig
 from rawdream_env.world_models.wan.teacher_forcing import EpisodeBatch, denoise_all_chunks
 from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer
@@ -33,32 +34,6 @@ Sums = dict[str, Tensor]
 LossFunction = Callable[[WanWorldModelTransformer], tuple[Tensor, Sums]]
 """The loss of some rows, of which only the model is missing."""
 _LIFT = (..., None, None, None)  # a level per latent -> one per latent cell
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """What is drawn and what weighs how much."""
-
-    context_noise: float = 0.3
-    """Context noise levels are drawn per position from U[0, this]. Objective "episode": in half of the episodes, the rest
-    have the rollout's level.
-    """
-    pure_noise: float = 0.3
-    """Share of targets (chunks of an episode, or windows) at tau = 1."""
-    timestep_shift: float = 1.0
-    """Objective "window": tau becomes shift * tau / (1 + (shift - 1) * tau); above 1 more of them are noisy."""
-    far_anchor: float = 0.5
-    """Objective "window": share of windows whose anchor is an earlier frame of the episode, as in a long rollout."""
-    change_weight: float = 3.0
-    """Extra weight of latent cells that differ from the last context frame."""
-    object_weight: float = 12.0
-    """Extra weight of latent cells in which an object moves or is within reach of the gripper, where the
-    data say so (``privileged.object_poses``): a block is a few pixels, and what becomes of it is all a judge asks about.
-    """
-    self_forcing: float = 0.4
-    """Objective "episode": share of training, at its end, in which the context is the model's own prediction."""
-    self_forcing_depth: int = 3
-    """Largest number of chunks the self-made context is unrolled."""
 
 
 class BatchNoise:

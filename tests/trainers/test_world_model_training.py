@@ -25,10 +25,10 @@ from rawdream_env.trainers.common.training_loop import TrainingLoop
 from rawdream_env.trainers.world_model import fit_memory
 from rawdream_env.trainers.world_model import train as training_module
 from rawdream_env.trainers.world_model.config import LossConfig, StageConfig, WorldModelTrainConfig
-from rawdream_env.trainers.world_model.latent_data import load_bounds
 from rawdream_env.trainers.world_model.latent_episodes import EpisodeSampler, LatentEpisodes, focus_cells
 from rawdream_env.trainers.world_model.latent_windows import DataEntry, WindowObjective, cached_mixture, rollout_bounds
 from rawdream_env.trainers.world_model.losses import BatchNoise, episode_loss
+from rawdream_env.trainers.world_model.mixture import load_bounds
 from rawdream_env.trainers.world_model.train import train_world_model
 from rawdream_env.world_models.autoencoders import AutoencoderConfig, PackedFrameAutoencoder
 from rawdream_env.world_models.loading import read_world_model, save_world_model
@@ -363,7 +363,9 @@ def test_an_optimiser_on_the_host_trains_the_same_and_may_change_on_the_way(tmp_
 
     def train(name: str, steps: int = 4, **changes: object) -> dict[str, torch.Tensor]:
         stage = StageConfig(steps=steps, batch_size=2, lr=1e-3, warmup=2, decay=1e-6)
-        train_world_model(window_config(tmp_path, run_dir=str(tmp_path / name), transformer=stage, **settings, **changes))
+        train_world_model(
+            window_config(tmp_path, run_dir=str(tmp_path / name), transformer=stage, **settings, **changes)
+        )
         step = tmp_path / name / f"transformer/checkpoints/step_{steps:08d}"
         return load_safetensors(step / "tensors.safetensors")
 

@@ -2,7 +2,8 @@
 
 A trainer draws batches and computes losses; the loop does the rest::
 
-    with TrainingLoop(run_dir, config, model, optimizer, lr=1e-3, warmup=100, steps=1000, save_every=100) as loop:
+    schedule = Schedule(lr=1e-3, steps=1000, warmup=100)
+    with TrainingLoop(run_dir, config, model, optimizer, schedule, save_every=100, name="judge") as loop:
         for step in loop:
             loss = ...  # a function of (seed, step), so that a resumed run continues bit-identically
             loss.backward()
@@ -13,7 +14,6 @@ A trainer draws batches and computes losses; the loop does the rest::
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from time import perf_counter
@@ -30,29 +30,11 @@ from rawdream_env.trainers.common.distributed import ALONE, ProcessGroup, gather
 from rawdream_env.trainers.common.offload import HostCopies
 from rawdream_env.trainers.common.optimizer_state import pack_optimizer, unpack_optimizer
 from rawdream_env.trainers.common.run_dir import RunDir
+from rawdream_env.trainers.common.schedule import Schedule
 
 MAX_GRAD_NORM = 1.0
 _OPTIMIZER = "optimizer/"
 _OLD_OPTIMIZER = ("optimizer/optimizer.", "optimizer.")  # how earlier versions named its tensors
-
-
-def learning_rate(
-    peak: float, step: int, done: float, *, warmup: int, decay: float | None = None, floor: float = 0.02
-) -> float:
-    """Linear warm-up, then a constant rate, then a cosine from ``peak`` to ``floor * peak``.
-
-    Args:
-        peak: the highest learning rate.
-        step: optimizer steps taken.
-        done: share of the training that is done, in [0, 1].
-        warmup: steps of linear warm-up.
-        decay: share of the training, at its end, over which the rate falls; None: all of it. With a constant part a run
-            can be lengthened or shortened before the decay begins.
-        floor: last rate as a share of the peak.
-    """
-    progress = done if decay is None else max(0.0, (done - 1 + decay) / decay)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return peak * min(1.0, (step + 1) / max(1, warmup)) * (floor + (1 - floor) * cosine)
 
 
 class TrainingLoop:
@@ -67,16 +49,14 @@ class TrainingLoop:
         settings: what the run depends on; ``may_change`` names the keys that may differ when it is resumed.
         model: holds all trained weights. Those that do not require gradients stay as they are.
         optimizer: of the model's weights, or of their ``host`` copies.
-        lr, warmup, decay, floor: see ``learning_rate``.
-        steps: number of optimizer steps, at most.
-        minutes: budget of training time, earlier runs included; 0: no limit.
+        schedule: number of steps or minutes, and learning rates.
+        save_every: steps between checkpoints.
+        name: label of the progress bar.
         ema: decay of the averaged weights, which ramps up from 0; None: no averaging.
         averaged: the part of ``model`` whose weights are averaged; by default all of it.
-        save_every: steps between checkpoints.
         timed: store the training time in checkpoints; without it the same run writes the same bytes.
         group: the processes that train together; process 0 reads and writes.
         host: copies of the weights in host memory, on which the optimizer works.
-        name: label of the progress bar.
         progress: show a progress bar.
         old_names: prefixes of tensor names in checkpoints of earlier versions, and what they are now.
 
@@ -95,27 +75,21 @@ class TrainingLoop:
         settings: Any,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
+        schedule: Schedule,
         *,
-        lr: float,
-        warmup: int,
-        steps: int,
         save_every: int,
-        decay: float | None = None,
-        floor: float = 0.02,
-        minutes: float = 0.0,
+        name: str,
         ema: float | None = None,
         averaged: nn.Module | None = None,
         may_change: tuple[str, ...] = (),
         timed: bool = False,
         group: ProcessGroup = ALONE,
         host: HostCopies | None = None,
-        name: str,
         progress: bool = True,
         old_names: Mapping[str, str] | None = None,
     ) -> None:
         self.folder, self.model, self.optimizer, self.group, self.host = Path(folder), model, optimizer, group, host
-        self.lr, self.warmup, self.decay, self.floor, self.ema = lr, warmup, decay, floor, ema
-        self.steps, self.minutes, self.save_every, self.timed = steps, minutes, save_every, timed
+        self.schedule, self.ema, self.save_every, self.timed = schedule, ema, save_every, timed
         self.run = RunDir(folder, settings, may_change=may_change) if group.first else None
         self._averaged = model if averaged is None else averaged
         self._weights = dict(self._averaged.named_parameters()) if host is None else host.copies
@@ -123,15 +97,15 @@ class TrainingLoop:
         self.step, self.rate, self._first, self._spent, self._begun = 0, 0.0, 0, 0.0, perf_counter()
         self._resume(old_names or {})
         hidden = not (progress and group.first)
-        self._bar = tqdm(total=steps, initial=self.step, desc=name, unit="step", mininterval=2, disable=hidden)
+        self._bar = tqdm(total=schedule.steps, initial=self.step, desc=name, unit="step", mininterval=2, disable=hidden)
 
     # -- one step ----------------------------------------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[int]:
         """The steps that remain, with the learning rate set and the gradients cleared."""
         self._begun, self._first, saved = perf_counter(), self.step, self.step
-        while (done := self.done) < 1:
-            self.rate = learning_rate(self.lr, self.step, done, warmup=self.warmup, decay=self.decay, floor=self.floor)
+        while self.schedule.done(self.step, seconds := self.seconds) < 1:
+            self.rate = self.schedule.learning_rate(self.step, seconds)
             for options in self.optimizer.param_groups:
                 options["lr"] = self.rate
             self.model.zero_grad(set_to_none=True)
@@ -174,15 +148,9 @@ class TrainingLoop:
     # -- where the run stands ------------------------------------------------------------------------------------------------
 
     @property
-    def done(self) -> float:
-        """Share of the budget that is spent: of steps or of minutes, whichever is further."""
-        spent = self.seconds / (60 * self.minutes) if self.minutes else 0.0
-        return max(self.step / self.steps if self.steps else 1.0, spent)
-
-    @property
     def last(self) -> bool:
         """Whether all steps are taken."""
-        return self.step >= self.steps
+        return self.step >= self.schedule.steps
 
     @property
     def seconds(self) -> float:

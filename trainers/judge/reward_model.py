@@ -30,6 +30,7 @@ from rawdream_env.files import atomic_write_json
 from rawdream_env.judges.embedded import resize_frames
 from rawdream_env.judges.videomae import WINDOW, VideoMAEJudge, VideoMAEJudgeConfig, VideoMAENetwork, from_transformers
 from rawdream_env.seeding import mix
+from rawdream_env.trainers.common.schedule import Schedule
 from rawdream_env.trainers.common.training_loop import TrainingLoop
 from rawdream_env.trainers.judge.config import RewardModelConfig
 from rawdream_env.trainers.judge.losses import look_imagined
@@ -148,10 +149,7 @@ def _fit(config: RewardModelConfig, network: VideoMAENetwork, windows: Windows) 
         asdict(config),
         network,
         optimizer,
-        lr=config.lr,
-        warmup=config.warmup,
-        floor=0.0,
-        steps=config.steps,
+        Schedule(config.lr, config.steps, config.warmup, floor=0.0),
         save_every=config.save_every,
         may_change=("save_every", "progress"),
         timed=True,

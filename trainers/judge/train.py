@@ -32,6 +32,7 @@ from rawdream_env.judges.embedded import EmbeddedJudge
 from rawdream_env.judges.embedded_network import JudgeNetwork
 from rawdream_env.seeding import mix
 from rawdream_env.text import tokenize
+from rawdream_env.trainers.common.schedule import Schedule
 from rawdream_env.trainers.common.training_loop import TrainingLoop
 from rawdream_env.trainers.judge.clips import (
     ClipSet,
@@ -131,10 +132,7 @@ def _fit(config: JudgeTrainConfig, clips: list[ClipSet], progress: bool) -> tupl
         asdict(config),
         trained,
         optimizer,
-        lr=config.lr,
-        warmup=config.warmup,
-        steps=config.steps,
-        minutes=config.minutes,
+        Schedule(config.lr, config.steps, config.warmup, config.minutes),
         ema=config.ema,
         averaged=network,
         save_every=config.save_every,

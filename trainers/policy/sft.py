@@ -27,6 +27,7 @@ from rawdream_env.piper.relations import TASKS
 from rawdream_env.policies import load_policy
 from rawdream_env.policies.tiny_vla import TinyVLA
 from rawdream_env.statistics import Rate
+from rawdream_env.trainers.common.schedule import Schedule
 from rawdream_env.trainers.common.training_loop import TrainingLoop
 from rawdream_env.trainers.policy.batches import Batch, draw_batch, load_sources
 from rawdream_env.trainers.policy.config import SFTConfig
@@ -62,10 +63,7 @@ def train_sft(config: SFTConfig, *, progress: bool = True) -> SFTResult:
         asdict(config),
         policy,
         optimizer,
-        lr=config.lr,
-        warmup=config.warmup,
-        steps=config.steps,
-        minutes=config.minutes or 0.0,
+        Schedule(config.lr, config.steps, config.warmup, config.minutes or 0.0),
         ema=config.ema,
         save_every=config.save_every,
         may_change=("minutes", "sim_episodes", "layout"),

@@ -31,15 +31,10 @@ from rawdream_env.seeding import mix
 from rawdream_env.trainers.common.distributed import ProcessGroup
 from rawdream_env.trainers.world_model.config import WorldModelTrainConfig
 from rawdream_env.trainers.world_model.latent_cache import CacheConfig, cache_latents, codec_fingerprint
-from rawdream_env.trainers.world_model.latent_data import (
-    LatentBatch,
-    Mixture,
-    MixtureEntry,
-    QuantileBounds,
-    normalise_actions,
-)
+from rawdream_env.trainers.world_model.latent_dataset import QuantileBounds
 from rawdream_env.trainers.world_model.latent_episodes import episode_focus
 from rawdream_env.trainers.world_model.losses import LossFunction, Sums, WindowBatch, draw_window_noise, window_loss
+from rawdream_env.trainers.world_model.mixture import LatentBatch, Mixture, MixtureEntry, normalise_actions
 from rawdream_env.world_models.autoencoders import FrameCodec, PackedFrameAutoencoder
 from rawdream_env.world_models.wan.config import WanConfig
 from rawdream_env.world_models.wan.rollout import RolloutConfig

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rawdream_env.trainers.common.distributed import ALONE, ProcessGroup
 from rawdream_env.trainers.common.offload import HostCopies
+from rawdream_env.trainers.common.schedule import Schedule
 from rawdream_env.trainers.common.training_loop import TrainingLoop
 from rawdream_env.trainers.world_model.config import MAY_CHANGE, StageConfig, WorldModelTrainConfig
 
@@ -39,10 +40,7 @@ def stage_loop(
         asdict(config),
         model,
         optimizer,
-        lr=stage.lr,
-        warmup=stage.warmup,
-        decay=stage.decay,
-        steps=stage.steps,
+        Schedule(stage.lr, stage.steps, stage.warmup, decay=stage.decay),
         ema=stage.ema,
         save_every=config.save_every,
         may_change=MAY_CHANGE,

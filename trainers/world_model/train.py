@@ -1,22 +1,22 @@
 r"""Train a world model: frame codec, latents, transformer (paper section 3.1, A.2). One trainer for both sizes.
 
-    rawdream train-world-model --data data/play --out runs/world_model
+    rawdream train-world-model --data data/play --run-dir runs/world_model
     torchrun --nproc-per-node 8 -m rawdream_env train-world-model --parallel fsdp2 --objective window \
-        --init models/wan --model-name wan2.1-1.3b --data data/libero_90 --out runs/zero_shot
+        --init models/wan --model-name wan2.1-1.3b --data data/libero_90 --run-dir runs/zero_shot
 
-The codec is trained (the embedded size), or that of ``init`` or ``codec`` (Wan's VAE); the transformer begins with the
-weights of ``init`` or at random. Then one of two objectives:
+The codec is trained (the bundled size), or is that of ``init`` or ``codec`` (Wan's VAE); the transformer starts with the
+weights of ``init`` or at random. There are two objectives:
 
 - "window" (the paper's): 33-frame windows of a weighted mixture of data sets, a random part of each its context, kept on
   disk as latents (``latent_windows.py``);
-- "episode" (the embedded size): every chunk of an episode is a target in one pass, and the last part of training replaces
-  the context by the model's own predictions, so that it learns to live with its own mistakes (``latent_episodes.py``).
+- "episode" (the bundled size): every chunk of an episode is a target in one pass, and the last part of training replaces
+  the context by the model's own predictions, so that it learns to correct its own errors (``latent_episodes.py``).
 
-Of the paper are AdamW with warm-up and cosine, rectified flow, context noise per position and EMA. Ours, each an option:
-part of the targets are pure noise, the residual models' loss weighs cells that change, far anchors.
+Kept of the paper: AdamW with warm-up and cosine, rectified flow, context noise per position, EMA. Added, each an option:
+some targets are pure noise, the loss of residual models weights cells that change, far anchors.
 
-Every batch and every noise draw is a function of (seed, step, row): a killed run continues to bit-identical weights on a
-CPU, and the number of processes changes nothing but the order of sums.
+Every batch and every noise draw is a function of (seed, step, row): an interrupted run resumes to bit-identical weights
+on a CPU, and the number of processes changes only the order of sums.
 """
 
 from __future__ import annotations

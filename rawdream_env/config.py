@@ -19,7 +19,7 @@ from rawdream_env.types import Start
 SeedLike = int | Sequence[int | None] | None
 """None: go on; an integer s: row i gets s + i; a sequence: one entry per row, None meaning "go on"."""
 
-RESET_OPTIONS = ("reset_mask", "starts", "seed")
+RESET_OPTIONS = ("reset_mask", "starts", "seed", "judge")
 
 
 def parse_autoreset_mode(mode: str | AutoresetMode) -> AutoresetMode:

@@ -54,5 +54,9 @@ class JudgeUnavailableError(RawDreamError, RuntimeError):
     """The judge cannot be reached at all."""
 
 
+class JudgeError(RawDreamError, TypeError):
+    """A judge returned something else than one verdict per video."""
+
+
 class NotEnoughMemoryError(RawDreamError, MemoryError):
     """What was asked for does not fit into the memory that is free; nothing has been allocated."""

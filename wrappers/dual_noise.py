@@ -1,48 +1,19 @@
-"""Dual-noise verification: a success counts only when it is dreamt twice (RAW-Dream, section 3.3)."""
+"""Dual-noise verification: a success counts only when it is dreamt twice (RAW-Dream, section 3.2 and appendix A.2)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
-from rawdream_env.errors import InvalidOptionError, JudgeUnavailableError
-from rawdream_env.types import Outcome, Trajectory, Verdict
-from rawdream_env.wrappers.base import AnyVectorEnv, ForwardingVectorWrapper, as_numpy
+from rawdream_env.envs.verification import DualNoiseStatistics, OnDisagree, Verifier
+from rawdream_env.types import Outcome, Verdict
+from rawdream_env.wrappers.base import AnyVectorEnv, ForwardingVectorWrapper, as_numpy, episode_infos
 
 if TYPE_CHECKING:
     from rawdream_env.envs.imagination import Replay
-
-
-@dataclass(frozen=True)
-class DualNoiseStatistics:
-    """Counts since the wrapper was made.
-
-    ``n_episodes`` ended; ``n_success`` of them were judged successful in the first dream and so dreamt again;
-    ``n_flagged`` of those failed the second time; ``n_invalid`` had no readable second verdict. ``chunks`` and
-    ``replayed_chunks`` count world-model work.
-    """
-
-    n_episodes: int = 0
-    n_success: int = 0
-    n_flagged: int = 0
-    n_invalid: int = 0
-    chunks: int = 0
-    replayed_chunks: int = 0
-
-    @property
-    def flagged_rate(self) -> float:
-        """Share of the successes with a readable second verdict that did not repeat; NaN while there are none."""
-        n = self.n_success - self.n_invalid
-        return self.n_flagged / n if n else float("nan")
-
-    @property
-    def work_ratio(self) -> float:
-        """World-model work with verification over work without; 1 + p where episodes are equally long."""
-        return 1.0 + self.replayed_chunks / self.chunks if self.chunks else float("nan")
 
 
 class DualNoiseVerification(ForwardingVectorWrapper):
@@ -50,9 +21,9 @@ class DualNoiseVerification(ForwardingVectorWrapper):
 
     A world model sometimes hallucinates the outcome: the grasp that missed closes on an object after all. Physics does
     not depend on the diffusion noise, a hallucination does. So when an episode ends judged a success, its recorded
-    start and actions are imagined again with noise draw ``draw`` at every chunk, and the second video is judged too
-    (section 3.3; GRPO's use of the flags is section 3.4). Failures are not checked: the cost is 1 + p world-model work,
-    p the share of successes. All episodes that end in one step are replayed in one batch.
+    start and actions are imagined again with noise draw ``draw`` at every chunk, and the second video is judged too.
+    Failures are not checked: the cost is 1 + p world-model work, p the share of successes. All episodes that end in one
+    step are replayed in one batch.
 
     The step that ends an episode carries, in ``infos`` (in ``infos["final_info"]`` with SAME_STEP autoreset), arrays
     of length num_envs with Gymnasium's ``_key`` masks:
@@ -66,18 +37,11 @@ class DualNoiseVerification(ForwardingVectorWrapper):
 
     ``verdict`` and ``is_success`` stay those of the first dream: count ``is_success & verified``.
 
-    What happens to the reward:
-
-    ==============  ======  ===========================  =====
-    second verdict  reward  ``valid`` with "mask"        "zero"
-    ==============  ======  ===========================  =====
-    success         kept    kept                         kept
-    failure         0.0     False: must not be trained   kept: trained on as a failure
-    invalid         0.0     False                        False
-    ==============  ======  ===========================  =====
-
-    "mask" is the paper's: a flagged rollout is left out of the group's statistics and has advantage 0. "zero" is for
-    libraries that do not know ``valid`` (stable-baselines3, skrl, TorchRL).
+    What happens to ``rewards`` and ``valid`` is the rule of :func:`rawdream_env.envs.verification.episode_result`: a success
+    that does not repeat, or whose second verdict is INVALID, loses its reward and is not ``valid``. With
+    ``on_disagree="zero"`` a flagged episode stays valid, as a failure, for libraries that do not know ``valid``
+    (stable-baselines3, skrl, TorchRL). "mask" is the paper's: a flagged rollout is left out of the group's statistics and
+    has advantage 0.
 
     Args:
         env: a dream with ``trajectories()`` and ``replay(trajectories, draw)``, or wrappers around one.
@@ -96,28 +60,16 @@ class DualNoiseVerification(ForwardingVectorWrapper):
     """
 
     def __init__(
-        self,
-        env: AnyVectorEnv,
-        draw: int = 1,
-        on_disagree: Literal["mask", "zero"] = "mask",
-        keep_frames: bool = False,
+        self, env: AnyVectorEnv, draw: int = 1, on_disagree: OnDisagree = "mask", keep_frames: bool = False
     ) -> None:
         super().__init__(env)
-        base: Any = env.unwrapped
-        if not (callable(getattr(base, "replay", None)) and callable(getattr(base, "trajectories", None))):
-            raise InvalidOptionError(
-                f"DualNoiseVerification needs a dream that can replay its episodes; {env} cannot. A simulator has no "
-                "noise to redraw: leave the wrapper off there, or use a ...Dream-v0 id."
-            )
-        if draw < 1:
-            raise InvalidOptionError(f"draw={draw} would repeat the first dream's noise (draw 0); use draw >= 1.")
-        if on_disagree not in ("mask", "zero"):
-            raise InvalidOptionError(f"on_disagree={on_disagree!r} is unknown; use 'mask' or 'zero'.")
-        self.draw = draw
-        self.on_disagree = on_disagree
-        self.statistics = DualNoiseStatistics()
+        self.verifier = Verifier(env.unwrapped, draw, on_disagree, keep_frames=keep_frames)
         self.last_replays: dict[int, Replay] = {}
-        self.keep_frames = keep_frames
+
+    @property
+    def statistics(self) -> DualNoiseStatistics:
+        """Counts since the wrapper was made."""
+        return self.verifier.statistics
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Reset the environment; nothing is verified at a reset."""
@@ -129,84 +81,52 @@ class DualNoiseVerification(ForwardingVectorWrapper):
         observations, rewards, terminations, truncations, infos = self.env.step(actions)
         self.last_replays = {}
         done = as_numpy(terminations).astype(bool) | as_numpy(truncations).astype(bool)
-        same_step = self.autoreset_mode is AutoresetMode.SAME_STEP
-        finals = infos.get("final_info", {}) if same_step else infos
+        finals = episode_infos(infos, self.autoreset_mode)
         if "is_success" in finals:
             # A row idling after its end (autoreset disabled) keeps its flags, but has no infos.
             ended = done & as_numpy(finals["_is_success"])
-            successes = ended & as_numpy(finals["is_success"]).astype(bool)
-            self._replay(np.flatnonzero(ended), np.flatnonzero(successes))
+            self._verify(np.flatnonzero(ended), np.flatnonzero(ended & as_numpy(finals["is_success"]).astype(bool)))
             finals, rewards = self._applied(finals, ended, rewards)
-            infos = {**infos, "final_info": finals} if same_step else finals
+            infos = {**infos, "final_info": finals} if self.autoreset_mode is AutoresetMode.SAME_STEP else finals
         return observations, rewards, terminations, truncations, infos
 
-    def _replay(self, ended: NDArray[np.intp], successes: NDArray[np.intp]) -> None:
+    def _verify(self, ended: NDArray[np.intp], successes: NDArray[np.intp]) -> None:
         """Fill ``last_replays`` for the rows ``successes`` in one batch, and count."""
         base: Any = self.unwrapped
         chunks = sum(len(trajectory.actions) for trajectory in base.trajectories(ended.tolist()))
         trajectories = base.trajectories(successes.tolist())
-        if trajectories:
-            replays = self._second_dreams(base, trajectories)
-            self.last_replays = dict(zip(successes.tolist(), replays, strict=True))
-        self.count(
-            len(ended), chunks, trajectories, [_verdict(replay).outcome for replay in self.last_replays.values()]
-        )
-
-    def count(self, ended: int, chunks: int, replayed: list[Trajectory], outcomes: list[Outcome]) -> None:
-        """Add to the statistics: ``ended`` episodes of ``chunks`` chunks in all, and the second verdicts of ``replayed``.
-
-        Called by ``step``, and by those who verify for themselves because their verdicts come later.
-        """
-        s = self.statistics
-        self.statistics = DualNoiseStatistics(
-            n_episodes=s.n_episodes + ended,
-            n_success=s.n_success + len(replayed),
-            n_flagged=s.n_flagged + outcomes.count(Outcome.FAILURE),
-            n_invalid=s.n_invalid + outcomes.count(Outcome.INVALID),
-            chunks=s.chunks + chunks,
-            replayed_chunks=s.replayed_chunks + sum(len(trajectory.actions) for trajectory in replayed),
-        )
-
-    def _second_dreams(self, base: Any, trajectories: list[Trajectory]) -> list[Replay]:
-        try:
-            replays: list[Replay] = base.replay(trajectories, draw=self.draw, return_frames=self.keep_frames)
-        except JudgeUnavailableError as error:
-            # The first dream's step has happened and must be returned; without a second verdict it is not verified.
-            from rawdream_env.envs.imagination import Replay
-
-            return [Replay(None, Verdict(Outcome.INVALID, f"judge unavailable: {error}"))] * len(trajectories)
-        return replays
+        replays = self.verifier.second_dreams(trajectories)
+        self.last_replays = dict(zip(successes.tolist(), replays, strict=True))
+        verdicts = [replay.verdict for replay in replays if replay.verdict is not None]
+        self.verifier.count(episodes=len(ended), chunks=chunks, replayed=trajectories, verdicts=verdicts)
 
     def _applied(self, finals: dict[str, Any], ended: NDArray[np.bool_], rewards: Any) -> tuple[dict[str, Any], Any]:
-        """The infos with what the second dreams said, and the rewards without the successes that did not repeat."""
+        """Infos and rewards after the rule; both are copied where they change."""
         n = self.num_envs
-        second = np.full(n, Outcome.INVALID, np.int8)
-        probability = np.full(n, np.nan)
-        replayed = np.zeros(n, bool)
-        for row, replay in self.last_replays.items():
-            verdict = _verdict(replay)
-            replayed[row], second[row] = True, verdict.outcome
-            probability[row] = np.nan if verdict.probability is None else verdict.probability
-        flagged = replayed & (second == Outcome.FAILURE)
-        unreadable = replayed & (second == Outcome.INVALID)
-        failed = ended & (as_numpy(finals["verdict"]) == Outcome.FAILURE)
-        masked = unreadable | flagged if self.on_disagree == "mask" else unreadable
-
-        if (flagged | unreadable).any():
+        second, probability = np.full(n, Outcome.INVALID, np.int8), np.full(n, np.nan)
+        verified, flagged = np.zeros(n, bool), np.zeros(n, bool)
+        valid = as_numpy(finals["valid"]).astype(bool)
+        lost = []
+        for row in np.flatnonzero(ended).tolist():
+            replay = self.last_replays.get(row)
+            again = replay.verdict if replay is not None else None
+            result = self.verifier.result(Verdict(Outcome(int(finals["verdict"][row]))), again)
+            verified[row], flagged[row] = result.verified, result.flagged
+            if again is not None:
+                second[row] = again.outcome
+                probability[row] = np.nan if again.probability is None else again.probability
+                valid[row] &= result.valid
+                lost += [] if result.reward else [row]
+        if lost:
             rewards = rewards.clone() if hasattr(rewards, "clone") else np.array(rewards)
-            for row in np.flatnonzero(flagged | unreadable).tolist():
-                rewards[row] = 0.0
+            rewards[lost] = 0.0
         fields = {
-            "verified": (failed | (replayed & (second == Outcome.SUCCESS)), ended),
+            "verified": (verified, ended),
             "flagged": (flagged, ended),
             "second_verdict": (second, ended),
             "replay_success_probability": (probability, np.isfinite(probability)),
         }
-        infos = {**finals, "valid": as_numpy(finals["valid"]).astype(bool) & ~masked}
+        infos = {**finals, "valid": valid}
         for name, (values, mask) in fields.items():
             infos[name], infos[f"_{name}"] = values, mask.copy()
         return infos, rewards
-
-
-def _verdict(replay: Replay) -> Verdict:
-    return replay.verdict or Verdict(Outcome.INVALID, "nobody judged the second dream")

@@ -102,7 +102,7 @@ class Record(ForwardingVectorWrapper):
         self._waiting = np.zeros(self.num_envs, bool)  # ended, and restarted by the next step (NEXT_STEP autoreset)
         self._dual_noise = find_wrapper(env, DualNoiseVerification)
         if self._dual_noise is not None:
-            self._dual_noise.keep_frames = True
+            self._dual_noise.verifier.keep_frames = True
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Reset; recordings of the rows that restart begin anew."""

@@ -6,8 +6,8 @@ of actions, infos, rendering and life cycle are here, once, so that all backends
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -28,6 +28,7 @@ from rawdream_env.config import (
 )
 from rawdream_env.envs.actions import check_actions
 from rawdream_env.envs.infos import Infos, objects, put, put_nested
+from rawdream_env.envs.reflector import Reflector
 from rawdream_env.errors import ClosedEnvironmentError, InvalidOptionError, ResetNeededError
 from rawdream_env.seeding import NoiseKey
 from rawdream_env.types import ACTION_DIM, Float32Array, Start, UInt8Array, Verdict
@@ -54,7 +55,8 @@ class ChunkResult:
 
 
 class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
-    """Base of the vector environments; subclasses give ``_begin``, ``_advance`` and, if needed, ``close_extras``.
+    """Base of the vector environments; subclasses give ``_begin``, ``_advance`` and, if needed, ``_finish``,
+    ``_record_verdicts`` and ``close_extras``.
 
     ## Spaces
     ``single_action_space`` is ``Box(-1, 1, (chunk_len, 7), float32)``: per control step end-effector delta xyz, delta
@@ -64,12 +66,16 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
 
     ## Rewards and ends
     1.0 (float64) at the step where success is established, which also terminates; 0.0 otherwise. Truncated at
-    ``max_episode_steps`` chunks, and at once when the episode turned out invalid.
+    ``max_episode_steps`` chunks, and at once when the episode turned out invalid. With ``end_on_success=False`` episodes
+    go on to their horizon, so that a video shows whether a success lasts: the reward of 1.0 stays at the first success,
+    ``terminations`` at the horizon says whether it holds there. With a ``reflector`` the rewards are its own, and it
+    terminates the episodes it takes for finished (:mod:`rawdream_env.envs.reflector`).
 
     ## Infos
     Arrays with ``_key`` masks: ``instruction`` (object), ``task_id`` (int64), ``is_success`` (bool), ``verdict`` (int8:
     1, 0, -1 none or invalid), ``valid`` (bool), with ``return_frames`` ``frames`` (uint8, (num_envs, K, H, W, 3)), and
-    ``success_probability`` (float64) where a judge gives one. A row whose mask is False did nothing in this call.
+    ``success_probability`` (float64) where a judge gives one. A row whose mask is False did nothing in this call. With a
+    ``reflector``, ``verdict`` and ``is_success`` are the reflector's, and ``env_verdict`` (int8) is the environment's own.
 
     ## Autoreset
     NextStep: the step after an episode's end ignores that row's action, gives reward 0 and the next episode's first
@@ -104,8 +110,11 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
         device: str = "cpu",
         render_mode: str | None = None,
         return_frames: bool = False,
+        end_on_success: bool = True,
+        reflector: Mapping[str, Any] | Reflector | None = None,
     ) -> None:
-        """Set the spaces up; ``frame_shape`` (H, W, 3), ``max_episode_steps`` in chunks, ``fps`` in Hz.
+        """Set the spaces up; ``frame_shape`` (H, W, 3), ``max_episode_steps`` in chunks, ``fps`` in Hz. ``reflector``: a
+        ``Reflector`` or its options.
 
         Raises:
             InvalidOptionError: an option is out of its range.
@@ -118,6 +127,8 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
         self.render_mode = parse_choice("render_mode", render_mode, (None, "rgb_array", "rgb_tiles"))
         self.device = str(device)
         self.return_frames = bool(return_frames)
+        self.end_on_success = bool(end_on_success)
+        self.reflector: Reflector | None = None
         self.fps = float(fps)
         self.metadata = {**type(self).metadata, "autoreset_mode": self.autoreset_mode, "render_fps": round(fps)}
         self.single_observation_space = Dict({"image": Box(0, 255, frame_shape, np.uint8)})
@@ -129,10 +140,14 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
         self._elapsed = np.zeros(n, dtype=np.int64)
         self._terminated = np.zeros(n, dtype=np.bool_)
         self._truncated = np.zeros(n, dtype=np.bool_)
+        self._succeeded = np.zeros(n, dtype=np.bool_)
+        self._judged = np.ones(n, dtype=np.bool_)
         self._images = np.zeros((n, *frame_shape), dtype=np.uint8)
         self._row_seeds: list[int | None] = [None] * n
         self._episodes: list[int] = [-1] * n
         self._starts: list[Start | None] = [None] * n
+        if reflector is not None:
+            self.attach_reflector(reflector if isinstance(reflector, Reflector) else Reflector(**reflector))
 
     # ---- hooks -------------------------------------------------------------------------------------------------
 
@@ -158,6 +173,8 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
             seed: None, an integer (row i gets seed + i) or one per row; see the class docstring.
             options: ``reset_mask``: boolean (num_envs,) array, reset only these rows. ``starts``: a ``Start`` or None
                 per row, to begin from. ``seed``: the same as the argument, for wrappers that pass integers only.
+                ``judge``: False leaves the episodes that begin here unjudged (``verdict`` -1 at their end), for callers who
+                judge the videos themselves.
 
         Returns:
             Observations of all rows (last ones for rows not reset) and infos (masks True for the rows reset).
@@ -180,7 +197,7 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
             raise ResetNeededError(f"env {never[0]} was never reset; call reset() without reset_mask first.")
         super().reset(seed=next((s for s in seeds if s is not None), None))
         rows = np.flatnonzero(mask)
-        self._restart(rows, seeds, given)
+        self._restart(rows, seeds, given, judged=bool(chosen.get("judge", True)))
         infos: Infos = {}
         self._put_reset_info(infos, rows)
         return self._observe(self._images), infos
@@ -219,27 +236,20 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
             self._restart_finished(infos)
         return self._observe(self._images), rewards, terminations, truncations, infos
 
-    def end_episodes(self, rows: Sequence[int], verdicts: Sequence[Verdict] | None = None) -> None:
-        """End the running episodes of ``rows`` after a step, as terminated: for wrappers that predict an episode's end.
-
-        What follows is as if they had ended by themselves in that step: NextStep begins the next episode in the next
-        step, Disabled idles until they are reset; SameStep leaves the reset to the caller. Rows that are over already
-        are left alone. A dream keeps ``verdicts`` (one per row) with the recorded episodes.
+    def attach_reflector(self, reflector: Reflector) -> None:
+        """Let ``reflector`` give the rewards and predict the ends from now on. Call ``reset()`` afterwards.
 
         Raises:
-            ResetNeededError: a row was never reset. InvalidOptionError: there is no such row.
+            InvalidOptionError: there is one already, or ``return_frames`` is off (its judge is shown every frame).
         """
-        self._require_open("end_episodes")
-        chosen = [(row, None if verdicts is None else verdicts[i]) for i, row in enumerate(rows)]
-        for row, _ in chosen:
-            self.start_of(row)
-        for row, verdict in chosen:
-            if self._phase[row] == _RUNNING:
-                self._phase[row], self._terminated[row], self._truncated[row] = _OVER, True, False
-                self._ended_early(row, verdict)
-
-    def _ended_early(self, row: int, verdict: Verdict | None) -> None:
-        """Hook: ``end_episodes`` has ended ``row``."""
+        if self.reflector is not None:
+            raise InvalidOptionError("this environment has a reflector already; make another environment.")
+        if not self.return_frames:
+            raise InvalidOptionError(
+                "a reflector shows its judge every frame: make the environment with return_frames=True."
+            )
+        self.reflector = reflector
+        self._phase[:] = _UNSTARTED
 
     def render(self) -> Any:
         """The last frames: "rgb_array" a tuple with one (H, W, 3) uint8 per row, "rgb_tiles" one picture of them all.
@@ -327,6 +337,8 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
         rows: Rows,
         seeds: Sequence[int | None] | None = None,
         given: Sequence[Start | None] | None = None,
+        *,
+        judged: bool = True,
     ) -> None:
         """Begin the next episode of ``rows``; counters move only when that worked."""
         keys: list[NoiseKey] = []
@@ -343,26 +355,62 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
         for row, key, start in zip(rows, keys, starts, strict=True):
             self._row_seeds[row], self._episodes[row], self._starts[row] = key.seed, key.episode, start
             self._images[row] = start.frame
+            if self.reflector is not None:
+                self.reflector.begin(int(row), start)
         self._phase[rows] = _RUNNING
         self._elapsed[rows] = 0
-        self._terminated[rows] = self._truncated[rows] = False
+        self._terminated[rows] = self._truncated[rows] = self._succeeded[rows] = False
+        self._judged[rows] = judged
 
     def _step_rows(self, rows: Rows, actions: Float32Array, rewards: NDArray[np.float64], infos: Infos) -> None:
         last = self._elapsed[rows] + 1 >= self.max_episode_steps
         result = self._advance(rows, actions, last)
         success = (result.verdict == 1) & result.valid
+        terminated = success & (last | self.end_on_success)
+        over = terminated | last | result.ends
+        rewards[rows] = success & ~self._succeeded[rows]
+        if self.reflector is not None:
+            put(infos, self.num_envs, "env_verdict", rows, result.verdict)
+            result, terminated, over, rewards[rows] = self._reflect(self.reflector, rows, result, terminated, over)
+        # Everything that may raise is behind us: from here on the step has happened.
         self._elapsed[rows] += 1
+        self._succeeded[rows] |= success
         self._images[rows] = result.frames[:, -1]
-        self._terminated[rows] = success
-        self._truncated[rows] = ~success & (last | result.ends)
-        self._phase[rows[success | last | result.ends]] = _OVER
-        rewards[rows[success]] = 1.0
+        self._terminated[rows] = terminated
+        self._truncated[rows] = ~terminated & over
+        self._phase[rows[over]] = _OVER
+        self._finish(rows[over])
         self._put_info(infos, rows, result.verdict, result.valid)
         if result.probability is not None:
             known = ~np.isnan(result.probability)
             put(infos, self.num_envs, "success_probability", rows[known], result.probability[known])
         if self.return_frames:
             put(infos, self.num_envs, "frames", rows, result.frames)
+
+    def _reflect(
+        self,
+        reflector: Reflector,
+        rows: Rows,
+        result: ChunkResult,
+        terminated: NDArray[np.bool_],
+        over: NDArray[np.bool_],
+    ) -> tuple[ChunkResult, NDArray[np.bool_], NDArray[np.bool_], NDArray[np.float64]]:
+        """The chunk as the reflector sees it: its verdict at an episode's end, its rewards, and the ends it predicts."""
+        said = reflector.reflect(rows.tolist(), result.frames, result.valid, self.fps)
+        outcomes = np.array([verdict.outcome for verdict in said.verdicts], np.int8)
+        terminated, over = terminated | said.done, over | said.done
+        self._record_verdicts(
+            rows[over], [verdict for verdict, ended in zip(said.verdicts, over, strict=True) if ended]
+        )
+        verdict = np.where(over, outcomes, -1).astype(np.int8)
+        seen = replace(result, verdict=verdict, valid=outcomes >= 0, probability=said.probability)
+        return seen, terminated, over, said.rewards
+
+    def _finish(self, rows: Rows) -> None:
+        """Hook: the episodes of ``rows`` are over."""
+
+    def _record_verdicts(self, rows: Rows, verdicts: Sequence[Verdict]) -> None:
+        """Hook: the reflector's ``verdicts`` are those of the episodes of ``rows``."""
 
     def _put_info(self, infos: Infos, rows: Rows, verdict: NDArray[np.int8], valid: NDArray[np.bool_]) -> None:
         starts = [self.start_of(row) for row in rows.tolist()]
@@ -385,7 +433,7 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
         for key in [key for key in infos if not key.startswith("_")]:
             rows = done[infos["_" + key][done]]
             put(final_info, self.num_envs, key, rows, infos[key][rows])
-            if key in ("frames", "success_probability"):  # the new episode has none yet
+            if key in ("frames", "success_probability", "env_verdict"):  # the new episode has none yet
                 infos[key][rows] = 0
                 infos["_" + key][rows] = False
         self._restart(done)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,14 @@ from rawdream_env.envs.imagination import (
     scatter,
     select,
 )
-from rawdream_env.errors import InvalidActionError, InvalidOptionError, RawDreamError
+from rawdream_env.envs.reflector import Reflector
+from rawdream_env.errors import InvalidActionError, InvalidOptionError
+from rawdream_env.judges.base import ask
+from rawdream_env.judges.ensemble import HoldOutJudge
 from rawdream_env.seeding import NoiseKey
 from rawdream_env.starts import load_starts
 from rawdream_env.starts.base import TaskLike
-from rawdream_env.types import Float32Array, Outcome, Start, Trajectory, UInt8Array, Verdict, Video
+from rawdream_env.types import Float32Array, Judge, Outcome, Start, Trajectory, UInt8Array, Verdict, Video
 
 _BROKEN = Verdict(Outcome.INVALID, "the world model returned frames that are not finite")
 
@@ -54,6 +57,7 @@ class DreamVectorEnv(ChunkVectorEnv):
         *,
         world_model: Any = "embedded",
         judge: Any = "embedded",
+        held_out_judge: Any = None,
         starts: Any = "pack",
         task: TaskLike = None,
         layout: str = "narrow",
@@ -68,6 +72,8 @@ class DreamVectorEnv(ChunkVectorEnv):
         num_inference_steps: int | None = None,
         approximations: Sequence[str] = (),
         micro_batch: int = 0,
+        end_on_success: bool = True,
+        reflector: Mapping[str, Any] | Reflector | None = None,
     ) -> None:
         """Load the parts and set the spaces up.
 
@@ -76,6 +82,8 @@ class DreamVectorEnv(ChunkVectorEnv):
             world_model: "embedded", "null" (random frames, for tests), a folder, or a ``WorldModel``.
             judge: "embedded", "scripted" (hash of the frames, for tests), "none", a folder, a vision-language model
                 ("vlm_server:http://host:8000/v1" or its options, see ``judges.vlm_config``), or a ``Judge``.
+            held_out_judge: a second judge, given like ``judge``, that watches the same videos and never rewards
+                (``judges.ensemble.HoldOutJudge``); None: no such judge.
             starts: "pack", "sim", "null", a folder of images, a ``.safetensors`` pack, a list of ``Start``, or an
                 object with ``sample(key, task)``.
             task: name, instruction or id to keep to; None draws one per episode.
@@ -92,6 +100,8 @@ class DreamVectorEnv(ChunkVectorEnv):
             approximations: opt-in shortcuts of the world model that cost accuracy: "rolling_cache", "tiny_decoder",
                 "fp8".
             micro_batch: rows the world model computes at once, to bound its memory (docs/world_model.md); 0: all.
+            end_on_success: False lets episodes go on to their horizon.
+            reflector: options of a ``Reflector`` (rewards at every chunk, predicted ends), or one; None: none.
         """
         self.world_model = load_world_model(
             world_model,
@@ -102,6 +112,12 @@ class DreamVectorEnv(ChunkVectorEnv):
             micro_batch=micro_batch,
         )
         self.judge = load_judge(judge, device=device)
+        if held_out_judge is not None:
+            if self.judge is None:
+                raise InvalidOptionError("held_out_judge watches the judge of a dream, but this dream has no judge.")
+            watching = load_judge(held_out_judge, device=device)
+            if watching is not None:
+                self.judge = HoldOutJudge(self.judge, watching)
         self.judge_every = parse_choice("judge_every", judge_every, ("episode", "chunk"))
         self.layout = parse_choice("layout", layout, ("narrow", "wide"))
         self.task = task
@@ -118,12 +134,12 @@ class DreamVectorEnv(ChunkVectorEnv):
             device=device,
             render_mode=render_mode,
             return_frames=return_frames,
+            end_on_success=end_on_success,
+            reflector=reflector,
         )
         prepare = getattr(self.world_model, "prepare", None)
         if callable(prepare):  # a world model may say that so many rows are too many for it
             prepare(self.num_envs)
-        self.defer_judging = False
-        """Set by those who judge ``videos()`` themselves: episodes then end unjudged (verdict -1)."""
         self._state: Any = None
         self._current: list[Episode | None] = [None] * self.num_envs
         self._finished: list[Episode | None] = [None] * self.num_envs
@@ -163,20 +179,20 @@ class DreamVectorEnv(ChunkVectorEnv):
         *,
         draw: int = 1,
         return_frames: bool = False,
-        judge: bool = True,
+        judge: bool | Judge = True,
         batch_size: int | None = None,
     ) -> list[Replay]:
         """Imagine recorded episodes again: same actions, noise of ``draw``. The environment is untouched.
 
         ``draw=0`` gives back the very frames of the recording, ``draw=1`` is the second draw of dual-noise verification
-        (paper section 3.3). Equal draws give bit-identical frames, whatever else is in the batch.
+        (paper section 3.2). Equal draws give bit-identical frames, whatever else is in the batch.
 
         Args:
             trajectories: any number, of any lengths.
             draw: index of the noise draw.
             return_frames: keep the frames in the result.
-            judge: ask the judge; without it (or without a judge) ``verdict`` is None.
-            batch_size: most episodes imagined at once; None: all.
+            judge: True: ask the environment's judge; False (or where it has none): ``verdict`` is None; or a judge to ask.
+            batch_size: maximum number of episodes imagined at once; None: all.
 
         Raises:
             InvalidActionError: a trajectory's actions do not fit. InvalidOptionError: bad arguments or start frames.
@@ -190,9 +206,8 @@ class DreamVectorEnv(ChunkVectorEnv):
         replays: list[Replay] = []
         for first in range(0, len(trajectories), max(size, 1)):
             episodes = self._imagine_again(trajectories[first : first + size], draw)
-            verdicts: list[Verdict | None] = [None] * len(episodes)
-            if judge and self.judge is not None:
-                verdicts = list(self._judge(episodes, [e.valid for e in episodes]))
+            asked = self.judge if judge is True else (judge or None)
+            verdicts = self._judge(asked, episodes, [e.valid for e in episodes])
             for episode, verdict in zip(episodes, verdicts, strict=True):
                 frames = np.concatenate(episode.frames) if return_frames else None
                 replays.append(Replay(frames, verdict if episode.valid else _BROKEN))
@@ -248,9 +263,8 @@ class DreamVectorEnv(ChunkVectorEnv):
         state = self._state if whole else select(self._state, rows)
         state, frames, finite = imagine(self.world_model, state, actions)
         episodes = [self._extended(row, actions[i], frames[i], bool(finite[i])) for i, row in enumerate(rows.tolist())]
-        ask = finite & (last | (self.judge_every == "chunk")) & (not self.defer_judging)
-        verdicts = self._judge(episodes, ask.tolist())
-        # Everything that may raise is behind us: from here on the step has happened.
+        wanted = finite & (last | (self.judge_every == "chunk")) & self._judged[rows]
+        verdicts = self._judge(self.judge, episodes, wanted.tolist())
         self._state = state if whole else scatter(self._state, rows, state)
         for i, row in enumerate(rows.tolist()):
             verdict = verdicts[i] if finite[i] else _BROKEN
@@ -260,16 +274,17 @@ class DreamVectorEnv(ChunkVectorEnv):
                 episodes[i].verdict = verdict
             episodes[i].valid = verdict is None or verdict.outcome != Outcome.INVALID
             self._current[row] = episodes[i]
-            if last[i] or not finite[i] or (verdict is not None and verdict.outcome == Outcome.SUCCESS):
-                self._finished[row] = episodes[i]
         return self._result(frames, episodes, verdicts, ~finite)
 
-    def _ended_early(self, row: int, verdict: Verdict | None) -> None:
-        episode = self._current[row]
-        assert episode is not None
-        if verdict is not None:
+    def _finish(self, rows: Rows) -> None:
+        for row in rows.tolist():
+            self._finished[row] = self._current[row]
+
+    def _record_verdicts(self, rows: Rows, verdicts: Sequence[Verdict]) -> None:
+        for row, verdict in zip(rows.tolist(), verdicts, strict=True):
+            episode = self._current[row]
+            assert episode is not None
             episode.verdict, episode.valid = verdict, verdict.outcome != Outcome.INVALID
-        self._finished[row] = episode
 
     def _extended(self, row: int, actions: Float32Array, frames: UInt8Array, finite: bool) -> Episode:
         """Row's episode with one chunk more; the recorded one stays as it is until the step is certain."""
@@ -278,20 +293,14 @@ class DreamVectorEnv(ChunkVectorEnv):
         new_frames = [*old.frames, frames.copy()] if finite else old.frames
         return Episode(old.start, old.key, new_frames, [*old.actions, actions.copy()], old.verdict)
 
-    def _judge(self, episodes: Sequence[Episode], ask: Sequence[bool]) -> list[Verdict | None]:
-        """Verdicts of the episodes to ask about, None for the others."""
+    def _judge(self, judge: Judge | None, episodes: Sequence[Episode], wanted: Sequence[bool]) -> list[Verdict | None]:
+        """Verdicts of the episodes that are ``wanted``, None for the others."""
         verdicts: list[Verdict | None] = [None] * len(episodes)
-        chosen = [i for i, wanted in enumerate(ask) if wanted]
-        if self.judge is None or not chosen:
+        chosen = [i for i, asked in enumerate(wanted) if asked]
+        if judge is None or not chosen:
             return verdicts
-        answers = self.judge(
-            [episodes[i].video(self.fps) for i in chosen], [episodes[i].start.instruction for i in chosen]
-        )
-        if len(answers) != len(chosen):
-            raise RawDreamError(
-                f"{type(self.judge).__name__} gave {len(answers)} verdicts for {len(chosen)} videos; it owes one each."
-            )
-        for i, answer in zip(chosen, answers, strict=True):
+        videos, texts = [episodes[i].video(self.fps) for i in chosen], [episodes[i].start.instruction for i in chosen]
+        for i, answer in zip(chosen, ask(judge, videos, texts), strict=True):
             verdicts[i] = answer
         return verdicts
 
@@ -314,7 +323,7 @@ class DreamVectorEnv(ChunkVectorEnv):
         """Let the state and the recordings go; close starts and judge where they can be closed."""
         self._state = None
         self._current = [None] * self.num_envs
-        for part in (self.starts, self.judge):
+        for part in (self.starts, self.judge, self.reflector):
             close = getattr(part, "close", None)
             if callable(close):
                 close()

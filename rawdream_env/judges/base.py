@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from rawdream_env.errors import CheckpointError
-from rawdream_env.types import Outcome, UInt8Array, Verdict, Video
+from rawdream_env.errors import CheckpointError, JudgeError
+from rawdream_env.types import Judge, Outcome, UInt8Array, Verdict, Video
 
 MIN_FRAMES = 2
 """A start frame and one more: with fewer nothing can have been carried out."""
@@ -47,6 +47,25 @@ def check_pairs(videos: Sequence[Video], instructions: Sequence[str]) -> None:
         raise ValueError(
             f"{len(videos)} videos but {len(instructions)} instructions; give a judge exactly one instruction per video"
         )
+
+
+def ask(judge: Judge, videos: Sequence[Video], instructions: Sequence[str]) -> list[Verdict]:
+    """The verdicts of ``judge``, exactly one ``Verdict`` per video; ``JudgeError`` for anything else it returns.
+
+    The only place where an environment, a wrapper, a trainer or an evaluation calls a judge.
+    """
+    answers: Any = judge(videos, instructions)
+    if not isinstance(answers, Sequence) or len(answers) != len(videos):
+        got = f"{len(answers)} verdicts" if isinstance(answers, Sequence) else f"a {type(answers).__name__}"
+        raise JudgeError(
+            f"{type(judge).__name__} gave {got} for {len(videos)} videos; expected a list with one Verdict per video."
+        )
+    wrong = next((answer for answer in answers if not isinstance(answer, Verdict)), None)
+    if wrong is not None or None in answers:
+        raise JudgeError(
+            f"{type(judge).__name__} gave a {type(wrong).__name__} as a verdict; expected one rawdream_env.Verdict per video."
+        )
+    return list(answers)
 
 
 def checked_frames(video: Any) -> tuple[UInt8Array | None, str]:

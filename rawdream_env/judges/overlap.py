@@ -11,8 +11,8 @@ from collections.abc import Hashable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Generic, TypeVar
 
-from rawdream_env.errors import RawDreamError
-from rawdream_env.judges.base import check_pairs
+from rawdream_env.errors import JudgeUnavailableError
+from rawdream_env.judges.base import ask, check_pairs, invalid
 from rawdream_env.types import Judge, Verdict, Video
 
 Tag = TypeVar("Tag", bound=Hashable)
@@ -31,7 +31,7 @@ class OverlappedJudge(Generic[Tag]):
 
     Args:
         judge: called from ``threads`` threads at once.
-        threads: most calls under way; further ones wait their turn.
+        threads: maximum number of calls under way; further ones wait their turn.
     """
 
     def __init__(self, judge: Judge, threads: int = 4) -> None:
@@ -43,21 +43,32 @@ class OverlappedJudge(Generic[Tag]):
         """Videos submitted whose verdicts have not been fetched."""
         return sum(map(len, self._calls.values()))
 
-    def submit(self, tags: Sequence[Tag], videos: Sequence[Video], instructions: Sequence[str]) -> None:
-        """One call of the judge; one tag, video and instruction each."""
+    def submit(
+        self,
+        tags: Sequence[Tag],
+        videos: Sequence[Video],
+        instructions: Sequence[str],
+        *,
+        invalid_on_outage: bool = False,
+    ) -> None:
+        """One call of the judge; one tag, video and instruction each.
+
+        ``invalid_on_outage``: an unreachable judge gives INVALID verdicts instead of raising when they are fetched.
+        """
         check_pairs(videos, instructions)
         if len(tags) != len(videos):
             raise ValueError(f"{len(tags)} tags but {len(videos)} videos; give one each")
         if tags:
-            self._calls[self._pool.submit(self._ask, list(videos), list(instructions))] = tuple(tags)
+            call = self._pool.submit(self._ask, list(videos), list(instructions), invalid_on_outage)
+            self._calls[call] = tuple(tags)
 
-    def _ask(self, videos: list[Video], instructions: list[str]) -> list[Verdict]:
-        verdicts = self.judge(videos, instructions)
-        if len(verdicts) != len(videos):
-            raise RawDreamError(
-                f"{type(self.judge).__name__} gave {len(verdicts)} verdicts for {len(videos)} videos; it owes one each."
-            )
-        return verdicts
+    def _ask(self, videos: list[Video], instructions: list[str], invalid_on_outage: bool) -> list[Verdict]:
+        try:
+            return ask(self.judge, videos, instructions)
+        except JudgeUnavailableError as error:
+            if not invalid_on_outage:
+                raise
+            return [invalid(f"judge unavailable: {error}")] * len(videos)
 
     def fetch(self, *, wait_s: float = 0.0) -> dict[Tag, Verdict]:
         """The verdicts that have arrived since the last time; when none has, wait for one at most ``wait_s``.

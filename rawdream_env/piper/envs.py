@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from rawdream_env.config import parse_choice, parse_positive_int
 from rawdream_env.envs.base import ChunkResult, ChunkVectorEnv, Rows
+from rawdream_env.envs.reflector import Reflector
 from rawdream_env.errors import InvalidOptionError
 from rawdream_env.piper.starts import INSTRUCTIONS, TASK_NAMES, piper_task
 from rawdream_env.seeding import NoiseKey
@@ -51,6 +52,8 @@ class PiperSimVectorEnv(ChunkVectorEnv):
         output: str = "numpy",
         render_mode: str | None = None,
         return_frames: bool = False,
+        end_on_success: bool = True,
+        reflector: Mapping[str, Any] | Reflector | None = None,
     ) -> None:
         """Start the simulators.
 
@@ -67,6 +70,8 @@ class PiperSimVectorEnv(ChunkVectorEnv):
             output: "numpy" or "torch" observations.
             render_mode: None, "rgb_array" or "rgb_tiles".
             return_frames: put every chunk's frames into ``infos["frames"]``.
+            end_on_success: False lets episodes go on to their horizon.
+            reflector: options of a ``Reflector`` (rewards at every chunk, predicted ends), or one; None: none.
         """
         size = parse_positive_int("image_size", image_size)
         super().__init__(
@@ -80,6 +85,8 @@ class PiperSimVectorEnv(ChunkVectorEnv):
             device=device,
             render_mode=render_mode,
             return_frames=return_frames,
+            end_on_success=end_on_success,
+            reflector=reflector,
         )
         self.layout = parse_choice("layout", layout, ("narrow", "wide"))
         self.judge_every = parse_choice("judge_every", judge_every, ("chunk", "episode"))
@@ -116,13 +123,13 @@ class PiperSimVectorEnv(ChunkVectorEnv):
         # Only the last frame is observed; drawing the others takes most of the time.
         step = self._workers.step(rows.tolist(), actions, every_frame=self.return_frames)
         success = np.asarray(step.success, dtype=np.bool_)
-        told = last | (self.judge_every == "chunk")
+        told = (last | (self.judge_every == "chunk")) & self._judged[rows]
         verdict = np.where(told, success, -1).astype(np.int8)
         nothing = np.zeros(len(rows), dtype=np.bool_)
         return ChunkResult(np.asarray(step.frames), verdict, ~nothing, nothing)
 
     def close_extras(self, **kwargs: Any) -> None:
         """Stop the simulators and their processes."""
-        workers = getattr(self, "_workers", None)
-        if workers is not None:
-            workers.close()
+        for part in (getattr(self, "_workers", None), self.reflector):
+            if part is not None:
+                part.close()

@@ -9,6 +9,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -86,21 +87,25 @@ def test_the_hold_out_judge_never_rewards_and_alarms_once_per_gap() -> None:
     assert HoldOutJudge(always(YES), always(UNREAD))([CLIP], ["go"])[0].outcome is YES
 
 
-def test_grpo_logs_the_gap_and_gives_the_judge_back(tmp_path: Path) -> None:
+def test_grpo_logs_the_gap_of_a_watched_environment(tmp_path: Path) -> None:
     from rawdream_env.policies.tiny_vla import TinyVLA, TinyVLAConfig
     from rawdream_env.trainers.grpo.grpo import GRPOConfig, train_grpo
 
     own = ScriptedJudge(success_rate=0.5)
     env = DreamVectorEnv(
-        4, world_model="null", judge=own, starts="null", autoreset_mode="Disabled", max_episode_steps=1
-    )
-    config = GRPOConfig(
-        tmp_path, steps=1, group_size=4, groups_per_step=1, max_flagged=4, held_out_judge="scripted",
-        tensorboard=False, progress=False,
+        4, world_model="null", judge=own, held_out_judge="scripted", starts="null", autoreset_mode="Disabled",
+        max_episode_steps=1,
     )  # fmt: skip
+    config = GRPOConfig(
+        tmp_path, steps=1, group_size=4, groups_per_step=1, max_flagged=4, tensorboard=False, progress=False
+    )
     train_grpo(config, env=env, policy=TinyVLA(TinyVLAConfig(width=16, heads=2)))
+    with pytest.raises(InvalidOptionError, match="give held_out_judge to the environment"):
+        train_grpo(replace(config, held_out_judge="scripted"), env=env)
+    with pytest.raises(InvalidOptionError, match="this dream has no judge"):
+        DreamVectorEnv(1, world_model="null", judge="none", starts="null", held_out_judge="scripted")
     logged = json.loads((tmp_path / "timings.jsonl").read_text().splitlines()[-1])
-    assert logged["judge_gap"] == 0.0 and logged["judge_gap_n"] >= 4 and env.judge is own
+    assert logged["judge_gap"] == 0.0 and logged["judge_gap_n"] >= 4 and env.judge.rewarding is own
     assert "judge_gap" not in (tmp_path / "metrics.jsonl").read_text()
 
 

@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from rawdream_env.envs.dream import DreamVectorEnv
+from rawdream_env.envs.episodes import EpisodeRequest, Rollout
 from rawdream_env.errors import CheckpointError, InvalidOptionError, RunDirError
 from rawdream_env.judges.scripted import ScriptedJudge
 from rawdream_env.policies import load_policy
@@ -27,11 +29,17 @@ from rawdream_env.policies.tiny_vla import TinyVLA, TinyVLAConfig
 from rawdream_env.seeding import NoiseKey
 from rawdream_env.starts.memory import NullStarts
 from rawdream_env.trainers.common.run_dir import read_jsonl
-from rawdream_env.trainers.grpo.batch import Batch
-from rawdream_env.trainers.grpo.groups import Group, Rollout, RolloutCounts, Rollouts
 from rawdream_env.trainers.grpo.grpo import GRPOConfig, GRPOResult, TrainingDivergedError, train_grpo
 from rawdream_env.trainers.grpo.losses import group_advantages
-from rawdream_env.trainers.grpo.rollout import GroupCollector, NoUsableGroupError, RolloutInterrupted
+from rawdream_env.trainers.grpo.rollout import (
+    Batch,
+    Group,
+    GroupCollector,
+    NoUsableGroupError,
+    RolloutCounts,
+    RolloutInterrupted,
+    Rollouts,
+)
 from rawdream_env.types import Outcome, PolicyOutput, Start, Verdict, Video
 from rawdream_env.world_models.null import NullState, NullWorldModel
 from rawdream_env.wrappers import DualNoiseVerification
@@ -166,7 +174,7 @@ def test_members_share_a_start_and_nothing_else() -> None:
         for member in group.members:
             assert np.array_equal(member.images[0], group.start.frame)
             assert len(member) == len(member.tokens) == len(member.logprobs) <= 2
-        assert len({member.seed for member in group.members}) == 4
+        assert len({member.request.seed for member in group.members}) == 4
         assert len({member.tokens[0].numpy().tobytes() for member in group.members}) == 4
     frames = [group.start.frame.tobytes() for group in rollouts.groups]
     assert len(set(frames)) == 3
@@ -180,7 +188,7 @@ def test_only_groups_with_a_difference_are_kept_and_all_rollouts_are_counted() -
     assert counts.rollouts == 4 * counts.groups == counts.task_rollouts.total()
     assert counts.successes == counts.task_successes.total() >= 3
     for group in rollouts.groups:
-        trusted = [m.reward for m, ok in zip(group.members, group.result.trustworthy, strict=True) if ok]
+        trusted = [m.reward for m, ok in zip(group.members, group.result.valid, strict=True) if ok]
         assert set(trusted) == {0.0, 1.0}
 
 
@@ -207,7 +215,7 @@ def test_flagged_successes_are_left_out() -> None:
     flagged = [m for g in groups for m in g.members if m.flagged]
     assert flagged and all(m.verdict == Outcome.SUCCESS and not m.valid and m.reward == 0 for m in flagged)
     for group in groups:
-        assert [not m.flagged for m in group.members] == group.result.trustworthy.tolist()
+        assert [not m.flagged for m in group.members] == group.result.valid.tolist()
         assert all(float(a) == 0 for a, m in zip(group.result.advantages, group.members, strict=True) if m.flagged)
 
 
@@ -254,17 +262,21 @@ def test_wrong_use_is_refused() -> None:
 
 
 def test_batch_weights_are_equation_2() -> None:
-    """Mean over each trajectory's tokens, over a group's trustworthy members, then over groups."""
+    """Mean over each trajectory's tokens, over a group's valid members, then over groups."""
 
     def rollout(length: int, reward: float, flagged: bool = False) -> Rollout:
         images = np.zeros((length, SIDE, SIDE, 3), np.uint8)
         tokens = torch.zeros(length, 14, dtype=torch.int64)
-        return Rollout(images, tokens, tokens.float(), reward, Outcome(int(reward)), not flagged, flagged, 0)
+        start, actions, verdicts = Start(images[0], "nothing"), np.zeros((length, K, A)), np.zeros(length, np.int8)
+        request = EpisodeRequest(None, 0, NoiseKey(0))
+        what = {"verdict": Outcome(int(reward)), "valid": not flagged, "flagged": flagged}
+        return Rollout(request, 0, start, images, actions, tokens, tokens.float(), verdicts, reward, **what)
 
     def group(index: int, *members: Rollout) -> Group:
         rewards = torch.tensor([float(m.reward) for m in members])
         result = group_advantages(rewards, None, torch.tensor([m.flagged for m in members]))
-        return Group(index, Start(np.zeros((SIDE, SIDE, 3), np.uint8), f"group {index}"), members, result)
+        start = Start(np.zeros((SIDE, SIDE, 3), np.uint8), f"group {index}")
+        return Group(index, start, tuple(replace(member, start=start) for member in members), result)
 
     groups = (
         group(0, rollout(3, 1), rollout(1, 0)),

@@ -38,7 +38,7 @@ def test_flagged_and_invalid_members_leave_the_statistics_and_get_exactly_zero()
     scale = math.sqrt(1 / 3) + 1e-6
     close(result.advantages, t(0.5, 0, -0.5, 0, -0.5, 0.5) / scale)
     assert result.advantages[1] == 0 and result.advantages[3] == 0
-    assert result.trustworthy.tolist() == [True, False, True, False, True, True]
+    assert result.valid.tolist() == [True, False, True, False, True, True]
 
 
 def test_replacing_the_reward_by_the_mean_is_the_same_thing() -> None:
@@ -76,7 +76,7 @@ def test_a_group_equal_but_for_its_flagged_member_gives_nothing() -> None:
     assert result.dropped == "all_failure" and not result.advantages.any()
 
 
-def test_one_trustworthy_member_is_no_group() -> None:
+def test_one_valid_member_is_no_group() -> None:
     result = group_advantages(t(0, 1), None, torch.tensor([False, True]))
     assert result.dropped == "untrustworthy" and not result.advantages.any()
 
@@ -96,7 +96,7 @@ def test_weights_per_trajectory_and_per_token() -> None:
     close(by_row, torch.tensor([[1 / 8] * 4, [1 / 2, 0, 0, 0], [0] * 4], dtype=torch.float64))
     by_token = token_weights(MASK, "token", torch.ones(3, dtype=torch.float64))
     close(by_token, torch.tensor([[1 / 5] * 4, [1 / 5, 0, 0, 0], [0] * 4], dtype=torch.float64))
-    # Two groups with 1 and 2 trustworthy members: each group counts a half.
+    # Two groups with 1 and 2 valid members: each group counts a half.
     weighted = token_weights(torch.ones(3, 2, dtype=torch.bool), "trajectory", t(1, 1 / 2, 1 / 2))
     close(weighted.sum(1), t(1 / 2, 1 / 4, 1 / 4))
     with pytest.raises(InvalidOptionError, match="no token"):

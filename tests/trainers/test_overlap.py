@@ -21,10 +21,8 @@ from rawdream_env.judges.overlap import OverlappedJudge
 from rawdream_env.judges.scripted import ScriptedJudge
 from rawdream_env.policies.tiny_vla import TinyVLA, TinyVLAConfig
 from rawdream_env.testing.faults import FaultServer, free_port, reply
-from rawdream_env.trainers.grpo.groups import Rollouts
 from rawdream_env.trainers.grpo.grpo import GRPOConfig, train_grpo
-from rawdream_env.trainers.grpo.overlap import can_overlap
-from rawdream_env.trainers.grpo.rollout import GroupCollector
+from rawdream_env.trainers.grpo.rollout import GroupCollector, Rollouts, can_overlap
 from rawdream_env.types import Outcome, Verdict, Video
 from rawdream_env.wrappers.dual_noise import DualNoiseVerification
 
@@ -102,7 +100,16 @@ def dream(judge: Any, num_envs: int = 6, verify: bool = True, **kwargs: Any) -> 
 
 def contents(rollouts: Rollouts) -> list[Any]:
     return [
-        (g.index, m.reward, m.verdict, m.valid, m.flagged, m.seed, m.tokens.sum().item(), m.logprobs.sum().item())
+        (
+            g.index,
+            m.reward,
+            m.verdict,
+            m.valid,
+            m.flagged,
+            m.request.seed,
+            m.tokens.sum().item(),
+            m.logprobs.sum().item(),
+        )
         for g in rollouts.groups
         for m in g.members
     ]
@@ -121,7 +128,9 @@ def test_groups_are_the_same_whatever_the_timing(verify: bool) -> None:
         seen.append([contents(r) for r in rollouts])
         counts.append([(r.counts.rollouts, r.counts.successes, r.counts.flagged, r.counts.invalid) for r in rollouts])
         statistics.append(env.statistics if verify else None)
-        assert env.unwrapped.defer_judging is False
+        env.reset(seed=0)  # the environment judges for itself again
+        steps = [env.step(np.zeros(env.action_space.shape, np.float32))[4] for _ in range(2)]
+        assert (steps[-1]["verdict"] >= 0).any()
         env.close()
     assert seen[1:] == seen[:1] * 3 and counts[1:] == counts[:1] * 3 and statistics[1:] == statistics[:1] * 3
     if verify:
@@ -178,7 +187,7 @@ def test_a_run_whose_judge_goes_away_parks_and_goes_on_as_if_nothing_had_been(
     code, _ = grpo("parked", itertools.chain(["ok"] * good, itertools.repeat("500")), port)
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert code == 3 and "of the last 16 episodes could be judged (no answer within 0.6 s" in said
-    assert "status 500" in said and said.endswith("the same command goes on from the last update.")
+    assert "status 500" in said and said.endswith("rerun the same command to resume from the last update.")
     assert 1 <= len((tmp_path / "parked" / "metrics.jsonl").read_text().splitlines()) < 3
     assert grpo("parked", (), port)[0] == 0
     whole, parked = tmp_path / "whole", tmp_path / "parked"
@@ -197,7 +206,7 @@ def test_overlap_only_where_verdicts_may_come_later() -> None:
         assert not can_overlap(env)
         with pytest.raises(InvalidOptionError, match="overlap=True needs"):
             GroupCollector(env, policy(), overlap=True)
-    assert GroupCollector(plain, policy())._late is None  # a judge that computes here gains nothing
+    assert GroupCollector(plain, policy())._judging is None  # a judge that computes here gains nothing
 
 
 def test_an_unreachable_judge_ends_the_step_and_the_next_one_starts_clean() -> None:

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from rawdream_env.envs.dream import DreamVectorEnv
+from rawdream_env.envs.reflector import Reflection
 from rawdream_env.errors import InvalidOptionError, JudgeUnavailableError
 from rawdream_env.judges.scripted import ScriptedJudge
 from rawdream_env.piper.envs import PiperSimVectorEnv
 from rawdream_env.testing.check_vector_env import check_vector_env
 from rawdream_env.types import Outcome, Verdict, Video
 from rawdream_env.wrappers import DualNoiseVerification, InstantReflector
-from rawdream_env.wrappers.instant_reflector import Reflection
 
 
 def by_hash(video: Video, instruction: str) -> float:
@@ -114,20 +114,38 @@ def test_outages_are_masked_and_end_nothing(kind: str) -> None:
     assert not infos.get("_success_probability", np.zeros(2)).any()
 
 
-def test_verification_stands_around_it_and_judges_of_windows_see_the_last_frames() -> None:
+@pytest.mark.parametrize("repeats", [True, False])
+def test_verification_around_it_asks_its_judge_and_judges_of_windows_see_the_last_frames(repeats: bool) -> None:
     seen: list[int] = []
 
     def rule(video: Video, text: str) -> float:
         seen.append(len(video.frames))
-        return 0.9
+        return 0.9 if repeats or len(seen) <= 2 else 0.7  # the judge's own decision would be a success at 0.7 too
 
-    env = DualNoiseVerification(
-        InstantReflector(dream(2, judge=ScriptedJudge(lambda v, t: False)), ScriptedJudge(rule), last_frames=8)
-    )
+    def never(video: Video, text: str) -> bool:
+        raise AssertionError("the environment's own judge was asked about the second dream")
+
+    inner = dream(2, judge=ScriptedJudge(never))
+    env = DualNoiseVerification(InstantReflector(inner, ScriptedJudge(rule), threshold=0.8, last_frames=8))
     env.reset(seed=0)
     _, reward, terminated, _, infos = env.step(actions(env))
-    assert terminated.all() and infos["flagged"].all() and not reward.any() and set(seen) == {8}
-    assert env.statistics.n_flagged == 2
+    assert terminated.all() and seen == [8] * 4
+    assert infos["verified"].tolist() == [repeats] * 2 and infos["flagged"].tolist() == [not repeats] * 2
+    assert reward.tolist() == pytest.approx([0.9 * repeats] * 2) and infos["valid"].tolist() == [repeats] * 2
+    assert env.statistics.n_flagged == 2 * (not repeats)
+
+
+def test_the_same_as_an_argument_of_the_environment() -> None:
+    options = {"judge": ScriptedJudge(by_hash), "threshold": 0.8, "patience": 2}
+    inside, outside = dream(reflector=options), InstantReflector(dream(), options["judge"], threshold=0.8, patience=2)
+    for env in (inside, outside):
+        env.reset(seed=3)
+    for chunk in range(12):
+        one, two = (env.step(actions(env, chunk)) for env in (inside, outside))
+        assert all(np.array_equal(a, b) for a, b in zip(one[1:4], two[1:4], strict=True))
+        assert np.array_equal(one[4]["verdict"], two[4]["verdict"])
+    with pytest.raises(InvalidOptionError, match="has a reflector already"):
+        InstantReflector(inside, "scripted")
 
 
 def test_what_does_not_fit_is_named() -> None:
@@ -136,7 +154,7 @@ def test_what_does_not_fit_is_named() -> None:
     for options in ({"threshold": 0.0}, {"patience": 0}, {"initial": 2.0}, {"last_frames": 1}):
         with pytest.raises(InvalidOptionError, match="=-?[0-9]"):
             InstantReflector(dream(), "scripted", **options)
-    with pytest.raises(InvalidOptionError, match="nobody to ask"):
+    with pytest.raises(InvalidOptionError, match="no judge to ask"):
         InstantReflector(dream())
 
 

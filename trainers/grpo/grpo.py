@@ -1,15 +1,17 @@
 """GRPO in imagination: improve a policy inside a world model, with a judge's verdicts as the only reward.
 
-RAW-Dream sections 3.2 and 3.3, Eq. 2 and 3, appendix A.2 and A.4. One step:
+RAW-Dream section 3.2, Eq. 2 and 3, appendix A.2 and A.4. One step:
 
 1. *Roll out* groups of episodes that share a start (``rollout.py``), sampling at ``temperature``.
-2. *Verify* each success by dreaming it again with fresh noise; what does not repeat gets advantage 0 (DNV).
-3. *Drop* groups that are all success or all failure, or have more than ``max_flagged`` doubtful members; open others.
-4. *Advantages* relative to the group, over its trustworthy members (``losses.group_advantages``).
+2. *Verify* each success by dreaming it again with fresh noise; a flagged episode gets advantage 0 (dual-noise
+   verification).
+3. *Drop* groups that are all success or all failure, or have more than ``max_flagged`` flagged or invalid members; open
+   others.
+4. *Advantages* relative to the group, over its valid members (``losses.group_advantages``).
 5. *Update* by the clipped objective (``losses.clipped_loss``): mean over each trajectory, then over the group.
 
 Kept of the paper: all of that, and its numbers as defaults (group of 8, T = 1.6, lr 5e-6, 50 steps, no KL term). Open
-in the paper and chosen here: clip range 0.2 / 0.28 (as the published peers), groups per step, unreadable verdicts (left
+in the paper and chosen here: clip range 0.2 / 0.28 (as the published peers), groups per step, INVALID verdicts (left
 out like flagged rollouts, never a 0). Not kept: many GPUs; this is one process.
 
 Nothing is drawn from a generator that would have to be saved: every start, every sampled token and every minibatch is
@@ -24,7 +26,7 @@ import math
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,115 +37,34 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rawdream_env.errors import CheckpointError, InvalidOptionError, RawDreamError
-from rawdream_env.judges import load_judge
 from rawdream_env.judges.ensemble import HoldOutJudge
 from rawdream_env.policies import load_policy
 from rawdream_env.seeding import mix
 from rawdream_env.trainers.common.interrupt import deferred_interrupt
 from rawdream_env.trainers.common.optimizer_state import pack_optimizer, unpack_optimizer
 from rawdream_env.trainers.common.run_dir import RunDir
-from rawdream_env.trainers.grpo.batch import Batch
-from rawdream_env.trainers.grpo.groups import Rollouts
+from rawdream_env.trainers.grpo.config import GRPOConfig
 from rawdream_env.trainers.grpo.losses import clipped_loss, merge_metrics
-from rawdream_env.trainers.grpo.rollout import GroupCollector, NoUsableGroupError, RolloutInterrupted
-from rawdream_env.trainers.grpo.rollout_metrics import StageTimer, describe, summarize
+from rawdream_env.trainers.grpo.rollout import (
+    Batch,
+    GroupCollector,
+    NoUsableGroupError,
+    RolloutInterrupted,
+    Rollouts,
+)
 from rawdream_env.wrappers.base import find_wrapper
 from rawdream_env.wrappers.dual_noise import DualNoiseVerification
 
 _STREAM_SHUFFLE = 21
+_MAY_CHANGE = (
+    "run_dir", "steps", "minutes", "save_every", "tensorboard", "progress", "num_envs",
+    "overlap_judge", "held_out_judge",  # neither changes a reward
+)  # fmt: skip
 _logger = logging.getLogger(__name__)
 
 
 class TrainingDivergedError(RawDreamError, RuntimeError):
     """The loss or its gradient is not finite, or the policy that learns is not the one that sampled."""
-
-
-@dataclass(frozen=True)
-class GRPOConfig:
-    """Options of :func:`train_grpo`. In TRL's names: ``num_generations`` = ``group_size``, ``epsilon`` =
-    ``clip_eps_low``, ``epsilon_high`` = ``clip_eps_high``, ``num_iterations`` = ``epochs``, ``beta`` = 0.
-    """
-
-    run_dir: Path
-    """Where configuration, metrics and checkpoints go. The same command on the same folder resumes."""
-    env_id: str = "rawdream/PiperDream-v0"
-    """A dream, or ``rawdream/PiperSim-v0`` to train in the simulator (then without dual-noise verification)."""
-    env_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
-    """Further keyword arguments of the environment, such as world_model, judge, starts, judge_every."""
-    task: str | int | None = None
-    """A task's name, instruction or id; by default every start draws one."""
-    layout: Literal["narrow", "wide"] = "narrow"
-    """How far the objects of the starts are scattered."""
-    policy: str = "embedded"
-    """"embedded" or a checkpoint folder: the policy to improve, after supervised fine-tuning."""
-    device: str = "cpu"
-    """Where policy and environment run."""
-    num_envs: int = 64
-    """Episodes imagined side by side. Results do not depend on it."""
-
-    steps: int = 50
-    """Policy updates in all (paper: 50, on LIBERO-Object 20). May be raised when resuming."""
-    minutes: float | None = None
-    """Stop after the first step that ends later than this, counted from the start of this process."""
-    group_size: int = 8
-    """Rollouts that share a start."""
-    groups_per_step: int = 8
-    """Groups trained on in one step, dropped ones aside (times group_size: trajectories; peers use 512-1024)."""
-    max_groups_per_step: int = 64
-    """Most groups rolled out for one step, dropped ones included; a step may then be smaller."""
-    temperature: float = 1.6
-    """Of sampling and of the log-probabilities. 1.6 suits a large pre-trained policy, 0.3 to 1 the embedded one."""
-    dual_noise_verification: bool = True
-    """Dream every success again and leave out what does not repeat. Ignored in a simulator, which has no noise."""
-    held_out_judge: str = ""
-    """A judge that watches the same videos and never rewards; the gap between the two is logged and alarmed."""
-    overlap_judge: Literal["auto", "on", "off"] = "auto"
-    """Judge ended episodes while the next are imagined; "auto": where the judge is a server. Same results."""
-    max_flagged: int = 2
-    """A group with more flagged or invalid members than this is dropped."""
-
-    lr: float = 5e-6
-    """Of AdamW, constant. 5e-6 suits a 7B policy; a small one needs 1e-4 or so."""
-    weight_decay: float = 0.0
-    """Of AdamW."""
-    clip_eps_low: float = 0.2
-    """Ratios below 1 - clip_eps_low no longer push a bad action's probability down."""
-    clip_eps_high: float = 0.28
-    """Ratios above 1 + clip_eps_high no longer push a good action's probability up."""
-    loss_type: Literal["trajectory", "token"] = "trajectory"
-    """"trajectory": mean over each trajectory, then over the group (paper); "token": every token counts alike."""
-    scale_rewards: Literal["group", "none"] = "group"
-    """Whether advantages are divided by the group's standard deviation."""
-    epochs: int = 1
-    """Passes over a step's trajectories."""
-    minibatches: int = 2
-    """Updates per pass; each takes whole trajectories."""
-    microbatch_size: int = 256
-    """Most chunks in one forward pass (memory only; gradients are accumulated)."""
-    max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
-
-    seed: int = 0
-    """Names every random draw of the run."""
-    save_every: int = 5
-    """Steps between checkpoints."""
-    tensorboard: bool = True
-    """Write curves as well."""
-    progress: bool = True
-    """Show a progress bar with the current success rate."""
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot work."""
-        lowest = {"num_envs": 1, "steps": 1, "group_size": 2, "groups_per_step": 1, "epochs": 1, "minibatches": 1}
-        lowest |= {"microbatch_size": 1, "save_every": 1, "max_flagged": 0, "max_groups_per_step": self.groups_per_step}
-        for name, minimum in lowest.items():
-            if getattr(self, name) < minimum:
-                raise InvalidOptionError(f"{name}={getattr(self, name)} must be at least {minimum}.")
-        for name in ("temperature", "lr", "max_grad_norm", "clip_eps_high"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise InvalidOptionError(f"{name}={getattr(self, name)} must be positive.")
-        if not 0 < self.clip_eps_low < 1:
-            raise InvalidOptionError(f"clip_eps_low={self.clip_eps_low} must lie between 0 and 1.")
 
 
 Stopped = Literal["steps", "minutes", "interrupted", "solved"]
@@ -163,41 +84,38 @@ class GRPOResult:
 
 
 def train_grpo(config: GRPOConfig, *, env: VectorEnv[Any, Any, Any] | None = None, policy: Any = None) -> GRPOResult:
-    """Train, or go on training, the run in ``config.run_dir``.
+    """Train, or resume, the run in ``config.run_dir``.
 
     Args:
         config: every option.
         env: use this vector environment (DISABLED autoreset) instead of making ``config.env_id``; it is left open.
         policy: use this policy (a ``torch.nn.Module`` with ``act`` and ``logprobs``) instead of ``config.policy``.
 
-    Ctrl-C ends the run in good order: the last finished step is saved. A second Ctrl-C does not wait.
+    Ctrl-C ends the run after saving the last finished step. A second Ctrl-C does not wait.
 
     Raises:
         RunDirError: the folder holds another run, or cannot be written. CheckpointError: damaged or of another policy.
         NoUsableGroupError: every group of a step was dropped; the message says why and which option to change.
         TrainingDivergedError: a non-finite update, or sampling and training disagree about the log-probabilities.
-        InvalidOptionError: options that do not fit. JudgeUnavailableError: run the same command again to go on.
+        InvalidOptionError: options that do not fit. JudgeUnavailableError: rerun the same command to
+            resume.
     """
     deadline = None if config.minutes is None else time.monotonic() + config.minutes * 60
+    if env is not None and config.held_out_judge:
+        raise InvalidOptionError("give held_out_judge to the environment you pass, DreamVectorEnv(held_out_judge=...).")
     learner = Learner.of(load_policy(config.policy if policy is None else policy, config.device), config)
     vector_env = make_env(config) if env is None else env
     if config.dual_noise_verification:
         vector_env = verified(vector_env)
-    may_change = ["run_dir", "steps", "minutes", "save_every", "tensorboard", "progress", "num_envs"]
-    may_change += ["overlap_judge", "held_out_judge"]  # neither changes a reward
-    own_judge = getattr(vector_env.unwrapped, "judge", None)
     try:
-        if config.held_out_judge:
-            watch(vector_env, config)
         with (
-            RunDir(config.run_dir, config, may_change=may_change, tensorboard=config.tensorboard) as run,
+            RunDir(config.run_dir, config, may_change=_MAY_CHANGE, tensorboard=config.tensorboard) as run,
             deferred_interrupt() as interrupted,
         ):
             step, stopped = _train(config, run, learner, vector_env, interrupted, deadline)
-            _export(learner.policy, run.path)
+            if callable(save_pretrained := getattr(learner.policy, "save_pretrained", None)):
+                save_pretrained(run.path / "policy")
     finally:
-        if config.held_out_judge:
-            vector_env.unwrapped.judge = own_judge  # type: ignore[attr-defined]
         if env is None:
             vector_env.close()
     message = _farewell(stopped, step, config)
@@ -229,20 +147,20 @@ def _train(
         scale_rewards=config.scale_rewards,
         seed=config.seed,
         should_stop=interrupted.is_set,
-        on_group=lambda counts: bar.set_postfix_str(describe(counts)),
+        on_group=lambda counts: bar.set_postfix_str(str(counts)),
         overlap={"auto": None, "on": True, "off": False}[config.overlap_judge],
     )
     try:
         while step < config.steps:
-            timer = StageTimer(env)
+            begun, replayed = time.perf_counter(), replayed_chunks(env)
             rollouts = collector.collect(step)
-            timer.lap("rollout")
+            rolled_out = time.perf_counter()
             whole = False
             metrics = update(config, learner, rollouts, step)
             step, whole = step + 1, True
-            timer.lap("update")
-            run.log(step, **summarize(rollouts), **metrics)
-            run.log_timings(step, **timer.summary(rollouts, env), **judge_gap(env))
+            run.log(step, **rollouts.metrics(), **metrics)
+            replayed = replayed_chunks(env) - replayed
+            run.log_timings(step, **timings(rollouts, env, replayed, begun, rolled_out), **judge_gap(env))
             bar.update()
             if step % config.save_every == 0:
                 learner.save(run, step)
@@ -272,20 +190,14 @@ def make_env(config: GRPOConfig) -> VectorEnv[Any, Any, Any]:
         "device": config.device,
         **config.env_kwargs,
     }
+    if config.held_out_judge:
+        kwargs["held_out_judge"] = config.held_out_judge
     try:
         return gym.make_vec(config.env_id, num_envs=num_envs, autoreset_mode="Disabled", **kwargs)
     except TypeError as error:
         if "unexpected keyword argument" not in str(error):
             raise
         raise InvalidOptionError(f"env_kwargs do not fit {config.env_id}: {error}.") from error
-
-
-def watch(env: VectorEnv[Any, Any, Any], config: GRPOConfig) -> None:
-    """Put the hold-out judge of ``config`` beside the environment's own."""
-    base: Any = env.unwrapped
-    if getattr(base, "judge", None) is None:
-        raise InvalidOptionError("held_out_judge watches a dream's judge, but this environment has none.")
-    base.judge = HoldOutJudge(base.judge, load_judge(config.held_out_judge, device=config.device))
 
 
 def judge_gap(env: VectorEnv[Any, Any, Any]) -> dict[str, float]:
@@ -295,6 +207,29 @@ def judge_gap(env: VectorEnv[Any, Any, Any]) -> dict[str, float]:
     """
     judge = getattr(env.unwrapped, "judge", None)
     return judge.gap.as_dict() if isinstance(judge, HoldOutJudge) else {}
+
+
+def replayed_chunks(env: VectorEnv[Any, Any, Any]) -> int:
+    """Chunks of second dreams so far."""
+    wrapper = find_wrapper(env, DualNoiseVerification)
+    return 0 if wrapper is None else wrapper.statistics.replayed_chunks
+
+
+def timings(
+    rollouts: Rollouts, env: VectorEnv[Any, Any, Any], replayed: int, begun: float, rolled_out: float
+) -> dict[str, float]:
+    """Seconds and rates of the step that ``begun`` and was ``rolled_out``; ``frames`` includes second dreams."""
+    now, chunk_len = time.perf_counter(), (env.single_action_space.shape or (1,))[0]
+    frames = (rollouts.counts.chunks + replayed) * chunk_len
+    kept = sum(len(member) for group in rollouts.groups for member in group.members) * chunk_len
+    return {
+        "rollout_s": rolled_out - begun,
+        "update_s": now - rolled_out,
+        "step_s": now - begun,
+        "frames": frames,
+        "frames_per_s": frames / (rolled_out - begun),
+        "kept_frames_per_s": kept / (now - begun),
+    }
 
 
 def verified(env: VectorEnv[Any, Any, Any]) -> VectorEnv[Any, Any, Any]:
@@ -437,20 +372,11 @@ def _check_on_policy(error: float, parameters: Mapping[str, Tensor], step: int) 
         )
 
 
-# -- bookkeeping -----------------------------------------------------------------------------------------------------
-
-
-def _export(policy: Any, folder: Path) -> None:
-    """The trained policy as an ordinary checkpoint folder, for policies that can be saved as one."""
-    if callable(getattr(policy, "save_pretrained", None)):
-        policy.save_pretrained(folder / "policy")
-
-
 def _farewell(stopped: Stopped, step: int, config: GRPOConfig) -> str:
     where = f"{step} of {config.steps} steps are done and saved in {config.run_dir}"
     return {
         "steps": f"All {where}.",
-        "minutes": f"The {config.minutes} minutes are up: {where}; the same command with more minutes goes on.",
-        "interrupted": f"Stopped on request: {where}; the same command goes on.",
+        "minutes": f"The {config.minutes} minutes are up: {where}; rerun the same command with more minutes to resume.",
+        "interrupted": f"Stopped on request: {where}; rerun the same command to resume.",
         "solved": f"Every rollout succeeds, so there is nothing left to learn here: {where}.",
     }[stopped]

@@ -1,4 +1,4 @@
-"""The numbers GRPO is made of, as pure functions (RAW-Dream section 3.3, Eq. 2 and 3, appendix A.2).
+"""The numbers GRPO is made of, as pure functions (RAW-Dream section 3.2, Eq. 2 and 3, appendix A.2).
 
 Shape letters: G members of a group, N rows (trajectories, or chunks of them), S tokens in a row. Names that TRL has
 keep their TRL meaning: ``clip_eps_low`` is TRL's ``epsilon``, ``clip_eps_high`` its ``epsilon_high``, ``group_size``
@@ -28,10 +28,12 @@ STD_EPS = 1e-6
 
 @dataclass(frozen=True)
 class GroupAdvantages:
-    """``advantages`` (G,), 0 for members not ``trustworthy`` (G,) bool; ``dropped``: why the group gives nothing."""
+    """``advantages`` (G,), 0 for members that are not ``valid`` (G,) bool, flagged ones among them; ``dropped``: why the
+    group gives nothing.
+    """
 
     advantages: Tensor
-    trustworthy: Tensor
+    valid: Tensor
     dropped: DropReason = ""
 
 
@@ -43,23 +45,23 @@ def group_advantages(
     max_flagged: int = 2,
     scale_rewards: ScaleRewards = "group",
 ) -> GroupAdvantages:
-    """Advantages of one group over its trustworthy members R (Eq. 3): (R_i - mean_R) / (std_R + 1e-6), unbiased std.
+    """Advantages of one group over its valid, unflagged members R (Eq. 3): (R_i - mean_R) / (std_R + 1e-6), unbiased std.
 
     Args:
-        rewards: floating (G,), finite where trustworthy.
+        rewards: floating (G,), finite for members of R.
         valid: bool (G,), False for members whose verdict is INVALID; None: all are valid.
         flagged: bool (G,), True where dual-noise verification disagreed; None: none is.
-        max_flagged: with more untrustworthy members than this the group is dropped. An INVALID member counts like a
+        max_flagged: a group with more members outside R than this is dropped. An INVALID member counts like a
             flagged one: both leave the statistics on fewer members.
         scale_rewards: "group" divides by the standard deviation, "none" only subtracts the mean.
 
     A flagged or invalid member's reward is replaced by the mean of the others (appendix A.2), so its advantage is
-    exactly 0. Groups with fewer than two trustworthy members, or with equal trustworthy rewards, are dropped: all
-    advantages 0. ``InvalidOptionError`` for shapes that do not fit.
+    exactly 0. Groups with fewer than two members in R, or with equal rewards in R, are dropped: all advantages 0.
+    ``InvalidOptionError`` for shapes that do not fit.
     """
     if rewards.ndim != 1 or not rewards.is_floating_point():
         raise InvalidOptionError(f"rewards must be floating (G,), got {rewards.dtype} {tuple(rewards.shape)}.")
-    trustworthy = torch.ones_like(rewards, dtype=torch.bool)
+    counted = torch.ones_like(rewards, dtype=torch.bool)
     for name, mask, wanted in (("valid", valid, True), ("flagged", flagged, False)):
         if mask is None:
             continue
@@ -67,26 +69,26 @@ def group_advantages(
             raise InvalidOptionError(
                 f"{name} must be bool {tuple(rewards.shape)}, got {mask.dtype} {tuple(mask.shape)}."
             )
-        trustworthy = trustworthy & (mask == wanted)
+        counted = counted & (mask == wanted)
     nothing = torch.zeros_like(rewards)
-    chosen = rewards[trustworthy]
+    chosen = rewards[counted]
     if len(rewards) - len(chosen) > max_flagged or len(chosen) < 2:
-        return GroupAdvantages(nothing, trustworthy, "untrustworthy")
+        return GroupAdvantages(nothing, counted, "untrustworthy")
     if bool((chosen == chosen[0]).all()):
         value = float(chosen[0])
         return GroupAdvantages(
-            nothing, trustworthy, "all_success" if value == 1 else "all_failure" if value == 0 else "all_equal"
+            nothing, counted, "all_success" if value == 1 else "all_failure" if value == 0 else "all_equal"
         )
     centred = rewards - chosen.mean()
     scale = chosen.std(correction=1) + STD_EPS if scale_rewards == "group" else torch.ones_like(chosen[0])
-    return GroupAdvantages(torch.where(trustworthy, centred / scale, nothing), trustworthy)
+    return GroupAdvantages(torch.where(counted, centred / scale, nothing), counted)
 
 
 def token_weights(mask: Tensor, loss_type: LossType = "trajectory", row_weights: Tensor | None = None) -> Tensor:
     """How much each of (N, S) tokens counts; sums to 1, so that a batch may be cut into pieces and the losses added.
 
     "trajectory" (paper, Eq. 2): mean over a row's tokens, then over rows in proportion to ``row_weights`` (N,) (default
-    equal; 1/G_R per row gives Eq. 2 for groups of different trustworthy sizes). "token": every token counts alike,
+    equal; 1/G_R per row gives Eq. 2 for groups with different numbers G_R of members in R). "token": every token counts alike,
     times its row's weight. Rows whose ``mask`` (N, S) is False throughout count for nothing.
     """
     if loss_type not in ("trajectory", "token"):

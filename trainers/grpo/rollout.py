@@ -1,49 +1,57 @@
-"""Groups of rollouts from a vector environment, with finished rows refilled at once.
+"""Groups of rollouts from a vector environment, for one policy update after another.
 
 All members of a group begin from one start and differ in their sampling and in the environment's noise. Rows of the
 environment carry members, not groups: a row whose episode is over takes the next member waiting, whichever group that
-belongs to (continuous batching), and rows that are over cost nothing. The environment runs in DISABLED autoreset mode,
-so no chunk is spent on a dead action. Dream, simulator and null environments are all driven by this one loop.
+belongs to (``envs/episodes.py``), so rows that are over cost nothing. Dream, simulator and null environments are all
+driven by this one loop.
 
 Which groups are trained on never depends on ``num_envs`` or on which finish first: groups are numbered, a new one is
 opened only to replace one that was dropped, and so those kept are the first that are any good. Taking the first to
 *finish* would favour quick successes.
 
-A judge that answers nothing for a while stops the collection (``JudgeUnavailableError``): its step is not counted, and
-is collected again when the run is taken up.
+With a remote judge, finished episodes wait for their verdicts while their rows go on with the next members
+(``envs/judging.py``); the groups kept, and their contents, are the same. A judge that gives no verdict for a while stops the
+collection (``JudgeUnavailableError``): its step is not counted, and is collected again when the run is resumed.
 
-With a judge that is waited for (a server), episodes that ended wait for their verdicts while their rows go on with the
-next members (``overlap.py``); the groups kept, and their contents, are the same.
-
-Shape letters: T chunks in an episode, K actions in a chunk, A action dimensions, L = K*A tokens, H W image.
+Shape letters: G members of a group, N trajectories, M chunks of all of them, m chunks of a minibatch, T chunks in an
+episode, L tokens of a chunk, H W image.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import VectorEnv
 from torch import Tensor
 
+from rawdream_env.envs.episodes import EpisodeRequest, EpisodeRunner, Rollout
+from rawdream_env.envs.judging import AsyncJudging
 from rawdream_env.errors import InvalidOptionError, JudgeUnavailableError, RawDreamError
 from rawdream_env.judges.overlap import is_remote
 from rawdream_env.seeding import NoiseKey, mix
-from rawdream_env.trainers.grpo.groups import Group, Rollout, RolloutCounts, Rollouts, why_none
-from rawdream_env.trainers.grpo.losses import DropReason, group_advantages
-from rawdream_env.trainers.grpo.overlap import AsyncJudging, EpisodeResult, can_overlap
-from rawdream_env.types import Outcome, Policy, Start, UInt8Array
+from rawdream_env.statistics import wilson_interval
+from rawdream_env.trainers.grpo.losses import (
+    DROP_REASONS,
+    DropReason,
+    GroupAdvantages,
+    LossType,
+    group_advantages,
+    token_weights,
+)
+from rawdream_env.types import Outcome, Policy, Start
+from rawdream_env.wrappers.base import chain
+from rawdream_env.wrappers.dual_noise import DualNoiseVerification
 
 _STREAM_MEMBER, _STREAM_SAMPLING = 11, 12
-_LOOK_UP_S = 0.5
-"""While nothing is left to do but to wait for verdicts: how often to ask whether to stop."""
+_POLL_S = 0.5
+"""How often to ask whether to stop, while there is nothing to do but wait for verdicts."""
 _OUTAGE = 16
-"""So many episodes in a row that could not be judged (or two groups, if that is more) are an outage. Of a judge that
-fails to answer one time in four, one run in 4 billion episodes is as long.
+"""This many episodes in a row without a verdict (or two groups, if that is more) are an outage. Of a judge that fails to
+answer one time in four, one run in 4 billion episodes is as long.
 """
 
 
@@ -59,28 +67,124 @@ class RolloutInterrupted(RawDreamError, RuntimeError):
     """Collection was stopped from outside, between two steps of the environment."""
 
 
-@dataclass
-class _Member:
-    """A rollout waiting or running."""
+@dataclass(frozen=True)
+class Group:
+    """G rollouts of one ``start``, with their advantages; ``index`` counts the groups of the step."""
 
-    group: _OpenGroup
     index: int
-    seed: int
-    images: list[UInt8Array] = field(default_factory=list)
-    tokens: list[Tensor] = field(default_factory=list)
-    logprobs: list[Tensor] = field(default_factory=list)
-    reward: float = 0.0
+    start: Start
+    members: tuple[Rollout, ...]
+    result: GroupAdvantages
 
-    def key(self) -> NoiseKey:
-        """Names the sampling of the next chunk; apart from the environment's own noise."""
-        return NoiseKey(mix(self.seed, _STREAM_SAMPLING), chunk=len(self.tokens))
+    @property
+    def counted(self) -> list[tuple[Rollout, float]]:
+        """The members that are trained on, with their advantages: valid and not flagged (R of Eq. 2)."""
+        rows = zip(self.members, self.result.advantages.tolist(), self.result.valid.tolist(), strict=True)
+        return [(member, advantage) for member, advantage, valid in rows if valid]
 
 
 @dataclass
-class _OpenGroup:
-    index: int
-    start: Start | None = None
-    finished: dict[int, Rollout] = field(default_factory=dict)
+class RolloutCounts:
+    """Counts over *all* rollouts of a step, also those of dropped groups."""
+
+    rollouts: int = 0
+    successes: int = 0
+    flagged: int = 0
+    invalid: int = 0
+    chunks: int = 0
+    groups: int = 0
+    dropped: Counter[DropReason] = field(default_factory=Counter)
+    task_rollouts: Counter[int] = field(default_factory=Counter)
+    task_successes: Counter[int] = field(default_factory=Counter)
+
+    def add(self, group: Group) -> None:
+        """Count a finished group."""
+        self.groups += 1
+        if group.result.dropped:
+            self.dropped[group.result.dropped] += 1
+        for member in group.members:
+            success = member.verdict == Outcome.SUCCESS
+            self.rollouts += 1
+            self.successes += success
+            self.flagged += member.flagged
+            self.invalid += not member.valid and not member.flagged
+            self.chunks += len(member)
+            self.task_rollouts[group.start.task_id] += 1
+            self.task_successes[group.start.task_id] += success
+
+    def __str__(self) -> str:
+        rate = 100 * self.successes / self.rollouts
+        return f"success {rate:.0f} % (n={self.rollouts}), {self.groups - self.dropped.total()} of {self.groups} groups kept"
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """The ``groups`` to train on, in order of their index, and the counts over everything that was rolled out."""
+
+    groups: tuple[Group, ...]
+    counts: RolloutCounts
+
+    def metrics(self) -> dict[str, float]:
+        """For the log. Rates are over all rollouts of the step, those of dropped groups included."""
+        counts = self.counts
+        low, high = wilson_interval(counts.successes, counts.rollouts)
+        rewards = [member.reward for group in self.groups for member, _ in group.counted]
+        tasks = sorted(counts.task_rollouts.items())
+        return {
+            "n": counts.rollouts,
+            "success_rate": counts.successes / counts.rollouts,
+            "success_low": low,
+            "success_high": high,
+            "flagged_rate": counts.flagged / counts.successes if counts.successes else 0.0,
+            "invalid_rate": counts.invalid / counts.rollouts,
+            "reward": sum(rewards) / len(rewards),
+            "chunks_per_rollout": counts.chunks / counts.rollouts,
+            "groups": counts.groups,
+            "groups_kept": len(self.groups),
+            **{f"dropped_{reason}": counts.dropped[reason] for reason in DROP_REASONS},
+            **{f"success_rate/task_{task}": counts.task_successes[task] / n for task, n in tasks},
+        }
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A step's training data: N trajectories cut into M chunks of L tokens; ``trajectory`` (M,) says whose."""
+
+    images: Tensor  # uint8 (M, H, W, 3)
+    instructions: list[str]
+    tokens: Tensor  # int64 (M, L)
+    old_logprobs: Tensor  # fp32 (M, L)
+    trajectory: Tensor  # int64 (M,)
+    advantages: Tensor  # fp32 (N,)
+    row_weights: Tensor  # fp32 (N,), 1/G_R of the trajectory's group
+
+    @classmethod
+    def of(cls, rollouts: Rollouts) -> Batch:
+        """The counted members of the kept groups; the others have advantage 0 and weight 0 (Eq. 2) and are left out."""
+        chosen = [
+            (member, advantage, 1.0 / len(group.counted))
+            for group in rollouts.groups
+            for member, advantage in group.counted
+        ]
+        members = [member for member, _, _ in chosen]
+        return cls(
+            images=torch.cat([torch.from_numpy(member.images) for member in members]),
+            instructions=[member.start.instruction for member in members for _ in range(len(member))],
+            tokens=torch.cat([member.tokens for member in members]),
+            old_logprobs=torch.cat([member.logprobs for member in members]),
+            trajectory=torch.repeat_interleave(torch.arange(len(members)), torch.tensor([len(m) for m in members])),
+            advantages=torch.tensor([advantage for _, advantage, _ in chosen]),
+            row_weights=torch.tensor([weight for _, _, weight in chosen]),
+        )
+
+    def weights(self, trajectories: Tensor, loss_type: LossType) -> tuple[Tensor, Tensor]:
+        """Chunks (m,) of the given trajectories and the weight (m,) of each of their tokens; all tokens sum to 1."""
+        chunks = torch.isin(self.trajectory, trajectories).nonzero().squeeze(1)
+        owner = self.trajectory[chunks]
+        counts = torch.bincount(owner, minlength=len(self.advantages))
+        mask = torch.arange(int(counts.max())) < counts[:, None]  # every chunk has L tokens: weigh chunks, share out
+        per_chunk = token_weights(mask, loss_type, self.row_weights).amax(1)
+        return chunks, per_chunk[owner] / self.tokens.shape[1]
 
 
 class GroupCollector:
@@ -91,12 +195,13 @@ class GroupCollector:
         policy: samples the actions; its parameters may change between calls of ``collect``.
         group_size: members of a group (TRL: ``num_generations``), at least 2.
         num_groups: groups wanted per step.
-        max_groups: most groups to open for a step; the rest is made up of replacements for dropped ones.
+        max_groups: maximum number of groups to open for a step; the rest is made up of replacements for dropped ones.
         temperature: of sampling. max_flagged, scale_rewards: see ``losses.group_advantages``.
         seed: with the step, group and member it names every start and every draw: nothing else is random.
         should_stop: asked before every environment step; True raises ``RolloutInterrupted``.
         on_group: called with the counts so far after each finished group.
-        overlap: judge ended episodes while the next are imagined; None: where the judge is ``remote`` and it can be done.
+        overlap: judge finished episodes while the next are imagined; None: where the judge is ``remote`` and it can be
+            done.
 
     Raises:
         InvalidOptionError: sizes that do not fit, another autoreset mode, or ``overlap`` where it cannot be done.
@@ -118,23 +223,16 @@ class GroupCollector:
         on_group: Callable[[RolloutCounts], None] = lambda counts: None,
         overlap: bool | None = None,
     ) -> None:
-        mode = getattr(env, "autoreset_mode", None) or env.metadata.get("autoreset_mode")
-        if mode != AutoresetMode.DISABLED:
-            raise InvalidOptionError(f"groups need autoreset_mode='Disabled', but the environment has {mode}.")
         if group_size < 2 or num_groups < 1 or max_groups < num_groups:
             raise InvalidOptionError(
                 f"group_size={group_size} must be at least 2, num_groups={num_groups} at least 1 and "
                 f"max_groups={max_groups} at least num_groups."
             )
-        self.env, self.policy = env, policy
-        self.group_size, self.num_groups, self.max_groups = (group_size, num_groups, max_groups)
-        self.temperature, self.max_flagged, self.scale_rewards = (temperature, max_flagged, scale_rewards)
-        self.seed = seed
+        self.env, self.seed = env, seed
+        self.group_size, self.num_groups, self.max_groups = group_size, num_groups, max_groups
+        self.max_flagged, self.scale_rewards = max_flagged, scale_rewards
         self._should_stop, self._on_group = should_stop, on_group
-        self._rows: list[_Member | None] = [None] * env.num_envs
-        self._images: UInt8Array | None = None
-        self._started = False
-        self._unreadable = 0
+        self._unjudged = 0
         possible = can_overlap(env)
         if overlap and not possible:
             raise InvalidOptionError(
@@ -142,13 +240,16 @@ class GroupCollector:
                 "and around it at most DualNoiseVerification."
             )
         wanted = is_remote(getattr(env.unwrapped, "judge", None)) if overlap is None else overlap
-        self._late: AsyncJudging[_Member] | None = AsyncJudging(env) if wanted and possible else None
+        self._judging: AsyncJudging | None = None
+        if wanted and possible:
+            wrapper = env if isinstance(env, DualNoiseVerification) else None
+            self._judging = AsyncJudging(env, wrapper.verifier if wrapper else None)
+        self._runner = EpisodeRunner(env, policy, temperature=temperature, judged=self._judging is None)
 
     def close(self) -> None:
-        """End the threads that wait for verdicts; the environment judges for itself again."""
-        if self._late is not None:
-            self._late.close()
-            self._late = None
+        """End the threads that wait for verdicts."""
+        if self._judging is not None:
+            self._judging.close()
 
     def collect(self, step: int) -> Rollouts:
         """Roll out until ``num_groups`` groups are kept or ``max_groups`` were opened; at least one is returned.
@@ -156,25 +257,33 @@ class GroupCollector:
         Raises ``NoUsableGroupError`` when every group was dropped, ``RolloutInterrupted`` when asked to stop,
         ``JudgeUnavailableError`` when many episodes in a row could not be judged.
         """
-        self._rows = [None] * self.env.num_envs
-        self._unreadable = 0
-        if self._late is not None:
-            self._late.forget()  # of a step that was interrupted
-        waiting: deque[_Member] = deque()
+        self._runner.clear()  # of a step that was interrupted
+        if self._judging is not None:
+            self._judging.forget()
+        self._unjudged = 0
+        waiting: deque[EpisodeRequest] = deque()
+        running: dict[int, dict[int, Rollout]] = {}  # group -> member -> its rollout
+        starts: dict[int, Start] = {}
         kept: list[Group] = []
         counts = RolloutCounts()
-        opened = running = 0
+        opened = 0
         while True:
-            while len(kept) + running < self.num_groups and opened < self.max_groups:
+            while len(kept) + len(running) < self.num_groups and opened < self.max_groups:
                 waiting.extend(self._open(step, opened))
-                opened, running = opened + 1, running + 1
-            self._fill(waiting)
-            if not any(self._rows) and not self._late:
+                running[opened] = {}
+                opened += 1
+            self._begin(waiting, starts)
+            if not running:
                 break
             if self._should_stop():
                 raise RolloutInterrupted(f"stopped while collecting step {step}, with {len(kept)} groups kept.")
-            for group in self._completed():
-                running -= 1
+            for rollout in self._advance():
+                self._look_for_outage(rollout)
+                index, member = rollout.request.tag
+                running[index][member] = rollout
+                if len(running[index]) < self.group_size:
+                    continue
+                group = self._close(index, starts[index], running.pop(index))
                 counts.add(group)
                 if not group.result.dropped:
                     kept.append(group)
@@ -183,113 +292,42 @@ class GroupCollector:
             raise NoUsableGroupError(why_none(counts, self.max_flagged), counts.dropped)
         return Rollouts(tuple(sorted(kept, key=lambda group: group.index)), counts)
 
-    def _open(self, step: int, index: int) -> list[_Member]:
-        group = _OpenGroup(index)
+    def _open(self, step: int, index: int) -> list[EpisodeRequest]:
+        """The members of a new group."""
+        seeds = [mix(self.seed, step, index, member, _STREAM_MEMBER) for member in range(self.group_size)]
         return [
-            _Member(group, member, mix(self.seed, step, index, member, _STREAM_MEMBER))
-            for member in range(self.group_size)
+            EpisodeRequest(None, seed, NoiseKey(mix(seed, _STREAM_SAMPLING)), tag=(index, member))
+            for member, seed in enumerate(seeds)
         ]
 
-    def _fill(self, waiting: deque[_Member]) -> None:
+    def _begin(self, waiting: deque[EpisodeRequest], starts: dict[int, Start]) -> None:
         """Give free rows to waiting members. A group's first member draws the start that the others share."""
-        free = [row for row, member in enumerate(self._rows) if member is None]
-        taken = {row: waiting.popleft() for row in free[: len(waiting)]}
-        if not taken:
-            return
-        if not self._started:  # an environment's first reset must be of all its rows
-            self.env.reset(seed=0)
-            self._started = True
-        self._reset({row: member for row, member in taken.items() if member.group.start is None and member.index == 0})
-        self._reset({row: member for row, member in taken.items() if member.index > 0})
-        self._rows = [taken.get(row, member) for row, member in enumerate(self._rows)]
+        taken = [waiting.popleft() for _ in range(min(self._runner.free, len(waiting)))]
+        first = [request for request in taken if request.tag[1] == 0]
+        for request, start in zip(first, self._runner.begin(first), strict=True):
+            starts[request.tag[0]] = start
+        self._runner.begin([replace(r, start=starts[r.tag[0]]) for r in taken if r.tag[1] > 0])
 
-    def _reset(self, members: dict[int, _Member]) -> None:
-        if not members:
-            return
-        num_envs = self.env.num_envs
-        mask = np.zeros(num_envs, dtype=np.bool_)
-        mask[list(members)] = True
-        seeds: list[int | None] = [members[row].seed if row in members else None for row in range(num_envs)]
-        starts = [members[row].group.start if row in members else None for row in range(num_envs)]
-        env: Any = self.env  # Gymnasium's signature knows no seed per row
-        observation, _ = env.reset(seed=seeds, options={"reset_mask": mask, "starts": starts})
-        self._images = _as_uint8(observation["image"])
-        base: Any = self.env.unwrapped
-        for row, member in members.items():
-            if member.group.start is None:
-                member.group.start = base.start_of(row)
+    def _advance(self) -> list[Rollout]:
+        """One chunk on every running row, if there is one; the rollouts whose result is known by this."""
+        finished = self._runner.step()
+        if self._judging is None:
+            return finished
+        self._judging.submit([rollout for rollout in finished if rollout.valid])
+        broken = [rollout for rollout in finished if not rollout.valid]
+        return broken + self._judging.results(wait_s=0.0 if len(self._runner) else _POLL_S)
 
-    def _completed(self) -> list[Group]:
-        """One chunk on every running row, if there is one, and the verdicts that came; the groups this completes."""
-        running = any(self._rows)
-        endings = self._advance() if running else []
-        if self._late is not None:
-            endings += self._late.endings(wait_s=0.0 if running else _LOOK_UP_S)
-        completed = []
-        for member, ending in endings:
-            self._look_for_outage(ending)
-            member.group.finished[member.index] = _finish(member, ending)
-            if len(member.group.finished) == self.group_size:
-                completed.append(self._close(member.group))
-        return completed
-
-    def _look_for_outage(self, ending: EpisodeResult) -> None:
+    def _look_for_outage(self, rollout: Rollout) -> None:
         """Stop rather than wait for hours, imagine in vain, and drop group after group."""
-        self._unreadable = self._unreadable + 1 if ending.unreadable else 0
-        if self._unreadable >= max(_OUTAGE, 2 * self.group_size) and getattr(self.env.unwrapped, "judge", None):
+        self._unjudged = 0 if rollout.valid or rollout.flagged else self._unjudged + 1
+        if self._unjudged >= max(_OUTAGE, 2 * self.group_size) and getattr(self.env.unwrapped, "judge", None):
             raise JudgeUnavailableError(
-                f"None of the last {self._unreadable} episodes could be judged ({ending.reason or 'no reason given'}). "
-                "They are not counted; when the judge works again, the same command goes on from the last update."
+                f"None of the last {self._unjudged} episodes could be judged ({rollout.reason or 'no reason given'}). "
+                "They are not counted; when the judge works again, rerun the same command to resume from the last update."
             )
 
-    @torch.no_grad()
-    def _advance(self) -> list[tuple[_Member, EpisodeResult]]:
-        """One chunk on every running row; returns the members whose endings are known by this."""
-        running = {row: member for row, member in enumerate(self._rows) if member is not None}
-        rows = list(running)
-        assert self._images is not None
-        images = self._images[rows]
-        instructions = [_start(member).instruction for member in running.values()]
-        keys = [member.key() for member in running.values()]
-        output = self.policy.act(images, instructions, temperature=self.temperature, keys=keys)
-        actions = np.zeros((self.env.num_envs, *output.actions.shape[1:]), dtype=np.float32)
-        actions[rows] = output.actions.detach().float().cpu().numpy()
-        tokens, logprobs = output.tokens.cpu(), output.logprobs.detach().float().cpu()
-        observation, rewards, terminations, truncations, infos = self.env.step(actions)
-        self._images = _as_uint8(observation["image"])
-        known: list[tuple[_Member, EpisodeResult]] = []
-        late: dict[int, _Member] = {}
-        for i, (row, member) in enumerate(running.items()):
-            member.images.append(images[i])
-            member.tokens.append(tokens[i])
-            member.logprobs.append(logprobs[i])
-            member.reward += float(rewards[row])
-            if terminations[row] or truncations[row]:
-                self._rows[row] = None
-                if self._late is not None and infos["valid"][row]:
-                    late[row] = member
-                else:
-                    known.append((member, self._ending(member, infos, row)))
-        if self._late is not None and late:
-            self._late.submit(late)
-        return known
-
-    def _ending(self, member: _Member, infos: dict[str, Any], row: int) -> EpisodeResult:
-        verdict = Outcome(int(infos["verdict"][row]))
-        flagged = bool(infos["flagged"][row]) if "flagged" in infos and infos["_flagged"][row] else False
-        # Without a verdict at its end an episode's reward of 0 means "not known", which must not become a failure.
-        valid = bool(infos["valid"][row]) and verdict != Outcome.INVALID
-        recorded = getattr(self.env.unwrapped, "trajectories", None)
-        reason = ""
-        if verdict == Outcome.INVALID and callable(recorded):
-            (trajectory,) = recorded([row])
-            told = trajectory.extra.get("verdict") if trajectory else None
-            reason = told.reason if told else ""
-        return EpisodeResult(member.reward, verdict, valid, flagged, reason)
-
-    def _close(self, group: _OpenGroup) -> Group:
-        members = tuple(group.finished[index] for index in range(self.group_size))
-        assert group.start is not None
+    def _close(self, index: int, start: Start, rollouts: dict[int, Rollout]) -> Group:
+        members = tuple(rollouts[member] for member in range(self.group_size))
         result = group_advantages(
             torch.tensor([member.reward for member in members], dtype=torch.float64),
             torch.tensor([member.valid for member in members]),
@@ -297,26 +335,34 @@ class GroupCollector:
             max_flagged=self.max_flagged,
             scale_rewards=self.scale_rewards,
         )
-        return Group(group.index, group.start, members, result)
+        return Group(index, start, members, result)
 
 
-def _start(member: _Member) -> Start:
-    assert member.group.start is not None
-    return member.group.start
-
-
-def _finish(member: _Member, ending: EpisodeResult) -> Rollout:
-    return Rollout(
-        images=np.stack(member.images),
-        tokens=torch.stack(member.tokens),
-        logprobs=torch.stack(member.logprobs),
-        reward=ending.reward,
-        verdict=ending.verdict,
-        valid=ending.valid,
-        flagged=ending.flagged,
-        seed=member.seed,
+def can_overlap(env: VectorEnv[Any, Any, Any]) -> bool:
+    """Whether the verdicts of ``env`` may come later: a dream judged at the horizon, without a reflector, and with nothing
+    around it that looks at verdicts but dual-noise verification.
+    """
+    *wrappers, base = chain(env)
+    return (
+        getattr(base, "judge", None) is not None
+        and callable(getattr(base, "videos", None))
+        and getattr(base, "reflector", None) is None
+        and getattr(base, "judge_every", "") == "episode"
+        and all(isinstance(wrapper, DualNoiseVerification) for wrapper in wrappers)
     )
 
 
-def _as_uint8(images: Any) -> UInt8Array:
-    return images.cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
+def why_none(counts: RolloutCounts, max_flagged: int) -> str:
+    """One sentence on why every group of a step was dropped, and what to change."""
+    reasons = ", ".join(f"{count} {name}" for name, count in sorted(counts.dropped.items()))
+    rate = f"{counts.successes} of {counts.rollouts} rollouts succeeded"
+    most = counts.dropped.most_common(1)[0][0]
+    advice = {
+        "all_success": "the policy solves these starts: stop here, choose harder ones (layout, task), raise temperature",
+        "all_failure": "the policy never succeeds: give it more demonstrations first, choose easier starts (layout, "
+        "task), change temperature, or raise group_size or max_groups_per_step",
+        "untrustworthy": f"more than max_flagged={max_flagged} members of a group were flagged or invalid: look at the "
+        "judge, train the world model longer, or raise max_flagged",
+        "all_equal": "all rewards of a group are the same: raise temperature or group_size",
+    }
+    return f"None of {counts.groups} groups can be trained on ({reasons}; {rate}); {advice.get(most, '')}."

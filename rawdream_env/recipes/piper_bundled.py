@@ -41,10 +41,13 @@ from rawdream_env.recipes.presets import PRESETS, Scale
 from rawdream_env.starts.pack import make_start_pack
 from rawdream_env.trainers.collect import CollectConfig, collect
 from rawdream_env.trainers.common.stages import Stage, run_stages
+from rawdream_env.trainers.judge.config import JudgeTrainConfig
 from rawdream_env.trainers.judge.dream_clips import DreamClipsConfig, make_dream_clips
-from rawdream_env.trainers.judge.train import JudgeTrainConfig, train_judge
-from rawdream_env.trainers.policy.sft import SFTConfig, train_sft
-from rawdream_env.trainers.world_model.train import WorldModelTrainConfig, train_world_model
+from rawdream_env.trainers.judge.train import train_judge
+from rawdream_env.trainers.policy.config import SFTConfig
+from rawdream_env.trainers.policy.sft import train_sft
+from rawdream_env.trainers.world_model.config import WorldModelTrainConfig
+from rawdream_env.trainers.world_model.train import train_world_model
 from rawdream_env.world_models.loading import read_world_model, save_world_model
 
 

@@ -352,7 +352,7 @@ def test_it_trains_on_with_wans_vae(tmp_path: Path) -> None:
     folder = train_world_model(window_config(tmp_path, init=str(tmp_path / "wan"), model=arch))
     assert (folder / "vae" / "config.json").is_file() and not (folder / "autoencoder").exists()
     assert (read_world_model(folder).config.arm_map, read_world_model(folder).fps) == (None, 20.0)
-    with pytest.raises(InvalidOptionError, match='needs the embedded codec; give objective="window"'):
+    with pytest.raises(InvalidOptionError, match='needs the bundled codec; give objective="window"'):
         train_world_model(config(str(tmp_path / "data"), tmp_path / "x", init=str(tmp_path / "wan"), model=arch))
 
 

@@ -123,7 +123,7 @@ def cache_latents(
 
     Raises:
         DatasetError: the frames are not of the codec's size, the folder is a cache of something else or in use, a shard is
-            damaged, or values are not finite. The message says which and what to do.
+            damaged, or values are not finite.
     """
     folder = Path(folder)
     if config.chunk_len < 1 or config.chunk_len % FRAMES_PER_LATENT:
@@ -195,7 +195,9 @@ def _wait(folder: Path, identity: dict[str, Any], patience_s: float) -> None:
             if index["complete"]:
                 return
         if time.monotonic() > end:
-            raise DatasetError(f"{folder} was not finished by rank 0 within {patience_s:.0f} s. See what rank 0 says.")
+            raise DatasetError(
+                f"{folder} was not finished by rank 0 within {patience_s:.0f} s; see the output of rank 0."
+            )
         time.sleep(min(5.0, patience_s / 10))
 
 

@@ -49,7 +49,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def verify_shard(folder: Path, shard: dict[str, Any]) -> Path:
-    """The path of a shard that is what the index says; a ``DatasetError`` naming a missing or damaged one."""
+    """The path of a shard that matches the index; ``DatasetError`` for a missing or damaged one."""
     path = folder / str(shard["file"])
     size = path.stat().st_size if path.is_file() else None
     if size != shard["bytes"] or sha256_file(path) != shard["sha256"]:

@@ -1,4 +1,4 @@
-"""Whole episodes in latent space, held in memory: the data of the objective "episode" (the embedded size).
+"""Whole episodes in latent space, held in memory: the data of the objective "episode" (the bundled size).
 
 Shape letters: E episodes, N actions of an episode, M latents after the anchor, G latents of a chunk, C h w latent, H W
 frame, O objects.

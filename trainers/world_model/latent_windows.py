@@ -40,7 +40,7 @@ from rawdream_env.world_models.wan.config import WanConfig
 from rawdream_env.world_models.wan.rollout import RolloutConfig
 from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer
 
-_NEVER = 1e6  # half the width of the bounds of an action that says nothing: whatever it is, it becomes about 0
+_NEVER = 1e6  # half the width of the bounds of an action dimension without information: any value becomes about 0
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class DataEntry:
 
     @classmethod
     def parse(cls, text: str) -> DataEntry:
-        """Raises ``InvalidOptionError`` for settings there are not."""
+        """Raises ``InvalidOptionError`` for unknown settings."""
         path, *settings = text.split(",")
         values: dict[str, str] = {}
         for setting in settings:
@@ -81,7 +81,7 @@ class DataEntry:
 
 
 class _HalfCodec:
-    """The embedded codec in bfloat16 autocast, as it is trained: several times as fast on a CPU."""
+    """The bundled codec in bfloat16 autocast, as it is trained: several times as fast on a CPU."""
 
     def __init__(self, codec: FrameCodec, device: str) -> None:
         self.codec, self.device = codec, device.split(":")[0]
@@ -126,7 +126,7 @@ def cached_mixture(
 
 
 def deployed_entry(mixture: Mixture, name: str) -> int:
-    """The place of the entry called ``name`` (the first when empty); ``InvalidOptionError`` names those there are."""
+    """The place of the entry called ``name`` (the first when empty); ``InvalidOptionError`` lists the existing ones."""
     labels = [entry.label for entry in mixture.entries]
     if name and name not in labels:
         raise InvalidOptionError(f"deploy={name!r} is none of the data entries; name one of {', '.join(labels)}.")

@@ -4,13 +4,13 @@ Rectified flow (paper Eq. 1): z_tau = tau * eps + (1 - tau) * z0, velocity v = e
 
 - ``window_loss`` (the paper's): 33 frames, an anchor and M latents. The anchor and the first n latents are context, each at
   a small noise level of its own; the others are generated, all of a row at one tau, and they alone have a loss.
-- ``episode_loss`` (the embedded size): every chunk of a whole episode is a target in one pass (``teacher_forcing.py``).
+- ``episode_loss`` (the bundled size): every chunk of a whole episode is a target in one pass (``teacher_forcing.py``).
 
 A model with ``residual`` predicts the clean sample, others the velocity. Errors of residual models and of whole episodes
-are weighed towards cells that change and, where the data say so, towards handled objects; the paper's are not.
+are weighted towards cells that change and, where the data have object poses, towards handled objects; the paper's are not.
 
-A loss is a mean over rows. What is logged beside it are sums and counts, to be added up over micro-batches and processes
-before they are divided.
+A loss is a mean over rows. Other metrics are returned as sums and counts, which are added up over micro-batches and
+processes before they are divided.
 
 Shape letters: B rows, M latents after the anchor, F = 1 + M, G latents of a chunk, R recent latents a rollout looks back
 on, C h w latent.

@@ -1,11 +1,11 @@
 """Mix several latent caches into training batches.
 
-Every data set keeps its own action statistics: a unit of "right" is another distance on another robot, and one set of
-bounds over all would squeeze most of them into a corner of [-1, 1]. Which were used is saved with the checkpoint, and a
-rollout names the entry whose statistics it acts by.
+Every data set keeps its own action statistics: the same number is another distance on another robot, and one set of bounds
+over all would squeeze most of them into a corner of [-1, 1]. The statistics are saved with the checkpoint, and a rollout
+uses those of one entry.
 
-A batch is a pure function of the generator it is drawn with, whatever was drawn before: a trainer that makes the
-generator from ``mix(seed, step, rank)`` can name any batch and draw it again.
+A batch is a pure function of the generator it is drawn with: a trainer that makes the generator from ``mix(seed, step)``
+can draw any batch again.
 
 Shape letters: B batch, K actions in a chunk, G = K / 4 latents in a chunk, T chunks of an episode, M latents of a window,
 C h w latent, A action dims, P state dims.
@@ -34,7 +34,7 @@ from rawdream_env.world_models.autoencoders import FRAMES_PER_LATENT
 def normalise_actions(actions: Float32Array, low: NDArray[np.float64], high: NDArray[np.float64]) -> Float32Array:
     """Raw actions (..., A) so that [low, high] becomes [-1, 1], clipped (paper, section 3.1).
 
-    A dimension that never moves (high = low) becomes 0: there is nothing to tell apart.
+    A dimension that never moves (high = low) becomes 0.
     """
     width = high - low
     still = width < 1e-6
@@ -51,7 +51,7 @@ class MixtureEntry:
     weight: float = 1.0
     """Its share of the draws is its weight over the sum of weights, however large it is."""
     name: str = ""
-    """What it is called in the saved statistics; by default the folder's name."""
+    """Its name in the saved statistics; by default the folder's name."""
 
     @property
     def label(self) -> str:

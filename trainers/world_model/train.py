@@ -66,8 +66,8 @@ def train_world_model(config: WorldModelTrainConfig) -> Path:
     Raises:
         InvalidOptionError: options that do not fit each other, the machine or the processes there are.
         CheckpointError: ``init`` or ``codec`` is missing, damaged or of another architecture.
-        DatasetError: data that are missing, damaged or lack what the model takes.
-        NotEnoughMemoryError: the transformer and its optimiser do not fit; said before they are made.
+        DatasetError: data that are missing or damaged, or lack inputs of the model.
+        NotEnoughMemoryError: the transformer and its optimizer do not fit; raised before anything is allocated.
         RunDirError: ``run_dir`` holds a run with other settings.
     """
     with join(config.parallel, config.device) as group:
@@ -133,11 +133,9 @@ def _train_episodes(config: WorldModelTrainConfig, initial: WanWorldModel | None
 def _latent_episodes(
     config: WorldModelTrainConfig, codec: FrameCodec, raw: RawEpisodes, name: str, group: ProcessGroup
 ) -> LatentEpisodes:
-    """Encoded by process 0; the others wait and read what it has written."""
+    """The episodes in latent space: process 0 encodes and writes them, the others wait and read."""
     if not isinstance(codec, PackedFrameAutoencoder):
-        raise InvalidOptionError(
-            'objective "episode" needs the embedded codec; give objective="window" for Wan\'s VAE.'
-        )
+        raise InvalidOptionError('objective "episode" needs the bundled codec; give objective="window" for Wan\'s VAE.')
     _fits(codec, config)
     if not group.first:
         group.wait()
@@ -194,7 +192,7 @@ def train_transformer(
 
 
 def _new_transformer(config: WorldModelTrainConfig, initial: WanWorldModel | None) -> WanWorldModelTransformer:
-    """With the weights of ``initial`` or random ones; parameters that cannot have a gradient are frozen."""
+    """A transformer with the weights of ``initial`` or random ones; parameters that never get a gradient are frozen."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mix(config.seed, 2))
         model = WanWorldModelTransformer(config.model)
@@ -207,7 +205,7 @@ def _new_transformer(config: WorldModelTrainConfig, initial: WanWorldModel | Non
     return model.to(config.device)
 
 
-# -- what a run begins and ends with -----------------------------------------------------------------------------------
+# -- options, codec, saving --------------------------------------------------------------------------------------------
 
 
 def _check(config: WorldModelTrainConfig, group: ProcessGroup) -> None:
@@ -220,7 +218,7 @@ def _check(config: WorldModelTrainConfig, group: ProcessGroup) -> None:
         )
     if config.offload and config.parallel == "fsdp2":
         raise InvalidOptionError(
-            "offload is for a device that holds a whole optimiser: fsdp2 spreads it over the devices already; leave one out."
+            "offload is for a device that holds a whole optimizer: fsdp2 spreads it over the devices already; use one of them."
         )
     if config.objective == "window" and arch.context_latents % arch.chunk_latents:
         raise InvalidOptionError(

@@ -1,8 +1,8 @@
-"""How good the world model is while it trains: held-out loss, open-loop rollouts with PSNR and SSIM by horizon, a film.
+"""Validation of the world model while it trains: held-out loss, open-loop rollouts with PSNR and SSIM by horizon, a video.
 
-All of it on the averaged weights, on process 0, with noise that is the same at every validation: two numbers differ because
-the weights do. Rollouts know the first frame and the actions only (``evaluation/world_model/fidelity.py``); the film shows the
-real episode over the imagined one.
+All of it uses the averaged weights, on process 0, with the same noise at every validation: differences between two
+validations come from the weights. Rollouts get only the first frame and the actions
+(``evaluation/world_model/fidelity.py``); the video shows the real episode over the imagined one.
 """
 
 from __future__ import annotations

@@ -11,6 +11,6 @@ set -eu
 torchrun "$@" -m rawdream_env train-world-model --parallel fsdp2 --device cuda --objective window \
     --init runs/libero_zero_shot/world_model --model-name wan2.1-1.3b \
     --data data/libero_spatial_rollouts --validation data/libero_spatial_held_out \
-    --out runs/libero_in_domain --checkpointing --loss.pure-noise 0 \
+    --run-dir runs/libero_in_domain --checkpointing --loss.pure-noise 0 \
     --transformer.steps 20000 --transformer.batch-size 12 --transformer.lr 7.5e-5 --transformer.warmup 500 \
     --transformer.decay 1 --transformer.ema 0.999 --save-every 2000 --validate-every 2000

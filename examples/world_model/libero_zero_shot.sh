@@ -14,6 +14,6 @@
 set -eu
 torchrun "$@" -m rawdream_env train-world-model --parallel fsdp2 --device cuda --objective window \
     --init models/wan --model-name wan2.1-1.3b --data data/libero_90 --validation data/libero_90_held_out \
-    --out runs/libero_zero_shot --checkpointing --loss.pure-noise 0 \
+    --run-dir runs/libero_zero_shot --checkpointing --loss.pure-noise 0 \
     --transformer.steps 100000 --transformer.batch-size 12 --transformer.lr 7.5e-5 --transformer.warmup 1000 \
     --transformer.decay 1 --transformer.ema 0.9999 --save-every 2000 --validate-every 5000

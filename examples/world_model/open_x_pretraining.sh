@@ -13,10 +13,10 @@ set -eu
 common="-m rawdream_env train-world-model --parallel fsdp2 --device cuda --objective window --model-name wan2.1-1.3b
     --checkpointing --loss.pure-noise 0 --transformer.lr 7.5e-5 --transformer.decay 1 --save-every 2000"
 # shellcheck disable=SC2086  (the options in $common are words)
-torchrun "$@" $common --init models/wan --out runs/open_x \
+torchrun "$@" $common --init models/wan --run-dir runs/open_x \
     --data data/bridge,weight=2,camera=image_0 data/fractal,weight=2 data/droid,weight=1,camera=exterior_image_1_left \
     --transformer.steps 100000 --transformer.batch-size 24 --transformer.warmup 1000 --transformer.ema 0.9999
 # shellcheck disable=SC2086
-torchrun "$@" $common --init runs/open_x/world_model --out runs/piper_play \
+torchrun "$@" $common --init runs/open_x/world_model --run-dir runs/piper_play \
     --data data/piper_play --validation data/piper_play_held_out \
     --transformer.steps 20000 --transformer.batch-size 16 --transformer.warmup 500 --transformer.ema 0.999

@@ -42,10 +42,13 @@ from rawdream_env.piper.starts import make_start_pack
 from rawdream_env.recipes.card import write_card
 from rawdream_env.recipes.presets import PRESETS, Scale
 from rawdream_env.trainers.common.stages import Stage, run_stages
+from rawdream_env.trainers.judge.config import JudgeTrainConfig
 from rawdream_env.trainers.judge.dream_clips import DreamClipsConfig, make_dream_clips
-from rawdream_env.trainers.judge.train import JudgeTrainConfig, train_judge
-from rawdream_env.trainers.policy.sft import SFTConfig, train_sft
-from rawdream_env.trainers.world_model.train import WorldModelTrainConfig, train_world_model
+from rawdream_env.trainers.judge.train import train_judge
+from rawdream_env.trainers.policy.config import SFTConfig
+from rawdream_env.trainers.policy.sft import train_sft
+from rawdream_env.trainers.world_model.config import WorldModelTrainConfig
+from rawdream_env.trainers.world_model.train import train_world_model
 from rawdream_env.world_models.loading import read_world_model, save_world_model
 
 
@@ -172,7 +175,7 @@ def _play_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[Sta
 def _world_model_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[Stage]:
     train = WorldModelTrainConfig(
         data=(str(paths.play), str(paths.rollouts)),
-        out=str(paths.world_model.parent),
+        run_dir=str(paths.world_model.parent),
         seed=config.seed,
         device=config.device,
         autoencoder=scale.autoencoder,
@@ -197,7 +200,7 @@ def _judge_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[St
     )
     train = JudgeTrainConfig(
         data=(str(paths.play), str(paths.rollouts)),
-        out=str(paths.judge.parent),
+        run_dir=str(paths.judge.parent),
         imagined=(str(paths.dreams),),
         steps=scale.judge_steps,
         batch_size=scale.judge_batch,
@@ -222,7 +225,7 @@ def _judge_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[St
 def _pretrain(config: EmbeddedConfig, scale: Scale, paths: Paths) -> SFTConfig:
     return SFTConfig(
         data=(str(paths.play),),
-        out=str(paths.generalist.parent),
+        run_dir=str(paths.generalist.parent),
         stage="pretrain",
         steps=scale.pretrain_steps,
         batch_size=scale.pretrain_batch,
@@ -254,7 +257,7 @@ def _policy_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[S
     fewshot = replace(
         pretrain,
         data=(str(paths.demonstrations),),
-        out=str(paths.policy.parent),
+        run_dir=str(paths.policy.parent),
         stage="fewshot",
         init=str(paths.generalist),
         replay=(str(paths.play),),
@@ -349,7 +352,7 @@ def _forget_folders(path: Path) -> None:
 
 def _settings(config: Any) -> dict[str, Any]:
     """What a stage depends on: its configuration without folders, which are told by ``needs``, and the progress bar."""
-    left_out = ("data", "out", "robot", "world_model", "imagined", "init", "replay", "progress")
+    left_out = ("data", "out", "run_dir", "robot", "world_model", "imagined", "init", "replay", "progress")
     return {key: value for key, value in asdict(config).items() if key not in left_out}
 
 

@@ -35,8 +35,9 @@ from rawdream_env.trainers.judge.clips import (
     recorded_clips,
     split,
 )
+from rawdream_env.trainers.judge.config import JudgeTrainConfig
 from rawdream_env.trainers.judge.losses import answer_loss, look_imagined, place_loss
-from rawdream_env.trainers.judge.train import JudgeTrainConfig, learning_rate, train_judge
+from rawdream_env.trainers.judge.train import train_judge
 from rawdream_env.types import Judge
 
 MODEL = EmbeddedJudgeConfig(frame_size=32, stem=16, mid=16, deep=24, width=32, heads=2, layers=2, text_layers=1)
@@ -278,7 +279,7 @@ def test_losses_by_hand() -> None:
 def config(folder: str, out: Path, **changes: object) -> JudgeTrainConfig:
     """A run of seconds."""
     base = JudgeTrainConfig(
-        data=(folder,), out=str(out), steps=12, batch_size=8, questions=4, warmup=5, save_every=6, bf16=False,
+        data=(folder,), run_dir=str(out), steps=12, batch_size=8, questions=4, warmup=5, save_every=6, bf16=False,
         validation_share=0.2, per_goal=8, model=MODEL, lr=3e-3,
     )  # fmt: skip
     return replace(base, **changes)  # type: ignore[arg-type]
@@ -343,14 +344,6 @@ def test_imagined_clips_join_the_training_and_the_report(folder: str, tmp_path: 
     more = train_judge(config(folder, tmp_path / "more", init=str(result.folder), steps=1, lr=0.0), progress=False)
     ours, theirs = (load_safetensors(r.folder / "model.safetensors") for r in (result, more))
     assert all(torch.allclose(ours[name], theirs[name]) for name in ours)
-
-
-def test_budget_and_schedule() -> None:
-    timed = JudgeTrainConfig(data=(), out="", steps=100, warmup=10, minutes=1.0, lr=1.0)
-    assert learning_rate(timed, 0, 0.0) == pytest.approx(0.1)
-    assert learning_rate(timed, 50, 0.0) == pytest.approx(0.02 + 0.98 * 0.5)
-    assert learning_rate(timed, 50, 60.0) == pytest.approx(0.02)
-    assert learning_rate(timed, 99, 0.0) < 0.03
 
 
 def test_data_without_anything_to_learn_are_refused(tmp_path: Path) -> None:

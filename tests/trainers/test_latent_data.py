@@ -20,12 +20,8 @@ from rawdream_env.data.video import encode_video
 from rawdream_env.errors import DatasetError
 from rawdream_env.trainers.world_model import latent_cache
 from rawdream_env.trainers.world_model.latent_cache import CacheConfig, cache_latents, codec_fingerprint
-from rawdream_env.trainers.world_model.latent_data import (
-    LatentDataset,
-    Mixture,
-    MixtureEntry,
-    normalise_actions,
-)
+from rawdream_env.trainers.world_model.latent_dataset import LatentDataset
+from rawdream_env.trainers.world_model.mixture import Mixture, MixtureEntry, normalise_actions
 from rawdream_env.world_models.autoencoders import AutoencoderConfig, PackedFrameAutoencoder
 
 CONFIG = CacheConfig(shard_bytes=2000, still_batch=3, progress=False)

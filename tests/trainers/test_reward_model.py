@@ -25,7 +25,8 @@ from rawdream_env.judges.videomae import (
     scan_starts,
 )
 from rawdream_env.trainers.judge import reward_model
-from rawdream_env.trainers.judge.reward_model import RewardModelConfig, RewardModelSize, batch, load_windows
+from rawdream_env.trainers.judge.config import RewardModelConfig, RewardModelSize
+from rawdream_env.trainers.judge.reward_model import batch, load_windows
 from rawdream_env.types import Judge, Outcome, Video
 
 TASKS = ("paint it red", "paint it blue")

@@ -20,12 +20,13 @@ from rawdream_env.piper.arm_map import ArmMap
 from rawdream_env.piper.geometry import HOME_POSE, project
 from rawdream_env.seeding import NoiseKey, mix
 from rawdream_env.trainers.common.distributed import ALONE
-from rawdream_env.trainers.common.training_stage import TrainingStage
+from rawdream_env.trainers.common.training_loop import TrainingLoop
 from rawdream_env.trainers.world_model import train as training_module
+from rawdream_env.trainers.world_model.config import LossConfig, StageConfig, WorldModelTrainConfig
 from rawdream_env.trainers.world_model.latent_episodes import EpisodeSampler, LatentEpisodes, focus_cells
 from rawdream_env.trainers.world_model.latent_windows import DataEntry, WindowObjective, cached_mixture, rollout_bounds
 from rawdream_env.trainers.world_model.losses import BatchNoise, episode_loss
-from rawdream_env.trainers.world_model.train import LossConfig, StageConfig, WorldModelTrainConfig, train_world_model
+from rawdream_env.trainers.world_model.train import train_world_model
 from rawdream_env.world_models import memory
 from rawdream_env.world_models.autoencoders import AutoencoderConfig, PackedFrameAutoencoder
 from rawdream_env.world_models.loading import read_world_model, save_world_model
@@ -69,7 +70,7 @@ def config(data: str, out: Path, **changes: object) -> WorldModelTrainConfig:
     """A run of seconds."""
     stage = StageConfig(steps=4, batch_size=2, lr=1e-3, warmup=2)
     base = WorldModelTrainConfig(
-        data=(data,), out=str(out), bf16=False, episode_chunks=3, autoencoder=stage, transformer=stage, model=MODEL,
+        data=(data,), run_dir=str(out), bf16=False, episode_chunks=3, autoencoder=stage, transformer=stage, model=MODEL,
         save_every=1,
         autoencoder_model=AutoencoderConfig(widths=(16, 16)),
     )  # fmt: skip
@@ -309,17 +310,17 @@ def test_a_run_on_windows_resumes_bit_identical(tmp_path: Path) -> None:
         "log_every": 1,
     }  # fmt: skip
     unbroken = train_world_model(window_config(tmp_path, **changes))
-    stopped = replace(window_config(tmp_path, **changes), out=str(tmp_path / "stopped"))
-    save, saves = TrainingStage.save, []
+    stopped = replace(window_config(tmp_path, **changes), run_dir=str(tmp_path / "stopped"))
+    save, saves = TrainingLoop.save, []
 
-    def killed(self: TrainingStage[torch.nn.Module], step: int) -> None:
-        save(self, step)
-        saves.append(step)
-        if self.folder.name == "transformer" and step == 2:
+    def killed(self: TrainingLoop) -> None:
+        save(self)
+        saves.append(self.step)
+        if self.folder.name == "transformer" and self.step == 2:
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(TrainingStage, "save", killed)
+        patch.setattr(TrainingLoop, "save", killed)
         train_world_model(stopped)
     resumed = train_world_model(stopped)
     a, b = (load_safetensors(folder / WEIGHTS["transformer"]) for folder in (unbroken, resumed))
@@ -350,7 +351,7 @@ def test_it_trains_on_with_wans_vae(tmp_path: Path) -> None:
     folder = train_world_model(window_config(tmp_path, init=str(tmp_path / "wan"), model=arch))
     assert (folder / "vae" / "config.json").is_file() and not (folder / "autoencoder").exists()
     assert (read_world_model(folder).config.arm_map, read_world_model(folder).fps) == (None, 20.0)
-    with pytest.raises(InvalidOptionError, match='needs the embedded codec; give objective="window"'):
+    with pytest.raises(InvalidOptionError, match='needs the bundled codec; give objective="window"'):
         train_world_model(config(str(tmp_path / "data"), tmp_path / "x", init=str(tmp_path / "wan"), model=arch))
 
 
@@ -361,7 +362,9 @@ def test_an_optimiser_on_the_host_trains_the_same_and_may_change_on_the_way(tmp_
 
     def train(name: str, steps: int = 4, **changes: object) -> dict[str, torch.Tensor]:
         stage = StageConfig(steps=steps, batch_size=2, lr=1e-3, warmup=2, decay=1e-6)
-        train_world_model(window_config(tmp_path, out=str(tmp_path / name), transformer=stage, **settings, **changes))
+        train_world_model(
+            window_config(tmp_path, run_dir=str(tmp_path / name), transformer=stage, **settings, **changes)
+        )
         step = tmp_path / name / f"transformer/checkpoints/step_{steps:08d}"
         return load_safetensors(step / "tensors.safetensors")
 
@@ -411,7 +414,7 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
 
     def refused(error: type[Exception], said: str, **changes: object) -> None:
         with pytest.raises(error, match=said):
-            train_world_model(window_config(tmp_path, codec="embedded", out=str(tmp_path / "x"), **changes))
+            train_world_model(window_config(tmp_path, codec="embedded", run_dir=str(tmp_path / "x"), **changes))
 
     refused(InvalidOptionError, "deploy='few' is none of the data entries; name one of data", deploy="few")
     refused(InvalidOptionError, "give init or codec, not both", init="embedded")

@@ -393,16 +393,17 @@ def test_fp8_is_close(wan: tuple[nn.Module, Path]) -> None:
 
 def test_training_goes_on_from_it_as_it_is(wan_release: Path, tmp_path: Path) -> None:
     """Architecture and rollout come from ``init``; another architecture is refused; by name Wan's settings come along."""
-    from rawdream_env.trainers.world_model.train import WorldModelTrainConfig, _resolved
+    from rawdream_env.trainers.world_model.config import WorldModelTrainConfig
+    from rawdream_env.trainers.world_model.train import _resolved
 
     target = tmp_path / "wm"
     convert_wan(ConvertWanConfig(str(wan_release), str(target), image_size=64, fps=20))
-    config, initial = _resolved(WorldModelTrainConfig(data=("d",), out="o", init=str(target)))
+    config, initial = _resolved(WorldModelTrainConfig(data=("d",), run_dir="o", init=str(target)))
     assert initial is not None
     assert config.model == initial.transformer.arch == replace(TINY, text_rows=1)
     assert (config.rollout.max_time, config.rollout.fps, config.rollout.arm_map) == (7, 20, None)
     with pytest.raises(CheckpointError, match="another architecture"):
-        _resolved(WorldModelTrainConfig(data=("d",), out="o", init=str(target), model_name="wan2.1-1.3b"))
-    full, none = _resolved(WorldModelTrainConfig(data=("d",), out="o", model_name="wan2.1-1.3b"))
+        _resolved(WorldModelTrainConfig(data=("d",), run_dir="o", init=str(target), model_name="wan2.1-1.3b"))
+    full, none = _resolved(WorldModelTrainConfig(data=("d",), run_dir="o", model_name="wan2.1-1.3b"))
     assert none is None
     assert full.rollout == WAN_ROLLOUT

@@ -41,7 +41,8 @@ from rawdream_env.judges.ensemble import HoldOutJudge
 from rawdream_env.policies import load_policy
 from rawdream_env.seeding import mix
 from rawdream_env.trainers.common.interrupt import deferred_interrupt
-from rawdream_env.trainers.common.run_dir import RunDir, pack_optimizer, unpack_optimizer
+from rawdream_env.trainers.common.optimizer_state import pack_optimizer, unpack_optimizer
+from rawdream_env.trainers.common.run_dir import RunDir
 from rawdream_env.trainers.grpo.config import GRPOConfig
 from rawdream_env.trainers.grpo.losses import clipped_loss, merge_metrics
 from rawdream_env.trainers.grpo.rollout import (

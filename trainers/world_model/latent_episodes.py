@@ -1,4 +1,4 @@
-"""Whole episodes in latent space, held in memory: the data of the objective "episode" (the embedded size).
+"""Whole episodes in latent space, held in memory: the data of the objective "episode" (the bundled size).
 
 Shape letters: E episodes, N actions of an episode, M latents after the anchor, G latents of a chunk, C h w latent, H W
 frame, O objects.
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from rawdream_env.errors import DatasetError
 from rawdream_env.files import load_safetensors, save_safetensors
 from rawdream_env.robots import Kinematics, find_robot, is_registered
 from rawdream_env.seeding import mix
+from rawdream_env.trainers.world_model.config import WorldModelTrainConfig
 from rawdream_env.trainers.world_model.losses import BatchNoise, LossFunction, episode_loss
 from rawdream_env.trainers.world_model.teacher_forcing import EpisodeBatch
 from rawdream_env.types import Float32Array, UInt8Array
@@ -28,9 +28,6 @@ from rawdream_env.world_models.autoencoders import PackedFrameAutoencoder
 from rawdream_env.world_models.wan.config import WanConfig
 from rawdream_env.world_models.wan.kinematics import draw_maps, load_kinematics
 from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer
-
-if TYPE_CHECKING:
-    from rawdream_env.trainers.world_model.train import WorldModelTrainConfig
 
 
 @dataclass(frozen=True)

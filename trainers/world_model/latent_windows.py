@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -29,26 +28,19 @@ from rawdream_env.data.reader import LeRobotReader
 from rawdream_env.errors import DatasetError, InvalidOptionError
 from rawdream_env.seeding import mix
 from rawdream_env.trainers.common.distributed import ProcessGroup
+from rawdream_env.trainers.world_model.config import WorldModelTrainConfig
 from rawdream_env.trainers.world_model.latent_cache import CacheConfig, cache_latents, codec_fingerprint
-from rawdream_env.trainers.world_model.latent_data import (
-    LatentBatch,
-    Mixture,
-    MixtureEntry,
-    QuantileBounds,
-    normalise_actions,
-)
+from rawdream_env.trainers.world_model.latent_dataset import QuantileBounds
 from rawdream_env.trainers.world_model.latent_episodes import episode_focus, model_kinematics
 from rawdream_env.trainers.world_model.losses import LossFunction, Sums, WindowBatch, draw_window_noise, window_loss
+from rawdream_env.trainers.world_model.mixture import LatentBatch, Mixture, MixtureEntry, normalise_actions
 from rawdream_env.world_models.autoencoders import FrameCodec, PackedFrameAutoencoder
 from rawdream_env.world_models.wan.config import WanConfig
 from rawdream_env.world_models.wan.kinematics import draw_maps, load_kinematics
 from rawdream_env.world_models.wan.rollout import RolloutConfig
 from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer
 
-if TYPE_CHECKING:
-    from rawdream_env.trainers.world_model.train import WorldModelTrainConfig
-
-_NEVER = 1e6  # half the width of the bounds of an action that says nothing: whatever it is, it becomes about 0
+_NEVER = 1e6  # half the width of the bounds of an action dimension without information: any value becomes about 0
 
 
 @dataclass(frozen=True)
@@ -66,7 +58,7 @@ class DataEntry:
 
     @classmethod
     def parse(cls, text: str) -> DataEntry:
-        """Raises ``InvalidOptionError`` for settings there are not."""
+        """Raises ``InvalidOptionError`` for unknown settings."""
         path, *settings = text.split(",")
         values: dict[str, str] = {}
         for setting in settings:
@@ -89,7 +81,7 @@ class DataEntry:
 
 
 class _HalfCodec:
-    """The embedded codec in bfloat16 autocast, as it is trained: several times as fast on a CPU."""
+    """The bundled codec in bfloat16 autocast, as it is trained: several times as fast on a CPU."""
 
     def __init__(self, codec: FrameCodec, device: str) -> None:
         self.codec, self.device = codec, device.split(":")[0]
@@ -109,15 +101,15 @@ def cached_mixture(
     codec: FrameCodec,
     folder: Path,
     config: WorldModelTrainConfig,
-    world: ProcessGroup,
+    group: ProcessGroup,
     bounds: QuantileBounds | None = None,
 ) -> Mixture:
     """Encode the data sets into ``folder``, a cache for each, and mix them. Process 0 encodes, the others wait."""
     size = (codec.frame_shape[0], codec.frame_shape[1])
     focused = config.model.residual and config.loss.object_weight > 0
-    cache = CacheConfig(config.model.chunk_len, device=world.device, progress=world.first)
+    cache = CacheConfig(config.model.chunk_len, device=group.device, progress=group.first)
     half = config.bf16 and isinstance(codec, PackedFrameAutoencoder)
-    source = _HalfCodec(codec, world.device) if half else codec
+    source = _HalfCodec(codec, group.device) if half else codec
     kinematics = load_kinematics(config.robot, config.rollout.arm_map) if focused else None
     mixture = []
     for entry in entries:
@@ -128,14 +120,14 @@ def cached_mixture(
             folder / label,
             cache,
             focus=(lambda episode: episode_focus(episode, config.model, kinematics)) if focused else None,
-            rank=world.rank,
+            rank=group.rank,
         )
         mixture.append(MixtureEntry(str(cached), entry.weight, label))
     return Mixture(mixture, action_dim=config.model.action_dim, bounds=bounds)
 
 
 def deployed_entry(mixture: Mixture, name: str) -> int:
-    """The place of the entry called ``name`` (the first when empty); ``InvalidOptionError`` names those there are."""
+    """The place of the entry called ``name`` (the first when empty); ``InvalidOptionError`` lists the existing ones."""
     labels = [entry.label for entry in mixture.entries]
     if name and name not in labels:
         raise InvalidOptionError(f"deploy={name!r} is none of the data entries; name one of {', '.join(labels)}.")

@@ -31,8 +31,9 @@ from rawdream_env.testing.check_vector_env import check_vector_env
 from rawdream_env.trainers.common.run_dir import read_jsonl
 from rawdream_env.trainers.grpo.config import GRPOConfig
 from rawdream_env.trainers.grpo.grpo import train_grpo
+from rawdream_env.trainers.world_model.config import StageConfig, WorldModelTrainConfig
 from rawdream_env.trainers.world_model.latent_episodes import with_robot
-from rawdream_env.trainers.world_model.train import StageConfig, WorldModelTrainConfig, train_world_model
+from rawdream_env.trainers.world_model.train import train_world_model
 from rawdream_env.types import Start
 from rawdream_env.world_models.autoencoders import AutoencoderConfig
 from rawdream_env.world_models.loading import read_world_model

@@ -41,16 +41,17 @@ def build(option: dict[str, Any]) -> Any:
     from benchmarks.common import random_world_model
 
     model = random_world_model()
-    model.reuse = "rolling" if "rolling_cache" in kept.get("approximations", ()) else "step"
+    model.context_cache = "rolling" if "rolling_cache" in kept.get("approximations", ()) else "step"
     model.config = replace(model.config, num_inference_steps=kept.get("num_inference_steps", 5))
     return model.to("cpu", getattr(torch, kept.get("dtype", "float32")))
 
 
 def sample_starts(episodes: int) -> list[Any]:
     """Starts of the shipped wide pack, the tasks in turn."""
-    from rawdream_env.starts.pack import PackStarts, default_pack_path
+    from rawdream_env.piper.starts import bundled_pack
+    from rawdream_env.starts.pack import PackStarts
 
-    pack = PackStarts(default_pack_path("wide"))
+    pack = PackStarts(bundled_pack("wide"))
     by_task = [[i for i in range(len(pack)) if pack.task_ids[i] == t] for t in range(len(pack.task_names))]
     return [pack[by_task[e % len(by_task)][e // len(by_task)]] for e in range(episodes)]
 

@@ -23,7 +23,7 @@ class Adapter:
 
     def reuse(self, on: bool) -> None:
         """Switch the reuse of the context's keys and values."""
-        self.model.reuse = "step" if on else "none"
+        self.model.context_cache = "step" if on else "none"
 
     def full_state(self, batch: int) -> tuple[Any, Any]:
         """A state whose context is full, and a chunk of actions."""

@@ -136,7 +136,7 @@ def hardware(device: str) -> dict[str, Any]:
     return out
 
 
-def _driver_version(device: str) -> str:
+def _driver_version(_: str) -> str:
     import subprocess
 
     command = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]

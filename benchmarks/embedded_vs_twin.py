@@ -39,8 +39,8 @@ def run(quick: bool = False) -> Result:
     import numpy as np
 
     from rawdream_env.envs.dream import DreamVectorEnv
+    from rawdream_env.envs.episodes import run_episodes
     from rawdream_env.evaluation.reporting.provenance import usable_cores
-    from rawdream_env.evaluation.side_by_side.rollouts import run_in_dream
     from rawdream_env.piper.relations import TASKS
     from rawdream_env.piper.workers import PiperWorkers
     from rawdream_env.types import Start
@@ -54,8 +54,9 @@ def run(quick: bool = False) -> Result:
     starts = [
         Start(frames[i], TASKS[i % len(TASKS)].instruction, i % len(TASKS), proprio[i], seeds[i]) for i in range(BATCH)
     ]
-    env = DreamVectorEnv(BATCH, world_model=model, judge=judge, starts="null", autoreset_mode="Disabled")
-    env.judge = watch.wrap("judge", env.judge)
+    env = DreamVectorEnv(
+        BATCH, world_model=model, judge=watch.wrap("judge", judge), starts="null", autoreset_mode="Disabled"
+    )
     policy.act = watch.wrap("policy", policy.act)
     model.autoencoder.decode_next = watch.wrap("decoder", model.autoencoder.decode_next)
     model.imagine = watch.wrap("imagine", model.imagine)
@@ -65,7 +66,7 @@ def run(quick: bool = False) -> Result:
 
     def dream() -> None:
         begin = time.perf_counter()
-        run_in_dream(env, starts, policy)
+        list(run_episodes(env, starts, policy))
         total["episodes"] += time.perf_counter() - begin
 
     def simulate() -> None:

@@ -81,14 +81,14 @@ def run(quick: bool = False) -> Result:
     apart = replace(state, anchors=tuple(range(BATCH)))
     frames = torch.zeros(BATCH, model.chunk_len, *model.frame_shape, dtype=torch.uint8)
     model.autoencoder.decode_next = lambda state, latents: (state, frames[: len(latents)])
-    transformer, constants = model.transformer, model._condition_cache
-    constants.time(0.0)
+    transformer, cache = model.transformer, model._condition_cache
+    cache.time(0.0)
     whole, stopped = whole_last_block(transformer), transformer.run_blocks
     with torch.no_grad():
-        collapsed, every_row = constants.prompt, every_prompt_row(transformer)
+        collapsed, every_row = cache.prompt, every_prompt_row(transformer)
 
     def step(given: Any = state, blocks: Any = stopped, prompt: Any = collapsed) -> Any:
-        transformer.run_blocks, constants._prompt = blocks, prompt
+        transformer.run_blocks, cache._prompt = blocks, prompt
         return model.imagine(given, actions)[0].recent
 
     sides: dict[str, Callable[[], Any]] = {
@@ -103,7 +103,7 @@ def run(quick: bool = False) -> Result:
     allowed = {"512 prompt rows": TOLERANCE, "none of them": TOLERANCE}
     equal = all(error <= allowed.get(name, 0.0) for name, error in errors.items())
     times = interleave(sides, ROUNDS)
-    transformer.run_blocks, constants._prompt = stopped, collapsed
+    transformer.run_blocks, cache._prompt = stopped, collapsed
 
     lines, numbers = [], {"threads": torch.get_num_threads(), "errors": errors}
     for name, side in times.items():

@@ -35,7 +35,9 @@ def _action(arch: Any, frames: int) -> float:
     return frames * 2.0 * d * (arch.condition_dim + d + 7 * d)
 
 
-def denoiser_flops(arch: Any, evaluations: int, reuse: str = "step", *, dense: bool = False, shared: int = 1) -> float:
+def denoiser_flops(
+    arch: Any, evaluations: int, context_cache: str = "step", *, dense: bool = False, shared: int = 1
+) -> float:
     """One autoregressive step of one row whose context is full.
 
     ``dense`` counts masked pairs of attention too, as a dense mask computes them; ``shared`` rows have one anchor.
@@ -46,10 +48,10 @@ def denoiser_flops(arch: Any, evaluations: int, reuse: str = "step", *, dense: b
     def causal(first: int, frames: int) -> float:  # mean keys of ``frames`` frames that come after ``first`` others
         return p * (first + (frames if dense else (frames + 1) / 2))
 
-    if reuse == "none":
+    if context_cache == "none":
         one = layers * block_flops(arch, (n + g) * p, causal(0, n + g)) + _ends(arch, n, both=False) + _ends(arch, g)
         return evaluations * (one + _action(arch, n)) + _action(arch, g)
-    if reuse == "rolling":
+    if context_cache == "rolling":
         first, fresh = n - g, g
     else:
         first, fresh = 1, r

@@ -94,7 +94,7 @@ def compiled(transformer: Any, size: Size, mode: str | None = None) -> Any:
     """A copy whose blocks are compiled; the copy shares nothing, so that the original stays eager."""
     import torch
 
-    from rawdream_env.world_models.wan.transformer import attention
+    from rawdream_env.world_models.wan import attention
 
     torch._dynamo.config.recompile_limit = 64
     if hasattr(attention, "_compiled_flex"):  # within a compiled block FlexAttention is compiled with it
@@ -120,12 +120,12 @@ def _flex_alone() -> Any:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def world_model(transformer: Any, codec: Any, reuse: str = "step", evaluations: int = 5) -> Any:
+def world_model(transformer: Any, codec: Any, context_cache: str = "step", evaluations: int = 5) -> Any:
     """The parts as a world model."""
     from rawdream_env.world_models.wan.rollout import RolloutConfig, WanWorldModel
 
     config = RolloutConfig(num_inference_steps=evaluations, arm_map=None)
-    model = WanWorldModel(transformer, codec, config, reuse=reuse)  # type: ignore[arg-type]
+    model = WanWorldModel(transformer, codec, config, context_cache=context_cache)  # type: ignore[arg-type]
     weight = transformer.proj_out.weight
     return model.to(weight.device, weight.dtype)
 

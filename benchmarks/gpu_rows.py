@@ -97,9 +97,9 @@ class Bench:
         """Measured operations per second of a matrix product."""
         return matmul_rate(self.size.matmul, self.dtype, self.device)
 
-    def context(self, rows: int, reuse: str = "step", codec: Any = None) -> tuple[Any, Any]:
+    def context(self, rows: int, context_cache: str = "step", codec: Any = None) -> tuple[Any, Any]:
         """A state whose context is full, and actions, made by the eager model."""
-        return full_context(world_model(self.transformer, codec or self.codec, reuse), rows)
+        return full_context(world_model(self.transformer, codec or self.codec, context_cache), rows)
 
     def seconds(self, function: Callable[[], Any]) -> float:
         """Of one call, on the wall; for compilation."""
@@ -121,8 +121,7 @@ def _says(gain: dict[str, float]) -> str:
 def exact(bench: Bench) -> Found:
     """The exact step with compiled blocks: denoiser alone and whole, frames/s, share of the roofline, memory."""
     from rawdream_env.errors import NotEnoughMemoryError
-    from rawdream_env.world_models.memory import GIB, free_memory, require_memory
-    from rawdream_env.world_models.memory_estimates import rollout_memory
+    from rawdream_env.world_models.memory import GIB, module_bytes, require_memory, rollout_memory
 
     arch, model = bench.size.arch, world_model(bench.fast, bench.codec)
     decode = flops.decode_flops(bench.codec)
@@ -132,9 +131,10 @@ def exact(bench: Bench) -> Found:
         f"{decode / 1e12:.3g} TFLOP a row"
     ]
     for rows in bench.size.batches:
-        estimate = rollout_memory(arch, bench.codec, rows, bench.dtype)
+        parts = rollout_memory(arch, bench.codec, rows, rows, bench.dtype)
+        estimate = sum(parts.values()) + module_bytes((bench.transformer, bench.codec), bench.dtype)
         try:
-            require_memory(estimate, free_memory(bench.device), f"the exact step at B={rows}")
+            require_memory(parts, bench.device, f"the exact step at B={rows}", "lower the batch")
             state, actions = bench.context(rows)
 
             def step(state: Any = state, actions: Any = actions) -> Any:
@@ -159,7 +159,7 @@ def exact(bench: Bench) -> Found:
             "share_of_nominal": {name: rate / NOMINAL for name, rate in rates.items()},
             "compile_s": compile_s,
             "peak_bytes": used,
-            "estimated_bytes": estimate.total,
+            "estimated_bytes": estimate,
             "whole": whole.as_dict(),
             "denoiser": denoiser.as_dict(),
         }
@@ -168,7 +168,7 @@ def exact(bench: Bench) -> Found:
             f"B={rows}: {_fps(rows, model.chunk_len, whole):.1f} frames/s whole, "
             f"{_fps(rows, model.chunk_len, denoiser):.1f} denoiser alone; "
             f"{100 * rates['whole'] / bench.peak:.0f} % / {100 * rates['denoiser'] / bench.peak:.0f} % of the measured peak; "
-            f"memory {memory}, estimated {estimate.total / GIB:.1f} GiB; compilation {compile_s:.1f} s"
+            f"memory {memory}, estimated {estimate / GIB:.1f} GiB; compilation {compile_s:.1f} s"
         )
     return numbers, lines
 
@@ -250,7 +250,7 @@ def options(bench: Bench) -> Found:
     }
     sides: dict[str, Callable[[], Any]] = {}
     for name, model in models.items():
-        state, actions = bench.context(rows, model.reuse, model.autoencoder)
+        state, actions = bench.context(rows, model.context_cache, model.autoencoder)
         sides[name] = lambda model=model, state=state, actions=actions: model.imagine(state, actions)
     times = bench.timed(sides)
     numbers, lines = {}, [f"B={rows}"]

@@ -15,13 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 
+import rawdream_env.piper  # noqa: F401 (registers the robot and its environments)
+
 if TYPE_CHECKING:
     from rawdream_env.envs.base import ChunkVectorEnv
-    from rawdream_env.envs.dream import DreamVectorEnv, PiperDreamVectorEnv
+    from rawdream_env.envs.dream import DreamVectorEnv
     from rawdream_env.envs.imagination import Replay
-    from rawdream_env.envs.single import DreamEnv, PiperDreamEnv, PiperSimEnv
+    from rawdream_env.envs.single import DreamEnv
     from rawdream_env.errors import RawDreamError
-    from rawdream_env.piper.envs import PiperSimVectorEnv
+    from rawdream_env.piper.envs import PiperDreamEnv, PiperDreamVectorEnv, PiperSimEnv, PiperSimVectorEnv
+    from rawdream_env.robots import Robot, register_robot
     from rawdream_env.seeding import NoiseKey
     from rawdream_env.testing.check_vector_env import check_vector_env
     from rawdream_env.types import Outcome, Start, Trajectory, Verdict, Video
@@ -38,12 +41,14 @@ __all__ = [
     "PiperSimVectorEnv",
     "RawDreamError",
     "Replay",
+    "Robot",
     "Start",
     "Trajectory",
     "Verdict",
     "Video",
     "__version__",
     "check_vector_env",
+    "register_robot",
 ]
 
 _HOMES = {
@@ -52,32 +57,28 @@ _HOMES = {
     "DreamVectorEnv": "envs.dream",
     "NoiseKey": "seeding",
     "Outcome": "types",
-    "PiperDreamEnv": "envs.single",
-    "PiperDreamVectorEnv": "envs.dream",
-    "PiperSimEnv": "envs.single",
+    "PiperDreamEnv": "piper.envs",
+    "PiperDreamVectorEnv": "piper.envs",
+    "PiperSimEnv": "piper.envs",
     "PiperSimVectorEnv": "piper.envs",
     "RawDreamError": "errors",
     "Replay": "envs.imagination",
+    "Robot": "robots",
     "Start": "types",
     "Trajectory": "types",
     "Verdict": "types",
     "Video": "types",
     "check_vector_env": "testing.check_vector_env",
+    "register_robot": "robots",
 }
 
 # No max_episode_steps here: gym.make would add a TimeLimit on top of the environments' own horizon, and a success
 # at the horizon would then count as truncated too. The environments truncate themselves.
-for _name, _single, _vector in (
-    ("PiperDream", "envs.single:PiperDreamEnv", "envs.dream:PiperDreamVectorEnv"),
-    ("PiperSim", "envs.single:PiperSimEnv", "piper.envs:PiperSimVectorEnv"),
-    ("Dream", "envs.single:DreamEnv", "envs.dream:DreamVectorEnv"),
-):
-    gym.register(
-        id=f"rawdream/{_name}-v0",
-        entry_point=f"rawdream_env.{_single}",
-        vector_entry_point=f"rawdream_env.{_vector}",
-    )
-del _name, _single, _vector
+gym.register(
+    id="rawdream/Dream-v0",
+    entry_point="rawdream_env.envs.single:DreamEnv",
+    vector_entry_point="rawdream_env.envs.dream:DreamVectorEnv",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 from rawdream_env.errors import InvalidOptionError
 
 if TYPE_CHECKING:
-    from rawdream_env.evaluation.side_by_side.evaluate import Clip, EvaluateConfig, SideBySide
-    from rawdream_env.trainers.grpo.config import GRPOConfig
+    from rawdream_env.evaluation.side_by_side.evaluate import EvaluateConfig
+    from rawdream_env.evaluation.side_by_side.records import Clip, SideBySide
+    from rawdream_env.trainers.grpo import GRPOConfig
 
 BEFORE, AFTER = "before", "after dreaming"
 SECONDS_PER_EPISODE = 0.45
@@ -94,7 +95,7 @@ def run_demo(config: DemoConfig) -> DemoResult:
         RunDirError: ``out`` holds a demo with other options.
     """
     from rawdream_env.evaluation.side_by_side.evaluate import evaluate
-    from rawdream_env.trainers.grpo.grpo import train_grpo
+    from rawdream_env.trainers.grpo import train_grpo
 
     begun = time.monotonic()
     about = config.episodes * 4 * 2 * SECONDS_PER_EPISODE / 60
@@ -113,7 +114,7 @@ def run_demo(config: DemoConfig) -> DemoResult:
 
 def grpo_config(config: DemoConfig) -> GRPOConfig:
     """The training run of the demo."""
-    from rawdream_env.trainers.grpo.config import GRPOConfig
+    from rawdream_env.trainers.grpo import GRPOConfig
 
     return GRPOConfig(
         run_dir=config.out / "grpo",
@@ -143,13 +144,13 @@ def evaluate_config(config: DemoConfig) -> EvaluateConfig:
     return EvaluateConfig(
         policies=(f"{BEFORE}={config.policy}", f"{AFTER}={config.out / 'grpo' / 'policy'}"),
         episodes_per_task=config.episodes,
-        output=config.out,
+        out=config.out,
         world_model=config.world_model,
         judge=config.judge,
         dtype=config.dtype,
         num_inference_steps=config.num_inference_steps,
         diagnose=False,
-        sim_workers=config.workers,
+        workers=config.workers,
         seed=config.seed + 1,
     )
 

@@ -170,13 +170,11 @@ def _is(path: Path, digest: str) -> bool:
 
 def _video() -> Check:
     try:
-        import av
-
-        codecs = av.codecs_available
+        from rawdream_env.media import has_h264
     except (ImportError, OSError) as error:
         return Check("video", "broken", f"PyAV cannot be imported: {error}", "Reinstall it: pip install av")
-    if "libx264" in codecs:
-        return Check("video", "ok", f"PyAV {av.__version__} with H.264")
+    if has_h264():
+        return Check("video", "ok", f"PyAV {version('av')} with H.264")
     return Check("video", "note", "PyAV has no H.264 encoder; videos become GIF", "pip install --force-reinstall av")
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rawdream_env.errors import CheckpointError
+from rawdream_env.errors import CheckpointError, RawDreamError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,6 +67,21 @@ def atomic_write_text(path: PathLike, text: str) -> None:
 def atomic_write_json(path: PathLike, value: Any) -> None:
     """Write indented JSON with a final newline; NaN and infinity are refused (``ValueError``)."""
     atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(
+    path: PathLike, advice: str = "check the path, or copy the file again", error: type[RawDreamError] = CheckpointError
+) -> dict[str, Any]:
+    """The JSON object in a file; ``error``, ending with ``advice``, when it is missing or holds anything else."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as reason:
+        raise error(f"{path} is missing; {advice}.") from reason
+    except (OSError, ValueError, RecursionError) as reason:  # of the disk, of bytes or syntax, of a thousand brackets
+        raise error(f"{path} cannot be read as JSON ({reason}); {advice}.") from reason
+    if not isinstance(value, dict):
+        raise error(f"{path} holds a JSON {type(value).__name__}, expected an object; {advice}.")
+    return value
 
 
 def sha256_file(path: PathLike) -> str:

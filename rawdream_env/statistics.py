@@ -3,19 +3,17 @@
 Only numpy and the standard library. What is here, and when to use it:
 
 - one success rate: :class:`Rate` (Wilson score interval);
-- before and after on *different* episodes: :func:`difference_interval` (Newcombe's hybrid score interval);
 - before and after on the *same* episodes, seeds or tasks: :func:`paired_bootstrap`;
-- do two evaluations order policies alike: :func:`spearman`, :func:`kendall_tau`, :func:`rank_correlation`;
+- do two evaluations order policies alike: :func:`spearman`, :func:`kendall_tau`;
 - two binary raters of the same episodes: :class:`Confusion` (agreement, Cohen's kappa, precision, recall).
 
-References: Wilson 1927; Newcombe 1998 (Statistics in Medicine 17:873, method 10); Kendall 1945 (tau-b);
-Cohen 1960; Fleiss, Cohen and Everitt 1969 (large-sample error of kappa); Hanley and Lippman-Hand 1983 (rule of three).
+References: Wilson 1927; Kendall 1945 (tau-b); Cohen 1960; Fleiss, Cohen and Everitt 1969 (large-sample error of kappa).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -116,26 +114,6 @@ class Estimate:
         return {**{k: v if math.isfinite(v) else None for k, v in ends.items()}, "n": self.n}
 
 
-def difference_interval(
-    successes_a: int, n_a: int, successes_b: int, n_b: int, confidence: float = 0.95
-) -> tuple[float, float, float]:
-    """(p_b - p_a, low, high) for two independent proportions, Newcombe's hybrid score interval (method 10)."""
-    if n_a == 0 or n_b == 0:
-        raise ValueError(f"a difference needs episodes on both sides, got n_a={n_a}, n_b={n_b}")
-    low_a, high_a = wilson_interval(successes_a, n_a, confidence)
-    low_b, high_b = wilson_interval(successes_b, n_b, confidence)
-    a, b = successes_a / n_a, successes_b / n_b
-    gain = b - a
-    return gain, gain - math.hypot(b - low_b, high_a - a), gain + math.hypot(high_b - b, a - low_a)
-
-
-def rule_of_three(n: int) -> float:
-    """Upper 95 % bound of a rate after 0 events in ``n`` trials, 3/n (at most 1)."""
-    if n < 1:
-        raise ValueError(f"the rule of three needs n >= 1 trials, got {n}")
-    return min(1.0, 3.0 / n)
-
-
 def _percentile(value: float, draws: Float64Array, n: int, confidence: float) -> Estimate:
     """Interval from resampled values; those that are NaN (say, a correlation of constants) are left out."""
     usable = draws[np.isfinite(draws)]
@@ -200,30 +178,15 @@ def paired_bootstrap(
     before: ArrayLike,
     after: ArrayLike,
     *,
-    clusters: Sequence[Any] | None = None,
     confidence: float = 0.95,
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Estimate:
-    """Mean of ``after - before`` over paired units (episodes of one start, training seeds, tasks) with its interval.
-
-    ``clusters`` (one label per unit) resamples whole groups together, for instance the training seed an episode
-    belongs to: episodes of one trained policy are not independent evidence about training. With fewer than about six
-    clusters a percentile bootstrap is too narrow; quote the individual values beside it.
-    """
+    """Mean of ``after - before`` over paired units (episodes of one start, training seeds, tasks) with its interval."""
     a, b = np.asarray(before, dtype=np.float64).ravel(), np.asarray(after, dtype=np.float64).ravel()
     if a.shape != b.shape:
         raise ValueError(f"paired values must match: before has {a.size}, after has {b.size}")
-    diff = b - a
-    if clusters is None:
-        return bootstrap_ratio(diff, confidence=confidence, resamples=resamples, seed=seed)
-    if len(clusters) != len(diff):
-        raise ValueError(f"clusters has {len(clusters)} labels for {len(diff)} pairs")
-    labels = list(dict.fromkeys(clusters))
-    index = np.array([labels.index(c) for c in clusters], dtype=np.int64)
-    sums = np.bincount(index, weights=diff, minlength=len(labels))
-    sizes = np.bincount(index, minlength=len(labels))
-    return bootstrap_ratio(sums, sizes, confidence=confidence, resamples=resamples, seed=seed)
+    return bootstrap_ratio(b - a, confidence=confidence, resamples=resamples, seed=seed)
 
 
 def ranks(values: ArrayLike) -> Float64Array:
@@ -266,30 +229,6 @@ def kendall_tau(x: ArrayLike, y: ArrayLike) -> float:
     sign_b = np.sign(b[:, None] - b[None, :])[upper]
     scale = math.sqrt(float(sign_a @ sign_a) * float(sign_b @ sign_b))
     return float(sign_a @ sign_b) / scale if scale > 0 else math.nan
-
-
-def rank_correlation(
-    x: ArrayLike,
-    y: ArrayLike,
-    *,
-    method: str = "spearman",
-    confidence: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> Estimate:
-    """Rank correlation (``method`` "spearman" or "kendall") with a bootstrap interval over the compared items.
-
-    With a handful of items (three or four policies) the interval says little; it is reported so that nobody
-    mistakes rho = 1 on three policies for evidence.
-    """
-    methods = {"spearman": spearman, "kendall": kendall_tau}
-    if method not in methods:
-        raise ValueError(f'method must be "spearman" or "kendall", got {method!r}')
-    a, b = _pairs(x, y)
-    measure = methods[method]
-    return bootstrap(
-        lambda rows: measure(a[rows], b[rows]), len(a), confidence=confidence, resamples=resamples, seed=seed
-    )
 
 
 @dataclass(frozen=True)

@@ -62,8 +62,8 @@ class Verdict:
 class Start:
     """Where an episode begins.
 
-    ``frame`` uint8 (H, W, 3); ``proprio`` float32 (P,) or None: for the Piper the commanded tool pose, xyz in metres,
-    roll/pitch/yaw in radians, gripper command in [-1, 1]. ``seed`` resets the matching simulator to the same scene.
+    ``frame`` uint8 (H, W, 3); ``proprio`` float32 (P,) or None: the robot's commanded pose, as its kinematics take it.
+    ``seed`` resets the matching simulator to the same scene.
     """
 
     frame: UInt8Array

@@ -30,7 +30,7 @@ WAN = WanConfig(
 def test_flops_from_shapes_equal_those_counted(reuse: str) -> None:
     codec = PackedFrameAutoencoder(AutoencoderConfig(widths=(8, 8)))
     rollout = RolloutConfig(num_inference_steps=3, arm_map=None, anchor_noise_step=0.0)
-    model = WanWorldModel(WanWorldModelTransformer(WAN), codec, rollout, reuse=reuse)  # type: ignore[arg-type]
+    model = WanWorldModel(WanWorldModelTransformer(WAN), codec, rollout, context_cache=reuse)  # type: ignore[arg-type]
     model.to("cpu", torch.bfloat16)
     state = model.start(torch.zeros(2, 64, 64, 3, dtype=torch.uint8), [NoiseKey(0), NoiseKey(1)])
     for _ in range(4):  # the context is full, constants are in their tables

@@ -69,9 +69,9 @@ def test_help_of_a_noun_lists_its_verbs(capsys):
         ),
         (["judge", "watch"], 2, "missing VIDEO, --instruction"),
         (["evaluate", "--policies", "a=x", "a=y"], 2, "give each once as name=folder"),
-        (["train-world-model", "--data", "no/such/data", "--out", "RUN"], 2, "no/such/data"),
+        (["train-world-model", "--data", "no/such/data", "--run-dir", "RUN"], 2, "no/such/data"),
         (["train-embedded", "--out", "RUN", "--until", "dessert"], 2, "is no stage; choose among play"),
-        (["sft", "--out", "RUN"], 2, "--data"),
+        (["sft", "--run-dir", "RUN"], 2, "--data"),
         (["grpo", "--run-dir", "RUN", "--group-size", "1"], 2, "group_size=1 must be at least 2"),
     ],
 )

@@ -56,7 +56,6 @@ def test_readme_commands_and_options_exist():
         name = next(name for name in COMMANDS if f"{words} ".startswith(f"{name} "))
         command = COMMANDS[name]
         fields = {f.name for f in dataclasses.fields(getattr(import_module(command.module), command.config))}
-        fields = {command.renamed.get(field, field) for field in fields}
         options = {option.replace("-", "_") for option in re.findall(r"--([a-z][a-z-]+)", words)}
         assert options <= {*fields, "config"}, name
 

@@ -19,7 +19,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rawdream_env.wrappers.dual_noise import DualNoiseStatistics, DualNoiseVerification
+    from rawdream_env.envs.verification import DualNoiseStatistics
+    from rawdream_env.wrappers.dual_noise import DualNoiseVerification
     from rawdream_env.wrappers.instant_reflector import InstantReflector
     from rawdream_env.wrappers.instruction import InstructionObservation
     from rawdream_env.wrappers.record import Record

@@ -5,7 +5,6 @@ Shape letters: F frames, H W height and width, A action dimensions. Colours are 
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from rawdream_env.errors import InvalidOptionError
+from rawdream_env.media import encode_gif, encode_video
 from rawdream_env.types import UInt8Array
 
 Colour = tuple[int, int, int]
@@ -22,11 +22,11 @@ Format = Literal["gif", "mp4"]
 
 COLOURS: dict[str, Colour] = {
     "success": (46, 160, 67),
-    "failure": (207, 34, 46),
-    "invalid": (128, 128, 128),
-    "flagged": (240, 136, 20),
+    "failure": (218, 54, 51),
+    "invalid": (139, 148, 158),
+    "flagged": (210, 153, 34),
 }
-"""Border colours by the word for an episode's outcome."""
+"""Border colours by the word for an episode's outcome; the evaluation reports use them too."""
 
 MIN_PANEL = 256  # a panel's shorter side is scaled up to at least this
 _BORDER, _GAP, _STRIP, _LINE, _FONT = 8, 8, 72, 20, 15
@@ -56,7 +56,7 @@ def compose(
         actions: (F - 1, A) in [-1, 1]; frame f shows the action that led to it, the first frame none.
 
     Yields:
-        uint8 (H', W', 3), all of one size with even sides (video codecs need that).
+        uint8 (H', W', 3), all of one size.
     """
     scaled = [_enlarged(panel.frames) for panel in panels]
     widths = [frames.shape[2] for frames in scaled]
@@ -67,7 +67,6 @@ def compose(
     top = _BORDER + _GAP + _LINE * (len(lines) + 1)
     strip_top = top + panel_height + _GAP
     height = strip_top + (_STRIP if actions is not None else 0) + _BORDER
-    width, height = width + width % 2, height + height % 2
 
     page = Image.new("RGB", (width, height), COLOURS[outcome])
     draw = ImageDraw.Draw(page)
@@ -93,42 +92,10 @@ def compose(
 def encode(pictures: Sequence[UInt8Array], fps: float, format: Format) -> bytes:
     """A gif or an H.264 mp4 as bytes, from uint8 (H, W, 3) pictures of one size at ``fps`` Hz."""
     if format == "gif":
-        return _gif(pictures, fps)
+        return encode_gif(pictures, fps)
     if format == "mp4":
-        return _mp4(pictures, fps)
+        return encode_video([np.stack(pictures)], fps)
     raise InvalidOptionError(f"Video format {format!r} is unknown; use 'gif' or 'mp4'.")
-
-
-def _gif(pictures: Sequence[UInt8Array], fps: float) -> bytes:
-    images = [Image.fromarray(picture) for picture in pictures]
-    # One palette for the whole film: per-frame palettes flicker.
-    samples = [pictures[i] for i in sorted({0, len(pictures) // 2, len(pictures) - 1})]
-    palette = Image.fromarray(np.concatenate(samples)).quantize(256)
-    indexed = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
-    out = io.BytesIO()
-    # gif delays are in 1/100 s
-    delay = max(2, round(100 / fps)) * 10
-    indexed[0].save(out, "GIF", save_all=True, append_images=indexed[1:], duration=delay, loop=0, optimize=False)
-    return out.getvalue()
-
-
-def _mp4(pictures: Sequence[UInt8Array], fps: float) -> bytes:
-    from fractions import Fraction
-
-    import av
-
-    out = io.BytesIO()
-    with av.open(out, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
-        stream.height, stream.width = pictures[0].shape[:2]
-        stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": "18"}
-        for picture in pictures:
-            for packet in stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
-    return out.getvalue()
 
 
 def _enlarged(frames: UInt8Array) -> UInt8Array:

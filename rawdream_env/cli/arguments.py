@@ -10,7 +10,7 @@ import contextlib
 import io
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -31,7 +31,7 @@ def parse(name: str, command: Command, words: Sequence[str]) -> tuple[Any, list[
 
     kind = getattr(import_module(command.module), command.config)
     words, file = _split_config(words)
-    words, notices = current_options(words, command, kind)
+    words, notices = current_options(words, command)
     if file is not None:
         first, last = words_of_file(file, kind, command)
         words = [*first, *words, *last]
@@ -68,33 +68,19 @@ def checked(config: Any) -> Any:
 # -- former options ----------------------------------------------------------------------------------------------------
 
 
-def renamed_options(command: Command, kind: type) -> dict[str, str]:
-    """Former option -> option of today; the other way round where the dataclass still has the former."""
-    pairs = command.renamed.items()
-    return {old: new for old, new in pairs if _has(kind, new)} | {new: old for old, new in pairs if _has(kind, old)}
-
-
-def _has(kind: Any, key: str) -> bool:
-    """Whether the dataclass ``kind`` has the field ``key``, with dots for nested ones."""
-    name, _, rest = key.partition(".")
-    hints = get_type_hints(kind)
-    return name in hints and (not rest or _has(hints[name], rest))
-
-
-def current_options(words: Sequence[str], command: Command, kind: type) -> tuple[list[str], list[str]]:
+def current_options(words: Sequence[str], command: Command) -> tuple[list[str], list[str]]:
     """``words`` with former options replaced by those of today, and a notice for each."""
-    renamed, out, notices = renamed_options(command, kind), [], []
+    out, notices = [], []
     for word in words:
         option, equals, value = word.partition("=")
         match = re.fullmatch(r"--((?:[\w-]+\.)*)(no-)?([\w.-]+)", option)
         key = f"{match[1]}{match[3]}".replace("-", "_") if match else ""
-        if match and key in command.dropped and not _has(kind, key):
+        if match and key in command.dropped:
             notices.append(f"{option} has no effect")
-        elif match and key in renamed:
-            *path, last = renamed[key].replace("_", "-").split(".")
+        elif match and key in command.renamed:
+            *path, last = command.renamed[key].replace("_", "-").split(".")
             new = f"--{'.'.join([*path, (match[2] or '') + last])}"
-            if key in command.renamed:
-                notices.append(f"{option} is now {new}")
+            notices.append(f"{option} is now {new}")
             out.append(f"{new}{equals}{value}")
         else:
             out.append(word)
@@ -140,7 +126,7 @@ def words_of_file(path: Path, kind: type, command: Command) -> tuple[list[str], 
         raise InvalidOptionError(f"--config {path} holds a {type(values).__name__}, expected options by name.")
     unknown: list[str] = []
     last: list[str] = []
-    words = _words(values, kind, "", renamed_options(command, kind), command.dropped, unknown, last)
+    words = _words(values, kind, "", command, unknown, last)
     if unknown:
         raise InvalidOptionError(f"--config {path} has {', '.join(unknown)}, which {command.config} does not know.")
     return words, last
@@ -150,8 +136,7 @@ def _words(
     values: Mapping[Any, Any],
     kind: Any,
     prefix: str,
-    renamed: Mapping[str, str],
-    dropped: Collection[str],
+    command: Command,
     unknown: list[str],
     last: list[str],
 ) -> list[str]:
@@ -159,18 +144,18 @@ def _words(
     hints, words = get_type_hints(kind), list[str]()
     for given, value in values.items():
         key = f"{prefix}{given}".replace("-", "_")
-        key = renamed.get(key, key)
+        key = command.renamed.get(key, key)
         name = key.removeprefix(prefix)
         if name not in hints:
-            unknown += [] if key in dropped else [key]
+            unknown += [] if key in command.dropped else [key]
         elif is_dataclass(hints[name]) and isinstance(value, Mapping):
-            words += _words(value, hints[name], f"{key}.", renamed, dropped, unknown, last)
+            words += _words(value, hints[name], f"{key}.", command, unknown, last)
         elif part := next(
             (hint for hint in get_args(hints[name]) if isinstance(hint, type) and is_dataclass(hint)), None
         ):
             chosen = "none" if value is None else re.sub(r"(?<!^)(?=[A-Z])", "-", part.__name__).lower()
             last.append(f"{key.replace('_', '-')}:{chosen}")
-            last += _words(value or {}, part, f"{key}.", renamed, dropped, unknown, last)
+            last += _words(value or {}, part, f"{key}.", command, unknown, last)
         else:
             words += _option(prefix, name, value, flag=hints[name] is bool)
     return words

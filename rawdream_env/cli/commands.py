@@ -97,7 +97,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "data collect": Command(
         "record play, demonstrations or policy rollouts in the simulator (LeRobotDataset v3.0)",
-        f"{_TRAINERS}.collect", "CollectConfig", "collect", _folder,
+        "rawdream_env.data.collect", "CollectConfig", "collect", _folder,
         old="collect", renamed={"root": "out"},
     ),
     "data import-hdf5": Command(

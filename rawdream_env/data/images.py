@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rawdream_env.errors import DatasetError
+from rawdream_env.media import read_picture
 from rawdream_env.types import UInt8Array
 
 if TYPE_CHECKING:
@@ -42,14 +43,11 @@ def decode_pictures(column: pa.ChunkedArray, root: Path) -> UInt8Array:
     Raises:
         DatasetError: a picture is missing or damaged, or not of its neighbours' size.
     """
-    from PIL import Image
-
     pictures = []
     for row, cell in enumerate(column.to_pylist()):
         source = io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else root / str(cell["path"])
         try:
-            with Image.open(source) as picture:
-                pictures.append(np.asarray(picture.convert("RGB"), dtype=np.uint8))
+            pictures.append(read_picture(source))
         except (OSError, ValueError) as error:
             raise DatasetError(
                 f"{root}: the picture of row {row} of an episode cannot be read ({error}). Copy the data file again."

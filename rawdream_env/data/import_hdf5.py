@@ -1,29 +1,24 @@
 """Turn LIBERO and robomimic demonstration files into a LeRobotDataset v3.0 folder.
 
-    rawdream import-hdf5 --src datasets/libero_90 --root data/libero_90
+    rawdream data import-hdf5 --src datasets/libero_90 --out data/libero_90
 
 The files are looked through before anything is written, so that a missing camera or an incomplete file is known at once.
-Episodes are written in whole shards: what is on the disk after a crash or Ctrl-C is complete, and the same command goes on
-with the shards that are missing and ends with the same bytes. What is read how is told in ``hdf5.py``.
+Sharding and resuming are in ``recording``, the reading of the files in ``hdf5``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from rawdream_env.data import schema
 from rawdream_env.data.hdf5 import Demo, Flip, Timing, list_demos, read_demo
-from rawdream_env.data.lerobot import ShardWriter
-from rawdream_env.data.parallel import run_pieces
+from rawdream_env.data.lerobot import EpisodeData
+from rawdream_env.data.recording import claim_folder, record
 from rawdream_env.errors import DatasetError
-from rawdream_env.files import atomic_write_json
 
 _CONFIG_PATH = "meta/import.json"
 _ENDINGS = (".hdf5", ".h5")
@@ -35,8 +30,8 @@ class ImportConfig:
 
     src: str
     """An HDF5 file, or a folder that is searched for them."""
-    root: str
-    """Folder of the data set. An interrupted import into it is continued."""
+    out: str
+    """Folder of the data set. An interrupted import into it is resumed."""
     camera: str = "agentview"
     """Which camera: agentview or eye_in_hand (LIBERO), agentview or robot0_eye_in_hand (robomimic), or a full name."""
     flip: Flip = "auto"
@@ -69,25 +64,24 @@ def import_hdf5(config: ImportConfig) -> Path:
             f"image_size {config.image_size} has to be even, episodes_per_shard {config.episodes_per_shard} at least 1 "
             f"and workers {config.workers} at least 0."
         )
-    demos = plan(config)
-    _claim_folder(config, demos)
-    job = _ShardJob(config, demos)
-    present = job.writer.shard_episodes()
-    shards = range(-(-len(demos) // config.episodes_per_shard))
-    todo = [shard for shard in shards if present.get(shard, 0) < len(job.indices(shard))]
-    kept = len(demos) - sum(len(job.indices(shard)) for shard in todo)
-    with tqdm(total=len(demos), initial=kept, desc="import", unit="ep", disable=not config.progress) as bar:
-        try:
-            for _ in run_pieces(todo, _Factory(config, demos), workers=config.workers, count=bar.update):
-                pass
-        except BrokenProcessPool as error:
-            raise DatasetError(
-                f"an import worker died (out of memory?). Finished episodes are kept in {config.root}; run the same "
-                "command again to continue, with fewer workers if it happens again."
-            ) from error
-        finally:
-            job.writer.finalize(job.tasks)
-    return Path(config.root)
+    source = DemoSource(config, plan(config))
+    names = ("camera", "flip", "timing", "image_size", "task", "episodes_per_shard")
+    settings: dict[str, Any] = {name: getattr(config, name) for name in names}
+    settings |= {
+        "demonstrations": [demo.label for demo in source.demos],
+        "steps": [demo.steps for demo in source.demos],
+    }
+    claim_folder(config.out, _CONFIG_PATH, settings, "imported")
+    return record(
+        source,
+        config.out,
+        episodes=len(source.demos),
+        episodes_per_shard=config.episodes_per_shard,
+        workers=config.workers,
+        desc="import",
+        progress=config.progress,
+        worker_died=lambda text: DatasetError(f"an import {text}"),
+    )
 
 
 def plan(config: ImportConfig) -> list[Demo]:
@@ -117,75 +111,29 @@ def plan(config: ImportConfig) -> list[Demo]:
     return demos
 
 
-def _claim_folder(config: ImportConfig, demos: list[Demo]) -> None:
-    """Refuse to mix imports in one folder; remember this one."""
-    wanted: dict[str, Any] = {
-        name: getattr(config, name) for name in ("camera", "flip", "timing", "image_size", "task", "episodes_per_shard")
-    }
-    wanted |= {"demonstrations": [demo.label for demo in demos], "steps": [demo.steps for demo in demos]}
-    path = Path(config.root) / _CONFIG_PATH
-    if not path.exists():
-        if (Path(config.root) / schema.INFO_PATH).exists():
-            raise DatasetError(f"{config.root} holds a data set that was not imported here. Give another folder.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_json(path, wanted)
-        return
-    stored = schema.read_json(path)
-    for name, value in wanted.items():
-        old = stored.get(name)
-        if isinstance(value, list) and old != value:
-            raise DatasetError(
-                f"{config.root} was imported from {len(old or ())} demonstrations, now there are {len(value)} and their "
-                f"{name} differ. Import into another folder, or give the old files and skips to continue."
-            )
-        if old != value:
-            raise DatasetError(
-                f"{config.root} was imported with {name}={old!r}, now it is {value!r}. Import into another folder, or "
-                "repeat the old setting to continue."
-            )
+class DemoSource:
+    """Demonstrations as the episodes of a data set, in their order."""
 
-
-class _ShardJob:
-    """Reads and writes whole shards; one in every process."""
+    robot_type = None
 
     def __init__(self, config: ImportConfig, demos: list[Demo]) -> None:
         self.config, self.demos = config, demos
-        self.tasks = list(dict.fromkeys(demo.task for demo in demos))
-        self.first_row = np.cumsum([0, *(demo.steps + 1 for demo in demos)])
-        features = {
+        self.fps = demos[0].fps
+        self.image_shape = (config.image_size, config.image_size, 3)
+        self.instructions = list(dict.fromkeys(demo.task for demo in demos))
+        self.features: schema.Features = {
             schema.STATE_KEY: schema.numeric_feature(demos[0].state_dim),
             schema.ACTION_KEY: schema.numeric_feature(demos[0].action_dim),
         }
-        shape = (config.image_size, config.image_size, 3)
-        self.writer = ShardWriter(config.root, fps=demos[0].fps, image_shape=shape, features=features)
 
-    def indices(self, shard: int) -> range:
-        """The episodes of a shard."""
-        size = self.config.episodes_per_shard
-        return range(shard * size, min((shard + 1) * size, len(self.demos)))
+    def steps(self, index: int) -> int:
+        """Actions of a demonstration's episode."""
+        return self.demos[index].steps
 
-    def __call__(self, piece: int, tick: Callable[[], None], stopped: Callable[[], bool]) -> None:
-        """Write shard ``piece``, or nothing at all when stopped half-way."""
-        config, episodes = self.config, []
-        for index in self.indices(piece):
-            if stopped():
-                return
-            demo = self.demos[index]
-            episodes.append(read_demo(demo, image_size=config.image_size, flip=config.flip, timing=config.timing))
-            tick()
-        first = self.indices(piece)[0]
-        self.writer.write(piece, episodes, first_episode=first, first_row=int(self.first_row[first]), tasks=self.tasks)
+    def __call__(self, index: int) -> EpisodeData:
+        """Read a demonstration."""
+        config = self.config
+        return read_demo(self.demos[index], image_size=config.image_size, flip=config.flip, timing=config.timing)
 
     def close(self) -> None:
-        """Nothing is held open between shards."""
-
-
-@dataclass(frozen=True)
-class _Factory:
-    """Makes the job of a worker process."""
-
-    config: ImportConfig
-    demos: list[Demo]
-
-    def __call__(self) -> _ShardJob:
-        return _ShardJob(self.config, self.demos)
+        """Nothing is held open between episodes."""

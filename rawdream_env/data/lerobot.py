@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from rawdream_env.data import schema
 from rawdream_env.data.reader import Episode, EpisodeArrays, LeRobotReader
-from rawdream_env.data.video import CODEC, PIX_FMT, encode_video
+from rawdream_env.data.video import PIX_FMT, encode_video
 from rawdream_env.errors import DatasetError
 from rawdream_env.files import atomic_write_bytes, atomic_write_json
 from rawdream_env.types import Float32Array, UInt8Array
@@ -193,7 +193,7 @@ class ShardWriter:
         episodes = pa.concat_tables([schema.read_parquet(self.path(schema.EPISODES_PATH, s)) for s in shards])
         self._replace(self.root / schema.TASKS_PATH, schema.parquet_bytes(schema.tasks_table(tasks)))
         atomic_write_json(self.root / schema.STATS_PATH, schema.stats_to_json(self._stats(shards, episodes)))
-        video = schema.video_feature(self.image_shape, self.fps, "h264" if CODEC == "libx264" else CODEC, PIX_FMT)
+        video = schema.video_feature(self.image_shape, self.fps, "h264", PIX_FMT)
         info = {
             "codebase_version": schema.CODEBASE_VERSION,
             "robot_type": robot_type,

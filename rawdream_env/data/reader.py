@@ -63,7 +63,7 @@ class EpisodeArrays:
 
     ``frames`` uint8 (R, H, W, 3), empty (0, H, W, 3) when they were not loaded; ``actions`` (R, A) with a zero action
     in every episode's last row; ``state`` (R, P); ``privileged`` name -> (R, ...); ``offsets`` int64 (E+1,);
-    ``episodes`` the E episode indices; ``tasks`` their E instructions.
+    ``episodes`` the E episode indices; ``tasks`` their E instructions; ``robot_type`` "" where none is named.
     """
 
     frames: UInt8Array
@@ -74,6 +74,7 @@ class EpisodeArrays:
     episodes: NDArray[np.int64]
     tasks: tuple[str, ...]
     fps: float
+    robot_type: str = ""
 
     def __len__(self) -> int:
         """The number of episodes."""
@@ -86,10 +87,6 @@ class EpisodeArrays:
             [np.arange(o, o + n - length + 1, stride) for o, n in zip(self.offsets, lengths, strict=False)]
             or [np.empty(0, np.int64)]
         ).astype(np.int64)
-
-    def episode_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Position in [0, E) of the episode each row belongs to."""
-        return np.searchsorted(self.offsets, rows, side="right") - 1
 
     def episode(self, position: int) -> Episode:
         """A view of the episode at ``position`` in [0, E)."""
@@ -128,7 +125,8 @@ class LeRobotReader:
         state_key: the feature that holds the state. Data without it have episodes with P = 0.
 
     Attributes:
-        info, fps, features, tasks: from ``meta``; stats: feature -> statistic -> array (empty when not in the folder).
+        info, fps, features, tasks, robot_type ("" where none is named): from ``meta``; stats: feature -> statistic ->
+            array (empty when not in the folder).
         image_key: full name of the camera.
         lengths: int64 (E,), the number of actions of every episode.
 
@@ -163,6 +161,7 @@ class LeRobotReader:
         self.action_key = action_key
         self.state_key = state_key if state_key in self.features else None
         self.fps = float(self.info["fps"])
+        self.robot_type = str(self.info.get("robot_type") or "")
         self.image_key = self._pick_camera(image_key)
         self._entries = self._load_entries()
         self.lengths = np.array([entry.length - 1 for entry in self._entries], dtype=np.int64)
@@ -361,6 +360,7 @@ class LeRobotReader:
             episodes=np.array(wanted, dtype=np.int64),
             tasks=tuple(e.task for e in numbers),
             fps=self.fps,
+            robot_type=self.robot_type,
         )
 
 

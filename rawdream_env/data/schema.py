@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from rawdream_env import files
 from rawdream_env.errors import DatasetError
 from rawdream_env.types import UInt8Array
 
@@ -220,16 +221,10 @@ def _unreadable(path: Path, error: Exception) -> DatasetError:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object, as a ``DatasetError`` naming the file when it is missing or damaged."""
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise DatasetError(
-            f"{path} is missing, so {path.parent.parent} is no LeRobotDataset v3.0 folder. Check the path; a data set "
-            "still being collected gets the file with its first finished part."
-        ) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise DatasetError(f"{path}: damaged JSON ({error}). Copy the file again from its source.") from error
-    if not isinstance(value, dict):
-        raise DatasetError(f"{path}: expected a JSON object, found {type(value).__name__}. Copy the file again.")
-    return value
+    """The JSON object in a data set's file; ``DatasetError`` when it is missing or damaged."""
+    return files.read_json(
+        path,
+        "check the path to the LeRobotDataset v3.0 folder, or copy it again (one that is still being collected gets the "
+        "file with its first finished part)",
+        DatasetError,
+    )

@@ -94,6 +94,10 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
         "render_fps": 10,
         "autoreset_mode": AutoresetMode.NEXT_STEP,
     }
+    robot: str = ""
+    """Name of the robot (``rawdream_env.robots``); empty where it is not known."""
+    tasks: tuple[tuple[str, str], ...] = ()
+    """(name, instruction) of every task, in the order of the task ids; empty where they are not known."""
     _ROW_ATTRIBUTES: ClassVar[tuple[str, ...]] = ("task_description", "task_id", "elapsed_steps", "row_seeds")
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from rawdream_env.errors import InvalidActionError, InvalidOptionError
 from rawdream_env.judges import load_judge
 from rawdream_env.judges.base import ask
 from rawdream_env.judges.ensemble import HoldOutJudge
+from rawdream_env.robots import DEFAULT_ROBOT
 from rawdream_env.seeding import NoiseKey
 from rawdream_env.starts import load_starts
 from rawdream_env.starts.base import TaskLike
@@ -70,6 +72,7 @@ class DreamVectorEnv(ChunkVectorEnv):
         judge: Any = "embedded",
         held_out_judge: Any = None,
         starts: Any = "pack",
+        robot: str = "",
         task: TaskLike = None,
         layout: str = "narrow",
         max_episode_steps: int = 8,
@@ -82,9 +85,10 @@ class DreamVectorEnv(ChunkVectorEnv):
         return_frames: bool = False,
         num_inference_steps: int | None = None,
         approximations: Sequence[str] = (),
-        micro_batch: int = 0,
+        micro_batch_size: int = 0,
         end_on_success: bool = True,
         reflector: Mapping[str, Any] | Reflector | None = None,
+        micro_batch: int | None = None,
     ) -> None:
         """Load the parts and set the spaces up.
 
@@ -97,6 +101,7 @@ class DreamVectorEnv(ChunkVectorEnv):
                 (``judges.ensemble.HoldOutJudge``); None: no such judge.
             starts: "pack", "sim", "null", a folder of images, a ``.safetensors`` pack, a list of ``Start``, or an
                 object with ``sample(key, task)``.
+            robot: whose "pack" and "sim" starts; empty: that of the world model, else the default robot.
             task: name, instruction or id to keep to; None draws one per episode.
             layout: "narrow" or "wide": how far objects are scattered in "pack" and "sim" starts.
             max_episode_steps: horizon in chunks.
@@ -110,17 +115,22 @@ class DreamVectorEnv(ChunkVectorEnv):
             num_inference_steps: denoising steps; None: the model's own.
             approximations: opt-in shortcuts of the world model that cost accuracy: "rolling_cache", "tiny_decoder",
                 "fp8".
-            micro_batch: rows the world model computes at once, to bound its memory (docs/world_model.md); 0: all.
+            micro_batch_size: rows the world model computes at once, to bound its memory (docs/world_model.md); 0: as many
+                as fit.
             end_on_success: False lets episodes go on to their horizon.
             reflector: options of a ``Reflector`` (rewards at every chunk, predicted ends), or one; None: none.
+            micro_batch: deprecated name of ``micro_batch_size``.
         """
+        if micro_batch is not None:
+            warnings.warn("micro_batch is called micro_batch_size now.", DeprecationWarning, stacklevel=2)
+            micro_batch_size = micro_batch
         self.world_model = load_world_model(
             world_model,
             device=device,
             dtype=dtype,
             num_inference_steps=num_inference_steps,
             approximations=approximations,
-            micro_batch=micro_batch,
+            micro_batch_size=micro_batch_size,
         )
         self.judge = _named_judge(judge, device)
         if held_out_judge is not None:
@@ -133,7 +143,9 @@ class DreamVectorEnv(ChunkVectorEnv):
         self.layout = parse_choice("layout", layout, ("narrow", "wide"))
         self.task = task
         shape = self.world_model.frame_shape
-        self.starts = load_starts(starts, device=device, frame_shape=shape, layout=layout)
+        self.robot = robot or getattr(self.world_model, "robot", "") or DEFAULT_ROBOT
+        self.starts = load_starts(starts, device=device, frame_shape=shape, layout=layout, robot=self.robot)
+        self.tasks = tuple(getattr(self.starts, "tasks", ()))
         super().__init__(
             num_envs,
             frame_shape=shape,
@@ -342,12 +354,3 @@ def _named_judge(judge: Any, device: str) -> Judge | None:
     """The judge that an option names; None for None and "none"."""
     none = judge is None or (isinstance(judge, str) and judge == "none")
     return None if none else load_judge(judge, device=device)
-
-
-class PiperDreamVectorEnv(DreamVectorEnv):
-    """The Piper tabletop in the embedded world model: what ``gym.make_vec("rawdream/PiperDream-v0")`` makes.
-
-    Four tasks (stack block, place pot, put spoon, place cup), 64x64 pixels at 10 Hz, 8 actions a chunk, 8 chunks an
-    episode; everything ships with the package and runs on a CPU. ``PiperSimVectorEnv`` has the same spaces and infos.
-    Options are those of :class:`DreamVectorEnv`.
-    """

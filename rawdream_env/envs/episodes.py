@@ -18,10 +18,11 @@ frames, H W image.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from numpy.typing import NDArray
@@ -81,6 +82,16 @@ class Rollout:
     def __len__(self) -> int:
         """Number of chunks T."""
         return len(self.images)
+
+    @property
+    def success_any(self) -> bool:
+        """Whether the environment's verdict was a success after some chunk."""
+        return bool((self.verdicts == Outcome.SUCCESS).any())
+
+    @property
+    def success_end(self) -> bool:
+        """Whether it was one after the last chunk."""
+        return bool(self.verdicts[-1] == Outcome.SUCCESS)
 
 
 @dataclass
@@ -149,6 +160,8 @@ class EpisodeRunner:
         rows = [row for row, episode in enumerate(self._rows) if episode is None][: len(requests)]
         if len(rows) < len(requests):
             raise InvalidOptionError(f"{len(requests)} episodes do not fit on {len(rows)} free rows.")
+        for request in requests:
+            self._check(request)
         size = len(self._rows)
         placed: list[EpisodeRequest | None] = [None] * size
         for row, request in zip(rows, requests, strict=True):
@@ -196,6 +209,17 @@ class EpisodeRunner:
                 finished.append(self._rollout(row, episode, infos))
         return finished
 
+    def _check(self, request: EpisodeRequest) -> None:
+        wanted = self.env.single_action_space.shape
+        if request.actions is None:
+            if self.policy is None:
+                raise InvalidOptionError("an episode has no actions and the runner has no policy; give one of them.")
+        elif not len(request.actions) or request.actions.shape[1:] != wanted:
+            raise InvalidActionError(
+                f"an episode's actions have shape {request.actions.shape}; (T, chunk_len, action_dim) = (T >= 1, "
+                f"{', '.join(map(str, wanted or ()))}) is needed."
+            )
+
     def _start_of(self, row: int, request: EpisodeRequest, infos: dict[str, Any]) -> Start:
         start_of = getattr(self.env.unwrapped, "start_of", None)
         if callable(start_of):
@@ -219,8 +243,7 @@ class EpisodeRunner:
                 actions[row] = episode.request.actions[len(episode.actions)]
         if not asked:
             return actions
-        if self.policy is None:
-            raise InvalidOptionError("an episode has no actions and the runner has no policy; give one of them.")
+        assert self.policy is not None
         import torch
 
         keys = [running[row].request.key.at(chunk=len(running[row].actions)) for row in asked]
@@ -323,15 +346,32 @@ def _requests(
 ) -> Iterator[EpisodeRequest]:
     given = None if actions is None else iter(actions)
     for episode in episodes:
-        if isinstance(episode, EpisodeRequest):
-            yield episode
-            continue
-        if episode.seed is None:
-            raise InvalidOptionError(
-                "a start without a seed cannot be set up again; make starts with the simulator, or give EpisodeRequests."
-            )
-        chunk = None if given is None else np.asarray(next(given), np.float32)
-        yield EpisodeRequest(episode, episode.seed, NoiseKey(episode.seed), chunk)
+        if isinstance(episode, Start):
+            if episode.seed is None:
+                raise InvalidOptionError(
+                    "a start without a seed cannot be set up again; make starts with the simulator, or give EpisodeRequests."
+                )
+            episode = EpisodeRequest(episode, episode.seed, NoiseKey(episode.seed))
+        if given is not None:
+            chunks = next(given, None)
+            if chunks is None:
+                raise InvalidOptionError("there are fewer actions than episodes; give one (T, K, A) array per episode.")
+            episode = replace(episode, actions=np.asarray(chunks, np.float32))
+        yield episode
+
+
+def make_env(env_id: str, num_envs: int, **kwargs: Any) -> VectorEnv[Any, Any, Any]:
+    """The vector environment of an id, in DISABLED autoreset mode.
+
+    Raises:
+        InvalidOptionError: the environment does not take one of ``kwargs``.
+    """
+    try:
+        return gym.make_vec(env_id, num_envs=num_envs, autoreset_mode="Disabled", **kwargs)
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise InvalidOptionError(f"the options do not fit {env_id}: {error}.") from error
 
 
 def _stack(parts: list[Any]) -> Any:

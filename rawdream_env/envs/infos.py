@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -37,8 +38,13 @@ def objects(values: list[Any]) -> NDArray[np.object_]:
     return array
 
 
-def row_info(infos: Infos, row: int) -> dict[str, Any]:
-    """The infos of one row as plain Python values and fresh arrays: what a single environment returns."""
+def plain(item: Any) -> Any:
+    """A fresh array, or a plain Python value."""
+    return item.copy() if isinstance(item, np.ndarray) else item.item() if hasattr(item, "item") else item
+
+
+def row_info(infos: Infos, row: int, convert: Callable[[Any], Any] = plain) -> dict[str, Any]:
+    """The infos of one row, each value through ``convert``; keys whose mask is False there are left out."""
     info: dict[str, Any] = {}
     for key, value in infos.items():
         if key.startswith("_") and key[1:] in infos:
@@ -46,9 +52,5 @@ def row_info(infos: Infos, row: int) -> dict[str, Any]:
         mask = infos.get("_" + key)
         if mask is not None and not mask[row]:
             continue
-        if isinstance(value, dict):
-            info[key] = row_info(value, row)
-        else:
-            item = value[row]
-            info[key] = item.copy() if isinstance(item, np.ndarray) else item.item() if hasattr(item, "item") else item
+        info[key] = row_info(value, row, convert) if isinstance(value, dict) else convert(value[row])
     return info

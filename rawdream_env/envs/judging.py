@@ -18,7 +18,7 @@ from gymnasium.vector import VectorEnv
 from rawdream_env.envs.episodes import Rollout
 from rawdream_env.envs.verification import Verifier, episode_result
 from rawdream_env.judges.overlap import OverlappedJudge
-from rawdream_env.types import Outcome, Trajectory, Verdict, Video
+from rawdream_env.types import Judge, Outcome, Trajectory, Verdict, Video
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,11 @@ class AsyncJudging:
     """
 
     def __init__(self, env: VectorEnv[Any, Any, Any], verifier: Verifier | None, threads: int = 4) -> None:
-        self._base: Any = env.unwrapped
+        base: Any = env.unwrapped
+        self._base = base
         self._verifier = verifier
-        self._judge: OverlappedJudge[int] = OverlappedJudge(self._base.judge, threads)
+        judge: Judge = base.judge
+        self._judge: OverlappedJudge[int] = OverlappedJudge(judge, threads)
         self._waiting: dict[int, _Waiting] = {}
         self._count = 0
 

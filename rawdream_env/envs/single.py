@@ -107,21 +107,3 @@ class DreamEnv(SingleEnv):
         from rawdream_env.envs.dream import DreamVectorEnv
 
         return DreamVectorEnv(**kwargs)
-
-
-class PiperDreamEnv(SingleEnv):
-    """The Piper tabletop, imagined; options of :class:`rawdream_env.envs.dream.PiperDreamVectorEnv`."""
-
-    def _make(self, **kwargs: Any) -> ChunkVectorEnv:
-        from rawdream_env.envs.dream import PiperDreamVectorEnv
-
-        return PiperDreamVectorEnv(**kwargs)
-
-
-class PiperSimEnv(SingleEnv):
-    """The Piper tabletop in the simulator; options of :class:`rawdream_env.piper.envs.PiperSimVectorEnv`."""
-
-    def _make(self, **kwargs: Any) -> ChunkVectorEnv:
-        from rawdream_env.piper.envs import PiperSimVectorEnv
-
-        return PiperSimVectorEnv(**kwargs)

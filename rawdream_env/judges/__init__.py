@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rawdream_env.config import parse_device, parse_dtype
 from rawdream_env.errors import CheckpointError, InvalidOptionError
-from rawdream_env.judges.base import read_json
+from rawdream_env.files import read_json
 from rawdream_env.resolve import EMBEDDED, bundled_folder, resolve
 
 if TYPE_CHECKING:
@@ -102,5 +102,4 @@ def _options(path: Path) -> Mapping[str, Any]:
 
 def _kind_of(folder: Path) -> object:
     """The ``kind`` in a checkpoint's config.json."""
-    config = read_json(folder / "config.json", f"is {folder} a judge folder?")
-    return config.get("kind") if isinstance(config, dict) else None
+    return read_json(folder / "config.json", "give a folder that holds a judge").get("kind")

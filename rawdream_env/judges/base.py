@@ -6,7 +6,6 @@ turns those words into ``Verdict(Outcome.INVALID, reason)``; an INVALID verdict 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from rawdream_env.errors import CheckpointError, JudgeError
+from rawdream_env.files import read_json
 from rawdream_env.types import Judge, Outcome, UInt8Array, Verdict, Video
 
 MIN_FRAMES = 2
@@ -117,19 +117,11 @@ def spread_indices(num_frames: int, spread: Sequence[float], tail: Sequence[int]
     return sorted(picked)
 
 
-def read_json(path: Path, hint: str) -> Any:
-    """What a JSON file of a checkpoint holds; ``CheckpointError`` that ends with ``hint`` when it cannot be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); {hint}") from error
-
-
 def read_config(path: Path, kind: str, version: int) -> dict[str, Any]:
     """The config.json of a judge's folder of this kind and format; ``CheckpointError`` when it is another's."""
     content = read_json(path, "give a folder written by save_pretrained")
-    if not isinstance(content, dict) or content.get("kind") != kind or content.get("format") != version:
-        found = {key: content.get(key) for key in ("kind", "format")} if isinstance(content, dict) else content
+    if content.get("kind") != kind or content.get("format") != version:
+        found = {key: content.get(key) for key in ("kind", "format")}
         raise CheckpointError(f"{path} says {found}, expected kind {kind!r} and format {version}")
     return content
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import http.client
-import io
 import json
 import math
 import os
@@ -30,6 +29,7 @@ from urllib.parse import urlsplit
 
 from rawdream_env.errors import InvalidOptionError
 from rawdream_env.judges.base import Timer, check_pairs, checked_frames, checked_instruction, invalid
+from rawdream_env.media import encode_picture
 from rawdream_env.text import clean_instruction
 from rawdream_env.types import Outcome, UInt8Array, Verdict, Video
 
@@ -184,11 +184,7 @@ def _cut(connection: socket.socket) -> None:
 
 
 def _png(frame: UInt8Array) -> str:
-    from PIL import Image
-
-    picture = io.BytesIO()
-    Image.fromarray(frame).save(picture, format="PNG", compress_level=1)
-    return base64.b64encode(picture.getvalue()).decode("ascii")
+    return base64.b64encode(encode_picture(frame, "png", compress_level=1)).decode("ascii")
 
 
 def _seconds(header: str | None) -> float:

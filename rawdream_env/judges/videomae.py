@@ -82,15 +82,6 @@ class VideoMAEJudgeConfig:
             )
 
 
-def annealed_threshold(progress: float, begin: float = STRICT_THRESHOLD, end: float = THRESHOLD) -> float:
-    """The threshold after a share ``progress`` in [0, 1] of a training, linear from ``begin`` to ``end``.
-
-    The paper went from 0.9 to 0.5 because nearly no rollout passed the strict one. A trainer that wants to anneal sets
-    ``judge.threshold`` at its steps; the judge never changes it by itself, or a replayed video would get another verdict.
-    """
-    return begin + (end - begin) * min(1.0, max(0.0, progress))
-
-
 class VideoMAENetwork(nn.Module):
     """Windows and task numbers to success logits.
 

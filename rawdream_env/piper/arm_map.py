@@ -15,14 +15,13 @@ Shape letters: B batch, F latent frames, S segments, R map resolution, H W laten
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from rawdream_env.piper import geometry as piper
+from rawdream_env.robots import ArmMapConfig, FloatArray
 
 CHANNELS = 6
 """Links, hand, left finger, right finger, height of the tool, its shadow on the table."""
@@ -32,18 +31,10 @@ _RADII = (0.032, 0.026, 0.026, 0.022, 0.009, 0.009)  # metres: upper arm, forear
 _FINGER_LENGTH, _HAND_HALF_WIDTH, _HAND_HEIGHT, _SHADOW = 0.09, 0.04, 0.022, 0.02
 
 
-@dataclass(frozen=True)
-class ArmMapConfig:
-    """The arm map of the Piper scene."""
-
-    resolution: int = 32
-    """Pixels of the drawing; folded into channels at latent resolution."""
-    softness: float = 0.5
-    """Width of the edges in pixels of the drawing."""
-
-
 class ArmMap:
-    """Integrates actions into commanded poses and draws them."""
+    """The Piper's kinematics: integrates actions into commanded poses (see ``geometry``) and draws them."""
+
+    state_dim = 7
 
     def __init__(self, config: ArmMapConfig = ArmMapConfig()) -> None:
         self.config = config
@@ -85,6 +76,14 @@ class ArmMap:
         place = torch.from_numpy(piper.project(tool, w)[0].astype(np.float32)).view(*stacked.shape[:3], 2)
         return (place[:, :, 1:] - place[:, :, :1]).flatten(2)
 
+    def tool(self, poses: FloatArray) -> FloatArray:
+        """The tool point (..., 3) of poses (..., 7), in metres."""
+        return poses[..., :3]
+
+    def project(self, points: FloatArray, image_size: int) -> FloatArray:
+        """Points (..., 3) in metres -> pixels (..., 2)."""
+        return piper.project(points, image_size)[0]
+
     def _channels(self, poses: Tensor) -> Tensor:
         pose = poses.numpy().astype(np.float64)
         points, r = piper.arm_points(pose), self.config.resolution
@@ -123,15 +122,3 @@ class ArmMap:
         t = ((du * along[..., 0:1] + dv * along[..., 1:2]) / length2).clamp(0, 1)
         distance = torch.hypot(du - t * along[..., 0:1], dv - t * along[..., 1:2])
         return torch.sigmoid((radius[..., None] - distance) / self.config.softness)
-
-
-def draw_maps(arm_map: ArmMap, poses: Tensor, before: Tensor, latent_size: tuple[int, int], *, carry: bool) -> Tensor:
-    """The map tensor of ``WanConfig``: the arm map and, with ``carry``, the tool's motion in every cell.
-
-    ``poses`` (B, F, 4, 7), ``before`` (B, F, 7) the pose before each frame's chunk -> (B, F, C_m, H, W).
-    """
-    maps = arm_map.draw(poses, latent_size)
-    if not carry:
-        return maps
-    motion = arm_map.motion(poses, before, latent_size)[..., None, None]
-    return torch.cat([maps, motion.expand(-1, -1, -1, *latent_size)], 2)

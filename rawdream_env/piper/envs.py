@@ -1,4 +1,4 @@
-"""The Piper tabletop in the simulator: the ground truth beside the dream, with the same spaces and infos."""
+"""The Piper tabletop as environments: the dream, and the simulator as its ground truth, with equal spaces and infos."""
 
 from __future__ import annotations
 
@@ -11,15 +11,30 @@ from numpy.typing import NDArray
 
 from rawdream_env.config import parse_choice, parse_positive_int
 from rawdream_env.envs.base import ChunkResult, ChunkVectorEnv, Rows
+from rawdream_env.envs.dream import DreamVectorEnv
 from rawdream_env.envs.reflector import Reflector
+from rawdream_env.envs.single import SingleEnv
 from rawdream_env.errors import InvalidOptionError
-from rawdream_env.piper.starts import INSTRUCTIONS, TASK_NAMES, piper_task
+from rawdream_env.piper.starts import INSTRUCTIONS, TASK_LIST, TASK_NAMES, piper_task
 from rawdream_env.seeding import NoiseKey
 from rawdream_env.starts.base import TaskLike, seed_for
 from rawdream_env.types import Float32Array, Start
 
 CHUNK_LEN = 8
 FPS = 10.0
+
+
+class PiperDreamVectorEnv(DreamVectorEnv):
+    """The Piper tabletop in the bundled world model: what ``gym.make_vec("rawdream/PiperDream-v0")`` makes.
+
+    Four tasks (stack block, place pot, put spoon, place cup), 64x64 pixels at 10 Hz, 8 actions a chunk, 8 chunks an
+    episode; everything ships with the package and runs on a CPU. ``PiperSimVectorEnv`` has the same spaces and infos.
+    Options are those of :class:`DreamVectorEnv`.
+    """
+
+    def __init__(self, num_envs: int = 1, **kwargs: Any) -> None:
+        """Make the environment; see :class:`DreamVectorEnv`."""
+        super().__init__(num_envs, **{"robot": "piper", **kwargs})
 
 
 class PiperSimVectorEnv(ChunkVectorEnv):
@@ -36,6 +51,9 @@ class PiperSimVectorEnv(ChunkVectorEnv):
     Raises on construction:
         InvalidOptionError: an option is out of its range. RendererError: no working OpenGL renderer.
     """
+
+    robot = "piper"
+    tasks = TASK_LIST
 
     def __init__(
         self,
@@ -133,3 +151,17 @@ class PiperSimVectorEnv(ChunkVectorEnv):
         for part in (getattr(self, "_workers", None), self.reflector):
             if part is not None:
                 part.close()
+
+
+class PiperDreamEnv(SingleEnv):
+    """The Piper tabletop, imagined; options of :class:`PiperDreamVectorEnv`."""
+
+    def _make(self, **kwargs: Any) -> ChunkVectorEnv:
+        return PiperDreamVectorEnv(**kwargs)
+
+
+class PiperSimEnv(SingleEnv):
+    """The Piper tabletop in the simulator; options of :class:`PiperSimVectorEnv`."""
+
+    def _make(self, **kwargs: Any) -> ChunkVectorEnv:
+        return PiperSimVectorEnv(**kwargs)

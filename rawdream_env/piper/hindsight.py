@@ -1,6 +1,6 @@
 """Instructions for play after the fact: what a stretch of play happened to reach, and where it picks and places.
 
-Nobody told the player anything, but the data set's privileged columns say what happened. ``label_windows`` labels clips
+Play follows no instruction, but the data set's privileged columns say what happened. ``label_windows`` labels clips
 for the judge: every goal is *reached*, *not reached*, or *not askable* (an object is absent, the goal was already true
 at the clip's start, or the outcome is a matter of taste). ``pick_place_segments`` cuts out demonstrations.
 
@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rawdream_env import robots
 from rawdream_env.data.reader import Episode, EpisodeArrays
 from rawdream_env.errors import DatasetError
 from rawdream_env.piper.goals import (
@@ -24,43 +25,25 @@ from rawdream_env.piper.goals import (
     GOALS,
     HELD_OUT_JUDGE_PAIRS,
     TASK_PAIRS,
-    Goal,
     find_goal,
-    goal_index,
     goal_mask,
     paraphrase,
-    phrases,
 )
-from rawdream_env.piper.relations import MOVABLE, OBJECTS, PLACE_RELATIONS, RELATION_NAMES, SHAPES, relation_index
-
-__all__ = [
-    "DIRECTIONS",
-    "GOALS",
-    "GOAL_NAMES",
-    "HELD_OUT_JUDGE_PAIRS",
-    "TASK_PAIRS",
-    "ClipLabels",
-    "Goal",
-    "Segment",
-    "clip_labels",
-    "find_goal",
-    "goal_index",
-    "goal_mask",
-    "label_clips",
-    "label_windows",
-    "paraphrase",
-    "phrases",
-    "pick_place_segments",
-    "sample_goals",
-]
-
-FloatArray = NDArray[np.floating[Any]]
-BoolArray = NDArray[np.bool_]
+from rawdream_env.piper.relations import (
+    MOVABLE,
+    OBJECTS,
+    PLACE_RELATIONS,
+    RELATION_NAMES,
+    SHAPES,
+    TASKS,
+    relation_index,
+)
+from rawdream_env.robots import BoolArray, ClipLabels, FloatArray, GoalGrammar
 
 MOVE_DISTANCE: Final = 0.04
 """An object pushed this far (m) has been moved ..."""
 STILL_DISTANCE: Final = 0.015
-"""... and one pushed less than this has not; between the two nobody is asked."""
+"""... and one pushed less than this has not; between the two the question is not asked."""
 NEAR_GAP: Final = 0.025
 FAR_GAP: Final = 0.05
 ON_TABLE_TOLERANCE: Final = 0.005
@@ -71,15 +54,6 @@ _RADIUS = np.array([(SHAPES[name].half[0] + SHAPES[name].half[1]) / 2 for name i
 _PLACES = np.array([[n in PLACE_RELATIONS and n.split(":")[1] == o for o in OBJECTS] for n in RELATION_NAMES])
 _HOLDS = np.array([[n == f"holding:{o}" for o in OBJECTS] for n in RELATION_NAMES])
 _LIFTS = np.array([[n == f"lifted:{o}" for o in OBJECTS] for n in RELATION_NAMES])
-
-
-@dataclass(frozen=True)
-class ClipLabels:
-    """``reached`` bool (M, G); ``askable`` bool (M, G): where that means something; ``moved`` (M, 7) in metres."""
-
-    reached: BoolArray
-    askable: BoolArray
-    moved: FloatArray
 
 
 def _columns(kind: str) -> NDArray[np.int64]:
@@ -218,16 +192,13 @@ def sample_goals(
 
 
 @dataclass(frozen=True)
-class Segment:
+class Segment(robots.Segment):
     """A pick-and-place inside an episode: frames ``start`` .. ``end`` (inclusive), actions ``start`` .. ``end - 1``.
 
     ``grasp`` is the first frame in which the object is held, ``release`` the first after it was let go, ``established``
     the first in which ``goal`` (a name of ``goals.GOAL_NAMES``) is true.
     """
 
-    start: int
-    end: int
-    goal: str
     grasp: int
     release: int
     established: int
@@ -337,3 +308,29 @@ def _outcome(
         before = np.flatnonzero(~reached[:, i])
         return goal.name, int(rows[before[-1] + 1 if len(before) else 0])
     return None
+
+
+class PiperGrammar:
+    """The goals of the tabletop as the generic trainers ask for them; see ``robots.GoalGrammar``."""
+
+    objects = OBJECTS
+    relations = RELATION_NAMES
+    place_relations = PLACE_RELATIONS
+    goals = GOAL_NAMES
+    tasks = tuple((task.name, task.instruction, task.relation) for task in TASKS)
+    task_pairs = TASK_PAIRS
+    held_out_pairs = HELD_OUT_JUDGE_PAIRS
+
+    paraphrase = staticmethod(paraphrase)
+    goal_mask = staticmethod(goal_mask)
+    label_clips = staticmethod(label_clips)
+    label_windows = staticmethod(label_windows)
+    sample_goals = staticmethod(sample_goals)
+    pick_place_segments = staticmethod(pick_place_segments)
+
+    def goal_objects(self, goal: str) -> tuple[str, ...]:
+        """The objects of a goal, what is moved first."""
+        return tuple(part for part in goal.split(":")[1:] if part in OBJECTS)
+
+
+GRAMMAR: GoalGrammar = PiperGrammar()

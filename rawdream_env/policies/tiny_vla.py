@@ -17,7 +17,6 @@ A action dimensions, L = K*A action tokens.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -33,7 +32,7 @@ from torch.nn import functional as F
 
 from rawdream_env import text
 from rawdream_env.errors import CheckpointError, InvalidOptionError
-from rawdream_env.files import atomic_write_json, load_weights, save_safetensors
+from rawdream_env.files import atomic_write_json, load_weights, read_json, save_safetensors
 from rawdream_env.policies.action_tokens import NUM_TOKENS
 from rawdream_env.policies.base import TokenPolicy
 from rawdream_env.types import ACTION_DIM
@@ -268,15 +267,9 @@ class TinyVLA(TokenPolicy):
 
 
 def _read_config(path: Path) -> TinyVLAConfig:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist; give a folder written by save_pretrained.") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is not readable JSON ({error}).") from error
-    if not isinstance(raw, dict) or raw.get("kind") != KIND:
-        kind = raw.get("kind") if isinstance(raw, dict) else type(raw).__name__
-        raise CheckpointError(f"{path} describes {kind!r}, not {KIND!r}; this folder holds another model.")
+    raw = read_json(path, "give a folder written by save_pretrained")
+    if raw.get("kind") != KIND:
+        raise CheckpointError(f"{path} describes {raw.get('kind')!r}, not {KIND!r}; this folder holds another model.")
     known = {f.name for f in fields(TinyVLAConfig)}
     sizes = {k: v for k, v in raw.items() if k not in ("kind", "metadata")}
     if sizes.keys() != known or not all(isinstance(v, int) and not isinstance(v, bool) for v in sizes.values()):

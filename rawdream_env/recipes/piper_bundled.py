@@ -1,7 +1,7 @@
-"""Make the embedded models from nothing, with one command: world model, judge, policy, starts, numbers, model card.
+"""Make the bundled models from scratch with one command: world model, judge, policy, starts, numbers, model card.
 
-    rawdream train-embedded --preset cpu     hours on 2 cores; the model card says how many
-    rawdream train-embedded --preset gpu     the same recipe with more data and more steps, on a CUDA device
+    rawdream models train --preset cpu     hours on 2 cores; the model card says how many
+    rawdream models train --preset gpu     the same recipe with more data and more steps, on a CUDA device
 
 The stages, in order: collect play -> pre-train the policy on it -> let that policy act on instructions that are no
 task's -> train the world model on play and these rollouts -> imagine clips of other play -> train the judge on
@@ -14,7 +14,7 @@ as scripted play never does, and a world model is only as good as its data are n
 play beside its policies).
 
 Each stage leaves a marker in ``out/stages`` when it is complete, with its settings and the hours it took, and is
-skipped from then on; a stage that was cut off goes on where its trainer saved last. A marker made with other settings,
+skipped from then on; an interrupted stage resumes from its trainer's last checkpoint. A marker made with other settings,
 here or in a stage this one builds on, stops the command: give another ``out``, or delete the marker and the folder.
 """
 
@@ -29,31 +29,35 @@ from typing import Any, Literal
 
 import torch
 
+from rawdream_env.data.collect import CollectConfig, collect
 from rawdream_env.data.reader import LeRobotReader
+from rawdream_env.data.recorded import episodes_from_dataset
 from rawdream_env.errors import InvalidOptionError
 from rawdream_env.evaluation.reporting.provenance import provenance
 from rawdream_env.evaluation.side_by_side.evaluate import EvaluateConfig, evaluate
-from rawdream_env.evaluation.world_model.fidelity import episodes_from_dataset, evaluate_fidelity
+from rawdream_env.evaluation.world_model.fidelity import evaluate_fidelity
 from rawdream_env.files import atomic_write_json
 from rawdream_env.piper.goals import OTHER_RELATIONS
+from rawdream_env.piper.starts import make_start_pack
 from rawdream_env.recipes.card import write_card
 from rawdream_env.recipes.presets import PRESETS, Scale
-from rawdream_env.starts.pack import make_start_pack
-from rawdream_env.trainers.collect import CollectConfig, collect
 from rawdream_env.trainers.common.stages import Stage, run_stages
+from rawdream_env.trainers.judge.config import JudgeTrainConfig
 from rawdream_env.trainers.judge.dream_clips import DreamClipsConfig, make_dream_clips
-from rawdream_env.trainers.judge.train import JudgeTrainConfig, train_judge
-from rawdream_env.trainers.policy.sft import SFTConfig, train_sft
-from rawdream_env.trainers.world_model.train import WorldModelTrainConfig, train_world_model
+from rawdream_env.trainers.judge.train import train_judge
+from rawdream_env.trainers.policy.config import SFTConfig
+from rawdream_env.trainers.policy.sft import train_sft
+from rawdream_env.trainers.world_model.config import WorldModelTrainConfig
+from rawdream_env.trainers.world_model.train import train_world_model
 from rawdream_env.world_models.loading import read_world_model, save_world_model
 
 
 @dataclass(frozen=True)
 class EmbeddedConfig:
-    """Options of ``rawdream train-embedded``."""
+    """Options of ``rawdream models train``."""
 
     out: Path = Path("runs/embedded")
-    """Folder for data, runs and, in ``assets``, the finished models. The same command goes on."""
+    """Folder for data, runs and, in ``assets``, the finished models. Rerun the same command to resume."""
     preset: Literal["cpu", "gpu", "smoke"] = "cpu"
     """How much data and training. smoke: a little of everything, to see that it runs; its models are useless."""
     device: str = ""
@@ -131,25 +135,24 @@ class Paths:
 
 
 def _collect_stage(name: str, config: CollectConfig, needs: tuple[str, ...] = ()) -> Stage:
-    free = ("root", "policy", "workers", "progress")
+    free = ("out", "robot", "policy", "workers", "progress")
     settings = {key: value for key, value in asdict(config).items() if key not in free}
-    root = Path(config.root)
 
     def run() -> dict[str, Any]:
         collect(config)
         return {"episodes": config.episodes, "transitions": config.episodes * config.steps}
 
-    return Stage(name, settings, (root / "meta" / "info.json",), run, needs)
+    return Stage(name, settings, (Path(config.out) / "meta" / "info.json",), run, needs)
 
 
 def _play_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[Stage]:
-    def play(root: Path, episodes: int, seed: int) -> CollectConfig:
+    def play(out: Path, episodes: int, seed: int) -> CollectConfig:
         return CollectConfig(
-            root=str(root), kind="play", episodes=episodes, workers=config.workers, seed=seed, progress=config.progress
+            out=str(out), kind="play", episodes=episodes, workers=config.workers, seed=seed, progress=config.progress
         )
 
-    def rollouts(root: Path, episodes: int, seed: int) -> CollectConfig:
-        source = replace(play(root, episodes, seed), kind="policy", policy=str(paths.generalist))
+    def rollouts(out: Path, episodes: int, seed: int) -> CollectConfig:
+        source = replace(play(out, episodes, seed), kind="policy", policy=str(paths.generalist))
         return replace(source, tasks=OTHER_RELATIONS, action_noise=0.1)
 
     pretrain = _pretrain(config, scale, paths)
@@ -172,7 +175,7 @@ def _play_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[Sta
 def _world_model_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[Stage]:
     train = WorldModelTrainConfig(
         data=(str(paths.play), str(paths.rollouts)),
-        out=str(paths.world_model.parent),
+        run_dir=str(paths.world_model.parent),
         seed=config.seed,
         device=config.device,
         autoencoder=scale.autoencoder,
@@ -197,7 +200,7 @@ def _judge_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[St
     )
     train = JudgeTrainConfig(
         data=(str(paths.play), str(paths.rollouts)),
-        out=str(paths.judge.parent),
+        run_dir=str(paths.judge.parent),
         imagined=(str(paths.dreams),),
         steps=scale.judge_steps,
         batch_size=scale.judge_batch,
@@ -222,7 +225,7 @@ def _judge_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[St
 def _pretrain(config: EmbeddedConfig, scale: Scale, paths: Paths) -> SFTConfig:
     return SFTConfig(
         data=(str(paths.play),),
-        out=str(paths.generalist.parent),
+        run_dir=str(paths.generalist.parent),
         stage="pretrain",
         steps=scale.pretrain_steps,
         batch_size=scale.pretrain_batch,
@@ -241,7 +244,7 @@ def _trained(sft: SFTConfig, progress: bool) -> Callable[[], dict[str, Any]]:
 
 def _policy_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[Stage]:
     demonstrations = CollectConfig(
-        root=str(paths.demonstrations),
+        out=str(paths.demonstrations),
         kind="expert",
         episodes=12,
         action_noise=0.1,
@@ -254,7 +257,7 @@ def _policy_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[S
     fewshot = replace(
         pretrain,
         data=(str(paths.demonstrations),),
-        out=str(paths.policy.parent),
+        run_dir=str(paths.policy.parent),
         stage="fewshot",
         init=str(paths.generalist),
         replay=(str(paths.play),),
@@ -322,10 +325,10 @@ def measure(config: EmbeddedConfig, scale: Scale, paths: Paths) -> dict[str, Any
         EvaluateConfig(
             policies=(f"few-shot={paths.assets / 'policy'}",),
             episodes_per_task=scale.episodes,
-            output=paths.out / "metrics",
+            out=paths.out / "metrics",
             world_model=str(paths.assets / "world_model"),
             judge=str(paths.assets / "judge"),
-            sim_workers=config.workers,
+            workers=config.workers,
             seed=config.seed + 4,
             device=config.device,
         ),
@@ -348,8 +351,8 @@ def _forget_folders(path: Path) -> None:
 
 
 def _settings(config: Any) -> dict[str, Any]:
-    """What a stage depends on: its configuration without folders, which are told by ``needs``, and the progress bar."""
-    left_out = ("data", "out", "world_model", "imagined", "init", "replay", "progress")
+    """What a stage depends on: its configuration without folders, which ``needs`` covers, and without the progress bar."""
+    left_out = ("data", "out", "run_dir", "robot", "world_model", "imagined", "init", "replay", "progress")
     return {key: value for key, value in asdict(config).items() if key not in left_out}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rawdream_env.trainers.world_model.train import StageConfig
+from rawdream_env.trainers.world_model.config import StageConfig
 
 
 @dataclass(frozen=True)

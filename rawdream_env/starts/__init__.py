@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rawdream_env.errors import InvalidOptionError
 from rawdream_env.resolve import EMBEDDED, resolve
+from rawdream_env.robots import find_robot
 from rawdream_env.starts.base import StartSource, seed_for
 from rawdream_env.starts.memory import ListStarts, NullStarts
 from rawdream_env.types import Start
@@ -20,35 +21,35 @@ def load_starts(
     device: str = "cpu",
     frame_shape: tuple[int, int, int] = (64, 64, 3),
     layout: str = "narrow",
+    robot: str = "",
 ) -> StartSource:
     """The start source that ``spec`` names.
 
     Args:
-        spec: "pack" or "embedded" (the bundled start pack), "sim" (rendered by the simulator when needed), "null" (random
-            frames), a ``.safetensors`` pack, a folder of images or with a pack in it, "owner/name" of the Hugging Face
-            hub, "module:factory", a list of ``Start``, or an object with a ``sample`` method.
+        spec: "pack" or "embedded" (the robot's start pack), "sim" (rendered by the robot's simulator when needed), "null"
+            (random frames), a ``.safetensors`` pack, a folder of images or with a pack in it, "owner/name" of the Hugging
+            Face hub, "module:factory", a list of ``Start``, or an object with a ``sample`` method.
         device: passed to a factory that takes it.
         frame_shape: (H, W, 3); images of a folder are resized to it.
         layout: "narrow" or "wide": how far the objects are scattered ("pack" and "sim").
+        robot: whose pack and simulator; the default robot when empty.
 
     Raises:
-        InvalidOptionError: none of these.
+        InvalidOptionError: none of these, or the robot has no pack or no simulator.
         CheckpointError: the pack is missing or damaged.
     """
     if isinstance(spec, str) and spec == "null":
         return NullStarts(frame_shape)
     if isinstance(spec, str) and spec == "sim":
-        from rawdream_env.piper.starts import SimStarts
-
-        return SimStarts(image_size=frame_shape[0], layout=layout)
+        source: StartSource = find_robot(robot).load("sim_starts")(image_size=frame_shape[0], layout=layout)
+        return source
     if isinstance(spec, Sequence) and not isinstance(spec, str | StartSource):
         return ListStarts(spec)
-    from rawdream_env.starts.pack import PackStarts, default_pack_path
+    from rawdream_env.starts.pack import PackStarts
 
-    named = EMBEDDED if isinstance(spec, str) and spec == "pack" else spec
-    found: Path | StartSource = resolve(
-        named, "start source", StartSource, bundled=default_pack_path(layout), device=device
-    )
+    if isinstance(spec, str) and spec in ("pack", EMBEDDED):
+        return PackStarts(find_robot(robot).load("start_pack")(layout))
+    found: Path | StartSource = resolve(spec, "start source", StartSource, bundled=Path(), device=device)
     if not isinstance(found, Path):
         return found
     if found.suffix == ".safetensors":

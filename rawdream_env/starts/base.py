@@ -23,7 +23,10 @@ _STREAM_PICK = 103
 
 @runtime_checkable
 class StartSource(Protocol):
-    """Gives an episode its first frame and instruction."""
+    """Gives an episode its first frame and instruction.
+
+    A source that knows its tasks has an attribute ``tasks``: (name, instruction) pairs in the order of the task ids.
+    """
 
     def sample(self, key: NoiseKey, task: TaskLike = None) -> Start:
         """The start that ``key`` (seed and episode) draws; equal keys give equal starts.

@@ -67,6 +67,11 @@ class FolderStarts:
         """Every start, in the order of the file names."""
         return self._list.starts
 
+    @property
+    def tasks(self) -> tuple[tuple[str, str], ...]:
+        """(name, instruction) of every task; the name is the instruction."""
+        return self._list.tasks
+
     def sample(self, key: NoiseKey, task: TaskLike = None) -> Start:
         """See :class:`StartSource`; ``task`` is an instruction or a task id."""
         return self._list.sample(key, task)

@@ -32,6 +32,10 @@ class ListStarts:
                     f"starts[{index}].frame has shape {frame.shape} and dtype {frame.dtype}; uint8 (H, W, 3) is needed."
                 )
         self.starts = tuple(starts)
+        numbered = {start.task_id: start.instruction for start in self.starts}
+        self.tasks: tuple[tuple[str, str], ...] = ()
+        if sorted(numbered) == list(range(len(numbered))):  # ids that a task list can have
+            self.tasks = tuple((numbered[i], numbered[i]) for i in range(len(numbered)))
 
     def sample(self, key: NoiseKey, task: TaskLike = None) -> Start:
         """See :class:`StartSource`."""
@@ -52,6 +56,7 @@ class NullStarts:
 
     TASKS = ("null_left", "null_right", "null_up", "null_down")
     INSTRUCTIONS = tuple(f"move the block {name.removeprefix('null_')}" for name in TASKS)
+    tasks = tuple(zip(TASKS, INSTRUCTIONS, strict=True))
 
     def __init__(self, frame_shape: tuple[int, int, int] = (64, 64, 3)) -> None:
         """``frame_shape`` (H, W, 3) of the frames to make."""

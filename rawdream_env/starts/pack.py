@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rawdream_env.config import parse_choice, parse_positive_int
 from rawdream_env.errors import CheckpointError, InvalidOptionError
 from rawdream_env.files import load_safetensors, load_safetensors_metadata, save_safetensors
 from rawdream_env.seeding import NoiseKey
@@ -26,12 +25,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = "rawdream start pack 1"
-
-
-def default_pack_path(layout: str) -> Path:
-    """The pack shipped with the package for a layout, "narrow" or "wide"."""
-    parse_choice("layout", layout, ("narrow", "wide"))
-    return Path(__file__).parent.parent / "assets" / f"starts_{layout}.safetensors"
 
 
 class PackStarts:
@@ -46,7 +39,7 @@ class PackStarts:
         if not Path(path).is_file():
             raise CheckpointError(
                 f"there is no start pack {path}. Give another one (starts='my_pack.safetensors'), make one with "
-                "rawdream_env.starts.pack.make_start_pack, or render starts as they are needed (starts='sim')."
+                "rawdream_env.starts.pack.save_start_pack, or render starts as they are needed (starts='sim')."
             )
         metadata = load_safetensors_metadata(path)
         if metadata.get("format") != FORMAT:
@@ -59,6 +52,7 @@ class PackStarts:
             tasks = json.loads(metadata["tasks"])
             self.task_names = tuple(str(task["name"]) for task in tasks)
             self.instructions = tuple(str(task["instruction"]) for task in tasks)
+            self.tasks = tuple(zip(self.task_names, self.instructions, strict=True))
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} has no readable list of tasks in its metadata ({error!r}).") from error
         self.layout = metadata.get("layout", "")
@@ -135,26 +129,3 @@ def save_start_pack(
         tensors["proprio"] = torch.from_numpy(np.stack(with_proprio).astype(np.float32))
     listed = json.dumps([{"name": name, "instruction": instruction} for name, instruction in tasks])
     save_safetensors(path, tensors, {"format": FORMAT, "layout": layout, "tasks": listed})
-
-
-def make_start_pack(
-    path: str | PathLike[str], n_per_task: int = 64, layout: str = "narrow", seed: int = 0, *, image_size: int = 64
-) -> int:
-    """Render ``n_per_task`` starts of each Piper task in the simulator into ``path``; returns their number.
-
-    Start i of task t is the scene of row seed ``seed``, episode ``t * n_per_task + i``: other seeds, other scenes.
-    """
-    from rawdream_env.piper.starts import INSTRUCTIONS, TASK_NAMES, SimStarts
-
-    count = parse_positive_int("n_per_task", n_per_task)
-    source = SimStarts(image_size=image_size, layout=parse_choice("layout", layout, ("narrow", "wide")))
-    try:
-        starts = [
-            source.sample(NoiseKey(seed, episode=task * count + i), task)
-            for task in range(len(TASK_NAMES))
-            for i in range(count)
-        ]
-    finally:
-        source.close()
-    save_start_pack(path, starts, list(zip(TASK_NAMES, INSTRUCTIONS, strict=True)), layout=layout)
-    return len(starts)

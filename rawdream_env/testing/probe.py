@@ -12,7 +12,8 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import concatenate, create_empty_array
 
-from rawdream_env.testing.trees import info_row, observation_rows, to_numpy
+from rawdream_env.envs.infos import row_info
+from rawdream_env.testing.trees import observation_rows, to_numpy
 
 MakeEnv = Callable[..., VectorEnv[Any, Any, Any]]
 
@@ -57,7 +58,7 @@ class Call:
             if self.rewards is None
             else {"reward": self.rewards[row], "terminated": self.terminations[row], "truncated": self.truncations[row]}
         )
-        return {"observation": self.observations[row], **flags, "info": info_row(self.infos, row)}
+        return {"observation": self.observations[row], **flags, "info": row_info(self.infos, row, to_numpy)}
 
 
 @dataclass

@@ -79,16 +79,3 @@ def arrays(tree: Any, where: str = "") -> Iterator[tuple[str, Any]]:
 def observation_rows(space: Any, observations: Any) -> list[Any]:
     """A batched observation as one observation per row (numpy)."""
     return [to_numpy(row) for row in iterate(space, to_numpy(observations))]
-
-
-def info_row(infos: dict[str, Any], row: int) -> dict[str, Any]:
-    """What the infos say about one row; keys whose mask is False there are left out."""
-    out: dict[str, Any] = {}
-    for key, value in infos.items():
-        if key.startswith("_") and key[1:] in infos:
-            continue
-        mask = infos.get("_" + key)
-        if mask is not None and not mask[row]:
-            continue
-        out[key] = info_row(value, row) if isinstance(value, dict) else to_numpy(value[row])
-    return out

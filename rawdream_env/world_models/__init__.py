@@ -23,7 +23,7 @@ def load_world_model(
     dtype: str | None = None,
     num_inference_steps: int | None = None,
     approximations: Sequence[str] = (),
-    micro_batch: int = 0,
+    micro_batch_size: int = 0,
 ) -> WorldModel:
     """The world model that ``spec`` names: "embedded" (the bundled one), "null" (the twin for tests), a folder,
     "owner/name" of the Hugging Face hub, "module:factory", or an object with the ``WorldModel`` protocol.
@@ -36,7 +36,7 @@ def load_world_model(
         approximations: opt-in, at a cost in accuracy (docs/world_model.md): "rolling_cache" keeps the context's keys and
             values across chunks, "tiny_decoder" decodes Wan's latents with TAEHV's, "fp8" rounds the blocks' matrix
             products.
-        micro_batch: rows computed at once, to bound memory; 0: all.
+        micro_batch_size: rows computed at once, to bound memory; 0: as many as fit.
 
     Raises:
         InvalidOptionError: an option, an object or a factory that does not fit.
@@ -59,7 +59,7 @@ def load_world_model(
         dtype=dtype,
         num_inference_steps=num_inference_steps,
         approximations=approximations,
-        micro_batch=micro_batch,
+        micro_batch_size=micro_batch_size,
     )
     if not isinstance(found, Path):
         return found
@@ -68,9 +68,11 @@ def load_world_model(
     from rawdream_env.world_models.loading import read_world_model
 
     overrides = {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
-    reuse: Literal["rolling", "step"] = "rolling" if "rolling_cache" in approximations else "step"
+    context_cache: Literal["rolling", "step"] = "rolling" if "rolling_cache" in approximations else "step"
     tiny = "tiny_decoder" in approximations
-    model = read_world_model(found, reuse=reuse, tiny_decoder=tiny, micro_batch=micro_batch, **overrides)
+    model = read_world_model(
+        found, context_cache=context_cache, tiny_decoder=tiny, micro_batch_size=micro_batch_size, **overrides
+    )
     model.to(device, getattr(torch, parse_dtype(dtype) or "float32"))
     if "fp8" in approximations:
         from rawdream_env.world_models.wan.fp8 import use_fp8

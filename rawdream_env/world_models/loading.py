@@ -1,6 +1,6 @@
 """Loading and saving world models: a folder of safetensors and JSON, checked on the way in.
 
-    config.json     format and rollout settings
+    config.json     format, rollout settings and the robot's name (none: the default robot)
     transformer/    WanWorldModelTransformer in diffusers' layout
     autoencoder/    PackedFrameAutoencoder (embedded size), or
     vae/            AutoencoderKLWan in diffusers' layout (full size)
@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from rawdream_env.errors import CheckpointError
-from rawdream_env.files import atomic_write_json, load_weights, save_safetensors
-from rawdream_env.piper.arm_map import ArmMapConfig
+from rawdream_env.files import atomic_write_json, load_weights, read_json, save_safetensors
 from rawdream_env.world_models.autoencoders import AutoencoderConfig, FrameCodec, PackedFrameAutoencoder
-from rawdream_env.world_models.pretrained import dataclass_from_json, read_json
+from rawdream_env.world_models.pretrained import dataclass_from_json
 from rawdream_env.world_models.wan.chunk import ContextCache
 from rawdream_env.world_models.wan.rollout import RolloutConfig, WanWorldModel
 from rawdream_env.world_models.wan.tiny_decoder import TinyDecoder, TinyDecoderCodec
@@ -70,18 +69,19 @@ def save_world_model(model: WanWorldModel, folder: str | Path, *, half: bool = F
     folder.mkdir(parents=True, exist_ok=True)
     model.transformer.save_pretrained(folder / "transformer", half=half)
     save_codec(model.autoencoder, folder, half=half)
-    atomic_write_json(folder / "config.json", {"format": FORMAT, "rollout": asdict(model.config)})
+    named = {"robot": model.robot} if model.robot else {}
+    atomic_write_json(folder / "config.json", {"format": FORMAT, "rollout": asdict(model.config), **named})
 
 
 def read_world_model(
     folder: str | Path,
     *,
-    reuse: ContextCache = "step",
+    context_cache: ContextCache = "step",
     tiny_decoder: bool = False,
-    micro_batch: int = 0,
-    **rollout: Any,
+    micro_batch_size: int = 0,
+    **overrides: Any,
 ) -> WanWorldModel:
-    """Load a world model folder; ``rollout`` overrides fields of its ``RolloutConfig`` (``num_inference_steps=1``)."""
+    """Load a world model folder; ``overrides`` are fields of its ``RolloutConfig`` (``num_inference_steps=1``)."""
     folder = Path(folder)
     path = folder / "config.json"
     if not path.is_file():
@@ -96,7 +96,14 @@ def read_world_model(
     settings = dataclass_from_json(RolloutConfig, config["rollout"], str(path))
     transformer = WanWorldModelTransformer.from_pretrained(folder / "transformer")
     codec = read_codec(folder, transformer.arch.latent_shape[1], tiny=tiny_decoder)
-    return WanWorldModel(transformer, codec, replace(settings, **rollout), reuse=reuse, micro_batch=micro_batch)
+    return WanWorldModel(
+        transformer,
+        codec,
+        replace(settings, **overrides),
+        robot=str(config.get("robot", "")),
+        context_cache=context_cache,
+        micro_batch_size=micro_batch_size,
+    )
 
 
-__all__ = ["ArmMapConfig", "read_world_model", "save_world_model"]
+__all__ = ["read_world_model", "save_world_model"]

@@ -1,231 +1,29 @@
-"""The memory ladder: how many environments, and which training settings, fit on a GPU of 24, 48, 80 or 141 GB.
+"""Memory that a world model needs, compared with what is free before anything is allocated.
 
-A ``MemoryPreset`` is derived from the estimates of ``memory_estimates.py``, not typed in; ``choose_preset`` takes the
-largest that fits into what is free, and ``require_memory`` refuses what does not fit before anything is allocated.
+Weights, states and caches follow exactly from shapes; activations are an upper bound. No estimate has been compared with a
+GPU yet. Not counted: the text encoder (never loaded), the policy and the judge.
 
-    preset = choose_preset(free_memory("cuda"))
-    envs = gym.make_vec("rawdream/Dream-v0", preset.num_envs, world_model=..., device="cuda", dtype=preset.dtype)
-
-Environments ask by themselves (``WanWorldModel.prepare``), and so does the trainer (``fit_memory``).
+Shape letters: D width, P tokens in a frame, R recent latent frames, G new ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+import copy
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from rawdream_env.errors import NotEnoughMemoryError
 from rawdream_env.world_models.autoencoders import FrameCodec
-from rawdream_env.world_models.memory_estimates import (
-    GIB,
-    MemoryEstimate,
-    rollout_memory,
-    training_memory,
-)
 from rawdream_env.world_models.wan.chunk import ContextCache
-from rawdream_env.world_models.wan.config import WanConfig, wan_config
+from rawdream_env.world_models.wan.config import WanConfig
+from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer
 
-SIZES = (24, 48, 80, 141)
-"""Nominal memory of the cards of the ladder."""
-USABLE = 0.93
-"""Share of a card's nominal memory, in GiB, that a process can count on: a "24 GB" card offers 23.5 GiB, a "141 GB" H200
-139.8."""
-WORKING_SHARE = 0.25
-"""Most of the usable memory that goes to the rows being imagined; a GPU is busy from 8 rows on."""
-TRAINING_BATCHES = (12, 8, 4, 2, 1)
-"""Windows per device to choose among; 12 is the paper's whole batch."""
-
-
-@dataclass(frozen=True)
-class MemoryPreset:
-    """What to run on a GPU of this size with the full-size model and Wan's VAE at 256 pixels; imagining and training
-    take turns, and each may have the whole card.
-    """
-
-    name: str
-    total_gib: int
-    """Nominal memory of the card."""
-    num_envs: int
-    """Environments whose states are held on the GPU."""
-    micro_batch: int
-    """Environments imagined and decoded at a time."""
-    train_micro_batch: int
-    """Windows of 33 frames per forward pass in training, on one GPU."""
-    gradient_checkpointing: bool
-    """Compute each block's activations again in the backward pass."""
-    offload: tuple[str, ...]
-    """What lives in the host's memory. The text encoder is never loaded; decoder streams stay on the GPU: moving one
-    there and back takes 12 to 25 ms a chunk over PCIe, beside the 36 ms in which an H200 can imagine the chunk."""
-    dtype: str
-    """Of weights and caches when imagining; training keeps fp32 weights and computes in bfloat16."""
-    rollout: MemoryEstimate
-    training: MemoryEstimate
-
-    @property
-    def needed_bytes(self) -> int:
-        """Free memory that the preset asks for."""
-        return max(self.rollout.total, self.training.total)
-
-
-@lru_cache(maxsize=1)
-def memory_presets() -> tuple[MemoryPreset, ...]:
-    """The ladder, smallest first; takes a few seconds the first time (the full-size model's shapes are laid out)."""
-    return tuple(_derive(size) for size in SIZES)
-
-
-def _derive(total_gib: int) -> MemoryPreset:
-    """The largest micro-batch within its share of the memory, then as many environments as fit; for training the largest
-    micro-batch with the first of three settings that allows 4 windows.
-    """
-    arch, usable = wan_config("wan2.1-1.3b"), int(USABLE * total_gib * GIB)
-    per_row = rollout_memory(arch).parts["a micro-batch at work"]
-    rows = 1
-    while 2 * rows * per_row <= WORKING_SHARE * usable:
-        rows *= 2
-    count = rows
-    while rollout_memory(arch, num_envs=count + rows, micro_batch=rows).total <= usable:
-        count += rows
-    fit = fit_training(arch, usable, TRAINING_BATCHES)
-    return MemoryPreset(
-        name=f"{total_gib}gb",
-        total_gib=total_gib,
-        num_envs=count,
-        micro_batch=rows,
-        train_micro_batch=fit.micro_batch,
-        gradient_checkpointing=fit.checkpointing,
-        offload=("optimiser state", "averaged weights") if fit.offload else (),
-        dtype="bfloat16",
-        rollout=rollout_memory(arch, num_envs=count, micro_batch=rows),
-        training=fit.estimate,
-    )
-
-
-@dataclass(frozen=True)
-class TrainingFit:
-    """Settings of training that fit: windows per forward pass, and whether activations are computed again in the
-    backward pass and optimiser state and averaged weights live on the host.
-    """
-
-    micro_batch: int
-    checkpointing: bool
-    offload: bool
-    estimate: MemoryEstimate
-
-
-def fit_training(
-    arch: WanConfig,
-    free_bytes: int,
-    micro_batches: Sequence[int],
-    *,
-    frames: int = 9,
-    world_size: int = 1,
-    may_offload: bool = True,
-) -> TrainingFit:
-    """The fastest settings that fit: no checkpointing, then checkpointing, then the optimiser on the host as well; of these
-    the first that allows 4 windows at a time, else the one that allows most.
-
-    Args:
-        arch: the transformer.
-        free_bytes: what there is.
-        micro_batches: windows at a time to choose among, descending.
-        frames, world_size: as for ``training_memory``.
-        may_offload: whether the host may be used.
-
-    Raises:
-        NotEnoughMemoryError: nothing fits.
-    """
-    best: TrainingFit | None = None
-    settings = [(False, False), (True, False), (True, True)] if may_offload else [(False, False), (True, False)]
-    estimate = training_memory(arch)
-    for checkpointing, offload in settings:
-        for micro_batch in micro_batches:
-            estimate = training_memory(
-                arch, micro_batch, frames, world_size=world_size, checkpointing=checkpointing, offload_optimizer=offload
-            )
-            if estimate.total > free_bytes:
-                continue
-            if best is None or micro_batch > best.micro_batch:
-                best = TrainingFit(micro_batch, checkpointing, offload, estimate)
-            break
-        if best is not None and best.micro_batch >= min(4, micro_batches[0]):
-            return best
-    if best is None:
-        require_memory(estimate, free_bytes, "Training, even with the thriftiest settings,")
-    assert best is not None
-    return best
-
-
-def fit_rollout(
-    arch: WanConfig,
-    codec: FrameCodec,
-    num_envs: int,
-    dtype: torch.dtype,
-    reuse: ContextCache,
-    device: torch.device,
-    micro_batch: int = 0,
-) -> int:
-    """How many of ``num_envs`` episodes to imagine at a time on ``device``, where the model has been loaded: ``micro_batch``
-    if it is given, else all of them, or the largest power of two that fits.
-
-    Raises:
-        NotEnoughMemoryError: the episodes' states do not fit, or not with this ``micro_batch``.
-    """
-    free = free_memory(device)
-    powers = [2**i for i in reversed(range(max(0, num_envs - 1).bit_length()))]
-    rows, estimate = micro_batch, MemoryEstimate({})
-    for rows in [micro_batch] if micro_batch else [num_envs, *powers]:
-        estimate = rollout_memory(arch, codec, num_envs, dtype, reuse, micro_batch=rows).without("weights")
-        if device.type == "cpu":  # no context, no work space, and what the allocator holds is not known
-            estimate = estimate.without("headroom")
-        if estimate.total <= free:
-            return rows
-    require_memory(estimate, free, f"Imagining {num_envs} episodes, {rows} at a time,")
-    return rows
-
-
-def choose_preset(free_bytes: int) -> MemoryPreset:
-    """The largest preset that fits into ``free_bytes``; ``NotEnoughMemoryError`` when none does."""
-    fitting = [preset for preset in memory_presets() if preset.needed_bytes <= free_bytes]
-    if not fitting:
-        smallest = memory_presets()[0]
-        raise NotEnoughMemoryError(
-            f"{free_bytes / GIB:.2f} GiB are free, but the smallest preset, {smallest.name!r} with {smallest.num_envs} "
-            f"environments, needs {smallest.needed_bytes / GIB:.2f} GiB; take fewer environments (rollout_memory says "
-            "what they need), or the embedded model, which runs on a CPU."
-        )
-    return fitting[-1]
-
-
-def require_weights(modules: Sequence[nn.Module], dtype: torch.dtype, device: torch.device) -> None:
-    """``NotEnoughMemoryError`` when the weights of ``modules`` do not fit on ``device``, where they are not yet."""
-    tensors = (x for module in modules for x in (*module.parameters(), *module.buffers()))
-    size = sum(x.numel() * (dtype if x.is_floating_point() else x.dtype).itemsize for x in tensors)
-    require_memory(MemoryEstimate({"weights": size}), free_memory(device), "The world model")
-
-
-def preset_table() -> str:
-    """The ladder as a Markdown table; every number is estimated."""
-    names = ("preset", "environments", "at a time", "rollout GiB", "training windows", "checkpointing", "on the host")
-    rows: list[tuple[object, ...]] = [(*names, "training GiB"), ("---",) * 8]
-    rows += [
-        (
-            p.name,
-            p.num_envs,
-            p.micro_batch,
-            f"{p.rollout.total / GIB:.1f}",
-            p.train_micro_batch,
-            "yes" if p.gradient_checkpointing else "no",
-            ", ".join(p.offload) or "-",
-            f"{p.training.total / GIB:.1f}",
-        )
-        for p in memory_presets()
-    ]
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
+GIB = 2**30
 
 
 def free_memory(device: str | torch.device) -> int:
@@ -240,51 +38,120 @@ def free_memory(device: str | torch.device) -> int:
 
 
 def host_memory(root: Path) -> int:
-    """Available bytes of the host whose /proc and /sys lie under ``root``; 2**63 when the system does not say."""
-    found = [2**63]
-    meminfo = _read(root / "proc/meminfo")
+    """Available bytes of the host whose /proc and /sys lie under ``root``; 2**63 when the system does not tell."""
+
+    def read(name: str) -> str:
+        path = root / name
+        return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+
+    found, meminfo, group = [2**63], read("proc/meminfo"), "sys/fs/cgroup/memory"
     if "MemAvailable:" in meminfo:
         found.append(int(meminfo.split("MemAvailable:")[1].split()[0]) * 1024)
-    for line in _read(root / "proc/self/cgroup").splitlines():  # "0::/path", or "4:memory:/path" of the first version
-        _, kinds, path = line.split(":", 2)
-        if kinds and "memory" not in kinds.split(","):
-            continue
-        base, names = ("memory", ("limit_in_bytes", "usage_in_bytes")) if kinds else ("", ("max", "current"))
-        for folder in (root / "sys/fs/cgroup" / base / path.lstrip("/"), root / "sys/fs/cgroup" / base):
-            limit, used = (_read(folder / f"memory.{name}").strip() for name in names)
-            if limit.isdigit() and used.isdigit():
-                found.append(max(int(limit) - int(used), 0))
+    for limit, used in (("max", "current"), ("limit_in_bytes", "usage_in_bytes")):  # of version 2 and of version 1
+        folder = group if limit == "limit_in_bytes" else "sys/fs/cgroup"
+        most, now = read(f"{folder}/memory.{limit}"), read(f"{folder}/memory.{used}")
+        if most.isdigit() and now.isdigit():
+            found.append(max(int(most) - int(now), 0))
     return min(found)
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError:
-        return ""
+def require_memory(parts: Mapping[str, int], device: str | torch.device, what: str, advice: str) -> None:
+    """Raise ``NotEnoughMemoryError`` when the bytes of ``parts`` are not free on ``device``."""
+    needed, free = _needed(parts, device), free_memory(device)
+    if needed > free:
+        listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
+        raise NotEnoughMemoryError(
+            f"{what} needs about {needed / GIB:.2f} GiB ({listed}), but {free / GIB:.2f} GiB are free on "
+            f"{torch.device(device)}; {advice}."
+        )
 
 
-def require_memory(estimate: MemoryEstimate, free_bytes: int, what: str) -> None:
-    """Raise ``NotEnoughMemoryError`` when ``what`` needs more than there is, before anything is allocated."""
-    if estimate.total <= free_bytes:
-        return
-    name = max((n for n in estimate.parts if n != "headroom"), key=lambda n: estimate.parts[n])
-    raise NotEnoughMemoryError(
-        f"{what} needs {estimate}, but {free_bytes / GIB:.2f} GiB are free; most of it is {name}: {_ADVICE[name]}."
-    )
+def _needed(parts: Mapping[str, int], device: str | torch.device) -> int:
+    """The sum; on a GPU 8 % more for fragmentation, and 1 GiB for CUDA's context and libraries."""
+    total = sum(parts.values())
+    return total if torch.device(device).type == "cpu" else total + int(0.08 * total) + GIB
 
 
-_STATES = "take fewer environments, or a smaller preset of choose_preset"
-_SHARD = "shard over more devices (fsdp2), or keep the optimiser on the host (offload, or fit_memory)"
-_ADVICE = {
-    "weights": "use bfloat16, shard over more devices, or take a larger one",
-    "states": _STATES,
-    "decoder streams": f"{_STATES}, or the tiny decoder",
-    "rolling caches": f"{_STATES}, or reuse='step', which keeps no cache",
-    "a micro-batch at work": "imagine fewer environments at a time (micro_batch)",
-    "gradients": _SHARD,
-    "optimiser": _SHARD,
-    "averaged weights": _SHARD,
-    "weights in bfloat16": _SHARD,
-    "activations": "take a smaller micro-batch, turn gradient checkpointing on, or let fit_memory choose",
-}
+def module_bytes(modules: Sequence[nn.Module], dtype: torch.dtype) -> int:
+    """Bytes of parameters and buffers once they are in ``dtype``; integers stay as they are."""
+    tensors = (x for module in modules for x in (*module.parameters(), *module.buffers()))
+    return sum(x.numel() * (dtype if x.is_floating_point() else x.dtype).itemsize for x in tensors)
+
+
+def rollout_memory(
+    arch: WanConfig,
+    codec: FrameCodec,
+    num_envs: int,
+    rows: int,
+    dtype: torch.dtype,
+    context_cache: ContextCache = "step",
+) -> dict[str, int]:
+    """Bytes to imagine ``num_envs`` episodes, ``rows`` at a time, besides the weights."""
+    (c, h, w), r, tokens = arch.latent_shape, arch.context_latents, arch.tokens_per_frame
+    state = 4 * ((1 + r) * (c * h * w + arch.condition_dim + arch.map_channels * h * w) + 7)  # fp32; 7: the pose
+    frame_keys = 2 * arch.num_layers * arch.width * tokens * dtype.itemsize  # keys and values of a frame in all blocks
+    rolling = r * frame_keys if context_cache == "rolling" else 0
+    stream = _stream_bytes(codec, dtype)
+    rows = min(rows, num_envs)
+    blocks = tokens * (16 * arch.width + 2 * arch.ffn_dim)
+    ends = h * w * (8 * c + 5 * arch.map_channels + 8 * arch.stem_channels)
+    denoising = (1 + r + arch.chunk_latents) * (blocks + ends) * dtype.itemsize
+    denoising += (1 + r) * frame_keys * (4 if rolling else 1)  # rolling: old, new, joined and rotated
+    frames = arch.chunk_len * math.prod(codec.frame_shape)
+    decoding = 3 * stream // 2 + 16 * frames
+    return {
+        # Old, new, picked for denoising and being joined; of decoder streams old and new, and those of the rows at work.
+        "states": 4 * num_envs * (state + rolling),
+        "decoder streams": (2 * num_envs + (rows if rows < num_envs else 0)) * stream,
+        "frames": num_envs * frames,
+        "rows at work": rows * max(denoising, decoding),
+    }
+
+
+def _stream_bytes(codec: FrameCodec, dtype: torch.dtype) -> int:
+    """One row's decoder state, from a copy of ``codec`` on the meta device; no weight is copied."""
+    module = cast(nn.Module, codec)
+    empty: dict[int, Any] = {id(x): nn.Parameter(torch.empty_like(x, device="meta")) for x in module.parameters()}
+    empty |= {id(x): torch.empty_like(x, device="meta") for x in module.buffers()}
+    shadow = cast(FrameCodec, copy.deepcopy(module, empty).to(dtype))
+    with torch.no_grad():
+        stream = shadow.start_decoding(torch.empty(1, *codec.latent_shape, device="meta"))
+    total: int = sum(x.nbytes for x in stream)
+    return total
+
+
+def rows_that_fit(
+    arch: WanConfig,
+    codec: FrameCodec,
+    num_envs: int,
+    dtype: torch.dtype,
+    context_cache: ContextCache,
+    device: torch.device,
+) -> int:
+    """How many of ``num_envs`` episodes to imagine at a time: all, else the largest power of two that fits, at least 1."""
+    free = free_memory(device)
+    for rows in [num_envs, *(2**i for i in reversed(range(max(0, num_envs - 1).bit_length())))]:
+        if _needed(rollout_memory(arch, codec, num_envs, rows, dtype, context_cache), device) <= free:
+            return rows
+    return 1
+
+
+def training_memory(
+    arch: WanConfig, rows: int, frames: int, *, shards: int = 1, checkpointing: bool = False, offload: bool = False
+) -> dict[str, int]:
+    """Bytes on one device to train the transformer on ``rows`` windows of ``frames`` latent frames at a time.
+
+    fp32 weights, gradients, averaged weights and AdamW's state, divided among ``shards``; bfloat16 autocast. Latents come
+    from a cache: the codec is not loaded.
+    """
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in WanWorldModelTransformer(arch).parameters())
+    shard, tokens = -(-parameters // shards), rows * frames * arch.tokens_per_frame
+    saved = tokens * (68 * arch.width + 6 * arch.ffn_dim)  # bytes a block keeps for its backward pass
+    inputs = 4 * tokens * arch.width  # a block's own input, fp32
+    return {
+        "weights and gradients": 8 * shard,
+        "optimiser and averaged weights": 0 if offload else 12 * shard,
+        "weights in bfloat16": 2 * (parameters if shards == 1 else 2 * parameters // arch.num_layers),
+        "activations": arch.num_layers * inputs + saved if checkpointing else arch.num_layers * saved,
+    }

@@ -6,7 +6,6 @@ own loader only warns of missing and unknown tensors; here they are one error th
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rawdream_env.errors import CheckpointError
-from rawdream_env.files import check_weights, fsync_folder, load_tensors
+from rawdream_env.files import check_weights, fsync_folder, load_tensors, read_json
 from rawdream_env.resolve import hub_folder, is_hub_id
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -43,21 +42,6 @@ def dataclass_from_json(cls: type[T], values: Mapping[str, Any], where: str) -> 
             value = dataclass_from_json(nested[0], value, where)  # type: ignore[arg-type]
         out[name] = value
     return cls(**out)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; ``CheckpointError`` when the file is missing or holds anything else."""
-    if not path.is_file():
-        raise CheckpointError(
-            f"{path.name} is missing in {path.parent}; check the folder, or copy the checkpoint again."
-        )
-    try:
-        value = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:  # of bytes, of syntax, of a thousand brackets
-        raise CheckpointError(f"{path} is not valid JSON ({error}); copy the checkpoint again.") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, expected an object.")
-    return value
 
 
 def find_folder(

@@ -15,15 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rawdream_env.data import schema
+from rawdream_env.data.collect import CollectConfig, collect
 from rawdream_env.data.lerobot import EpisodeData, LeRobotReader, LeRobotWriter
-from rawdream_env.data.video import psnr
 from rawdream_env.errors import DatasetError, InvalidOptionError, SimulatorError
+from rawdream_env.piper.collect import PLAY_TASK, PiperSource
 from rawdream_env.piper.goals import GOAL_NAMES, phrases
 from rawdream_env.piper.relations import RELATION_NAMES
 from rawdream_env.seeding import NoiseKey, mix
 from rawdream_env.text import MAX_INSTRUCTION_LENGTH, PAD_ID, VOCAB_SIZE, clean_instruction, tokenize, word_id
-from rawdream_env.trainers import collect as collecting
-from rawdream_env.trainers.collect import CollectConfig, collect
 
 FEATURES = {
     "action": schema.numeric_feature(7),
@@ -58,6 +57,10 @@ def write(root: Path, episodes: list[EpisodeData], *, per_shard: int = 2, featur
     for e in episodes:
         writer.add_episode(e.frames, e.actions, e.state, e.task, e.privileged)
     writer.finalize()
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    return float(10 * np.log10(255.0**2 / np.mean((a.astype(float) - b) ** 2)))
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -110,7 +113,8 @@ class TestRoundTrip:
         arrays = reader.load_all(frames=False)
         assert arrays.frames.shape == (0, 64, 64, 3)
         rows = arrays.windows(8, stride=2)
-        np.testing.assert_array_equal(arrays.episode_of(rows), arrays.episode_of(rows + 7))
+        first, last = (np.searchsorted(arrays.offsets, r, side="right") for r in (rows, rows + 7))
+        np.testing.assert_array_equal(first, last)
         pairs = reader.windows(8, stride=2)
         np.testing.assert_array_equal(arrays.offsets[pairs[:, 0]] + pairs[:, 1], rows)
         assert len(reader.windows(100)) == 0
@@ -192,7 +196,7 @@ class TestWriter:
 
 class TestBrokenFolders:
     def test_no_data_set(self, tmp_path: Path) -> None:
-        with pytest.raises(DatasetError, match=r"info\.json is missing, so .* is no LeRobotDataset v3\.0 folder"):
+        with pytest.raises(DatasetError, match=r"info\.json is missing; .* LeRobotDataset v3\.0 folder"):
             LeRobotReader(tmp_path)
 
     def test_old_version(self, broken: Path) -> None:
@@ -275,18 +279,15 @@ class TestText:
         np.testing.assert_array_equal(row, tokenize(clean))
 
 
-class FakeSource:
+class FakeSource(PiperSource):
     """Stands in for the twin: an episode that depends on seed and index alone. ``fail_at`` breaks one of them."""
 
     fail_at: int | None = None
 
-    def __init__(self, config: CollectConfig) -> None:
-        self.config = config
-
     def __call__(self, index: int) -> EpisodeData:
         if index == self.fail_at:
             self.fail()
-        return fake_episode(mix(self.config.seed, index), self.config.steps, collecting.PLAY_TASK, relations=True)
+        return fake_episode(mix(self.config.seed, index), self.config.steps, PLAY_TASK, relations=True)
 
     def fail(self) -> None:
         raise KeyboardInterrupt
@@ -313,45 +314,45 @@ class RefusingSource(FakeSource):
 
 
 class TestCollect:
-    config = CollectConfig(root="", episodes=7, steps_per_episode=4, episodes_per_shard=2, progress=False)
+    config = CollectConfig(out="", episodes=7, steps_per_episode=4, episodes_per_shard=2, progress=False)
 
     def test_same_files_whatever_the_workers(self, tmp_path: Path) -> None:
         for workers in (0, 2):
-            collect(replace(self.config, root=str(tmp_path / str(workers)), workers=workers), source=FakeSource)
+            collect(replace(self.config, out=str(tmp_path / str(workers)), workers=workers), source=FakeSource)
         assert contents(tmp_path / "0") == contents(tmp_path / "2")
         assert LeRobotReader(tmp_path / "0").lengths.tolist() == [4] * 7
 
     def test_interrupt_then_continue_then_extend(self, tmp_path: Path) -> None:
-        whole, parts = (replace(self.config, root=str(tmp_path / n)) for n in ("whole", "parts"))
+        whole, parts = (replace(self.config, out=str(tmp_path / n)) for n in ("whole", "parts"))
         collect(whole, source=FakeSource)
         with pytest.raises(KeyboardInterrupt):
             collect(parts, source=InterruptedSource)
-        assert len(LeRobotReader(parts.root)) == 4
+        assert len(LeRobotReader(parts.out)) == 4
         collect(replace(parts, episodes=3), source=InterruptedSource)  # nothing to do
-        assert len(LeRobotReader(parts.root)) == 4
+        assert len(LeRobotReader(parts.out)) == 4
         collect(replace(parts, episodes=5), source=FakeSource)
-        assert len(LeRobotReader(parts.root)) == 5
+        assert len(LeRobotReader(parts.out)) == 5
         collect(parts, source=FakeSource)
         assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
     def test_a_dead_worker_costs_only_its_shard(self, tmp_path: Path) -> None:
-        config = replace(self.config, root=str(tmp_path), workers=1)
+        config = replace(self.config, out=str(tmp_path), workers=1)
         with pytest.raises(SimulatorError, match="a collection worker died"):
             collect(config, source=DyingSource)
         assert len(LeRobotReader(tmp_path)) == 4
 
     def test_a_workers_own_error_arrives(self, tmp_path: Path) -> None:
         with pytest.raises(SimulatorError, match="no renderer here"):
-            collect(replace(self.config, root=str(tmp_path), workers=1), source=RefusingSource)
+            collect(replace(self.config, out=str(tmp_path), workers=1), source=RefusingSource)
 
     def test_refuses_to_mix(self, tmp_path: Path) -> None:
-        collect(replace(self.config, root=str(tmp_path), episodes=1), source=FakeSource)
+        collect(replace(self.config, out=str(tmp_path), episodes=1), source=FakeSource)
         with pytest.raises(DatasetError, match="was collected with seed=0, now it is 1"):
-            collect(replace(self.config, root=str(tmp_path), seed=1), source=FakeSource)
+            collect(replace(self.config, out=str(tmp_path), seed=1), source=FakeSource)
         with pytest.raises(InvalidOptionError, match="fold_towel"):
-            collect(replace(self.config, root=str(tmp_path / "x"), kind="expert", tasks=("fold_towel",)))
+            collect(replace(self.config, out=str(tmp_path / "x"), kind="expert", tasks=("fold_towel",)))
         with pytest.raises(DatasetError, match="episodes 0"):
-            collect(replace(self.config, root=str(tmp_path / "x"), episodes=0))
+            collect(replace(self.config, out=str(tmp_path / "x"), episodes=0))
 
 
 class ChunkPolicy:
@@ -365,25 +366,29 @@ class ChunkPolicy:
 
         from rawdream_env.types import PolicyOutput
 
-        assert images.shape == (1, 2, 2, 3)
+        assert images.shape == (1, 16, 16, 3) and instructions == ["place the cup into the pot"]
         self.keys += keys
-        actions = torch.full((1, 8, 7), float(len(self.keys))) + torch.arange(8)[None, :, None] / 100
+        actions = torch.full((1, 8, 7), len(self.keys) / 10) + torch.arange(8)[None, :, None] / 100
         return PolicyOutput(actions, torch.zeros(1, 56), torch.zeros(1, 56))
 
 
 def test_a_policy_is_asked_once_a_chunk() -> None:
-    policy = ChunkPolicy()
-    chunks = collecting._PolicyChunks(policy, "stack", NoiseKey(3), temperature=1.0)
-    actions = np.stack([chunks(np.zeros((2, 2, 3), np.uint8)) for _ in range(17)])
-    np.testing.assert_allclose(actions[:, 0], [1 + i / 100 for i in range(8)] + [2 + i / 100 for i in range(8)] + [3])
-    assert policy.keys == [NoiseKey(3, chunk=i) for i in range(3)]
+    pytest.importorskip("mujoco")
+    config = CollectConfig(out="", kind="policy", tasks=("place_cup",), steps_per_episode=17, image_size=16)
+    source = PiperSource(config)
+    policy = source._policy = ChunkPolicy()
+    episode, _ = source.attempt(0, 3)
+    source.close()
+    expected = [i / 10 + k / 100 for i in (1, 2, 3) for k in range(8)][:17]
+    np.testing.assert_allclose(episode.actions[:, 0], expected, atol=1e-6)
+    assert len(episode.frames) == 18 and policy.keys == [NoiseKey(3, chunk=i) for i in range(3)]
 
 
 @pytest.mark.parametrize("kind", ["play", "expert"])
 def test_real_twin(tmp_path: Path, kind: str) -> None:
     pytest.importorskip("mujoco")
     config = CollectConfig(
-        root=str(tmp_path / "a"),
+        out=str(tmp_path / "a"),
         kind=kind,  # type: ignore[arg-type]
         tasks=("place_cup",),
         episodes=2,
@@ -392,10 +397,10 @@ def test_real_twin(tmp_path: Path, kind: str) -> None:
         progress=False,
     )
     collect(config)
-    collect(replace(config, root=str(tmp_path / "b"), workers=1))
+    collect(replace(config, out=str(tmp_path / "b"), workers=1))
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     episode = LeRobotReader(tmp_path / "a").episode(1)
-    assert episode.task == (collecting.PLAY_TASK if kind == "play" else "place the cup into the pot")
+    assert episode.task == (PLAY_TASK if kind == "play" else "place the cup into the pot")
     assert np.abs(episode.actions).max() <= 1
     assert (episode.frames[0] != episode.frames[-1]).any()
     # The state is the commanded pose before the action: it moves by 15 mm per unit of action.

@@ -96,8 +96,8 @@ def config(tmp_path: Path) -> ImportConfig:
 
 
 def test_import_through_the_command_line(config: ImportConfig, capsys) -> None:
-    assert cli.main(["import-hdf5", "--src", config.src, "--root", config.root, "--image-size", "32"]) == 0
-    reader = LeRobotReader(config.root)
+    assert cli.main(["import-hdf5", "--src", config.src, "--out", config.out, "--image-size", "32"]) == 0
+    reader = LeRobotReader(config.out)
     assert (len(reader), reader.fps, reader.frame_shape) == (9, 20.0, (32, 32, 3))
     assert [reader.task(i) for i in (0, 3, 6)] == ["open a", "open b", "open c"]
     episode = reader.episode(4)
@@ -110,7 +110,7 @@ def test_an_interrupted_import_goes_on_to_the_same_bytes(config: ImportConfig, m
         found = [path for path in Path(root).rglob("*") if path.is_file()]
         return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
 
-    whole = import_hdf5(replace(config, root=config.root + "-whole", workers=1))
+    whole = import_hdf5(replace(config, out=config.out + "-whole", workers=1))
     real, count = importing.read_demo, iter(range(100))
 
     def interrupted(*args, **kwargs):
@@ -121,10 +121,10 @@ def test_an_interrupted_import_goes_on_to_the_same_bytes(config: ImportConfig, m
     monkeypatch.setattr(importing, "read_demo", interrupted)
     with pytest.raises(KeyboardInterrupt):
         import_hdf5(config)
-    assert len(LeRobotReader(config.root)) == 4
+    assert len(LeRobotReader(config.out)) == 4
     import_hdf5(config)
     assert next(count) == 11  # the four finished episodes were not read again
-    assert files(config.root) == files(str(whole))
+    assert files(config.out) == files(str(whole))
     with pytest.raises(DatasetError, match="was imported with flip='auto', now it is 'none'"):
         import_hdf5(replace(config, flip="none"))
     with pytest.raises(DatasetError, match="from 9 demonstrations, now there are 8"):
@@ -191,8 +191,8 @@ def test_what_is_broken_is_named(config: ImportConfig, spoil, said: str) -> None
     with pytest.raises(DatasetError, match=said):
         import_hdf5(config)
     if spoil in (_spoil_nan, _spoil_missing):
-        import_hdf5(replace(config, skip=("b.hdf5:demo_1",), root=config.root + "-rest"))
-        assert len(LeRobotReader(config.root + "-rest")) == 8
+        import_hdf5(replace(config, skip=("b.hdf5:demo_1",), out=config.out + "-rest"))
+        assert len(LeRobotReader(config.out + "-rest")) == 8
 
 
 def test_damaged_absent_and_unfitting_files(config: ImportConfig, tmp_path: Path, monkeypatch) -> None:

@@ -15,12 +15,14 @@ import torch
 from rawdream_env import cli
 from rawdream_env.data import schema
 from rawdream_env.data.lerobot import LeRobotWriter
+from rawdream_env.data.reader import LeRobotReader
+from rawdream_env.data.recorded import RecordedEpisode, episodes_from_dataset
 from rawdream_env.errors import CheckpointError, InvalidOptionError
 from rawdream_env.evaluation.world_model import evaluate as world_model
 from rawdream_env.evaluation.world_model import ghosting
 from rawdream_env.evaluation.world_model.evaluate import EvaluateWorldModelConfig, evaluate_world_model
-from rawdream_env.evaluation.world_model.fidelity import RecordedEpisode, evaluate_fidelity
-from rawdream_env.evaluation.world_model.replay import deafness
+from rawdream_env.evaluation.world_model.fidelity import evaluate_fidelity
+from rawdream_env.evaluation.world_model.replay import action_sensitivity_warning
 from rawdream_env.world_models.null import NullWorldModel
 
 SIZE, K, STEPS = 24, 4, 16
@@ -109,8 +111,8 @@ def test_a_model_that_ignores_actions_is_called_so(noise: int) -> None:
 def test_little_more_than_noise_is_not_listening() -> None:
     ratio = {"value": 1.2, "low": 0.9, "high": 1.6, "n": 5}
     heard = {"change": 3.0, "ratio": {**ratio, "low": 1.1}}
-    assert deafness({"n": 5, "swapped": heard, "zeroed": heard}) == ""
-    said = deafness({"n": 5, "swapped": heard, "zeroed": {"change": 3.0, "ratio": ratio}})
+    assert action_sensitivity_warning({"n": 5, "swapped": heard, "zeroed": heard}) == ""
+    said = action_sensitivity_warning({"n": 5, "swapped": heard, "zeroed": {"change": 3.0, "ratio": ratio}})
     assert "no motion at all" in said and "1.20 times" in said and "n=5" in said
 
 
@@ -160,7 +162,8 @@ def test_the_command_writes_its_files(play: Path, tmp_path: Path) -> None:
     assert "3 clips of 3 features" in report["notes"][-1]
     page = (out / "report.html").read_text()
     assert page.count("<svg") == 7 and "Ghosts: not measured" in page and "data:video/mp4;base64" in page
-    assert not re.search(r'(?:src|href)="(?!data:)', page)
+    assert not re.search(r'(?:src|href)="(?!data:)', page) and "<th>" not in page and "<video autoplay" in page
+    assert 'name="viewport"' in page and "The first 2 episodes" in page
     from PIL import Image
 
     with Image.open(io.BytesIO((out / "grid.gif").read_bytes())) as gif:
@@ -170,6 +173,16 @@ def test_the_command_writes_its_files(play: Path, tmp_path: Path) -> None:
     assert again.report["horizon"][0]["dream"]["psnr"] == first.report["horizon"][0]["dream"]["psnr"]
     assert "LPIPS, whole picture" in again.table() and "not measured" in again.table()
     assert sum("is not measured" in note and "--" in note for note in again.report["notes"]) == 2
+
+
+def test_frames_of_a_data_set_stay_on_disk(play: Path) -> None:
+    reader = LeRobotReader(play)
+    stored = list(episodes_from_dataset(reader, limit=2, horizon=8))
+    assert [(len(e.actions), len(e.frames)) for e in stored] == [(8, 9)] * 2
+    assert stored[1].frames is not stored[1].frames and np.array_equal(stored[1].frames, reader.episode(1).frames[:9])
+    loaded = [RecordedEpisode(e.frames, e.actions, e.proprio, e.name, e.camera) for e in stored]
+    world = NullWorldModel((64, 64, 3))
+    assert evaluate_fidelity(world, stored).as_dict() == evaluate_fidelity(world, loaded).as_dict()
 
 
 def test_the_command_line_prints_the_table(play: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from rawdream_env.data.lerobot import EpisodeData, ShardWriter
 from rawdream_env.errors import DatasetError, InvalidOptionError
 from rawdream_env.evaluation.judges.episodes import FreshEpisodes, Player, fresh_clips, recorded_clips
 from rawdream_env.evaluation.judges.evaluate import EvaluateJudgeConfig, evaluate_judge
-from rawdream_env.evaluation.judges.report import JudgeClip, report_on
+from rawdream_env.evaluation.judges.report import JudgeClip, JudgeReport, evaluate
 from rawdream_env.judges.scripted import ScriptedJudge
 from rawdream_env.piper.relations import RELATION_NAMES, TASKS
 from rawdream_env.types import Outcome, Verdict, Video
@@ -46,7 +48,7 @@ def data(
         privileged = {column.removeprefix("privileged."): truth}
         episodes.append(EpisodeData(frames=frames, actions=actions, state=state, task=task, privileged=privileged))
     writer.write(0, episodes, first_episode=0, first_row=0, tasks=tasks)
-    writer.finalize(tasks, robot_type="toy")
+    writer.finalize(tasks, robot_type="piper" if "relations" in column else "toy")
     return str(root)
 
 
@@ -78,13 +80,16 @@ def test_the_report_counts_and_is_written(tmp_path: Path) -> None:
     row = right.report.rows["task fold"]
     assert row.confusion.precision.value == row.confusion.recall.value == 1.0 and row.invalid.n == 5
     assert not (tmp_path / "out" / "mistakes.png").exists()
-    wrong = evaluate_judge(config, judge=ScriptedJudge(lambda v, t: 1 - bright(v, t)))
+    dark = ScriptedJudge(lambda v, t: 1 - bright(v, t))
+    dark.threshold = 0.5  # type: ignore[attr-defined]
+    wrong = evaluate_judge(config, judge=dark)
     assert wrong.report.rows["all"].confusion.false_positive_rate.value == 1.0
     assert {p.name for p in wrong.folder.iterdir()} == {"judge_report.json", "judge_report.html", "mistakes.png"}
     content = json.loads((wrong.folder / "judge_report.json").read_text())
     assert content["groups"]["all"]["recall"]["n"] == 3 and content["run"]["config"]["batch_size"] == 2
     page = (wrong.folder / "judge_report.html").read_text()
     assert "<svg" in page and "data:image/png" in page and "probability threshold" in page and "http://" not in page
+    assert "this judge: 0.5" in page and "INVALID" in page and 'name="viewport"' in page and "<th>" not in page
     assert "task fold" in str(wrong) and "judge_report.html" in str(wrong)
     blind = evaluate_judge(config, judge=ScriptedJudge(lambda v, t: UNREAD))
     assert blind.report.rows["all"].invalid.value == 1.0 and "100.0" in str(blind)
@@ -92,14 +97,40 @@ def test_the_report_counts_and_is_written(tmp_path: Path) -> None:
 
 def test_votes_are_swept() -> None:
     votes = [(YES, YES, NO), (YES, NO, NO), (YES, UNREAD, UNREAD)]
-    verdicts = [Verdict(NO, "x", 0.5, vote) for vote in votes]
-    clips = [JudgeClip(CLIP, "go", label, task="t") for label in (True, False, True)]
-    sweep = report_on(clips, verdicts).vote_sweep
+    report, without = JudgeReport(), JudgeReport()
+    for vote, label in zip(votes, (True, False, True), strict=True):
+        clip = JudgeClip(CLIP, "go", label, task="t")
+        report.add(clip, Verdict(NO, "x", 0.5, vote))
+        without.add(clip, Verdict(YES))
+    sweep = report.vote_sweep
     assert [(point["need"], point["true_positive"], point["false_positive"]) for point in sweep] == [
         (1, 2, 1), (2, 1, 0), (3, 0, 0),
     ]  # fmt: skip
     assert [point["invalid"]["successes"] for point in sweep] == [0, 1, 1]
-    assert report_on(clips, [Verdict(YES)] * 3).vote_sweep == ()
+    assert without.vote_sweep == ()
+
+
+def test_only_the_worst_mistakes_are_kept() -> None:
+    report = JudgeReport(worst=2)
+    cases = [(YES, 0.7, False), (NO, 0.1, True), (YES, 0.9, False), (YES, 0.95, True), (UNREAD, 0.99, False)]
+    for number, (outcome, chance, label) in enumerate(cases):
+        report.add(JudgeClip(CLIP, f"clip {number}", label, task="t"), Verdict(outcome, "", chance))
+    assert [clip.instruction for clip, _ in report.mistakes()] == ["clip 2", "clip 1"] and report.n == 5
+
+
+def test_clips_are_forgotten_once_they_are_counted() -> None:
+    seen: list[weakref.ref[JudgeClip]] = []
+    alive: list[int] = []
+
+    def clips() -> Iterator[JudgeClip]:
+        for _ in range(60):
+            clip = JudgeClip(CLIP, "go", False, task="t")
+            seen.append(weakref.ref(clip))
+            alive.append(sum(ref() is not None for ref in seen))
+            yield clip
+
+    report = evaluate(ScriptedJudge(lambda v, t: 1.0), clips(), batch_size=5, worst=3)
+    assert report.n == 60 and len(report.mistakes()) == 3 and max(alive) <= 3 + 2 * 5
 
 
 def test_fresh_episodes_depend_on_seed_and_number_alone() -> None:

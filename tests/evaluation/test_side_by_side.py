@@ -14,16 +14,20 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Box, Dict
+from gymnasium.vector import AutoresetMode, VectorEnv
 
+from rawdream_env.envs.episodes import run_episodes
 from rawdream_env.errors import InvalidOptionError
 from rawdream_env.evaluation.reporting import charts
 from rawdream_env.evaluation.side_by_side import aggregate as agg
-from rawdream_env.evaluation.side_by_side import report, rollouts
-from rawdream_env.evaluation.side_by_side.aggregate import EpisodeRecord
-from rawdream_env.evaluation.side_by_side.evaluate import EvaluateConfig, SideBySide, evaluate, parse_policies
+from rawdream_env.evaluation.side_by_side import report
+from rawdream_env.evaluation.side_by_side.evaluate import EvaluateConfig, evaluate, make_starts, parse_policies
+from rawdream_env.evaluation.side_by_side.records import EpisodeRecord, SideBySide
 from rawdream_env.judges.scripted import ScriptedJudge
 from rawdream_env.seeding import NoiseKey
 from rawdream_env.types import PolicyOutput, Video
@@ -45,34 +49,46 @@ def position(frame: np.ndarray) -> int:
     return int(np.argmax(frame[0, :, 0] == 255))
 
 
-@dataclass
-class Step:
-    frames: np.ndarray
-    success: np.ndarray
-    proprio: np.ndarray
+TASKS = (("stack_block", "stack it"), ("place_pot", "place it"), ("put_spoon", "put it"), ("place_cup", "lay it"))
 
 
-class ToySimulator:
-    """The truth; ``Simulator`` protocol."""
+class ToySimulator(VectorEnv[Any, Any, Any]):
+    """The truth: somebody's own vector environment, with our infos and no class of ours."""
 
-    def __init__(self, rows: int = 8) -> None:
-        self.x, self.shade = np.zeros(rows), np.zeros(rows, np.uint8)
+    tasks = TASKS
+    metadata = {"autoreset_mode": AutoresetMode.DISABLED}  # noqa: RUF012
+
+    def __init__(self, num_envs: int = 8, **options: Any) -> None:
+        self.num_envs, self.options = num_envs, options
+        self.single_observation_space = Dict({"image": Box(0, 255, (SIZE, SIZE, 3), np.uint8)})
+        self.single_action_space = Box(-1, 1, (K, 7), np.float32)
+        self.x, self.shade = np.zeros(num_envs), np.zeros(num_envs, np.uint8)
+        self.steps, self.task_id = np.zeros(num_envs, int), np.zeros(num_envs, int)
         self.resets: list[tuple[int, str]] = []
 
-    def reset(self, rows: Any, seeds: Any, tasks: Any) -> np.ndarray:
-        self.resets += list(zip(seeds, tasks, strict=True))
-        self.x[rows], self.shade[rows] = 0.0, [seed % 100 for seed in seeds]
-        return draw(self.x[rows], self.shade[rows])
+    def reset(self, *, seed: Any = None, options: Any = None) -> Any:
+        for row in np.flatnonzero(options["reset_mask"]):
+            start = options["starts"][row]
+            assert seed[row] == start.seed and start.instruction == TASKS[start.task_id][1]
+            self.x[row], self.shade[row], self.steps[row] = 0.0, start.seed % 100, 0
+            self.task_id[row] = start.task_id
+            self.resets.append((start.seed, TASKS[start.task_id][0]))
+        return {"image": draw(self.x, self.shade)}, self.infos(np.full(self.num_envs, -1))
 
-    def step(self, rows: Any, actions: np.ndarray) -> Step:
+    def step(self, actions: np.ndarray) -> Any:
         frames = []
         for k in range(K):
-            self.x[rows] += 2 * actions[:, k, 0]
-            frames.append(draw(self.x[rows], self.shade[rows]))
-        return Step(np.stack(frames, 1), self.x[rows] >= GOAL, self.proprio(rows))
+            self.x += 2 * actions[:, k, 0]
+            frames.append(draw(self.x, self.shade))
+        self.steps += 1
+        over = self.steps >= CHUNKS
+        infos = {**self.infos((self.x >= GOAL).astype(int)), "frames": np.stack(frames, 1)}
+        return {"image": frames[-1]}, np.zeros(self.num_envs), np.zeros_like(over), over, infos
 
-    def proprio(self, rows: Any) -> np.ndarray:
-        return np.zeros((len(rows), 7), np.float32)
+    def infos(self, verdict: np.ndarray) -> dict[str, Any]:
+        instructions = np.array([TASKS[i][1] for i in self.task_id], object)
+        valid = np.ones(self.num_envs, bool)
+        return {"instruction": instructions, "task_id": self.task_id.copy(), "verdict": verdict, "valid": valid}
 
 
 @dataclass
@@ -144,11 +160,12 @@ def make_dream(gain: float = 1.0, noise: float = 0.0, judge: Any = None, num_env
         starts="null",
         max_episode_steps=CHUNKS,
         autoreset_mode="Disabled",
+        return_frames=True,
     )
 
 
 CONFIG = EvaluateConfig(
-    tasks=("stack_block", "place_cup"), episodes_per_task=10, output=None, max_episode_steps=CHUNKS, videos=1
+    tasks=("stack_block", "place_cup"), episodes_per_task=10, out=None, max_episode_steps=CHUNKS, videos=1
 )
 
 
@@ -207,12 +224,13 @@ def test_rows_do_not_depend_on_the_batch() -> None:
 
 def test_policy_noise_is_the_same_in_both_worlds() -> None:
     policy, dream, simulator = ToyPolicy(0.5), make_dream(), ToySimulator()
-    starts = rollouts.make_starts(simulator, ["place_pot"] * 3, [0, 1, 2], 0)
-    rollouts.run_in_simulator(simulator, starts, policy=policy, chunks=CHUNKS)
+    starts = make_starts(simulator, [("place_pot", index) for index in range(3)], 0)
+    starts = [rollout.start for rollout in run_episodes(simulator, starts, policy)]
     in_simulator, policy.seen_keys = set(policy.seen_keys), []
-    rollouts.run_in_dream(dream, starts, policy)
+    list(run_episodes(dream, starts, policy))
     assert set(policy.seen_keys) == in_simulator
-    assert simulator.resets[:3] == simulator.resets[3:6]
+    list(run_episodes(simulator, starts, policy))
+    assert simulator.resets[:3] == simulator.resets[8:11] and len(set(simulator.resets)) == 3
 
 
 def test_invalid_verdicts_are_left_out_never_failures() -> None:
@@ -264,6 +282,51 @@ def test_bad_options_are_named() -> None:
         run(replace(CONFIG, tasks=("fly",)))
     with pytest.raises(InvalidOptionError, match="0 episodes"):
         run(replace(CONFIG, episodes_per_task=0))
+    policies = {"p": ToyPolicy(0.5)}
+    untold = ToySimulator()
+    untold.tasks = ()
+    with pytest.raises(InvalidOptionError, match="ToySimulator does not list its tasks"):
+        evaluate(CONFIG, policies=policies, dream=make_dream(), simulator=untold, progress=False)
+    blind = make_dream()
+    blind.return_frames = False
+    with pytest.raises(InvalidOptionError, match="return_frames=True"):
+        evaluate(CONFIG, policies=policies, dream=blind, simulator=ToySimulator(), progress=False)
+
+
+def test_a_simulator_of_ones_own_stands_in_by_its_id() -> None:
+    class Strict(ToySimulator):
+        def __init__(self, num_envs: int) -> None:
+            super().__init__(num_envs)
+
+    made: list[ToySimulator] = []
+
+    def make(num_envs: int, **options: Any) -> ToySimulator:
+        made.append(ToySimulator(num_envs, **options))
+        return made[-1]
+
+    gym.register("tests/ToySim-v0", vector_entry_point=make)
+    gym.register("tests/StrictSim-v0", vector_entry_point=Strict)
+    try:
+        config = replace(CONFIG, sim_env="tests/ToySim-v0", sim_kwargs={"gravity": 9.81}, num_envs=8, tasks=())
+        policies = {"force 0.5": ToyPolicy(0.5)}
+        result = evaluate(config, policies=policies, dream=make_dream(), progress=False)
+        assert [r.task for r in result.records[:5]] == [
+            "stack_block",
+            "place_pot",
+            "put_spoon",
+            "place_cup",
+            "stack_block",
+        ]
+        chosen = [r for r in result.records if r.task in CONFIG.tasks]
+        assert chosen == run().records and made[0].closed
+        told = {"max_episode_steps": CHUNKS, "end_on_success": False, "return_frames": True}
+        assert made[0].options == {**told, "gravity": 9.81, "autoreset_mode": "Disabled"}
+        with pytest.raises(InvalidOptionError, match="do not fit tests/StrictSim-v0"):
+            evaluate(
+                replace(config, sim_env="tests/StrictSim-v0"), policies=policies, dream=make_dream(), progress=False
+            )
+    finally:
+        del gym.registry["tests/ToySim-v0"], gym.registry["tests/StrictSim-v0"]
 
 
 class _Checker(HTMLParser):
@@ -279,6 +342,7 @@ class _Checker(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: Any) -> None:
         self.tags.append(tag)
+        assert {"th": "scope", "video": "aria-label", "svg": "aria-label"}.get(tag, "") in ("", *dict(attrs))
         self.sources += [value for name, value in attrs if name in ("src", "href")]
         if tag not in self.VOID:
             self.stack.append(tag)
@@ -291,7 +355,7 @@ class _Checker(HTMLParser):
 
 
 def test_report_is_one_self_contained_page(tmp_path: Path) -> None:
-    config = replace(CONFIG, output=tmp_path / "out")
+    config = replace(CONFIG, out=tmp_path / "out")
     result = run(config, forces=(0.4, 0.6), gain=1.3)
     page = (tmp_path / "out" / "report.html").read_text()
     checker = _Checker()
@@ -306,7 +370,8 @@ def test_report_is_one_self_contained_page(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "report.json").read_text())["policies"] == result.report["policies"]
     lines = (tmp_path / "out" / "episodes.jsonl").read_text().splitlines()
     assert len(lines) == 40 and json.loads(lines[0])["policy"] == "force 0.4"
-    assert len(page) < 2_000_000
+    assert len(page) < 2_000_000 and 'name="viewport"' in page
+    assert "The first 1 episode of each kind and policy" in page
 
 
 def test_names_cannot_break_the_page() -> None:

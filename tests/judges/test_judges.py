@@ -347,7 +347,7 @@ def test_load_judge_by_name_folder_and_object(tmp_path: Path) -> None:
         load_judge(str(tmp_path / "nothing"))
     with pytest.raises(InvalidOptionError, match="int"):
         load_judge(3)  # type: ignore[arg-type]
-    with pytest.raises(CheckpointError, match="is .* a judge folder"):
+    with pytest.raises(CheckpointError, match="config.json is missing; give a folder that holds a judge"):
         load_judge(tmp_path)
 
 

@@ -188,7 +188,7 @@ def test_local_judge_writes_what_the_model_would(checkpoint: Path) -> None:
 
 
 def test_checkpoints_of_another_kind_are_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="config.json cannot be read"):
+    with pytest.raises(CheckpointError, match="config.json is missing; give the folder of a Qwen3-VL"):
         load_judge(f"vlm_local:{tmp_path}")
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(CheckpointError, match="'llama'; vlm_local reads 'qwen3_vl'"):

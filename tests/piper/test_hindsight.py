@@ -7,21 +7,17 @@ import pytest
 
 from rawdream_env.data.reader import Episode, EpisodeArrays
 from rawdream_env.errors import DatasetError, InvalidOptionError
-from rawdream_env.piper.hindsight import (
+from rawdream_env.piper.goals import (
     GOAL_NAMES,
     GOALS,
     HELD_OUT_JUDGE_PAIRS,
     TASK_PAIRS,
-    clip_labels,
     goal_index,
     goal_mask,
-    label_clips,
-    label_windows,
     paraphrase,
     phrases,
-    pick_place_segments,
-    sample_goals,
 )
+from rawdream_env.piper.hindsight import clip_labels, label_clips, label_windows, pick_place_segments, sample_goals
 from rawdream_env.piper.relations import (
     MOVABLE,
     OBJECTS,

@@ -11,10 +11,10 @@ from rawdream_env.envs.dream import DreamVectorEnv
 from rawdream_env.errors import ClosedEnvironmentError, InvalidOptionError, RendererError
 from rawdream_env.piper.envs import PiperSimVectorEnv
 from rawdream_env.piper.relations import TASKS
-from rawdream_env.piper.starts import SimStarts
+from rawdream_env.piper.starts import SimStarts, make_start_pack
 from rawdream_env.seeding import NoiseKey
 from rawdream_env.starts.base import seed_for
-from rawdream_env.starts.pack import PackStarts, make_start_pack
+from rawdream_env.starts.pack import PackStarts
 from rawdream_env.testing.check_vector_env import check_vector_env
 from rawdream_env.types import Start
 

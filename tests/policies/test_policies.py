@@ -226,7 +226,7 @@ def test_save_and_load(policy: TinyVLA, tmp_path: Path) -> None:
     ("damage", "message"),
     [
         (lambda p: (p / "config.json").unlink(), "config.json is missing"),
-        (lambda p: (p / "config.json").write_text("{"), "not readable JSON"),
+        (lambda p: (p / "config.json").write_text("{"), "cannot be read as JSON"),
         (lambda p: (p / "config.json").write_text('{"kind": "judge"}'), "'judge', not 'tiny_vla'"),
         (lambda p: edit(p, width=64), "has shape"),
         (lambda p: edit(p, trunk_blocks=2), "missing"),

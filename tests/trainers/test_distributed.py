@@ -15,7 +15,8 @@ import torch
 from rawdream_env.errors import InvalidOptionError
 from rawdream_env.files import load_safetensors
 from rawdream_env.trainers.common.distributed import ALONE, ProcessGroup, gather, join, micro_batches
-from rawdream_env.trainers.world_model.train import LossConfig, StageConfig, WorldModelTrainConfig, train_world_model
+from rawdream_env.trainers.world_model.config import LossConfig, StageConfig, WorldModelTrainConfig
+from rawdream_env.trainers.world_model.train import train_world_model
 from rawdream_env.world_models.autoencoders import AutoencoderConfig, PackedFrameAutoencoder
 from rawdream_env.world_models.loading import save_world_model
 from rawdream_env.world_models.wan.rollout import RolloutConfig, WanWorldModel

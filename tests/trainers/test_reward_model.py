@@ -21,12 +21,12 @@ from rawdream_env.judges.videomae import (
     VideoMAEJudge,
     VideoMAEJudgeConfig,
     VideoMAENetwork,
-    annealed_threshold,
     from_transformers,
     scan_starts,
 )
 from rawdream_env.trainers.judge import reward_model
-from rawdream_env.trainers.judge.reward_model import RewardModelConfig, RewardModelSize, batch, load_windows
+from rawdream_env.trainers.judge.config import RewardModelConfig, RewardModelSize
+from rawdream_env.trainers.judge.reward_model import batch, load_windows
 from rawdream_env.types import Judge, Outcome, Video
 
 TASKS = ("paint it red", "paint it blue")
@@ -50,7 +50,6 @@ def video(frames: int = 20, seed: int = 0, size: int = 16) -> Video:
 def test_scanning_covers_the_video_and_ends_with_it() -> None:
     assert scan_starts(20, 4) == [0, 4, 8, 12] and scan_starts(22, 4) == [0, 4, 8, 12, 14]
     assert scan_starts(8, 4) == scan_starts(2, 4) == [0]
-    assert [annealed_threshold(p) for p in (0.0, 0.5, 1.0, 2.0)] == pytest.approx([0.9, 0.7, 0.5, 0.5])
 
 
 def test_the_first_window_above_the_threshold_is_the_success(

@@ -21,7 +21,8 @@ import pytest
 import torch
 
 from rawdream_env.errors import CheckpointError, RunDirError
-from rawdream_env.trainers.common.run_dir import RunDir, pack_optimizer, read_jsonl, unpack_optimizer
+from rawdream_env.trainers.common.optimizer_state import pack_optimizer, unpack_optimizer
+from rawdream_env.trainers.common.run_dir import RunDir, read_jsonl
 
 
 class _Full(Exception):

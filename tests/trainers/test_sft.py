@@ -22,6 +22,10 @@ from rawdream_env.seeding import NoiseKey
 from rawdream_env.trainers.common.run_dir import read_jsonl
 from rawdream_env.trainers.policy import demonstrations as demos
 from rawdream_env.trainers.policy import sft
+from rawdream_env.trainers.policy.batches import augment, draw_batch, load_sources
+from rawdream_env.trainers.policy.config import SFTConfig
+from rawdream_env.trainers.policy.losses import readout_loss, token_loss
+from rawdream_env.trainers.policy.validation import evaluate_in_sim
 from rawdream_env.types import PolicyOutput
 
 SMALL = TinyVLAConfig(
@@ -103,10 +107,10 @@ def play_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def config(out: Path, *data: Path, **changes: Any) -> sft.SFTConfig:
-    base = sft.SFTConfig(
+def config(out: Path, *data: Path, **changes: Any) -> SFTConfig:
+    base = SFTConfig(
         data=tuple(map(str, data)),
-        out=str(out),
+        run_dir=str(out),
         steps=6,
         batch_size=8,
         warmup=2,
@@ -129,10 +133,10 @@ def test_token_loss_by_hand() -> None:
     logits[0, :, 127] = 3.0  # token 127 is action 0
     zero = torch.zeros(1, 1, 7)
     expected = np.log(np.exp(3.0) + 255) - 3.0
-    assert sft.token_loss(logits, zero, 0.0).item() == pytest.approx(expected, rel=1e-6)
+    assert token_loss(logits, zero, 0.0).item() == pytest.approx(expected, rel=1e-6)
     # Smoothed: the mass w at the centre earns the 3, the rest nothing.
     w = 1 / np.exp(-0.5 * (np.arange(-127, 129) / 2.0) ** 2).sum()
-    assert sft.token_loss(logits, zero, 2.0).item() == pytest.approx(np.log(np.exp(3.0) + 255) - 3.0 * w, rel=1e-5)
+    assert token_loss(logits, zero, 2.0).item() == pytest.approx(np.log(np.exp(3.0) + 255) - 3.0 * w, rel=1e-5)
 
 
 def test_readout_loss_counts_only_what_is_known() -> None:
@@ -140,22 +144,15 @@ def test_readout_loss_counts_only_what_is_known() -> None:
     target[0, 0] = 0.3  # metres; 3.0 in the head's unit
     readout = torch.full((2, 13), 100.0)
     readout[0, 0] = 2.0  # off by one unit: Huber with beta 0.2 gives 1 - 0.1
-    assert sft.readout_loss(readout, target).item() == pytest.approx(0.9, rel=1e-5)
-    assert sft.readout_loss(readout, torch.full((2, 13), float("nan"))).item() == 0.0
-
-
-def test_learning_rate() -> None:
-    c = sft.SFTConfig(data=("x",), out="y", lr=1.0, warmup=10)
-    assert sft.learning_rate(c, 0, 0.0) == pytest.approx(0.1)
-    assert sft.learning_rate(c, 50, 0.5) == pytest.approx(0.02 + 0.98 / 2)
-    assert sft.learning_rate(c, 99, 1.0) == sft.learning_rate(c, 99, 1.7) == pytest.approx(0.02)
+    assert readout_loss(readout, target).item() == pytest.approx(0.9, rel=1e-5)
+    assert readout_loss(readout, torch.full((2, 13), float("nan"))).item() == 0.0
 
 
 def test_augment_keeps_geometry_and_is_keyed() -> None:
     frames = torch.from_numpy(dot_frames(np.array([0.1, 0.9])))
-    same = sft.augment(frames, 0.0, 0.0, np.random.default_rng(0))
+    same = augment(frames, 0.0, 0.0, np.random.default_rng(0))
     assert torch.equal(same, frames) and same.dtype == torch.uint8
-    a, b = (sft.augment(frames, 0.05, 0.5, np.random.default_rng(4)) for _ in range(2))
+    a, b = (augment(frames, 0.05, 0.5, np.random.default_rng(4)) for _ in range(2))
     assert torch.equal(a, b) and not torch.equal(a, frames)
     redness = (a[..., 0].int() - a[..., 1].int()).amax(1).argmax(-1)
     assert 8 <= redness[0] <= 17 and 47 <= redness[1] <= 56  # the square has stayed where it was
@@ -172,7 +169,7 @@ def test_augment_keeps_geometry_and_is_keyed() -> None:
 )
 def test_bad_options(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidOptionError, match=message):
-        sft.SFTConfig(**({"data": ("x",), "out": "y"} | changes))
+        SFTConfig(**({"data": ("x",), "run_dir": "y"} | changes))
 
 
 # -- samples -------------------------------------------------------------------------------------------------------
@@ -268,31 +265,31 @@ def test_pretrain_then_fewshot_with_replay(play_folder: Path, expert_folder: Pat
         lr=1e-6,
         steps=2,
     )
-    sources, held_out = sft._load_sources(few, 8)
-    batch = sft._draw_batch(sources, few, 0)
+    sources, held_out = load_sources(few, 8)
+    batch = draw_batch(sources, few, 0)
     assert [s in {t.instruction for t in TASKS} for s in batch.instructions] == [True] * 6 + [False] * 2
     assert {held_out.goals[g] for g in held_out.goal} == {"on:cup:stove"}
     second = sft.train_sft(few, progress=False)
     for a, b in zip(first.policy.parameters(), second.policy.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=0.0)  # it did start from there
     with pytest.raises(InvalidOptionError, match="max_episode|trains TinyVLA|is no policy"):
-        sft.train_sft(replace(few, out=str(tmp_path / "c"), init=3), progress=False)  # type: ignore[arg-type]
+        sft.train_sft(replace(few, run_dir=str(tmp_path / "c"), init=3), progress=False)  # type: ignore[arg-type]
 
 
 def test_resumes_to_identical_weights(expert_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = sft.train_sft(config(tmp_path / "whole", expert_folder), progress=False)
-    update, calls = sft._update, []
+    compute, calls = sft.compute_losses, []
 
     def dies(*args: Any) -> Any:
         calls.append(1)
         if len(calls) == 5:
             raise KeyboardInterrupt
-        return update(*args)
+        return compute(*args)
 
-    monkeypatch.setattr(sft, "_update", dies)
+    monkeypatch.setattr(sft, "compute_losses", dies)
     with pytest.raises(KeyboardInterrupt):
         sft.train_sft(config(tmp_path / "cut", expert_folder), progress=False)
-    monkeypatch.setattr(sft, "_update", update)
+    monkeypatch.setattr(sft, "compute_losses", compute)
     resumed = sft.train_sft(config(tmp_path / "cut", expert_folder), progress=False)
     for a, b in zip(whole.policy.parameters(), resumed.policy.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -318,8 +315,8 @@ class Recorder:
 
 def test_evaluate_in_sim_does_not_depend_on_the_batch() -> None:
     together, apart = Recorder(), Recorder()
-    rate = sft.evaluate_in_sim(together, "place_pot", 3, seed=50, max_episode_steps=2)  # type: ignore[arg-type]
+    rate = evaluate_in_sim(together, "place_pot", 3, seed=50, max_episode_steps=2)  # type: ignore[arg-type]
     assert (rate.successes, rate.n) == (0, 3) and rate.high > 0.5
-    sft.evaluate_in_sim(apart, "place_pot", 3, seed=50, max_episode_steps=2, batch=2)  # type: ignore[arg-type]
+    evaluate_in_sim(apart, "place_pot", 3, seed=50, max_episode_steps=2, batch=2)  # type: ignore[arg-type]
     assert together.seen == apart.seen and len(together.seen) == 6
     assert len({together.seen[s, 0] for s in (50, 51, 52)}) == 3  # three different scenes

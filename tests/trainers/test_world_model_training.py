@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,14 +20,14 @@ from rawdream_env.piper.arm_map import ArmMap
 from rawdream_env.piper.geometry import HOME_POSE, project
 from rawdream_env.seeding import NoiseKey, mix
 from rawdream_env.trainers.common.distributed import ALONE
-from rawdream_env.trainers.common.training_stage import TrainingStage
-from rawdream_env.trainers.world_model import fit_memory
+from rawdream_env.trainers.common.training_loop import TrainingLoop
 from rawdream_env.trainers.world_model import train as training_module
-from rawdream_env.trainers.world_model.latent_data import load_bounds
+from rawdream_env.trainers.world_model.config import LossConfig, StageConfig, WorldModelTrainConfig
 from rawdream_env.trainers.world_model.latent_episodes import EpisodeSampler, LatentEpisodes, focus_cells
 from rawdream_env.trainers.world_model.latent_windows import DataEntry, WindowObjective, cached_mixture, rollout_bounds
 from rawdream_env.trainers.world_model.losses import BatchNoise, episode_loss
-from rawdream_env.trainers.world_model.train import LossConfig, StageConfig, WorldModelTrainConfig, train_world_model
+from rawdream_env.trainers.world_model.train import train_world_model
+from rawdream_env.world_models import memory
 from rawdream_env.world_models.autoencoders import AutoencoderConfig, PackedFrameAutoencoder
 from rawdream_env.world_models.loading import read_world_model, save_world_model
 from rawdream_env.world_models.memory import GIB
@@ -43,7 +42,7 @@ WEIGHTS = {
 }
 MODEL = WanConfig(
     num_layers=1, num_attention_heads=2, attention_head_dim=24, ffn_dim=64, stem_channels=16,
-    stem_blocks=1, head_blocks=1, arm_map_channels=384, carry=True,
+    stem_blocks=1, head_blocks=1, arm_map_channels=384, warp_last_frame=True,
 )  # fmt: skip
 
 
@@ -71,7 +70,7 @@ def config(data: str, out: Path, **changes: object) -> WorldModelTrainConfig:
     """A run of seconds."""
     stage = StageConfig(steps=4, batch_size=2, lr=1e-3, warmup=2)
     base = WorldModelTrainConfig(
-        data=(data,), out=str(out), bf16=False, episode_chunks=3, autoencoder=stage, transformer=stage, model=MODEL,
+        data=(data,), run_dir=str(out), bf16=False, episode_chunks=3, autoencoder=stage, transformer=stage, model=MODEL,
         save_every=1,
         autoencoder_model=AutoencoderConfig(widths=(16, 16)),
     )  # fmt: skip
@@ -97,7 +96,7 @@ def numbered_episodes(chunks: tuple[int, ...]) -> LatentEpisodes:
 
 def test_windows_of_unequal_episodes(tmp_path: Path) -> None:
     chunks = (5, 2, 3)
-    settings = config("", tmp_path, model=replace(MODEL, arm_map_channels=0, carry=False, pose_dim=0))
+    settings = config("", tmp_path, model=replace(MODEL, arm_map_channels=0, warp_last_frame=False, pose_dim=0))
     settings = replace(settings, rollout=replace(settings.rollout, arm_map=None))
     batch = EpisodeSampler(numbered_episodes(chunks), settings).draw(np.random.default_rng(0), 64)
     seen = set()
@@ -151,7 +150,7 @@ def test_the_loss_looks_where_objects_are_handled() -> None:
     places[:, 1] = (0.30, 0.03, 0.19)  # held out to the tool, still
     places[:, 2] = (0.35, 0.10, 0.02)
     places[12:, 2] = (0.35, 0.02, 0.02)  # pushed in the second chunk
-    cells = focus_cells(places, poses, MODEL)
+    cells = focus_cells(places, poses, MODEL, ArmMap())
     assert cells.shape == (4, 8, 8) and cells.dtype == np.uint8
 
     def marked(frame: int, place: tuple[float, float, float]) -> bool:
@@ -162,7 +161,7 @@ def test_the_loss_looks_where_objects_are_handled() -> None:
     assert all(marked(m, (0.30, 0.03, 0.19)) for m in range(4))
     assert [marked(m, (0.35, 0.02, 0.02)) for m in range(4)] == [False, False, True, True]
     assert [marked(m, (0.35, 0.10, 0.02)) for m in range(4)] == [False, False, True, True]  # where it has left
-    assert not focus_cells(None, poses, MODEL).any()
+    assert not focus_cells(None, poses, MODEL, ArmMap()).any()
 
 
 def test_object_weight_weighs_the_cells_in_focus(tmp_path: Path) -> None:
@@ -311,17 +310,17 @@ def test_a_run_on_windows_resumes_bit_identical(tmp_path: Path) -> None:
         "log_every": 1,
     }  # fmt: skip
     unbroken = train_world_model(window_config(tmp_path, **changes))
-    stopped = replace(window_config(tmp_path, **changes), out=str(tmp_path / "stopped"))
-    save, saves = TrainingStage.save, []
+    stopped = replace(window_config(tmp_path, **changes), run_dir=str(tmp_path / "stopped"))
+    save, saves = TrainingLoop.save, []
 
-    def killed(self: TrainingStage[torch.nn.Module], step: int) -> None:
-        save(self, step)
-        saves.append(step)
-        if self.folder.name == "transformer" and step == 2:
+    def killed(self: TrainingLoop) -> None:
+        save(self)
+        saves.append(self.step)
+        if self.folder.name == "transformer" and self.step == 2:
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(TrainingStage, "save", killed)
+        patch.setattr(TrainingLoop, "save", killed)
         train_world_model(stopped)
     resumed = train_world_model(stopped)
     a, b = (load_safetensors(folder / WEIGHTS["transformer"]) for folder in (unbroken, resumed))
@@ -332,10 +331,11 @@ def test_a_run_on_windows_resumes_bit_identical(tmp_path: Path) -> None:
     assert [line["step"] for line in lines if "val_loss" in line] == [0, 2, 4]
     assert {"val_dream_psnr_moving_0_8", "val_copy_last_ssim_32_40"} <= lines[-1].keys()
     assert (unbroken.parent / "transformer/validation/step_00000004.mp4").stat().st_size > 1000
-    low, high = rollout_bounds(load_bounds(unbroken / "statistics.json", "few"), 7)
+    written = json.loads((unbroken / "statistics.json").read_text())
+    low, high = rollout_bounds((np.array(written["few"]["q01"]), np.array(written["few"]["q99"])), 7)
     model = read_world_model(unbroken)
     assert (model.config.action_low, model.config.action_high) == (low, high)
-    assert load_bounds(unbroken / "statistics.json", "data")[0].tolist() != list(low)
+    assert written["data"]["q01"] != list(low)
 
 
 def test_it_trains_on_with_wans_vae(tmp_path: Path) -> None:
@@ -344,14 +344,14 @@ def test_it_trains_on_with_wans_vae(tmp_path: Path) -> None:
     write_data(tmp_path / "data", (32,), fps=20)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        arch = replace(MODEL, latent_shape=(16, 4, 4), residual=False, pose_dim=0, arm_map_channels=0, carry=False,
+        arch = replace(MODEL, latent_shape=(16, 4, 4), residual=False, pose_dim=0, arm_map_channels=0, warp_last_frame=False,
                        stem_channels=0, stem_blocks=0, head_blocks=0, text_dim=8)  # fmt: skip
         vae, transformer = WanVAE(AutoencoderKLWan(base_dim=8), 32), WanWorldModelTransformer(arch)
     save_world_model(WanWorldModel(transformer, vae, RolloutConfig(arm_map=None)), tmp_path / "wan")
     folder = train_world_model(window_config(tmp_path, init=str(tmp_path / "wan"), model=arch))
     assert (folder / "vae" / "config.json").is_file() and not (folder / "autoencoder").exists()
     assert (read_world_model(folder).config.arm_map, read_world_model(folder).fps) == (None, 20.0)
-    with pytest.raises(InvalidOptionError, match='needs the embedded codec; give objective="window"'):
+    with pytest.raises(InvalidOptionError, match='needs the bundled codec; give objective="window"'):
         train_world_model(config(str(tmp_path / "data"), tmp_path / "x", init=str(tmp_path / "wan"), model=arch))
 
 
@@ -362,7 +362,9 @@ def test_an_optimiser_on_the_host_trains_the_same_and_may_change_on_the_way(tmp_
 
     def train(name: str, steps: int = 4, **changes: object) -> dict[str, torch.Tensor]:
         stage = StageConfig(steps=steps, batch_size=2, lr=1e-3, warmup=2, decay=1e-6)
-        train_world_model(window_config(tmp_path, out=str(tmp_path / name), transformer=stage, **settings, **changes))
+        train_world_model(
+            window_config(tmp_path, run_dir=str(tmp_path / name), transformer=stage, **settings, **changes)
+        )
         step = tmp_path / name / f"transformer/checkpoints/step_{steps:08d}"
         return load_safetensors(step / "tensors.safetensors")
 
@@ -373,38 +375,38 @@ def test_an_optimiser_on_the_host_trains_the_same_and_may_change_on_the_way(tmp_
     assert any(key.startswith("optimizer/") for key in whole)
 
 
-def test_training_is_fitted_to_the_free_memory_or_refused_before_it_begins(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_training_that_does_not_fit_is_refused_before_it_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_data(tmp_path / "data", (40,))
     free = 0
-    monkeypatch.setattr(fit_memory, "free_memory", lambda device: free)
-    with pytest.raises(
-        NotEnoughMemoryError, match=r"Training 2 rows at a time needs .* but 0.00 GiB are free; most of"
-    ):
+    monkeypatch.setattr(memory, "free_memory", lambda device: free)
+    with pytest.raises(NotEnoughMemoryError, match=r"Training 2 rows at a time needs .* but 0.00 GiB .* lower micro"):
         train_world_model(window_config(tmp_path, codec="embedded"))
-    with pytest.raises(NotEnoughMemoryError, match="Training, even with the thriftiest settings, needs"):
-        train_world_model(window_config(tmp_path, codec="embedded", fit_memory=True))
     assert not (tmp_path / "out").exists()
     full = window_config(
-        tmp_path, model=wan_config("wan2.1-1.3b"), fit_memory=True,
-        transformer=StageConfig(steps=4, batch_size=12, lr=1e-3),
-    )  # fmt: skip
-    chosen = []
-    with caplog.at_level(logging.INFO, "rawdream_env"):
-        for gib in (22, 44, 75, 130, 190):
-            free = gib * GIB
-            fitted = fit_memory.within_memory(full, ALONE)
-            chosen.append((fitted.micro_batch_size, fitted.checkpointing, fitted.offload))
-    assert [c[1:] for c in chosen] == [(True, True), (True, False), (True, False), (False, False), (False, False)]
-    assert all(12 % c[0] == 0 and c[0] >= 4 for c in chosen) and chosen[-1][0] == 12
-    assert "rows at a time, activations computed twice, the optimiser on the host: about" in caplog.text
-    free = 100 * GIB
-    small = train_world_model(window_config(tmp_path, codec="embedded", fit_memory=True))
-    assert small.is_dir()
-    said = "fsdp2 spreads it over the devices already"
-    with pytest.raises(InvalidOptionError, match=said):
+        tmp_path, model=wan_config("wan2.1-1.3b"), transformer=StageConfig(steps=4, batch_size=12, lr=1e-3)
+    )
+    for gib, fits in ((40, {"checkpointing": True}), (22, {"checkpointing": True, "offload": True})):
+        free = gib * GIB
+        with pytest.raises(NotEnoughMemoryError, match="Training 12 rows at a time needs"):
+            training_module._require_memory(full, ALONE)
+        training_module._require_memory(replace(full, micro_batch_size=4, **fits), ALONE)
+    with pytest.raises(InvalidOptionError, match="fsdp2 spreads it over the devices already"):
         training_module._check(window_config(tmp_path, offload=True, parallel="fsdp2"), ALONE)
+
+
+def test_a_run_of_an_earlier_version_resumes(tmp_path: Path) -> None:
+    """Its stored configuration has the old names of settings, and some that are gone."""
+    write_data(tmp_path / "data", (40,))
+    settings = window_config(tmp_path, codec="embedded", save_every=2)
+    train_world_model(settings)
+    path = tmp_path / "out/transformer/config.json"
+    stored = json.loads(path.read_text())
+    stored["model"]["carry"] = stored["model"].pop("warp_last_frame")
+    path.write_text(json.dumps({**stored, "fit_memory": False}))
+    train_world_model(replace(settings, transformer=replace(settings.transformer, steps=6)))
+    assert (tmp_path / "out/transformer/checkpoints/step_00000006").is_dir()
 
 
 def test_mistakes_are_told(tmp_path: Path) -> None:
@@ -412,7 +414,7 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
 
     def refused(error: type[Exception], said: str, **changes: object) -> None:
         with pytest.raises(error, match=said):
-            train_world_model(window_config(tmp_path, codec="embedded", out=str(tmp_path / "x"), **changes))
+            train_world_model(window_config(tmp_path, codec="embedded", run_dir=str(tmp_path / "x"), **changes))
 
     refused(InvalidOptionError, "deploy='few' is none of the data entries; name one of data", deploy="few")
     refused(InvalidOptionError, "give init or codec, not both", init="embedded")

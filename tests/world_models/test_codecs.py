@@ -15,7 +15,7 @@ from rawdream_env.errors import CheckpointError
 from rawdream_env.files import load_tensors, save_safetensors
 from rawdream_env.world_models.autoencoders import AutoencoderConfig, FrameCodec, PackedFrameAutoencoder
 from rawdream_env.world_models.wan.tiny_decoder import TinyDecoder, TinyDecoderCodec
-from rawdream_env.world_models.wan.vae import WEIGHTS, WanVAE, to_original_layout
+from rawdream_env.world_models.wan.vae import WEIGHTS, WanVAE, original_name
 
 SIZE = 32
 
@@ -195,7 +195,7 @@ def test_original_layout_round_trip(tmp_path: Path) -> None:
     from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
     weights = wan_network().state_dict()
-    original = to_original_layout(weights)
+    original = {original_name(name): tensor for name, tensor in weights.items()}
     assert len(original) == len(weights)
     back = convert_wan_vae_to_diffusers(dict(original))
     assert back.keys() == weights.keys() and all(torch.equal(back[name], weights[name]) for name in weights)
@@ -229,7 +229,8 @@ def test_one_error_names_everything_that_is_wrong(tmp_path: Path, layout: str) -
 
         save_file(weights, tmp_path / WEIGHTS)
     else:
-        weights, path = to_original_layout(weights), tmp_path / "Wan2.1_VAE.pth"
+        weights = {original_name(name): tensor for name, tensor in weights.items()}
+        path = tmp_path / "Wan2.1_VAE.pth"
         pattern = spoil(weights, "decoder.")
         torch.save(weights, path)
     with pytest.raises(CheckpointError, match=pattern):
@@ -254,7 +255,7 @@ def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
     refused(single, "Wan2.1_VAE.pth is damaged or holds more than tensors")
     torch.save({"model": {"conv1.weight": torch.zeros(1)}}, single)
     refused(single, "no table of named tensors")
-    torch.save(to_original_layout(wan_network().state_dict()), single)
+    torch.save({original_name(name): tensor for name, tensor in wan_network().state_dict().items()}, single)
     whole = single.read_bytes()
     for damaged in (whole[:-100], whole[:20], b"", b"text", b"\xff" * 64):
         single.write_bytes(damaged)
@@ -276,7 +277,7 @@ def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
         path.write_text(json.dumps({**good, **change}))
         refused(tmp_path, message)
     path.write_text("{")
-    refused(tmp_path, "config.json is not valid JSON")
+    refused(tmp_path, "config.json cannot be read as JSON")
     path.write_text("[]")
     refused(tmp_path, "holds a JSON list, expected an object")
     path.write_text(json.dumps(good))

@@ -18,11 +18,10 @@ from rawdream_env.world_models import load_world_model
 from rawdream_env.world_models.wan.attention import attend, collapse_prompt, frame_mask
 from rawdream_env.world_models.wan.config import WAN_CONFIGS, WanConfig, wan_config
 from rawdream_env.world_models.wan.convert import (
+    ORIGINAL_NAMES,
     ConvertWanConfig,
     convert_wan,
     read_wan_transformer,
-    to_diffusers,
-    to_original,
 )
 from rawdream_env.world_models.wan.convert import empty_prompt as prompt_of
 from rawdream_env.world_models.wan.dream_state import DreamState
@@ -168,6 +167,24 @@ def test_flex_attention_equals_the_dense_mask(frames: tuple[int, int]) -> None:
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].shape == b[k].shape for k in a)
+
+
+def to_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our transformer's tensors -> those of diffusers' ``WanTransformer3DModel``; actions and prompt are left out."""
+    ours = ("condition_embedder.action_", "prompt_")
+    wan = {name: tensor for name, tensor in state.items() if not name.startswith(ours)}
+    return {**wan, "patch_embedding.weight": wan["patch_embedding.weight"].unsqueeze(2)}  # a temporal patch of 1
+
+
+def to_original(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our transformer's tensors -> those of Wan's own release."""
+    out = {}
+    for name, tensor in to_diffusers(state).items():
+        new = "head.modulation" if name == "scale_shift_table" else name.replace("scale_shift_table", "modulation")
+        for ours, theirs in ORIGINAL_NAMES:
+            new = new.replace(ours, theirs)
+        out[new] = tensor
+    return out
 
 
 def test_round_trip_through_both_layouts(wan: tuple[nn.Module, Path], tmp_path: Path) -> None:
@@ -352,7 +369,7 @@ def test_approximations_are_opt_in_and_named(wan_release: Path, tmp_path: Path) 
         )
         model = load_world_model(target, approximations=["tiny_decoder", "rolling_cache", "fp8"])
     assert isinstance(model, WanWorldModel)
-    assert model.reuse == "rolling"
+    assert model.context_cache == "rolling"
     state = model.start(torch.zeros(1, 64, 64, 3, dtype=torch.uint8), [NoiseKey(0)])
     for _ in range(3):
         state, frames = model.imagine(state, torch.zeros(1, 8, 7))
@@ -376,16 +393,17 @@ def test_fp8_is_close(wan: tuple[nn.Module, Path]) -> None:
 
 def test_training_goes_on_from_it_as_it_is(wan_release: Path, tmp_path: Path) -> None:
     """Architecture and rollout come from ``init``; another architecture is refused; by name Wan's settings come along."""
-    from rawdream_env.trainers.world_model.train import WorldModelTrainConfig, _resolved
+    from rawdream_env.trainers.world_model.config import WorldModelTrainConfig
+    from rawdream_env.trainers.world_model.train import _resolved
 
     target = tmp_path / "wm"
     convert_wan(ConvertWanConfig(str(wan_release), str(target), image_size=64, fps=20))
-    config, initial = _resolved(WorldModelTrainConfig(data=("d",), out="o", init=str(target)))
+    config, initial = _resolved(WorldModelTrainConfig(data=("d",), run_dir="o", init=str(target)))
     assert initial is not None
     assert config.model == initial.transformer.arch == replace(TINY, text_rows=1)
     assert (config.rollout.max_time, config.rollout.fps, config.rollout.arm_map) == (7, 20, None)
     with pytest.raises(CheckpointError, match="another architecture"):
-        _resolved(WorldModelTrainConfig(data=("d",), out="o", init=str(target), model_name="wan2.1-1.3b"))
-    full, none = _resolved(WorldModelTrainConfig(data=("d",), out="o", model_name="wan2.1-1.3b"))
+        _resolved(WorldModelTrainConfig(data=("d",), run_dir="o", init=str(target), model_name="wan2.1-1.3b"))
+    full, none = _resolved(WorldModelTrainConfig(data=("d",), run_dir="o", model_name="wan2.1-1.3b"))
     assert none is None
     assert full.rollout == WAN_ROLLOUT

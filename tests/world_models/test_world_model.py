@@ -14,6 +14,7 @@ from rawdream_env.errors import CheckpointError, InvalidActionError
 from rawdream_env.piper import geometry as piper
 from rawdream_env.piper.arm_map import ArmMap
 from rawdream_env.seeding import NoiseKey
+from rawdream_env.trainers.world_model.teacher_forcing import EpisodeBatch, denoise_all_chunks
 from rawdream_env.world_models import load_world_model
 from rawdream_env.world_models.autoencoders import AutoencoderConfig, PackedFrameAutoencoder, pack_frames, unpack_frames
 from rawdream_env.world_models.loading import save_world_model
@@ -22,7 +23,6 @@ from rawdream_env.world_models.wan.chunk import ChunkDenoiser, ConditionCache, C
 from rawdream_env.world_models.wan.config import WanConfig
 from rawdream_env.world_models.wan.dream_state import DreamState
 from rawdream_env.world_models.wan.rollout import RolloutConfig, WanWorldModel
-from rawdream_env.world_models.wan.teacher_forcing import EpisodeBatch, denoise_all_chunks
 from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer, shifted
 
 WAN = WanConfig(
@@ -32,7 +32,7 @@ WAN = WanConfig(
 """Wan's own shape: velocity, a prompt, no stem, no arm map."""
 TINY = WanConfig(
     num_layers=2, num_attention_heads=2, attention_head_dim=24, ffn_dim=64, stem_channels=16, stem_blocks=1,
-    head_blocks=1, arm_map_channels=384, carry=True,
+    head_blocks=1, arm_map_channels=384, warp_last_frame=True,
 )  # fmt: skip
 
 
@@ -46,13 +46,13 @@ def transformer(config: WanConfig = TINY) -> WanWorldModelTransformer:
     return model.eval()
 
 
-def build(config: WanConfig, reuse: ContextCache = "step") -> WanWorldModel:
+def build(config: WanConfig, context_cache: ContextCache = "step") -> WanWorldModel:
     torch.manual_seed(0)
     autoencoder = PackedFrameAutoencoder(AutoencoderConfig(widths=(16, 16)))
     rollout = RolloutConfig(num_inference_steps=2)
     if not config.pose_dim:
         rollout = replace(rollout, arm_map=None, max_time=7, anchor_noise_start=1)
-    return WanWorldModel(transformer(config), autoencoder, rollout, reuse=reuse)
+    return WanWorldModel(transformer(config), autoencoder, rollout, context_cache=context_cache)
 
 
 @pytest.fixture(scope="module", params=[TINY, WAN], ids=["embedded", "wan"])
@@ -135,11 +135,11 @@ def test_rows_at_different_chunks_share_a_batch(model: WanWorldModel) -> None:
 
 def test_context_reuse_is_bit_identical(model: WanWorldModel) -> None:
     state, frames = dream(model, [0, 1, 2])
-    model.reuse = "none"
+    model.context_cache = "none"
     try:
         slow_state, slow_frames = dream(model, [0, 1, 2])
     finally:
-        model.reuse = "step"
+        model.context_cache = "step"
     assert torch.equal(state.recent, slow_state.recent)
     assert torch.equal(frames, slow_frames)
 
@@ -346,7 +346,7 @@ def test_checkpoint_round_trip_and_errors(model: WanWorldModel, tmp_path) -> Non
         load_world_model(folder)
     for text in ("{", "[" * 100_000):
         settings.write_text(text)
-        with pytest.raises(CheckpointError, match="not valid JSON"):
+        with pytest.raises(CheckpointError, match="cannot be read as JSON"):
             load_world_model(folder)
     (folder / "config.json").write_text('{"format": "rawdream-world-model-1"}')
     with pytest.raises(

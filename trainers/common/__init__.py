@@ -1,1 +1,1 @@
-"""What all trainers share: run folders, training stages, processes, interrupts."""
+"""Shared by all trainers: run folders, the training loop, processes, interrupts."""

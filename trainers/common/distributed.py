@@ -1,13 +1,13 @@
-"""Training in one process, or in many under torchrun: who computes which rows, and how weights are spread.
+"""Training in one process, or in many under torchrun: who computes which rows, and how weights are sharded.
 
-    torchrun --nproc-per-node 8 -m rawdream_env train-world-model --parallel fsdp2 ...
+    torchrun --nproc-per-node 8 -m rawdream_env world-model train --parallel fsdp2 ...
 
-``ddp`` keeps everything on every process; ``fsdp2`` spreads weights, averages and optimiser state over them and gathers a
+``ddp`` keeps everything on every process; ``fsdp2`` shards weights, averages and optimizer state over them and gathers one
 block at a time. Both are torch's own. Batches are drawn by global row and process r of w computes the rows r, r + w, ...,
 so the number of processes changes only the order in which gradients are added up.
 
-Checkpoints hold whole tensors, gathered one by one to process 0, which alone writes: a run may go on with another number
-of processes or another ``--parallel``.
+Checkpoints hold whole tensors, gathered one by one to process 0, which alone writes: a run can be resumed with another
+number of processes or another ``--parallel``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer
 Parallel = Literal["none", "ddp", "fsdp2"]
 PATIENCE = timedelta(hours=24)
 """How long processes wait for process 0, which alone trains the autoencoder, encodes the data and validates. torchrun ends
-all of them when one fails, so nobody waits for the dead.
+all of them when one fails.
 """
 
 
@@ -57,7 +57,7 @@ class ProcessGroup:
         return list(range(self.rank, batch_size, self.size))
 
     def wait(self) -> None:
-        """Until every process has come this far."""
+        """Wait until every process has called this."""
         if self.size > 1:
             dist.barrier()
 
@@ -69,7 +69,7 @@ class ProcessGroup:
         return value
 
     def from_first(self, values: Mapping[str, Tensor] | None) -> Iterator[tuple[str, Tensor]]:
-        """The tensors that process 0 gives, on every process and one at a time; the others give None."""
+        """The tensors of process 0, on every process and one at a time; the other processes pass None."""
         if self.size == 1:
             yield from (values or {}).items()
             return
@@ -102,7 +102,7 @@ ALONE = ProcessGroup()
 
 @contextlib.contextmanager
 def join(parallel: Parallel, device: str) -> Iterator[ProcessGroup]:
-    """The processes torchrun has started, or this one alone; leaves the group at the end.
+    """The processes torchrun has started, or this one alone; the group is left at the end.
 
     Raises:
         InvalidOptionError: no such device, or ``parallel`` does not fit the number of processes.
@@ -148,18 +148,18 @@ class Objective(nn.Module):
         return compute(self.model)
 
 
-def spread(model: WanWorldModelTransformer, world: ProcessGroup) -> nn.Module:
-    """An ``Objective`` of ``model``, ready for training in ``world``.
+def spread(model: WanWorldModelTransformer, group: ProcessGroup) -> nn.Module:
+    """An ``Objective`` of ``model``, ready for training in ``group``.
 
     FSDP2 gathers each block when it runs. The attention to the prompt is a unit of its own: its weights are used before the
-    first block runs (``prompt_keys``) and stay gathered until the backward pass is through with them. Gathered weights are
+    first block runs (``prompt_keys``) and stay gathered until the end of the backward pass. Gathered weights are
     fp32 and autocast does the rest, as in one process.
     """
     objective = Objective(model)
-    if world.parallel == "ddp":
+    if group.parallel == "ddp":
         return DistributedDataParallel(objective)
-    if world.parallel == "fsdp2":
-        mesh: DeviceMesh = init_device_mesh(world.device.split(":")[0], (world.size,))
+    if group.parallel == "fsdp2":
+        mesh: DeviceMesh = init_device_mesh(group.device.split(":")[0], (group.size,))
         for block in model.blocks:
             if block.attn2 is not None:
                 fully_shard(block.attn2, mesh=mesh, reshard_after_forward=False)
@@ -182,28 +182,28 @@ def accumulating(module: nn.Module, last: bool) -> AbstractContextManager[Any]:
 
 
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """This process's parts; no copies. Call it without gradients."""
+    """This process's shards, not copied. Call it without gradients."""
     return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of a spread tensor; every process has to ask."""
+    """The whole of a sharded tensor. Every process has to call it."""
     full: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return full
 
 
-def gather(named: Iterable[tuple[str, Tensor]], world: ProcessGroup) -> dict[str, Tensor]:
+def gather(named: Iterable[tuple[str, Tensor]], group: ProcessGroup) -> dict[str, Tensor]:
     """Whole tensors on the CPU of process 0, one at a time, so that no device holds them all; {} elsewhere."""
     result = {}
     for name, value in named:
         full = whole(value).detach()
-        if world.first:  # copied: a gathered tensor may be a part of a larger buffer
+        if group.first:  # copied: a gathered tensor may be a part of a larger buffer
             result[name] = full.to("cpu", copy=isinstance(value, DTensor))
     return result
 
 
 def spread_like(value: Tensor, like: Tensor) -> Tensor:
-    """``value``, whole on every process, spread as ``like`` is."""
+    """``value``, whole on every process, sharded as ``like`` is."""
     if not isinstance(like, DTensor):
         return value
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

@@ -1,4 +1,4 @@
-"""Ctrl-C in good order: finish what must not be cut in two, save, then stop."""
+"""Ctrl-C: finish the current update, save, then stop."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _logger = logging.getLogger(__name__)
 
 @contextmanager
 def deferred_interrupt() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into an event, so that no update is cut in two; a second one interrupts as usual."""
+    """Turn the first Ctrl-C into an event, so that no update is interrupted; a second one interrupts as usual."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
         yield event
@@ -23,7 +23,7 @@ def deferred_interrupt() -> Iterator[threading.Event]:
     def handle(number: int, frame: FrameType | None) -> None:
         event.set()
         signal.signal(signal.SIGINT, previous)
-        _logger.warning("Stopping after the current update or chunk, then saving; press Ctrl-C again not to wait.")
+        _logger.warning("Stopping after the current update or chunk, then saving; press Ctrl-C again to stop at once.")
 
     previous = signal.signal(signal.SIGINT, handle)
     try:

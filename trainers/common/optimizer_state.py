@@ -1,4 +1,4 @@
-"""An optimiser's state as named tensors and back, without pickle."""
+"""An optimizer's state as named tensors and back, without pickle."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def pack_optimizer(optimizer: Optimizer, prefix: str = "optimizer.") -> dict[str, Tensor]:
-    """An optimiser's state and its numeric hyper-parameters (lr, ...) as named tensors, without pickle."""
+    """An optimizer's state and its numeric hyper-parameters (lr, ...) as named tensors, without pickle."""
     import torch
 
     stored = optimizer.state_dict()
@@ -39,7 +39,7 @@ def unpack_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor], prefix
         kind, index, name = key.removeprefix(prefix).split(".", 2)
         limit = len(parameters) if kind == "state" else len(stored["param_groups"])
         if int(index) >= limit:
-            raise CheckpointError(f"The optimiser has {limit} {kind} entries but the checkpoint holds {key!r}.")
+            raise CheckpointError(f"The optimizer has {limit} {kind} entries but the checkpoint holds {key!r}.")
         if kind == "group":
             stored["param_groups"][int(index)][name] = tensor.item()
             continue

@@ -9,14 +9,12 @@
       tensorboard/          both of them as curves (when the tensorboard package is installed)
       checkpoints/step_00000010/   tensors.safetensors, state.json, manifest.json (SHA-256 of each; lengths of the logs)
 
-A checkpoint folder is written under a temporary name, synced, and renamed: it is whole or absent. On resume the newest
-checkpoint whose files match its manifest is used and the logs are cut back to the length they had when it was made, so
-that weights, generators and log lines continue as if nothing had happened.
+On resume the newest undamaged checkpoint is used (``checkpoints.py``) and the logs are cut back to the length they had
+when it was made, so that weights, generators and log lines continue as if the run had not been interrupted.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import enum
 import fcntl
@@ -24,36 +22,23 @@ import json
 import logging
 import math
 import os
-import re
-import shutil
-import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from rawdream_env import files
-from rawdream_env.errors import CheckpointError, RunDirError
-from rawdream_env.trainers.common.optimizer_state import pack_optimizer, unpack_optimizer
+from rawdream_env.errors import RunDirError
+from rawdream_env.trainers.common.checkpoints import Checkpoint, CheckpointFolder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Checkpoint", "RunDir", "pack_optimizer", "read_jsonl", "to_json", "unpack_optimizer"]
-
 _LOGS = ("metrics.jsonl", "timings.jsonl")
-_STEP = re.compile(r"step_(\d{8,})")
+_RENAMED = {"out": "run_dir"}
+"""Settings that earlier versions stored under another name."""
+_RERUN = "Checkpoints are intact: free some space and rerun the same command to resume."
 _logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """What ``RunDir.save`` was given, read back: tensors on the CPU, ``state`` as JSON values."""
-
-    step: int
-    tensors: dict[str, Tensor]
-    state: dict[str, Any]
-    path: Path
 
 
 class RunDir:
@@ -78,17 +63,15 @@ class RunDir:
     ) -> None:
         self.path = Path(path)
         self.config: dict[str, Any] = to_json(config)
-        self._keep = max(1, keep)
         self._use_tensorboard = tensorboard
         self._writer: Any = None
         self._purge_step: int | None = None
         self._logs: dict[str, int] = {}
-        self._checkpoints = self.path / "checkpoints"
         try:
-            self._checkpoints.mkdir(parents=True, exist_ok=True)
+            self._checkpoints = CheckpointFolder(self.path / "checkpoints", keep)
             self._lock = self._take_lock()
             self._settle_config(resume, may_change)
-            self._tidy()
+            self._checkpoints.tidy()
         except OSError as error:
             raise RunDirError(f"Cannot use the run directory {self.path}: {error}.") from error
 
@@ -116,10 +99,7 @@ class RunDir:
             while view:
                 view = view[os.write(self._logs[name], view) :]
         except OSError as error:
-            raise RunDirError(
-                f"Cannot write to {self.path / name}: {error}. Checkpoints are intact: free some space and run the "
-                "same command again to resume."
-            ) from error
+            raise RunDirError(f"Cannot write to {self.path / name}: {error}. {_RERUN}") from error
         writer = self._tensorboard()
         if writer is not None:
             for key, value in record.items():
@@ -146,35 +126,13 @@ class RunDir:
         ``get_state()`` belongs into ``tensors``). Raises ``CheckpointError`` for non-finite tensors and ``RunDirError``
         when the disk refuses; earlier checkpoints are intact in both cases.
         """
-        target = self._checkpoints / f"step_{step:08d}"
-        temporary = self._checkpoints / f".tmp-{target.name}"
-        content = {
-            "tensors.safetensors": files.serialize_safetensors(tensors, where=target / "tensors.safetensors"),
-            "state.json": json.dumps(to_json(state or {}), allow_nan=False).encode(),
-        }
         try:
-            self._sync_logs()
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            for name, data in content.items():
-                files.write_bytes_synced(temporary / name, data)
-            manifest = {
-                "format": 1,
-                "step": int(step),
-                "files": {name: files.sha256_file(temporary / name) for name in content},
-                "logs": {name: _size(self.path / name) for name in _LOGS},
-            }
-            files.write_bytes_synced(temporary / "manifest.json", json.dumps(manifest, indent=2).encode())
-            files.fsync_folder(temporary)
-            self._publish(temporary, target)
+            for descriptor in self._logs.values():
+                os.fsync(descriptor)
         except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise RunDirError(
-                f"Cannot write the checkpoint of step {step} to {target}: {error}. Earlier checkpoints are intact: "
-                "free some space and run the same command again to resume."
-            ) from error
-        self._prune()
-        return target
+            raise RunDirError(f"Cannot write the logs in {self.path}: {error}. {_RERUN}") from error
+        lengths = {name: _size(self.path / name) for name in _LOGS}
+        return self._checkpoints.save(step, tensors, to_json(state or {}), lengths)
 
     def load_latest(self) -> Checkpoint | None:
         """The newest undamaged checkpoint, or None in a fresh run; cuts the logs back to the moment it was made.
@@ -182,62 +140,19 @@ class RunDir:
         A damaged checkpoint is named in a ``RuntimeWarning`` and passed over. When every checkpoint is damaged,
         ``CheckpointError``: starting over silently would throw work away.
         """
-        folders = self._folders()
-        for folder in reversed(folders):
-            try:
-                checkpoint, logs = _read_checkpoint(folder)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                warnings.warn(
-                    f"Checkpoint {folder} is damaged and is passed over: {error}", RuntimeWarning, stacklevel=2
-                )
-                continue
-            self._cut_logs(logs)
+        checkpoint = self._checkpoints.load_latest()
+        for name in _LOGS:
+            path, length = self.path / name, 0 if checkpoint is None else checkpoint.logs.get(name, 0)
+            if _size(path) > length:
+                os.truncate(path, length)
+        if checkpoint is not None:
             self._purge_step = checkpoint.step + 1
-            return checkpoint
-        if folders:
-            raise CheckpointError(
-                f"All {len(folders)} checkpoints in {self._checkpoints} are damaged. Restore one from a copy, or "
-                "remove that folder to start this run over."
-            )
-        self._cut_logs({})
-        return None
-
-    def _publish(self, temporary: Path, target: Path) -> None:
-        aside = target.with_name(f".old-{target.name}")
-        if target.exists():  # a folder cannot be replaced by rename; ``_tidy`` undoes this if we are killed in between
-            shutil.rmtree(aside, ignore_errors=True)
-            os.rename(target, aside)
-        os.rename(temporary, target)
-        files.fsync_folder(self._checkpoints)
-        shutil.rmtree(aside, ignore_errors=True)
-
-    def _folders(self) -> list[Path]:
-        found = [entry for entry in self._checkpoints.iterdir() if _STEP.fullmatch(entry.name) and entry.is_dir()]
-        return sorted(found, key=lambda entry: int(entry.name.removeprefix("step_")))
-
-    def _prune(self) -> None:
-        for folder in self._folders()[: -self._keep]:
-            doomed = folder.with_name(f".tmp-{folder.name}")  # rename first: a half-removed folder must not look whole
-            with contextlib.suppress(OSError):
-                os.rename(folder, doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
-
-    def _tidy(self) -> None:
-        """Undo what a killed process left behind."""
-        for entry in self._checkpoints.iterdir():
-            if entry.name.startswith(".old-"):
-                original = entry.with_name(entry.name.removeprefix(".old-"))
-                if not original.exists():
-                    os.rename(entry, original)
-                else:
-                    shutil.rmtree(entry, ignore_errors=True)
-            elif entry.name.startswith(".tmp-"):
-                shutil.rmtree(entry, ignore_errors=True)
+        return checkpoint
 
     # -- the rest ----------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Close the logs and give the folder free. Idempotent."""
+        """Close the logs and release the folder. Idempotent."""
         for descriptor in self._logs.values():
             os.close(descriptor)
         self._logs.clear()
@@ -273,9 +188,10 @@ class RunDir:
         if not resume:
             raise RunDirError(f"{self.path} already holds a run. Resume it (resume=True) or choose another folder.")
         try:
-            stored = json.loads(stored_path.read_text(encoding="utf-8"))
+            stored = _with_current_names(json.loads(stored_path.read_text(encoding="utf-8")))
         except ValueError as error:
             raise RunDirError(f"{stored_path} is damaged ({error}). Restore it or choose another folder.") from error
+        stored = {_current_name(key, self.config): value for key, value in stored.items()}
         differing = [
             key
             for key in sorted({*stored, *self.config})
@@ -291,18 +207,20 @@ class RunDir:
         if differing:
             files.atomic_write_json(stored_path, self.config)
 
-    def _sync_logs(self) -> None:
-        for descriptor in self._logs.values():
-            os.fsync(descriptor)
-
-    def _cut_logs(self, lengths: Mapping[str, int]) -> None:
-        for name in _LOGS:
-            path = self.path / name
-            if _size(path) > int(lengths.get(name, 0)):
-                os.truncate(path, int(lengths.get(name, 0)))
-
 
 _MISSING = object()
+_RENAMED = {"carry": "warp_last_frame"}
+"""Configuration keys of earlier versions, at any depth."""
+
+
+def _with_current_names(stored: Any) -> Any:
+    if isinstance(stored, dict):
+        return {_RENAMED.get(key, key): _with_current_names(value) for key, value in stored.items()}
+    return stored
+
+
+def _current_name(key: str, config: Mapping[str, Any]) -> str:
+    return _RENAMED[key] if key in _RENAMED and key not in config and _RENAMED[key] in config else key
 
 
 def _show(config: Mapping[str, Any], key: str) -> str:
@@ -311,22 +229,6 @@ def _show(config: Mapping[str, Any], key: str) -> str:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
-
-
-def _read_checkpoint(folder: Path) -> tuple[Checkpoint, dict[str, int]]:
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    if manifest["step"] != int(folder.name.removeprefix("step_")) or set(manifest["files"]) != {
-        "tensors.safetensors",
-        "state.json",
-    }:
-        raise CheckpointError(f"{folder / 'manifest.json'} does not belong to this folder")
-    for name, digest in manifest["files"].items():
-        if files.sha256_file(folder / name) != digest:
-            raise CheckpointError(f"{folder / name} does not match its SHA-256")
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    tensors = files.load_safetensors(folder / "tensors.safetensors")
-    logs = {str(name): int(length) for name, length in manifest["logs"].items()}
-    return Checkpoint(manifest["step"], tensors, state, folder), logs
 
 
 def _scalar(value: Any) -> float | int | bool | str | None:

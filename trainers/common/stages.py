@@ -1,4 +1,4 @@
-"""A recipe of stages that is run once: complete stages are skipped, changed settings are noticed.
+"""A recipe of stages that is run once: complete stages are skipped, changed settings are an error.
 
 Each stage leaves a marker, a JSON file with its settings, the hours it took and the facts it returned.
 """
@@ -24,8 +24,8 @@ _logger = logging.getLogger(__name__)
 class Stage:
     """One step of the recipe.
 
-    ``run()`` may be called again after it was cut off. The stage is complete when it has returned; its numbers go into
-    the marker. ``needs`` are the stages whose settings it depends on, ``makes`` what has to exist for it to be skipped.
+    ``run()`` may be called again after an interruption. The stage is complete when it returns; its numbers go into the
+    marker. ``needs`` are the stages whose settings it depends on, ``makes`` what has to exist for it to be skipped.
     """
 
     name: str
@@ -49,7 +49,7 @@ def run_stages(stages: Sequence[Stage], markers: Path) -> dict[str, float]:
         if known and known["fingerprint"] != prints[stage.name]:
             raise RunDirError(
                 f"stage {stage.name!r} of {markers.parent} was made with other settings (its own or those of a stage "
-                f"it builds on). Give another out, or delete {path} and what the stage made: "
+                f"it builds on). Use another folder, or delete {path} and what the stage made: "
                 f"{', '.join(map(str, stage.makes))}."
             )
         if known.get("complete") and all(made.exists() for made in stage.makes):

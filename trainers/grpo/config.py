@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from rawdream_env.errors import InvalidOptionError
+from rawdream_env.robots import find_robot
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,8 @@ class GRPOConfig:
 
     run_dir: Path
     """Where configuration, metrics and checkpoints go. The same command on the same folder resumes."""
-    env_id: str = "rawdream/PiperDream-v0"
-    """A dream, or ``rawdream/PiperSim-v0`` to train in the simulator (then without dual-noise verification)."""
+    env_id: str = find_robot().dream_env
+    """A dream, or a simulator to train in the ground truth (then without dual-noise verification)."""
     env_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
     """Further keyword arguments of the environment, such as world_model, judge, starts, judge_every."""
     task: str | int | None = None

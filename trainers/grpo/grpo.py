@@ -30,18 +30,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import gymnasium as gym
 import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from rawdream_env.envs.episodes import make_env
 from rawdream_env.errors import CheckpointError, InvalidOptionError, RawDreamError
 from rawdream_env.judges.ensemble import HoldOutJudge
 from rawdream_env.policies import load_policy
 from rawdream_env.seeding import mix
 from rawdream_env.trainers.common.interrupt import deferred_interrupt
-from rawdream_env.trainers.common.run_dir import RunDir, pack_optimizer, unpack_optimizer
+from rawdream_env.trainers.common.optimizer_state import pack_optimizer, unpack_optimizer
+from rawdream_env.trainers.common.run_dir import RunDir
 from rawdream_env.trainers.grpo.config import GRPOConfig
 from rawdream_env.trainers.grpo.losses import clipped_loss, merge_metrics
 from rawdream_env.trainers.grpo.rollout import (
@@ -103,7 +104,7 @@ def train_grpo(config: GRPOConfig, *, env: VectorEnv[Any, Any, Any] | None = Non
     if env is not None and config.held_out_judge:
         raise InvalidOptionError("give held_out_judge to the environment you pass, DreamVectorEnv(held_out_judge=...).")
     learner = Learner.of(load_policy(config.policy if policy is None else policy, device=config.device), config)
-    vector_env = make_env(config) if env is None else env
+    vector_env = rollout_env(config) if env is None else env
     if config.dual_noise_verification:
         vector_env = verified(vector_env)
     try:
@@ -180,7 +181,7 @@ def _train(
             learner.save(run, step)
 
 
-def make_env(config: GRPOConfig) -> VectorEnv[Any, Any, Any]:
+def rollout_env(config: GRPOConfig) -> VectorEnv[Any, Any, Any]:
     """The environment of ``config``, no wider than one step's rollouts."""
     num_envs = min(config.num_envs, config.groups_per_step * config.group_size)
     kwargs: dict[str, Any] = {
@@ -191,12 +192,7 @@ def make_env(config: GRPOConfig) -> VectorEnv[Any, Any, Any]:
     }
     if config.held_out_judge:
         kwargs["held_out_judge"] = config.held_out_judge
-    try:
-        return gym.make_vec(config.env_id, num_envs=num_envs, autoreset_mode="Disabled", **kwargs)
-    except TypeError as error:
-        if "unexpected keyword argument" not in str(error):
-            raise
-        raise InvalidOptionError(f"env_kwargs do not fit {config.env_id}: {error}.") from error
+    return make_env(config.env_id, num_envs, **kwargs)
 
 
 def judge_gap(env: VectorEnv[Any, Any, Any]) -> dict[str, float]:

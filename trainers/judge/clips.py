@@ -2,8 +2,8 @@
 
 Shape letters: R rows (frames) in memory, N windows, G goals, F frames the judge looks at, B clips, Q questions a clip.
 
-Every window of an episode is a clip about which many things can be asked: each goal the grammar of
-``rawdream_env.piper.hindsight`` can put into words either came true in it or did not. Nothing is tied to a task. Windows
+Every window of an episode is a clip about which many things can be asked: each goal the robot's grammar can put into
+words (``GoalGrammar``) either came true in it or did not. Nothing is tied to a task. Windows
 are chunk-aligned in length, because that is how environments ask, and gather around the moments a relation begins to
 hold: shortly after (success), shortly before (still in the gripper: the near misses that matter).
 
@@ -11,8 +11,8 @@ hold: shortly after (success), shortly before (still in the gripper: the near mi
 
 - ``frames`` uint8 (n, F, H, W, 3), the start frame first;
 - ``labels`` uint8 (n,), 1 when the same actions succeeded in the simulator;
-- metadata ``instructions``: JSON list of n texts;
-- ``object_poses`` float32 (n, 2, 7, 7), absent objects all zeros (such a file holds no NaN), and ``relations`` uint8
+- metadata ``instructions``: JSON list of n texts, and ``robot`` (none: the default robot);
+- ``object_poses`` float32 (n, 2, O, 7), absent objects all zeros (such a file holds no NaN), and ``relations`` uint8
   (n, 2, R), optional and together: the simulator's truth at the first and the last frame. With them every goal can be
   asked about the clip, not only its own instruction.
 """
@@ -33,9 +33,7 @@ from rawdream_env.errors import CheckpointError, DatasetError
 from rawdream_env.evaluation.judges.report import JudgeClip
 from rawdream_env.files import load_safetensors, load_safetensors_metadata
 from rawdream_env.judges.embedded_network import NUM_FRAMES, frame_indices
-from rawdream_env.piper.goals import GOAL_NAMES, HELD_OUT_JUDGE_PAIRS, paraphrase
-from rawdream_env.piper.hindsight import ClipLabels, label_clips, label_windows
-from rawdream_env.piper.relations import OBJECTS, PLACE_RELATIONS, RELATION_NAMES
+from rawdream_env.robots import ClipLabels, GoalGrammar, find_robot
 from rawdream_env.seeding import mix
 from rawdream_env.types import Float32Array, UInt8Array, Video
 
@@ -57,8 +55,8 @@ class ClipSet:
     """Windows over frames in memory, and what is true of each.
 
     ``frames`` uint8 (R, H, W, 3); ``spans`` (N, 2) first and last row; ``labels`` (N, G): 1, 0 or UNKNOWN; ``goals``
-    the G names; ``positions`` (R, 7, 3) metres, NaN for what is absent or unknown; ``episodes`` (N,) unique over all
-    folders.
+    the G names; ``positions`` (R, O, 3) metres, NaN for what is absent or unknown; ``episodes`` (N,) unique over all
+    folders; ``robot``: whose goals they are.
     """
 
     frames: UInt8Array
@@ -69,6 +67,12 @@ class ClipSet:
     episodes: Int64Array
     fps: float
     source: str
+    robot: str
+
+    @property
+    def grammar(self) -> GoalGrammar:
+        """The robot's goals."""
+        return grammar_of(self.robot)
 
     def __len__(self) -> int:
         """The number of windows."""
@@ -90,19 +94,25 @@ class ClipSet:
         return Video(self.frames[first : last + 1], self.fps)
 
 
-def goal_objects(goal: str) -> tuple[str, ...]:
+def grammar_of(robot: str) -> GoalGrammar:
+    """The goals of a robot; of the default robot when ``robot`` is empty."""
+    grammar: GoalGrammar = find_robot(robot).load("goals")
+    return grammar
+
+
+def goal_objects(goal: str, grammar: GoalGrammar) -> tuple[str, ...]:
     """The objects a goal is about, in order; none for a verbatim text."""
-    return () if goal.startswith(TEXT) else tuple(part for part in goal.split(":")[1:] if part in OBJECTS)
+    return () if goal.startswith(TEXT) else grammar.goal_objects(goal)
 
 
-def is_held_out(goal: str) -> bool:
+def is_held_out(goal: str, grammar: GoalGrammar) -> bool:
     """Whether a goal is about an object pair that is kept out of training."""
-    return goal_objects(goal) in {tuple(pair) for pair in HELD_OUT_JUDGE_PAIRS}
+    return goal_objects(goal, grammar) in {tuple(pair) for pair in grammar.held_out_pairs}
 
 
-def instruction_for(goal: str, rng: np.random.Generator) -> str:
+def instruction_for(goal: str, grammar: GoalGrammar, rng: np.random.Generator) -> str:
     """Words for a goal."""
-    return goal.removeprefix(TEXT) if goal.startswith(TEXT) else paraphrase(goal, rng)
+    return goal.removeprefix(TEXT) if goal.startswith(TEXT) else grammar.paraphrase(goal, rng)
 
 
 def recorded_clips(folders: Sequence[str], *, seed: int, stride: int = 4, progress: bool = False) -> ClipSet:
@@ -120,17 +130,19 @@ def recorded_clips(folders: Sequence[str], *, seed: int, stride: int = 4, progre
 
 def _label_windows(arrays: EpisodeArrays, rng: np.random.Generator, stride: int) -> ClipSet:
     spans, episodes = [], []
-    truth = arrays.privileged.get("relations", np.zeros((len(arrays.frames), len(RELATION_NAMES)))) > 0.5
+    grammar = grammar_of(arrays.robot_type)
+    truth = arrays.privileged.get("relations", np.zeros((len(arrays.frames), len(grammar.relations)))) > 0.5
     for episode, (begin, end) in enumerate(zip(arrays.offsets[:-1], arrays.offsets[1:], strict=True)):
-        found = begin + episode_windows(truth[begin:end, : len(PLACE_RELATIONS)], rng, stride)
+        found = begin + episode_windows(truth[begin:end, : len(grammar.place_relations)], rng, stride)
         spans.append(found)
         episodes.append(np.full(len(found), episode))
     pairs = np.concatenate(spans)
-    labels = _three_valued(label_windows(arrays, pairs[:, 0], pairs[:, 1]))
-    poses = arrays.privileged["object_poses"].reshape(-1, len(OBJECTS), 7)
+    labels = _three_valued(grammar.label_windows(arrays, pairs[:, 0], pairs[:, 1]))
+    poses = arrays.privileged["object_poses"].reshape(-1, len(grammar.objects), 7)
     positions = np.ascontiguousarray(poses[..., :3], dtype=np.float32)
     numbers = np.concatenate(episodes).astype(np.int64)
-    return ClipSet(arrays.frames, pairs, labels, GOAL_NAMES, positions, numbers, arrays.fps, "simulator")
+    robot = find_robot(arrays.robot_type).name
+    return ClipSet(arrays.frames, pairs, labels, grammar.goals, positions, numbers, arrays.fps, "simulator", robot)
 
 
 def _three_valued(labels: ClipLabels) -> Int8Array:
@@ -180,27 +192,35 @@ def _imagined_file(path: Path) -> ClipSet:
     n, length = frames.shape[:2]
     if not isinstance(texts, list) or len(texts) != n or tuple(given.shape) != (n,) or length < 2:
         raise DatasetError(f"{path}: {n} clips of {length} frames need {n} labels and {n} instructions in the metadata")
+    robot = find_robot(metadata.get("robot", "")).name
+    grammar = grammar_of(robot)
     goals = tuple(TEXT + text for text in sorted(set(texts)))
     labels = np.full((n, len(goals)), UNKNOWN, dtype=np.int8)
     labels[np.arange(n), [goals.index(TEXT + text) for text in texts]] = given.numpy() > 0
     if "object_poses" in tensors and "relations" in tensors:
         poses, truth = tensors["object_poses"].float().numpy(), tensors["relations"].numpy() > 0
-        if poses.shape != (n, 2, len(OBJECTS), 7) or truth.shape != (n, 2, len(RELATION_NAMES)):
+        if poses.shape != (n, 2, len(grammar.objects), 7) or truth.shape != (n, 2, len(grammar.relations)):
             raise DatasetError(f"{path}: object_poses {poses.shape} or relations {truth.shape} do not fit {n} clips")
         poses = np.where((poses == 0).all(-1, keepdims=True), np.nan, poses)
-        known = label_clips(poses[:, 0], poses[:, 1], truth[:, 0], truth[:, 1])
-        goals, labels = GOAL_NAMES + goals, np.concatenate([_three_valued(known), labels], axis=1)
+        known = grammar.label_clips(poses[:, 0], poses[:, 1], truth[:, 0], truth[:, 1])
+        goals, labels = grammar.goals + goals, np.concatenate([_three_valued(known), labels], axis=1)
     first = np.arange(n) * length
     rows = frames.numpy().reshape(n * length, *frames.shape[2:])
-    nowhere = np.full((n * length, len(OBJECTS), 3), np.nan, dtype=np.float32)
+    nowhere = np.full((n * length, len(grammar.objects), 3), np.nan, dtype=np.float32)
     spans = np.stack([first, first + length - 1], axis=1)
-    return ClipSet(rows, spans, labels, goals, nowhere, np.arange(n), 10.0, "dream")
+    return ClipSet(rows, spans, labels, goals, nowhere, np.arange(n), 10.0, "dream", robot)
 
 
 def merge(parts: Sequence[ClipSet]) -> ClipSet:
-    """Several sets as one; goals are united, episodes stay distinct."""
+    """Several sets as one; goals are united, episodes stay distinct.
+
+    Raises:
+        DatasetError: they are of different robots.
+    """
     if len(parts) == 1:
         return parts[0]
+    if len(robots := sorted({part.robot for part in parts})) > 1:
+        raise DatasetError(f"the clips are of different robots, {', '.join(robots)}; train one judge for each.")
     goals = tuple(sorted({goal for part in parts for goal in part.goals}))
     spans, labels, episodes, rows, seen = [], [], [], 0, 0
     for part in parts:
@@ -220,6 +240,7 @@ def merge(parts: Sequence[ClipSet]) -> ClipSet:
         episodes=np.concatenate(episodes),
         fps=parts[0].fps,
         source=parts[0].source,
+        robot=parts[0].robot,
     )
 
 
@@ -256,10 +277,11 @@ class QuestionSampler:
     def __init__(self, clips: ClipSet, questions: int, *, include_held_out: bool = False) -> None:
         self.clips = clips
         self.questions = questions
-        asked = np.array([include_held_out or not is_held_out(goal) for goal in clips.goals], dtype=bool)
+        grammar = clips.grammar
+        asked = np.array([include_held_out or not is_held_out(goal, grammar) for goal in clips.goals], dtype=bool)
         self.true = (clips.labels == 1) & asked
         self.false = (clips.labels == 0) & asked
-        named = [set(goal_objects(goal)) for goal in clips.goals]
+        named = [set(goal_objects(goal, grammar)) for goal in clips.goals]
         sharing = np.array([[bool(a & b) for b in named] for a in named])
         self.hard = self.false & ((self.true.astype(np.float32) @ sharing.astype(np.float32)) > 0)
         self.pools = {
@@ -318,7 +340,7 @@ def examination(clips: ClipSet, per_goal: int, *, seed: int) -> list[JudgeClip]:
 
     Where successes are rare there are still ``per_goal / 4`` failures.
     """
-    sampler = QuestionSampler(clips, 1, include_held_out=True)
+    sampler, grammar = QuestionSampler(clips, 1, include_held_out=True), clips.grammar
     rng = np.random.default_rng(mix(seed, 2))
     chosen: list[JudgeClip] = []
     for column, goal in enumerate(clips.goals):
@@ -329,9 +351,9 @@ def examination(clips: ClipSet, per_goal: int, *, seed: int) -> list[JudgeClip]:
         no = np.concatenate([difficult, _some(rng, np.setdiff1d(false, difficult), failures - len(difficult))])
         for window in np.concatenate([yes, no]).astype(np.int64):
             label = bool(clips.labels[window, column] == 1)
-            video, text = clips.video(int(window)), instruction_for(goal, rng)
+            video, text = clips.video(int(window)), instruction_for(goal, grammar, rng)
             name = "text:imagined" if goal.startswith(TEXT) else goal
-            chosen.append(JudgeClip(video, text, label, name, clips.source, is_held_out(goal)))
+            chosen.append(JudgeClip(video, text, label, name, clips.source, is_held_out(goal, grammar)))
     return chosen
 
 
@@ -341,7 +363,9 @@ def _some(rng: np.random.Generator, pool: Int64Array, count: int) -> Int64Array:
 
 def positions_of(clips: ClipSet, rows: Int64Array, goals: Int64Array) -> Float32Array:
     """Where the first two objects of every question's goal are: (B, Q, F, 2, 3) metres, NaN when there is none."""
-    table = [[[OBJECTS.index(name) for name in goal_objects(clips.goals[g])][:2] for g in row] for row in goals]
+    grammar = clips.grammar
+    places = [[grammar.objects.index(name) for name in goal_objects(goal, grammar)][:2] for goal in clips.goals]
+    table = [[places[g] for g in row] for row in goals]
     found = np.full((len(table), len(table[0]), rows.shape[1], 2, 3), np.nan, dtype=np.float32)
     for b, row in enumerate(table):
         here = clips.positions[rows[b]]

@@ -21,14 +21,12 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from rawdream_env.data.reader import EpisodeArrays, LeRobotReader
+from rawdream_env.data.recorded import RecordedEpisode
 from rawdream_env.errors import DatasetError
-from rawdream_env.evaluation.world_model.fidelity import RecordedEpisode, dream_episodes
+from rawdream_env.evaluation.world_model.replay import dream_episodes
 from rawdream_env.files import atomic_write_json, save_safetensors
-from rawdream_env.piper.goals import GOAL_NAMES, HELD_OUT_JUDGE_PAIRS, goal_mask, paraphrase
-from rawdream_env.piper.hindsight import label_windows, sample_goals
-from rawdream_env.piper.relations import OBJECTS, PLACE_RELATIONS
 from rawdream_env.seeding import mix
-from rawdream_env.trainers.judge.clips import CHUNK, episode_windows
+from rawdream_env.trainers.judge.clips import CHUNK, episode_windows, grammar_of
 from rawdream_env.types import WorldModel
 from rawdream_env.world_models import load_world_model
 
@@ -106,16 +104,17 @@ def _path(folder: Path, file: _File) -> Path:
 def plan(arrays: EpisodeArrays, config: DreamClipsConfig) -> list[_File]:
     """Which windows are imagined, and what is asked: half are successes if there are as many, held-out pairs never."""
     rng = np.random.default_rng(mix(config.seed, 0xD12E))
+    grammar = grammar_of(arrays.robot_type)
     truth = arrays.privileged.get("relations")
     if truth is None:
         raise DatasetError(f"{config.data} has no privileged.relations: only data from the simulator have them.")
     windows = [
-        begin + episode_windows(truth[begin:end, : len(PLACE_RELATIONS)] > 0.5, rng, config.stride)
+        begin + episode_windows(truth[begin:end, : len(grammar.place_relations)] > 0.5, rng, config.stride)
         for begin, end in zip(arrays.offsets[:-1], arrays.offsets[1:], strict=True)
     ]
     spans = np.concatenate(windows)
-    labels = label_windows(arrays, spans[:, 0], spans[:, 1])
-    goals = sample_goals(labels, rng, allowed=goal_mask(exclude_pairs=HELD_OUT_JUDGE_PAIRS))
+    labels = grammar.label_windows(arrays, spans[:, 0], spans[:, 1])
+    goals = grammar.sample_goals(labels, rng, allowed=grammar.goal_mask(exclude_pairs=grammar.held_out_pairs))
     # Few windows end in a success: take those first, and as many others.
     reached = (goals >= 0) & labels.reached[np.arange(len(spans)), goals]
     successes, failures = (rng.permutation(np.flatnonzero(mask)) for mask in (reached, (goals >= 0) & ~reached))
@@ -135,7 +134,8 @@ def plan(arrays: EpisodeArrays, config: DreamClipsConfig) -> list[_File]:
 
 def _write(path: Path, arrays: EpisodeArrays, file: _File, model: WorldModel, config: DreamClipsConfig) -> None:
     rng = np.random.default_rng(mix(config.seed, 0xD12E, file.number))
-    texts = [paraphrase(GOAL_NAMES[goal], rng) for goal in file.goals]
+    grammar = grammar_of(arrays.robot_type)
+    texts = [grammar.paraphrase(grammar.goals[goal], rng) for goal in file.goals]
     episodes = [
         RecordedEpisode(arrays.frames[first : last + 1], arrays.actions[first:last], arrays.state[first], text)
         for (first, last), text in zip(file.windows, texts, strict=True)
@@ -144,13 +144,14 @@ def _write(path: Path, arrays: EpisodeArrays, file: _File, model: WorldModel, co
     dreams = dream_episodes(model, episodes, seed=mix(config.seed, file.number), batch_size=config.clips_per_file)
     frames = np.stack([np.concatenate([e.frames[:1], dream]) for e, dream in zip(episodes, dreams, strict=True)])
     rows = file.windows
-    poses = arrays.privileged["object_poses"].reshape(-1, len(OBJECTS), 7)[rows]
+    poses = arrays.privileged["object_poses"].reshape(-1, len(grammar.objects), 7)[rows]
     relations = arrays.privileged["relations"][rows] > 0.5
-    reached = label_windows(arrays, rows[:, 0], rows[:, 1]).reached[np.arange(len(rows)), file.goals]
+    reached = grammar.label_windows(arrays, rows[:, 0], rows[:, 1]).reached[np.arange(len(rows)), file.goals]
     tensors = {
         "frames": torch.from_numpy(frames),
         "labels": torch.from_numpy(reached.astype(np.uint8)),
         "object_poses": torch.from_numpy(np.nan_to_num(poses).astype(np.float32)),
         "relations": torch.from_numpy(relations.astype(np.uint8)),
     }
-    save_safetensors(path, tensors, {"instructions": json.dumps(texts)})
+    named = {"robot": arrays.robot_type} if arrays.robot_type else {}
+    save_safetensors(path, tensors, {"instructions": json.dumps(texts), **named})

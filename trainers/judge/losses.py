@@ -1,6 +1,6 @@
 """What the judge's training adds to the network: the losses, a helper that finds objects, and dream-like frames.
 
-Shape letters: B clips, Q questions, F frames, P places of the feature map, D width, H W image, N = B * F pictures.
+Shape letters: B clips, Q questions, F frames, P places of the feature map, D width, H W image, N = B * F pictures, O objects.
 """
 
 from __future__ import annotations
@@ -10,27 +10,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rawdream_env.judges.embedded_network import to_metres
-from rawdream_env.piper.relations import OBJECTS
 
 POSITION_SCALE = 20.0
 """Makes an error of 5 cm count 1 in the localisation losses."""
 
 
 class Locator(nn.Module):
-    """Says from the features alone where every object is: features (N, P, D) -> metres (N, 7, 3).
+    """Says from the features alone where every object is: features (N, P, D) -> metres (N, O, 3).
 
-    Used in training only. A yes or no teaches the trunk little about what is where; seven positions in every frame do,
-    and once the features tell the objects apart the words find them quickly.
+    Used in training only. A yes or no teaches the trunk little about what is where; O positions in every frame do, and
+    once the features tell the objects apart the words find them quickly.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, objects: int) -> None:
         super().__init__()
-        self.heat = nn.Linear(width, len(OBJECTS))
+        self.heat = nn.Linear(width, objects)
         self.where = nn.Linear(width, 3)
 
     def forward(self, features: Tensor) -> Tensor:
         """See the class."""
-        attention = self.heat(features).float().softmax(dim=1).to(features.dtype)  # (N, P, 7)
+        attention = self.heat(features).float().softmax(dim=1).to(features.dtype)  # (N, P, O)
         return to_metres(self.where(attention.transpose(1, 2) @ features))
 
 

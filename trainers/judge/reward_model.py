@@ -1,108 +1,44 @@
-"""Train the one-shot reward model: a VideoMAE classifier of success windows, from a few demonstrations a task.
+"""Train the one-shot reward model: a VideoMAE classifier of success windows, from a few demonstrations per task.
 
-    rawdream train-reward-model --data DEMONSTRATIONS --out RUN --demos-per-task 3
+    rawdream judge train-reward-model --data DEMONSTRATIONS --run-dir RUN --demos-per-task 3
 
-RAW-Dream appendix A.6. Windows of 8 frames: *positives* are the ends of demonstrations asked about their own task;
-*negatives* are their beginnings, and any window asked about another task. Half of each batch is positive; of the
-negatives half are beginnings and half are other tasks. Kept of the paper: that, the task embedding and the thresholds. Added:
-random light, colours and dream-like softness, without which twelve videos are learnt by heart at once.
+RAW-Dream appendix A.6. Windows of 8 frames: *positives* are the ends of demonstrations with the instruction of their own
+task; *negatives* are their beginnings, and any window with the instruction of another task. Half of each batch is
+positive; of the negatives half are beginnings and half are other tasks. Kept of the paper: that, the task embedding and
+the thresholds. Added: random light, colors and the softness of imagined frames, without which the network memorizes a
+dozen videos at once.
 
-Nothing says whether a demonstration ended before its last frames, so ``ending`` and ``beginning`` are shares of the
-episode: what lies between them is not used. Every batch is a function of (seed, step): a killed run, started again with
-the same command, ends with the same weights on the same machine in float32.
+The data do not say at which frame a demonstration succeeds, so ``ending`` and ``beginning`` are shares of the episode:
+the part between them is not used. Every batch is a function of (seed, step): an interrupted run, resumed with the same
+command, ends with the same weights on the same machine in float32.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from time import perf_counter
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from rawdream_env.data.lerobot import LeRobotReader
-from rawdream_env.errors import DatasetError, InvalidOptionError
+from rawdream_env.errors import DatasetError
 from rawdream_env.files import atomic_write_json
 from rawdream_env.judges.embedded import resize_frames
 from rawdream_env.judges.videomae import WINDOW, VideoMAEJudge, VideoMAEJudgeConfig, VideoMAENetwork, from_transformers
 from rawdream_env.seeding import mix
-from rawdream_env.trainers.common.run_dir import RunDir, pack_optimizer, unpack_optimizer
+from rawdream_env.trainers.common.schedule import Schedule
+from rawdream_env.trainers.common.training_loop import TrainingLoop
+from rawdream_env.trainers.judge.config import RewardModelConfig
 from rawdream_env.trainers.judge.losses import look_imagined
 
+LOG_EVERY = 20
+"""Steps between lines of metrics."""
+
 Int64Array = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class RewardModelSize:
-    """Size of a network made from nothing (a folder given by ``init`` brings its own)."""
-
-    image_size: int = 64
-    patch_size: int = 16
-    hidden_size: int = 128
-    intermediate_size: int = 512
-    num_hidden_layers: int = 4
-    num_attention_heads: int = 4
-
-
-@dataclass(frozen=True)
-class RewardModelConfig:
-    """Everything a run depends on."""
-
-    data: tuple[str, ...]
-    """LeRobotDataset v3.0 folders of successful demonstrations."""
-    out: str
-    """Run folder; the same command continues an interrupted run. The judge is written to its folder ``judge``."""
-    demos_per_task: int = 3
-    """The first so many episodes of every instruction (paper: 1, ten tasks to a model)."""
-    init: str = ""
-    """Local transformers folder of a VideoMAE encoder to fine-tune; empty: random weights."""
-    ending: float = 0.25
-    """Windows within this share of the episode at its end are positives."""
-    beginning: float = 0.4
-    """Windows within this share at its beginning are negatives."""
-    steps: int = 800
-    """Optimiser steps."""
-    batch_size: int = 16
-    """Windows in a batch."""
-    lr: float = 5e-4
-    """Of AdamW, falling to nothing as a cosine after ``warmup`` steps. A pre-trained encoder wants 5e-5."""
-    warmup: int = 20
-    """Steps of warm-up."""
-    weight_decay: float = 0.05
-    """Of AdamW."""
-    augment: float = 0.5
-    """Share of windows whose frames are softened as dreams are."""
-    threshold: float = 0.5
-    """Success from here (paper: 0.9, which nearly nothing passed; then 0.5)."""
-    seed: int = 0
-    """Of initialisation, batches and perturbations."""
-    device: str = "cpu"
-    """Device to train on."""
-    save_every: int = 100
-    """Steps between checkpoints."""
-    progress: bool = True
-    """Show a progress bar."""
-    model: RewardModelSize = field(default_factory=RewardModelSize)
-    """Size of the network."""
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot work."""
-        shares = (self.ending, self.beginning)
-        if min(shares) <= 0 or sum(shares) > 1 or min(self.steps, self.demos_per_task, self.save_every) < 1:
-            raise InvalidOptionError(
-                f"ending {self.ending} and beginning {self.beginning} must be positive and sum to at most 1; steps "
-                f"{self.steps}, demos_per_task {self.demos_per_task} and save_every {self.save_every} at least 1."
-            )
-        if self.batch_size < 4 or not self.lr > 0 or not 0 < self.threshold < 1:
-            raise InvalidOptionError(
-                f"batch_size={self.batch_size} must be at least 4, lr={self.lr} positive and "
-                f"threshold={self.threshold} between 0 and 1."
-            )
 
 
 @dataclass(frozen=True)
@@ -170,15 +106,14 @@ def load_windows(config: RewardModelConfig, image_size: int) -> Windows:
 
 
 def train_reward_model(config: RewardModelConfig) -> RewardModelResult:
-    """Train and save; see the module's text. Writes ``judge/`` and ``metrics.json`` into the run folder.
+    """Train and save; see the module's docstring. Writes ``judge/`` and ``metrics.json`` into the run folder.
 
     Raises:
         DatasetError: see ``load_windows``. CheckpointError: ``init`` is no VideoMAE. RunDirError: another run's folder.
     """
     network = _initial(config)
     windows = load_windows(config, network.config.image_size)
-    with RunDir(config.out, asdict(config), may_change=("save_every", "progress")) as run:
-        seconds = _fit(config, run, network, windows)
+    seconds = _fit(config, network, windows)
     facts = {
         "steps": config.steps,
         "seed": config.seed,
@@ -189,8 +124,8 @@ def train_reward_model(config: RewardModelConfig) -> RewardModelResult:
     judge = VideoMAEJudge(network, metadata=facts, device=config.device)
     metrics = _measure(judge, windows)
     judge.metadata["own_windows"] = metrics
-    folder = judge.save_pretrained(Path(config.out) / "judge")
-    atomic_write_json(Path(config.out) / "metrics.json", {**facts, **metrics})
+    folder = judge.save_pretrained(Path(config.run_dir) / "judge")
+    atomic_write_json(Path(config.run_dir) / "metrics.json", {**facts, **metrics})
     return RewardModelResult(judge, folder, metrics)
 
 
@@ -206,44 +141,32 @@ def _initial(config: RewardModelConfig) -> VideoMAENetwork:
     return network.to(config.device)
 
 
-def _fit(config: RewardModelConfig, run: RunDir, network: VideoMAENetwork, windows: Windows) -> float:
+def _fit(config: RewardModelConfig, network: VideoMAENetwork, windows: Windows) -> float:
     """The training loop; returns the seconds it took, earlier runs included."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    step, spent = 0, 0.0
-    checkpoint = run.load_latest()
-    if checkpoint is not None:
-        weights = {name.removeprefix("network."): t for name, t in checkpoint.tensors.items() if "network." in name[:8]}
-        network.load_state_dict(weights)
-        unpack_optimizer(optimizer, checkpoint.tensors)
-        step, spent = checkpoint.step, float(checkpoint.state["seconds"])
-    begun = perf_counter() - spent
-    network.train()
-    with tqdm(total=config.steps, initial=step, desc="reward model", unit="step", disable=not config.progress) as bar:
-        while step < config.steps:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, step)
-            clips, tasks, labels = batch(config, windows, step)
-            logits = network(clips.to(config.device), tasks.to(config.device))
-            loss = F.binary_cross_entropy_with_logits(logits, labels.to(config.device))
-            optimizer.zero_grad(set_to_none=True)
+    with TrainingLoop(
+        config.run_dir,
+        asdict(config),
+        network,
+        optimizer,
+        Schedule(config.lr, config.steps, config.warmup, floor=0.0),
+        save_every=config.save_every,
+        may_change=("save_every", "progress"),
+        timed=True,
+        name="reward model",
+        progress=config.progress,
+        old_names={"network.": "model/"},
+    ) as loop:
+        network.train()
+        for step in loop:
+            clips, tasks, labels = (x.to(config.device) for x in batch(config, windows, step))
+            logits = network(clips, tasks)
+            loss = F.binary_cross_entropy_with_logits(logits, labels)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            optimizer.step()
-            step += 1
-            bar.update()
-            if step % 20 == 0 or step == config.steps:
-                accuracy = float(((logits > 0) == (labels.to(config.device) > 0.5)).float().mean())
-                run.log(step, loss=float(loss.detach()), accuracy=accuracy)
-                bar.set_postfix(loss=f"{float(loss.detach()):.3f}", accuracy=f"{accuracy:.2f}")
-            if step % config.save_every == 0 or step == config.steps:
-                tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
-                run.save(step, {**tensors, **pack_optimizer(optimizer)}, {"seconds": perf_counter() - begun})
-    return perf_counter() - begun
-
-
-def learning_rate(config: RewardModelConfig, step: int) -> float:
-    """Linear warm-up, then a cosine to nothing."""
-    return config.lr * min(1.0, (step + 1) / config.warmup) * 0.5 * float(1 + np.cos(np.pi * step / config.steps))
+            loop.update()
+            if loop.every(LOG_EVERY) or loop.last:
+                loop.log(loss=loss, accuracy=((logits > 0) == (labels > 0.5)).float().mean())
+        return loop.seconds
 
 
 def batch(config: RewardModelConfig, windows: Windows, step: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,13 +18,11 @@ from numpy.typing import NDArray
 from rawdream_env.data.lerobot import LeRobotReader
 from rawdream_env.data.reader import Episode, EpisodeArrays
 from rawdream_env.errors import DatasetError
-from rawdream_env.piper.goals import GOAL_NAMES, TASK_PAIRS, find_goal, paraphrase
-from rawdream_env.piper.hindsight import pick_place_segments
-from rawdream_env.piper.relations import TASKS, object_index
+from rawdream_env.robots import GoalGrammar, find_goals, find_robot
 from rawdream_env.types import Float32Array, UInt8Array
 
-_TASK_GOALS = {task.instruction: task.relation for task in TASKS}
-_GOAL_SET = frozenset(GOAL_NAMES)
+POSE_DIM = 7
+"""Width of the commanded pose in the policy's read-out."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +30,9 @@ class Demonstrations:
     """Samples of one or more data sets.
 
     ``frames`` uint8 (R, H, W, 3); sample n looks at ``frames[rows[n]]`` and should do ``actions[n]`` (K, A);
-    ``readout`` (N, 13) float32: commanded pose and gripper (7), xyz of the moved object (3) and of its goal (3) in
+    ``readout`` (N, 13) float32: commanded pose with gripper (7), xyz of the moved object (3) and of its goal (3) in
     metres, NaN where the data do not say; ``goals[goal[n]]`` is a goal's name (an instruction is then sampled) or a fixed
-    instruction; ``episode`` (N,) says which samples belong together.
+    instruction; ``episode`` (N,) says which samples belong together; ``grammar`` names the goals, None without one.
     """
 
     frames: UInt8Array
@@ -44,6 +42,7 @@ class Demonstrations:
     goal: NDArray[np.int64]
     goals: tuple[str, ...]
     episode: NDArray[np.int64]
+    grammar: GoalGrammar | None
 
     def __len__(self) -> int:
         """The number of samples."""
@@ -52,7 +51,7 @@ class Demonstrations:
     def instruction(self, sample: int, rng: np.random.Generator) -> str:
         """The sentence for a sample; a named goal gets a fresh paraphrase from ``rng``."""
         goal = self.goals[self.goal[sample]]
-        return paraphrase(goal, rng) if goal in _GOAL_SET else goal
+        return self.grammar.paraphrase(goal, rng) if self.grammar and goal in self.grammar.goals else goal
 
     def select(self, samples: NDArray[np.int64] | NDArray[np.bool_]) -> Demonstrations:
         """The given samples; frames are shared, not copied."""
@@ -85,39 +84,39 @@ def chunk_targets(actions: Float32Array, start: int, end: int, chunk_len: int) -
     return targets
 
 
-def readout_targets(episode: Episode, goal: str, start: int, end: int) -> Float32Array:
+def readout_targets(episode: Episode, goal: str, start: int, end: int, grammar: GoalGrammar | None) -> Float32Array:
     """What the auxiliary head should read out, (end - start, 13), NaN where the data do not say."""
     out = np.full((end - start, 13), np.nan, dtype=np.float32)
-    if episode.state.shape[1] == 7:
-        out[:, :7] = episode.state[start:end]
+    if episode.state.shape[1] == POSE_DIM:
+        out[:, :POSE_DIM] = episode.state[start:end]
     poses = episode.privileged.get("object_poses")
-    if poses is not None and goal in _GOAL_SET:
-        objects = find_goal(goal)
-        for column, name in ((7, objects.a), (10, objects.b)):
-            if name:
-                place = 7 * object_index(name)
-                out[:, column : column + 3] = poses.reshape(len(poses), -1)[start:end, place : place + 3]
+    if poses is not None and grammar is not None and goal in grammar.goals:
+        for column, name in zip((7, 10), grammar.goal_objects(goal), strict=False):
+            place = 7 * grammar.objects.index(name)
+            out[:, column : column + 3] = poses.reshape(len(poses), -1)[start:end, place : place + 3]
     return out
 
 
 def play_demonstrations(
-    arrays: EpisodeArrays, chunk_len: int, *, exclude_pairs: Collection[tuple[str, str]] = TASK_PAIRS
+    arrays: EpisodeArrays, chunk_len: int, *, exclude_pairs: Collection[tuple[str, str]] | None = None
 ) -> Demonstrations:
     """Pick-and-place stretches of play, named in hindsight; ``exclude_pairs`` (moved object, goal object) are left out.
 
-    By default the four tasks' pairs: the policy that is adapted must not have been trained on its targets. Raises
+    By default the tasks' pairs: the policy that is adapted must not have been trained on its targets. Raises
     ``DatasetError`` when nothing is left.
     """
+    grammar: GoalGrammar = find_robot(arrays.robot_type).load("goals")
+    exclude_pairs = grammar.task_pairs if exclude_pairs is None else exclude_pairs
     parts: list[tuple[int, Episode, int, int, int]] = []
     for position in range(len(arrays)):
         episode = arrays.episode(position)
         parts.extend(
-            (position, episode, segment.start, segment.end, GOAL_NAMES.index(segment.goal))
-            for segment in pick_place_segments(episode, exclude_pairs=exclude_pairs)
+            (position, episode, segment.start, segment.end, grammar.goals.index(segment.goal))
+            for segment in grammar.pick_place_segments(episode, exclude_pairs=exclude_pairs)
         )
     if not parts:
         raise DatasetError(f"none of the {len(arrays)} play episodes holds a pick-and-place; collect more play.")
-    return _assemble(arrays, parts, GOAL_NAMES, [GOAL_NAMES[p[4]] for p in parts], chunk_len)
+    return _assemble(arrays, parts, grammar.goals, [grammar.goals[p[4]] for p in parts], chunk_len, grammar)
 
 
 def expert_demonstrations(
@@ -137,8 +136,10 @@ def expert_demonstrations(
         for position in positions:
             episode = arrays.episode(position)
             parts.append((position, episode, 0, _end_of_motion(episode.actions, chunk_len), goal))
-    named = [_TASK_GOALS.get(wanted[p[4]], "") for p in parts]
-    return _assemble(arrays, parts, wanted, named, chunk_len)
+    grammar = find_goals(arrays.robot_type)
+    task_goals = {instruction: goal for _, instruction, goal in grammar.tasks} if grammar else {}
+    named = [task_goals.get(wanted[p[4]], "") for p in parts]
+    return _assemble(arrays, parts, wanted, named, chunk_len, grammar)
 
 
 def _end_of_motion(actions: Float32Array, slack: int) -> int:
@@ -155,16 +156,20 @@ def _assemble(
     goals: tuple[str, ...],
     named: Sequence[str],
     chunk_len: int,
+    grammar: GoalGrammar | None,
 ) -> Demonstrations:
     lengths = [end - start for _, _, start, end, _ in parts]
     return Demonstrations(
         frames=arrays.frames,
         rows=np.concatenate([arrays.offsets[p] + np.arange(start, end) for p, _, start, end, _ in parts]),
         actions=np.concatenate([chunk_targets(e.actions, start, end, chunk_len) for _, e, start, end, _ in parts]),
-        readout=np.concatenate([readout_targets(p[1], r, p[2], p[3]) for p, r in zip(parts, named, strict=True)]),
+        readout=np.concatenate(
+            [readout_targets(e, r, start, end, grammar) for (_, e, start, end, _), r in zip(parts, named, strict=True)]
+        ),
         goal=np.repeat([p[4] for p in parts], lengths).astype(np.int64),
         goals=goals,
         episode=np.repeat([p[0] for p in parts], lengths).astype(np.int64),
+        grammar=grammar,
     )
 
 

@@ -1,20 +1,8 @@
 """Encode a data set once: latents of every episode in safetensors shards that training reads by the row.
 
-A cache folder::
-
-    index.json             what the cache is of (codec, data, chunk length), action statistics, the episodes of each shard
-    shard-00000.safetensors ...  about 256 MB each; the episodes of a shard one after the other
-
-Tensors of a shard, over its episodes e with T_e whole chunks (what is left of an episode after the last is cut off):
-
-    latents  fp16  (sum G T, C, h, w)   4 frames each; the frame before the first chunk is the anchor and not among them
-    stills   fp16  (sum T + 1, C, h, w) the frame before each chunk, and the last one, encoded as a picture: an anchor
-    actions  fp32  (sum K T, A)         as the data have them
-    poses    fp32  (sum K T + 1, P)     the state before each action, and after the last; P may be 0
-    focus    uint8 (sum G T, h, w)      where the loss is to look; only if asked for
-
-A shard is written whole and then entered in the index, with its SHA-256: an interrupted run goes on behind the last entry
-and ends with the same bytes. One process writes; the other ranks of a training run wait for it.
+The files are described in ``latent_dataset.py``. A shard is written whole and then entered in the index, with its SHA-256:
+an interrupted run continues after the last entry and ends with the same bytes. One process writes; the other ranks of a
+training run wait for it.
 
 Shape letters: K actions in a chunk, G = K / 4 latents in a chunk, T chunks and M = G T latents of an episode, C h w latent,
 H W frame, A action dims, P state dims.
@@ -43,12 +31,10 @@ from tqdm import tqdm
 from rawdream_env.data import schema
 from rawdream_env.data.reader import Episode, LeRobotReader
 from rawdream_env.errors import DatasetError
-from rawdream_env.files import atomic_write_bytes, atomic_write_json, serialize_safetensors, sha256_file
+from rawdream_env.files import atomic_write_bytes, atomic_write_json, serialize_safetensors
 from rawdream_env.trainers.common.run_dir import to_json
+from rawdream_env.trainers.world_model.latent_dataset import FORMAT, INDEX, read_index, verify_shard
 from rawdream_env.world_models.autoencoders import FRAMES_PER_LATENT
-
-FORMAT = 1
-INDEX = "index.json"
 
 
 class FrameEncoder(Protocol):
@@ -137,7 +123,7 @@ def cache_latents(
 
     Raises:
         DatasetError: the frames are not of the codec's size, the folder is a cache of something else or in use, a shard is
-            damaged, or values are not finite. The message says which and what to do.
+            damaged, or values are not finite.
     """
     folder = Path(folder)
     if config.chunk_len < 1 or config.chunk_len % FRAMES_PER_LATENT:
@@ -169,24 +155,6 @@ def cache_latents(
     return folder
 
 
-def read_index(folder: Path) -> dict[str, Any]:
-    """The index of a cache; a ``DatasetError`` when there is none."""
-    if not (folder / INDEX).is_file():
-        raise DatasetError(f"{folder / INDEX} is missing: {folder} is no latent cache. Make one with cache_latents.")
-    return schema.read_json(folder / INDEX)
-
-
-def verify_shard(folder: Path, shard: dict[str, Any]) -> Path:
-    """The path of a shard that is what the index says; a ``DatasetError`` naming a missing or damaged one."""
-    path = folder / str(shard["file"])
-    size = path.stat().st_size if path.is_file() else None
-    if size != shard["bytes"] or sha256_file(path) != shard["sha256"]:
-        size_is = f"{size} bytes instead of {shard['bytes']}" if size != shard["bytes"] else "another SHA-256"
-        what = "is missing" if size is None else f"is damaged: {size_is}"
-        raise DatasetError(f"{path} {what}. Copy it again, or delete it and {folder / INDEX} and cache the data again.")
-    return path
-
-
 def check_identity(folder: Path, index: dict[str, Any], identity: dict[str, Any]) -> None:
     """Refuse a cache of something else, saying of what."""
     names = {
@@ -205,7 +173,7 @@ def check_identity(folder: Path, index: dict[str, Any], identity: dict[str, Any]
 
 
 def _begin(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """The index to go on from."""
+    """The index to continue from."""
     for left_over in folder.glob(".*.tmp"):  # of a killed process: the lock is ours
         left_over.unlink()
     if not (folder / INDEX).exists():
@@ -227,7 +195,9 @@ def _wait(folder: Path, identity: dict[str, Any], patience_s: float) -> None:
             if index["complete"]:
                 return
         if time.monotonic() > end:
-            raise DatasetError(f"{folder} was not finished by rank 0 within {patience_s:.0f} s. See what rank 0 says.")
+            raise DatasetError(
+                f"{folder} was not finished by rank 0 within {patience_s:.0f} s; see the output of rank 0."
+            )
         time.sleep(min(5.0, patience_s / 10))
 
 

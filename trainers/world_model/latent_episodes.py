@@ -1,4 +1,4 @@
-"""Whole episodes in latent space, held in memory: the data of the objective "episode" (the embedded size).
+"""Whole episodes in latent space, held in memory: the data of the objective "episode" (the bundled size).
 
 Shape letters: E episodes, N actions of an episode, M latents after the anchor, G latents of a chunk, C h w latent, H W
 frame, O objects.
@@ -7,9 +7,8 @@ frame, O objects.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,18 +18,16 @@ from tqdm import tqdm
 from rawdream_env.data.reader import Episode, LeRobotReader
 from rawdream_env.errors import DatasetError
 from rawdream_env.files import load_safetensors, save_safetensors
-from rawdream_env.piper.arm_map import ArmMap, draw_maps
-from rawdream_env.piper.geometry import project
+from rawdream_env.robots import Kinematics, find_robot, is_registered
 from rawdream_env.seeding import mix
+from rawdream_env.trainers.world_model.config import WorldModelTrainConfig
 from rawdream_env.trainers.world_model.losses import BatchNoise, LossFunction, episode_loss
+from rawdream_env.trainers.world_model.teacher_forcing import EpisodeBatch
 from rawdream_env.types import Float32Array, UInt8Array
 from rawdream_env.world_models.autoencoders import PackedFrameAutoencoder
 from rawdream_env.world_models.wan.config import WanConfig
-from rawdream_env.world_models.wan.teacher_forcing import EpisodeBatch
+from rawdream_env.world_models.wan.kinematics import draw_maps, load_kinematics
 from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer
-
-if TYPE_CHECKING:
-    from rawdream_env.trainers.world_model.train import WorldModelTrainConfig
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,48 @@ class RawEpisodes:
     focus: list[UInt8Array]
 
 
-def read_episodes(readers: Sequence[LeRobotReader], model: WanConfig) -> RawEpisodes:
+def model_kinematics(config: WorldModelTrainConfig, pose_dim: int) -> Kinematics | None:
+    """The kinematics of the data's robot, where the model takes poses or maps.
+
+    Raises:
+        DatasetError: the data's states have ``pose_dim`` dimensions, which are not those of the robot's poses.
+    """
+    arch, rollout = config.model, config.rollout
+    if not (arch.pose_dim or arch.map_channels):
+        return None
+    kinematics = load_kinematics(config.robot, rollout.arm_map)
+    if kinematics is None or {pose_dim, arch.pose_dim or pose_dim} != {kinematics.state_dim}:
+        raise DatasetError(
+            f"the model takes {arch.pose_dim} pose dimensions and {arch.map_channels} map channels, but the data's states "
+            f"have {pose_dim} dimensions (arm map: {rollout.arm_map}). Use data of the robot, or --model.pose-dim 0 "
+            "--model.arm-map-channels 0 --model.no-warp-last-frame."
+        )
+    return kinematics
+
+
+def with_robot(config: WorldModelTrainConfig, readers: Sequence[LeRobotReader]) -> WorldModelTrainConfig:
+    """The configuration with the robot that the data name, unless one is given.
+
+    Raises:
+        DatasetError: the model takes poses or maps, and the data are of several robots or of one without kinematics.
+    """
+    names = sorted({reader.robot_type for reader in readers} - {""})
+    if config.robot or not names:
+        return config
+    arch = config.model
+    known = [name for name in names if is_registered(name) and find_robot(name).kinematics]
+    if (arch.pose_dim or arch.map_channels) and not len(names) == len(known) == 1:
+        raise DatasetError(
+            f"the model takes {arch.pose_dim} pose dimensions and {arch.map_channels} map channels, for data of one robot "
+            f"with kinematics; the data are of {names}, known are {known}. Register the robot, or --model.pose-dim 0 "
+            "--model.arm-map-channels 0 --model.no-warp-last-frame."
+        )
+    return replace(config, robot=names[0] if len(names) == 1 else "")
+
+
+def read_episodes(
+    readers: Sequence[LeRobotReader], model: WanConfig, kinematics: Kinematics | None = None
+) -> RawEpisodes:
     """All episodes of some data sets, in memory."""
     result = RawEpisodes([], [], [], [])
     for reader in readers:
@@ -56,16 +94,16 @@ def read_episodes(readers: Sequence[LeRobotReader], model: WanConfig) -> RawEpis
             result.frames.append(episode.frames[: steps + 1])
             result.actions.append(episode.actions[:steps])
             result.poses.append(episode.state[: steps + 1])
-            result.focus.append(episode_focus(episode, model))
+            result.focus.append(episode_focus(episode, model, kinematics))
     return result
 
 
-def episode_focus(episode: Episode, model: WanConfig) -> UInt8Array:
+def episode_focus(episode: Episode, model: WanConfig, kinematics: Kinematics | None) -> UInt8Array:
     """``focus_cells`` of an episode, up to its last whole chunk."""
     steps = len(episode.actions) // model.chunk_len * model.chunk_len
     objects = episode.privileged.get("object_poses")
     places = None if objects is None else objects[: steps + 1].reshape(steps + 1, -1, 7)[..., :3]
-    return focus_cells(places, episode.state[: steps + 1], model)
+    return focus_cells(places, episode.state[: steps + 1], model, kinematics)
 
 
 @dataclass(frozen=True)
@@ -73,7 +111,7 @@ class LatentEpisodes:
     """E episodes of whole chunks in latent space, one after the other; episode i has ``chunks[i]`` of them.
 
     ``chunks`` int64 (E,); ``latents`` fp16 (sum M, C, h, w) with M = G chunks; ``stills`` fp16 (sum chunks + 1, C, h, w),
-    the frame before each chunk (and the last frame) encoded as a still; ``actions`` (sum N, 7); ``poses`` (sum N + 1, 7)
+    the frame before each chunk (and the last frame) encoded as a still; ``actions`` (sum N, A); ``poses`` (sum N + 1, P)
     commanded poses, before each action; ``focus`` uint8 (sum M, h, w), 1 where ``object_weight`` applies.
     """
 
@@ -117,26 +155,28 @@ def encode_episodes(
     return result
 
 
-def focus_cells(places: Float32Array | None, poses: Float32Array, model: WanConfig) -> UInt8Array:
+def focus_cells(
+    places: Float32Array | None, poses: Float32Array, model: WanConfig, kinematics: Kinematics | None
+) -> UInt8Array:
     """Latent cells in which an object moves or is within 5 cm of the tool: uint8 (M, h, w).
 
-    ``places`` (N + 1, O, 3) in metres, NaN for absent objects, or None when they are not known (then nothing is in
-    focus); ``poses`` (N + 1, 7) commanded poses. An object is marked where it is in each of a latent's frames and where it
-    was before the chunk, from where it may have to vanish.
+    ``places`` (N + 1, O, 3) in metres, NaN for absent objects, or None when they are not known; ``poses`` (N + 1, P)
+    commanded poses. Without places or kinematics nothing is in focus. An object is marked where it is in each of a
+    latent's frames and where it was before the chunk, from where it may have to vanish.
     """
     _, h, w = model.latent_shape
     n, g = model.actions_per_latent, model.chunk_latents
     cells = np.zeros(((len(poses) - 1) // n, h, w), np.uint8)
-    if places is None:
+    if places is None or kinematics is None:
         return cells
     before = np.arange(len(cells)) // g * g * n
     frames = np.arange(len(cells))[:, None] * n + 1 + np.arange(n)
     now, was = places[frames], places[before][:, None]  # (M, n, O, 3), (M, 1, O, 3)
     moved = np.linalg.norm(now - was, axis=-1) > 0.003
-    near = np.linalg.norm(now - poses[frames][..., None, :3], axis=-1) < 0.05
+    near = np.linalg.norm(now - kinematics.tool(poses[frames])[..., None, :], axis=-1) < 0.05
     chosen = (moved | near).any(1)  # (M, O); False for absent objects
     shown = np.concatenate([was, now], 1)
-    pixels, _ = project(np.nan_to_num(shown.reshape(-1, 3)), w)
+    pixels = kinematics.project(np.nan_to_num(shown.reshape(-1, 3)), w)
     u, v = pixels.reshape(*shown.shape[:3], 2).transpose(3, 0, 1, 2)
     rows, columns = np.arange(h)[:, None] + 0.5, np.arange(w) + 0.5
     reach = 0.9  # cells: an object is smaller than one and marks those it can touch
@@ -157,7 +197,7 @@ class EpisodeSampler:
             )
         self.usable = torch.nonzero(long_enough)[:, 0]
         self.first = torch.cumsum(episodes.chunks, 0) - episodes.chunks  # chunks before each episode
-        self.arm_map = ArmMap(config.rollout.arm_map) if config.rollout.arm_map else None
+        self.arm_map = model_kinematics(config, episodes.poses.shape[1])
         low, high = torch.tensor(config.rollout.action_low), torch.tensor(config.rollout.action_high)
         self.mid, self.half = (low + high) / 2, (high - low) / 2
 
@@ -185,7 +225,7 @@ class EpisodeSampler:
             before = poses[:, torch.arange(c) * g, -1].repeat_interleave(g, 1)
             before = torch.cat([poses[:, :1, -1], before], 1)
             maps = draw_maps(
-                self.arm_map, poses, before, (latents.shape[-2], latents.shape[-1]), carry=cfg.model.carry
+                self.arm_map, poses, before, (latents.shape[-2], latents.shape[-1]), motion=cfg.model.warp_last_frame
             ).to(cfg.device)
         focus = None if e.focus is None else e.focus[frames].to(cfg.device)
         conditions = torch.cat(parts, -1).flatten(2).to(cfg.device)

@@ -8,7 +8,7 @@ same frames would look in a rollout (``world_models/wan/rollout.py``):
   offsets go up to max_time - R - 1: then training sees every position that a rollout uses, and none beyond.
 - The anchor's four actions are zeros *before* they are normalised.
 - The tool's motion in the maps of generated latents counts from the end of the context, whose last frame is the base that
-  ``carry`` shifts; in the maps of context latents it counts from before their own chunk.
+  ``warp_last_frame`` shifts; in the maps of context latents it counts from before their own chunk.
 
 Shape letters: B rows, M latents after the anchor, F = 1 + M, R recent latents, G latents of a chunk, K actions of a chunk,
 A action dims, P pose dims, C h w latent.
@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,28 +26,21 @@ from torch import Tensor
 
 from rawdream_env.data.reader import LeRobotReader
 from rawdream_env.errors import DatasetError, InvalidOptionError
-from rawdream_env.piper.arm_map import ArmMap, draw_maps
 from rawdream_env.seeding import mix
 from rawdream_env.trainers.common.distributed import ProcessGroup
+from rawdream_env.trainers.world_model.config import WorldModelTrainConfig
 from rawdream_env.trainers.world_model.latent_cache import CacheConfig, cache_latents, codec_fingerprint
-from rawdream_env.trainers.world_model.latent_data import (
-    LatentBatch,
-    Mixture,
-    MixtureEntry,
-    QuantileBounds,
-    normalise_actions,
-)
-from rawdream_env.trainers.world_model.latent_episodes import episode_focus
+from rawdream_env.trainers.world_model.latent_dataset import QuantileBounds
+from rawdream_env.trainers.world_model.latent_episodes import episode_focus, model_kinematics
 from rawdream_env.trainers.world_model.losses import LossFunction, Sums, WindowBatch, draw_window_noise, window_loss
+from rawdream_env.trainers.world_model.mixture import LatentBatch, Mixture, MixtureEntry, normalise_actions
 from rawdream_env.world_models.autoencoders import FrameCodec, PackedFrameAutoencoder
 from rawdream_env.world_models.wan.config import WanConfig
+from rawdream_env.world_models.wan.kinematics import draw_maps, load_kinematics
 from rawdream_env.world_models.wan.rollout import RolloutConfig
 from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer
 
-if TYPE_CHECKING:
-    from rawdream_env.trainers.world_model.train import WorldModelTrainConfig
-
-_NEVER = 1e6  # half the width of the bounds of an action that says nothing: whatever it is, it becomes about 0
+_NEVER = 1e6  # half the width of the bounds of an action dimension without information: any value becomes about 0
 
 
 @dataclass(frozen=True)
@@ -66,7 +58,7 @@ class DataEntry:
 
     @classmethod
     def parse(cls, text: str) -> DataEntry:
-        """Raises ``InvalidOptionError`` for settings there are not."""
+        """Raises ``InvalidOptionError`` for unknown settings."""
         path, *settings = text.split(",")
         values: dict[str, str] = {}
         for setting in settings:
@@ -89,7 +81,7 @@ class DataEntry:
 
 
 class _HalfCodec:
-    """The embedded codec in bfloat16 autocast, as it is trained: several times as fast on a CPU."""
+    """The bundled codec in bfloat16 autocast, as it is trained: several times as fast on a CPU."""
 
     def __init__(self, codec: FrameCodec, device: str) -> None:
         self.codec, self.device = codec, device.split(":")[0]
@@ -109,15 +101,16 @@ def cached_mixture(
     codec: FrameCodec,
     folder: Path,
     config: WorldModelTrainConfig,
-    world: ProcessGroup,
+    group: ProcessGroup,
     bounds: QuantileBounds | None = None,
 ) -> Mixture:
     """Encode the data sets into ``folder``, a cache for each, and mix them. Process 0 encodes, the others wait."""
     size = (codec.frame_shape[0], codec.frame_shape[1])
     focused = config.model.residual and config.loss.object_weight > 0
-    cache = CacheConfig(config.model.chunk_len, device=world.device, progress=world.first)
+    cache = CacheConfig(config.model.chunk_len, device=group.device, progress=group.first)
     half = config.bf16 and isinstance(codec, PackedFrameAutoencoder)
-    source = _HalfCodec(codec, world.device) if half else codec
+    source = _HalfCodec(codec, group.device) if half else codec
+    kinematics = load_kinematics(config.robot, config.rollout.arm_map) if focused else None
     mixture = []
     for entry in entries:
         label = MixtureEntry(entry.path, name=entry.name).label
@@ -126,15 +119,15 @@ def cached_mixture(
             source,
             folder / label,
             cache,
-            focus=(lambda episode: episode_focus(episode, config.model)) if focused else None,
-            rank=world.rank,
+            focus=(lambda episode: episode_focus(episode, config.model, kinematics)) if focused else None,
+            rank=group.rank,
         )
         mixture.append(MixtureEntry(str(cached), entry.weight, label))
     return Mixture(mixture, action_dim=config.model.action_dim, bounds=bounds)
 
 
 def deployed_entry(mixture: Mixture, name: str) -> int:
-    """The place of the entry called ``name`` (the first when empty); ``InvalidOptionError`` names those there are."""
+    """The place of the entry called ``name`` (the first when empty); ``InvalidOptionError`` lists the existing ones."""
     labels = [entry.label for entry in mixture.entries]
     if name and name not in labels:
         raise InvalidOptionError(f"deploy={name!r} is none of the data entries; name one of {', '.join(labels)}.")
@@ -161,16 +154,10 @@ class WindowObjective:
         arch, rollout = config.model, config.rollout
         if mixture.latent_shape != arch.latent_shape:
             raise DatasetError(f"the data's latents are {mixture.latent_shape}, the model's {arch.latent_shape}.")
-        if (arch.pose_dim or arch.map_channels) and (rollout.arm_map is None or mixture.pose_dim < arch.pose_dim):
-            raise DatasetError(
-                f"the model takes {arch.pose_dim} pose dimensions and {arch.map_channels} map channels, but the data's "
-                f"states have {mixture.pose_dim} dimensions (arm map: {rollout.arm_map}). Use data of the arm, or "
-                "--model.pose-dim 0 --model.arm-map-channels 0 --model.no-carry."
-            )
         self.mixture, self.config, self.device, self.stream = mixture, config, device, stream
         self.chunks = (arch.context_latents + arch.chunk_latents) // arch.chunk_latents
         self.max_offset = max_window_offset(arch, rollout)
-        self.arm_map = ArmMap(rollout.arm_map) if rollout.arm_map and (arch.pose_dim or arch.map_channels) else None
+        self.arm_map = model_kinematics(config, mixture.pose_dim)
         self.anchor_actions = torch.zeros(len(mixture.datasets), arch.action_dim)
         for row, (low, high) in enumerate(mixture.bounds):
             zero = normalise_actions(np.zeros(len(low), np.float32), low, high)
@@ -208,12 +195,12 @@ class WindowObjective:
         actions[:, 0] = self.anchor_actions[windows.source][:, None]
         if self.arm_map is None:
             return actions.flatten(2), None
-        poses = windows.poses[..., : arch.pose_dim or 7]
+        poses = windows.poses
         parts = [actions, self.arm_map.normalise(poses)] if arch.pose_dim else [actions]
         maps = None
         if arch.arm_map_channels:
             before = poses_before(poses, windows.before[:, : poses.shape[-1]], context, arch.chunk_latents)
-            maps = draw_maps(self.arm_map, poses, before, arch.latent_shape[1:], carry=arch.carry)
+            maps = draw_maps(self.arm_map, poses, before, arch.latent_shape[1:], motion=arch.warp_last_frame)
         return torch.cat(parts, -1).flatten(2), maps
 
 

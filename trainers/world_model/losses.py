@@ -4,13 +4,13 @@ Rectified flow (paper Eq. 1): z_tau = tau * eps + (1 - tau) * z0, velocity v = e
 
 - ``window_loss`` (the paper's): 33 frames, an anchor and M latents. The anchor and the first n latents are context, each at
   a small noise level of its own; the others are generated, all of a row at one tau, and they alone have a loss.
-- ``episode_loss`` (the embedded size): every chunk of a whole episode is a target in one pass (``teacher_forcing.py``).
+- ``episode_loss`` (the bundled size): every chunk of a whole episode is a target in one pass (``teacher_forcing.py``).
 
 A model with ``residual`` predicts the clean sample, others the velocity. Errors of residual models and of whole episodes
-are weighed towards cells that change and, where the data say so, towards handled objects; the paper's are not.
+are weighted towards cells that change and, where the data have object poses, towards handled objects; the paper's are not.
 
-A loss is a mean over rows. What is logged beside it are sums and counts, to be added up over micro-batches and processes
-before they are divided.
+A loss is a mean over rows. Other metrics are returned as sums and counts, which are added up over micro-batches and
+processes before they are divided.
 
 Shape letters: B rows, M latents after the anchor, F = 1 + M, G latents of a chunk, R recent latents a rollout looks back
 on, C h w latent.
@@ -24,8 +24,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from rawdream_env.trainers.world_model.config import LossConfig
+from rawdream_env.trainers.world_model.teacher_forcing import EpisodeBatch, denoise_all_chunks
 from rawdream_env.world_models.wan.config import WanConfig
-from rawdream_env.world_models.wan.teacher_forcing import EpisodeBatch, denoise_all_chunks
 from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer
 
 Sums = dict[str, Tensor]
@@ -33,32 +34,6 @@ Sums = dict[str, Tensor]
 LossFunction = Callable[[WanWorldModelTransformer], tuple[Tensor, Sums]]
 """The loss of some rows, of which only the model is missing."""
 _LIFT = (..., None, None, None)  # a level per latent -> one per latent cell
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """What is drawn and what weighs how much."""
-
-    context_noise: float = 0.3
-    """Context noise levels are drawn per position from U[0, this]. Objective "episode": in half of the episodes, the rest
-    have the rollout's level.
-    """
-    pure_noise: float = 0.3
-    """Share of targets (chunks of an episode, or windows) at tau = 1."""
-    timestep_shift: float = 1.0
-    """Objective "window": tau becomes shift * tau / (1 + (shift - 1) * tau); above 1 more of them are noisy."""
-    far_anchor: float = 0.5
-    """Objective "window": share of windows whose anchor is an earlier frame of the episode, as in a long rollout."""
-    change_weight: float = 3.0
-    """Extra weight of latent cells that differ from the last context frame."""
-    object_weight: float = 12.0
-    """Extra weight of latent cells in which an object moves or is within reach of the gripper, where the
-    data say so (``privileged.object_poses``): a block is a few pixels, and what becomes of it is all a judge asks about.
-    """
-    self_forcing: float = 0.4
-    """Objective "episode": share of training, at its end, in which the context is the model's own prediction."""
-    self_forcing_depth: int = 3
-    """Largest number of chunks the self-made context is unrolled."""
 
 
 class BatchNoise:

@@ -1,48 +1,48 @@
 r"""Train a world model: frame codec, latents, transformer (paper section 3.1, A.2). One trainer for both sizes.
 
-    rawdream train-world-model --data data/play --out runs/world_model
-    torchrun --nproc-per-node 8 -m rawdream_env train-world-model --parallel fsdp2 --objective window \
-        --init models/wan --model-name wan2.1-1.3b --data data/libero_90 --out runs/zero_shot
+    rawdream world-model train --data data/play --run-dir runs/world_model
+    torchrun --nproc-per-node 8 -m rawdream_env world-model train --parallel fsdp2 --objective window \
+        --init models/wan --model-name wan2.1-1.3b --data data/libero_90 --run-dir runs/zero_shot
 
-The codec is trained (the embedded size), or that of ``init`` or ``codec`` (Wan's VAE); the transformer begins with the
-weights of ``init`` or at random. Then one of two objectives:
+The codec is trained (the bundled size), or is that of ``init`` or ``codec`` (Wan's VAE); the transformer starts with the
+weights of ``init`` or at random. There are two objectives:
 
 - "window" (the paper's): 33-frame windows of a weighted mixture of data sets, a random part of each its context, kept on
   disk as latents (``latent_windows.py``);
-- "episode" (the embedded size): every chunk of an episode is a target in one pass, and the last part of training replaces
-  the context by the model's own predictions, so that it learns to live with its own mistakes (``latent_episodes.py``).
+- "episode" (the bundled size): every chunk of an episode is a target in one pass, and the last part of training replaces
+  the context by the model's own predictions, so that it learns to correct its own errors (``latent_episodes.py``).
 
-Of the paper are AdamW with warm-up and cosine, rectified flow, context noise per position and EMA. Ours, each an option:
-part of the targets are pure noise, the residual models' loss weighs cells that change, far anchors.
+Kept of the paper: AdamW with warm-up and cosine, rectified flow, context noise per position, EMA. Added, each an option:
+some targets are pure noise, the loss of residual models weights cells that change, far anchors.
 
-Every batch and every noise draw is a function of (seed, step, row): a killed run continues to bit-identical weights on a
-CPU, and the number of processes changes nothing but the order of sums.
+Every batch and every noise draw is a function of (seed, step, row): an interrupted run resumes to bit-identical weights
+on a CPU, and the number of processes changes only the order of sums.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rawdream_env.errors import CheckpointError, InvalidOptionError
 from rawdream_env.seeding import mix
-from rawdream_env.trainers.common.distributed import Parallel, ProcessGroup, accumulating, join, micro_batches, spread
-from rawdream_env.trainers.common.training_stage import StageConfig, TrainingStage, learning_rate
-from rawdream_env.trainers.world_model.autoencoder import MAY_CHANGE, train_autoencoder
-from rawdream_env.trainers.world_model.fit_memory import within_memory
+from rawdream_env.trainers.common.distributed import ProcessGroup, accumulating, join, micro_batches, spread, whole
+from rawdream_env.trainers.common.offload import HostCopies
+from rawdream_env.trainers.world_model.autoencoder import train_autoencoder
+from rawdream_env.trainers.world_model.config import WorldModelTrainConfig
 from rawdream_env.trainers.world_model.latent_episodes import (
     EpisodeObjective,
-    EpisodeSampler,
     LatentEpisodes,
     RawEpisodes,
     encode_episodes,
     read_episodes,
+    with_robot,
 )
 from rawdream_env.trainers.world_model.latent_windows import (
     DataEntry,
@@ -51,89 +51,15 @@ from rawdream_env.trainers.world_model.latent_windows import (
     deployed_entry,
     rollout_bounds,
 )
-from rawdream_env.trainers.world_model.losses import LossConfig
+from rawdream_env.trainers.world_model.stage import stage_loop
 from rawdream_env.trainers.world_model.validation import Validation, assembled
-from rawdream_env.world_models.autoencoders import AutoencoderConfig, FrameCodec, PackedFrameAutoencoder
+from rawdream_env.world_models.autoencoders import FrameCodec, PackedFrameAutoencoder
 from rawdream_env.world_models.loading import read_world_model, save_world_model
-from rawdream_env.world_models.wan.config import WAN_CONFIGS, WanConfig, wan_config
+from rawdream_env.world_models.memory import require_memory, training_memory
+from rawdream_env.world_models.wan.config import WAN_CONFIGS, wan_config
+from rawdream_env.world_models.wan.kinematics import load_kinematics
 from rawdream_env.world_models.wan.rollout import WAN_ROLLOUT, RolloutConfig, WanWorldModel
 from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer
-
-__all__ = [
-    "DataEntry",
-    "EpisodeSampler",
-    "LatentEpisodes",
-    "LossConfig",
-    "StageConfig",
-    "WorldModelTrainConfig",
-    "learning_rate",
-    "train_world_model",
-]
-
-
-@dataclass(frozen=True)
-class WorldModelTrainConfig:
-    """Everything a world-model run depends on."""
-
-    data: tuple[str, ...]
-    """LeRobotDataset v3 folders. With objective "window" each may have settings:
-    FOLDER[,weight=W][,name=N][,camera=C]."""
-    out: str
-    """Run folder; the same command continues an interrupted run."""
-    init: str = ""
-    """World model to start from, a folder or "embedded": its codec is kept as it is, its transformer trained on.
-    Architecture and rollout settings are its own, unless others are given."""
-    codec: str = ""
-    """World model, a folder or "embedded", whose frame codec is used; the transformer starts from scratch."""
-    validation: tuple[str, ...] = ()
-    """Data folders of held-out episodes, written like ``data``."""
-    deploy: str = ""
-    """Data entry whose action statistics the saved model acts by; the first one by default (objective "window")."""
-    seed: int = 0
-    """Seed of initialisation, batches and noise."""
-    device: str = "cpu"
-    """Device to train on; "cuda" is a GPU for each process under torchrun."""
-    parallel: Parallel = "none"
-    """Under torchrun: ddp (everything on every process) or fsdp2 (weights and optimiser spread over them)."""
-    bf16: bool = True
-    """Train in bfloat16 autocast."""
-    checkpointing: bool = False
-    """Compute activations again in the backward pass: a third more time, a fraction of the memory."""
-    micro_batch_size: int = 0
-    """Rows a process computes at a time, adding up gradients; 0: all of its rows."""
-    offload: bool = False
-    """Keep optimiser state and averaged weights in the host's memory: slower steps, 12 bytes less per weight."""
-    fit_memory: bool = False
-    """Choose micro_batch_size, checkpointing and offload by the memory that is free."""
-    objective: Literal["episode", "window"] = "episode"
-    """The loss: over whole episodes (embedded size), or over windows with random context (the paper's)."""
-    episode_chunks: int = 8
-    """Objective "episode": chunks in a training episode, the horizon of the dream."""
-    autoencoder: StageConfig = field(default_factory=lambda: StageConfig(steps=5000, batch_size=16, lr=2e-3, ema=0.99))
-    """Stage 1, unless ``init`` or ``codec`` gives the frame codec."""
-    transformer: StageConfig = field(default_factory=lambda: StageConfig(steps=6000, batch_size=8, lr=6e-4))
-    """Stage 2."""
-    autoencoder_model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
-    """Architecture of the autoencoder; its image size is that of the data."""
-    model_name: str = ""
-    """A named architecture, "embedded" or "wan2.1-1.3b", instead of ``model``."""
-    model: WanConfig = field(default_factory=lambda: WAN_CONFIGS["embedded"])
-    """Architecture of the transformer; with ``init`` left as it is, that of ``init``."""
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    """Rollout settings saved with the model; its arm map is also the one trained on. Frames per second are those of the
-    data; objective "window" replaces the action bounds by those of the data as well."""
-    loss: LossConfig = field(default_factory=LossConfig)
-    """What is drawn and what weighs how much."""
-    log_every: int = 25
-    """Steps between lines of metrics."""
-    save_every: int = 250
-    """Steps between checkpoints."""
-    validate_every: int = 1000
-    """Steps between validations, where there are ``validation`` data."""
-    validation_episodes: int = 8
-    """Held-out episodes imagined at each."""
-    validation_windows: int = 32
-    """Held-out windows or episodes whose loss is measured at each."""
 
 
 def train_world_model(config: WorldModelTrainConfig) -> Path:
@@ -142,33 +68,34 @@ def train_world_model(config: WorldModelTrainConfig) -> Path:
     Raises:
         InvalidOptionError: options that do not fit each other, the machine or the processes there are.
         CheckpointError: ``init`` or ``codec`` is missing, damaged or of another architecture.
-        DatasetError: data that are missing, damaged or lack what the model takes.
-        NotEnoughMemoryError: the transformer and its optimiser do not fit; said before they are made.
-        RunDirError: ``out`` holds a run with other settings.
+        DatasetError: data that are missing or damaged, or lack inputs of the model.
+        NotEnoughMemoryError: the transformer and its optimizer do not fit; raised before anything is allocated.
+        RunDirError: ``run_dir`` holds a run with other settings.
     """
-    with join(config.parallel, config.device) as world:
-        config, initial = _resolved(replace(config, device=world.device))
-        _check(config, world)
-        config = within_memory(config, world)
-        Path(config.out).mkdir(parents=True, exist_ok=True)
+    with join(config.parallel, config.device) as group:
+        config, initial = _resolved(replace(config, device=group.device))
+        _check(config, group)
+        _require_memory(config, group)
+        Path(config.run_dir).mkdir(parents=True, exist_ok=True)
         train = _train_windows if config.objective == "window" else _train_episodes
-        target = train(config, initial, world)
-        world.wait()
+        target = train(config, initial, group)
+        group.wait()
     return target
 
 
 # -- from the data to the objective ------------------------------------------------------------------------------------
 
 
-def _train_windows(config: WorldModelTrainConfig, initial: WanWorldModel | None, world: ProcessGroup) -> Path:
+def _train_windows(config: WorldModelTrainConfig, initial: WanWorldModel | None, group: ProcessGroup) -> Path:
     """The paper's objective on a mixture of data sets, each with its own action statistics."""
     entries = [DataEntry.parse(text) for text in config.data]
-    out = Path(config.out)
+    config = with_robot(config, [entry.reader() for entry in entries])
+    run_dir = Path(config.run_dir)
     codec = _codec(config, initial)
     if codec is None:
-        codec = _trained_codec(config, read_episodes([entry.reader() for entry in entries], config.model), world)
+        codec = _trained_codec(config, read_episodes([entry.reader() for entry in entries], config.model), group)
     _fits(codec, config)
-    mixture = cached_mixture(entries, codec, out / "latents", config, world)
+    mixture = cached_mixture(entries, codec, run_dir / "latents", config, group)
     deployed = deployed_entry(mixture, config.deploy)
     bounds, fps = mixture.bounds[deployed], float(mixture.datasets[deployed].index["fps"])
     low, high = rollout_bounds(bounds, config.model.action_dim)
@@ -177,50 +104,50 @@ def _train_windows(config: WorldModelTrainConfig, initial: WanWorldModel | None,
     validation = None
     if config.validation:
         held_out = [DataEntry.parse(text) for text in config.validation]
-        unseen = cached_mixture(held_out, codec, out / "validation_latents", config, world, bounds)
+        unseen = cached_mixture(held_out, codec, run_dir / "validation_latents", config, group, bounds)
         measured = WindowObjective(unseen, config, device=config.device, stream=9)
         validation = Validation(config, rollout, codec, held_out, measured)
-    transformer = train_transformer(config, initial, objective, validation, world)
+    transformer = train_transformer(config, initial, objective, validation, group)
     target = _save(config, transformer, codec, rollout)
-    if world.first:
+    if group.first:
         mixture.save_statistics(target / "statistics.json")
     return target
 
 
-def _train_episodes(config: WorldModelTrainConfig, initial: WanWorldModel | None, world: ProcessGroup) -> Path:
+def _train_episodes(config: WorldModelTrainConfig, initial: WanWorldModel | None, group: ProcessGroup) -> Path:
     """Teacher forcing over whole episodes in memory, whose actions are in the rollout's bounds."""
     entries = [DataEntry.parse(text) for text in config.data]
-    config = replace(config, rollout=replace(config.rollout, fps=entries[0].reader().fps))
+    readers = [entry.reader() for entry in entries]
+    config = with_robot(replace(config, rollout=replace(config.rollout, fps=readers[0].fps)), readers)
+    kinematics = load_kinematics(config.robot, config.rollout.arm_map)
     codec = _codec(config, initial)
-    raw = read_episodes([entry.reader() for entry in entries], config.model)
-    codec = _trained_codec(config, raw, world) if codec is None else codec
-    episodes = _latent_episodes(config, codec, raw, "latents.safetensors", world)
+    raw = read_episodes(readers, config.model, kinematics)
+    codec = _trained_codec(config, raw, group) if codec is None else codec
+    episodes = _latent_episodes(config, codec, raw, "latents.safetensors", group)
     del raw
     validation = None
     if config.validation:
         held_out = [DataEntry.parse(text) for text in config.validation]
-        unseen = read_episodes([entry.reader() for entry in held_out], config.model)
-        latents = _latent_episodes(config, codec, unseen, "validation_latents.safetensors", world)
+        unseen = read_episodes([entry.reader() for entry in held_out], config.model, kinematics)
+        latents = _latent_episodes(config, codec, unseen, "validation_latents.safetensors", group)
         validation = Validation(config, config.rollout, codec, held_out, EpisodeObjective(latents, config, stream=9))
-    transformer = train_transformer(config, initial, EpisodeObjective(episodes, config), validation, world)
+    transformer = train_transformer(config, initial, EpisodeObjective(episodes, config), validation, group)
     return _save(config, transformer, codec, config.rollout)
 
 
 def _latent_episodes(
-    config: WorldModelTrainConfig, codec: FrameCodec, raw: RawEpisodes, name: str, world: ProcessGroup
+    config: WorldModelTrainConfig, codec: FrameCodec, raw: RawEpisodes, name: str, group: ProcessGroup
 ) -> LatentEpisodes:
-    """Encoded by process 0; the others wait and read what it has written."""
+    """The episodes in latent space: process 0 encodes and writes them, the others wait and read."""
     if not isinstance(codec, PackedFrameAutoencoder):
-        raise InvalidOptionError(
-            'objective "episode" needs the embedded codec; give objective="window" for Wan\'s VAE.'
-        )
+        raise InvalidOptionError('objective "episode" needs the bundled codec; give objective="window" for Wan\'s VAE.')
     _fits(codec, config)
-    if not world.first:
-        world.wait()
-    cache, chunk_len = Path(config.out) / name, config.model.chunk_len
+    if not group.first:
+        group.wait()
+    cache, chunk_len = Path(config.run_dir) / name, config.model.chunk_len
     episodes = encode_episodes(codec, raw.frames, raw.actions, raw.poses, cache, chunk_len=chunk_len, bf16=config.bf16)
-    if world.first:
-        world.wait()
+    if group.first:
+        group.wait()
     if config.loss.object_weight:
         episodes = replace(episodes, focus=torch.from_numpy(np.concatenate(raw.focus)))
     return episodes
@@ -234,43 +161,43 @@ def train_transformer(
     initial: WanWorldModel | None,
     objective: WindowObjective | EpisodeObjective,
     validation: Validation | None,
-    world: ProcessGroup,
+    group: ProcessGroup,
 ) -> WanWorldModelTransformer | None:
     """Stage 2. Returns the averaged model (on process 0; None elsewhere)."""
+    stage = config.transformer
     model = _new_transformer(config, initial)
-    stage = TrainingStage(
-        Path(config.out) / "transformer",
-        asdict(config),
-        config.transformer,
-        model,
-        spread(model, world),
-        world=world,
-        log_every=config.log_every,
-        save_every=config.save_every,
-        may_change=MAY_CHANGE,
-        offload=config.offload,
-    )
-    if validation is not None and not stage.first:
-        validation.begin(stage)
-    batch_size = config.transformer.batch_size
-    rows = world.rows(batch_size)
+    module = spread(model, group)
+    host = HostCopies(dict(model.named_parameters())) if config.offload else None
+    weights = list(model.parameters()) if host is None else list(host.copies.values())
+    rows = group.rows(stage.batch_size)
     parts = micro_batches(rows, config.micro_batch_size)
-    for step in stage.loop():
-        for part, compute in zip(parts, objective.losses(step, parts, batch_size), strict=True):
-            with accumulating(stage.module, last=part is parts[-1]):
-                with torch.autocast(config.device.split(":")[0], torch.bfloat16, enabled=config.bf16):
-                    loss, sums = stage.module(compute)
-                stage.backward(loss, len(part) / len(rows), sums)
-        stage.update(step)
-        if validation is not None and ((step + 1) % config.validate_every == 0 or step + 1 == config.transformer.steps):
-            validation.run(step + 1, stage)
-    averaged = stage.averaged()
-    stage.close()
-    return assembled(config.model, averaged).to(config.device) if world.first else None
+    with stage_loop(config, "transformer", model, weights, group=group, host=host) as loop:
+        if validation is not None and not loop.step:
+            validation.begin(loop)
+        for step in loop:
+            totals: dict[str, Tensor] = {}
+            for part, compute in zip(parts, objective.losses(step, parts, stage.batch_size), strict=True):
+                with accumulating(module, last=part is parts[-1]):
+                    with torch.autocast(config.device.split(":")[0], torch.bfloat16, enabled=config.bf16):
+                        loss, sums = module(compute)
+                    loss = loss * (len(part) / len(rows))
+                    loss.backward()
+                for name, value in {"loss": loss.detach(), **sums}.items():
+                    totals[name] = totals[name] + value if name in totals else value
+            norm = loop.update()
+            if loop.every(config.log_every):
+                totals = {name: group.total(value) for name, value in totals.items()}
+                loss = totals.pop("loss") / group.size
+                means = {name: value[0] / (value[1] + 1e-9) for name, value in totals.items()}
+                loop.log(loss=loss, grad_norm=whole(norm), **means)
+            if validation is not None and (loop.every(config.validate_every) or loop.last):
+                validation.run(loop)
+        averaged = loop.averaged()
+    return assembled(config.model, averaged).to(config.device) if group.first else None
 
 
 def _new_transformer(config: WorldModelTrainConfig, initial: WanWorldModel | None) -> WanWorldModelTransformer:
-    """With the weights of ``initial`` or random ones; parameters that cannot have a gradient are frozen."""
+    """A transformer with the weights of ``initial`` or random ones; parameters that never get a gradient are frozen."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mix(config.seed, 2))
         model = WanWorldModelTransformer(config.model)
@@ -283,20 +210,20 @@ def _new_transformer(config: WorldModelTrainConfig, initial: WanWorldModel | Non
     return model.to(config.device)
 
 
-# -- what a run begins and ends with -----------------------------------------------------------------------------------
+# -- options, codec, saving --------------------------------------------------------------------------------------------
 
 
-def _check(config: WorldModelTrainConfig, world: ProcessGroup) -> None:
+def _check(config: WorldModelTrainConfig, group: ProcessGroup) -> None:
     """Refuse options that do not fit each other."""
     batch, arch = config.transformer.batch_size, config.model
-    if batch % world.size:
+    if batch % group.size:
         raise InvalidOptionError(
-            f"transformer.batch_size {batch} cannot be divided among {world.size} processes; make it a multiple of "
-            f"{world.size}, say {-(-batch // world.size) * world.size}."
+            f"transformer.batch_size {batch} cannot be divided among {group.size} processes; make it a multiple of "
+            f"{group.size}, say {-(-batch // group.size) * group.size}."
         )
     if config.offload and config.parallel == "fsdp2":
         raise InvalidOptionError(
-            "offload is for a device that holds a whole optimiser: fsdp2 spreads it over the devices already; leave one out."
+            "offload is for a device that holds a whole optimizer: fsdp2 spreads it over the devices already; use one of them."
         )
     if config.objective == "window" and arch.context_latents % arch.chunk_latents:
         raise InvalidOptionError(
@@ -305,6 +232,23 @@ def _check(config: WorldModelTrainConfig, world: ProcessGroup) -> None:
         )
     if config.objective == "episode" and (config.deploy or any(DataEntry.parse(x).weight != 1 for x in config.data)):
         raise InvalidOptionError('weights of data entries and deploy are for objective="window"; add it.')
+
+
+def _require_memory(config: WorldModelTrainConfig, world: ProcessGroup) -> None:
+    """Raise ``NotEnoughMemoryError`` when training does not fit on this process's device."""
+    arch, rows = config.model, config.transformer.batch_size // world.size
+    rows = min(config.micro_batch_size or rows, rows)
+    frames = 1 + arch.context_latents + arch.chunk_latents
+    if config.objective == "episode":  # teacher forcing: the clean frames, and as many noisy ones
+        frames = 1 + 2 * config.episode_chunks * arch.chunk_latents
+    shards = world.size if config.parallel == "fsdp2" else 1
+    parts = training_memory(
+        arch, rows, frames, shards=shards, checkpointing=config.checkpointing, offload=config.offload
+    )
+    if world.device == "cpu":  # all processes share the host's memory
+        parts = {name: size * world.size for name, size in parts.items()}
+    advice = "lower micro_batch_size, add checkpointing or offload, or use more devices (parallel='fsdp2')"
+    require_memory(parts, world.device, f"Training {rows} rows at a time", advice)
 
 
 def _read(folder: str) -> WanWorldModel:
@@ -349,14 +293,14 @@ def _codec(config: WorldModelTrainConfig, initial: WanWorldModel | None) -> Fram
     return source.autoencoder
 
 
-def _trained_codec(config: WorldModelTrainConfig, raw: RawEpisodes, world: ProcessGroup) -> PackedFrameAutoencoder:
+def _trained_codec(config: WorldModelTrainConfig, raw: RawEpisodes, group: ProcessGroup) -> PackedFrameAutoencoder:
     """Stage 1, on process 0; the others wait for its weights."""
-    if world.first:
+    if group.first:
         codec = train_autoencoder(config, raw.frames)
     else:
         size = raw.frames[0].shape[1]
         codec = PackedFrameAutoencoder(replace(config.autoencoder_model, image_size=size)).to(config.device).eval()
-    world.share(codec)
+    group.share(codec)
     return codec
 
 
@@ -374,7 +318,7 @@ def _save(
     codec: FrameCodec,
     rollout: RolloutConfig,
 ) -> Path:
-    target = Path(config.out) / "world_model"
+    target = Path(config.run_dir) / "world_model"
     if transformer is not None:
-        save_world_model(WanWorldModel(transformer, codec, rollout), target)
+        save_world_model(WanWorldModel(transformer, codec, rollout, robot=config.robot), target)
     return target

@@ -1,40 +1,34 @@
-"""How good the world model is while it trains: held-out loss, open-loop rollouts with PSNR and SSIM by horizon, a film.
+"""Validation of the world model while it trains: held-out loss, open-loop rollouts with PSNR and SSIM by horizon, a video.
 
-All of it on the averaged weights, on process 0, with noise that is the same at every validation: two numbers differ because
-the weights do. Rollouts know the first frame and the actions only (``evaluation/world_model/fidelity.py``); the film shows the
-real episode over the imagined one.
+All of it uses the averaged weights, on process 0, with the same noise at every validation: differences between two
+validations come from the weights. Rollouts get only the first frame and the actions
+(``evaluation/world_model/fidelity.py``); the video shows the real episode over the imagined one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rawdream_env.data.recorded import StoredEpisode, episodes_from_dataset
 from rawdream_env.errors import DatasetError
-from rawdream_env.evaluation.reporting import pictures
-from rawdream_env.evaluation.world_model.fidelity import (
-    Fidelity,
-    RecordedEpisode,
-    episodes_from_dataset,
-    evaluate_fidelity,
-)
+from rawdream_env.evaluation.world_model.fidelity import Fidelity, evaluate_fidelity
 from rawdream_env.evaluation.world_model.metrics import METRICS
 from rawdream_env.files import atomic_write_bytes
-from rawdream_env.trainers.common.training_stage import TrainingStage
+from rawdream_env.media import encode_video
+from rawdream_env.trainers.common.training_loop import TrainingLoop
+from rawdream_env.trainers.world_model.config import WorldModelTrainConfig
 from rawdream_env.trainers.world_model.latent_windows import DataEntry
 from rawdream_env.trainers.world_model.losses import LossFunction
 from rawdream_env.world_models.autoencoders import FrameCodec
 from rawdream_env.world_models.wan.config import WanConfig
 from rawdream_env.world_models.wan.rollout import RolloutConfig, WanWorldModel
 from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer
-
-if TYPE_CHECKING:
-    from rawdream_env.trainers.world_model.train import WorldModelTrainConfig
 
 
 class LossSource(Protocol):
@@ -55,7 +49,7 @@ def assembled(arch: WanConfig, tensors: Mapping[str, Tensor]) -> WanWorldModelTr
 
 
 class Validation:
-    """``run`` measures; the numbers go to the log of the stage, ``val_...``, the film to its folder ``validation``.
+    """``run`` measures; the numbers go to the log of the run, ``val_...``, the film to its folder ``validation``.
 
     Args:
         config: of the run.
@@ -82,25 +76,26 @@ class Validation:
         if not self.episodes:
             raise DatasetError(f"no validation episode is {config.model.chunk_len} steps long; give longer ones.")
 
-    def begin(self, stage: TrainingStage[Any]) -> None:
+    def begin(self, loop: TrainingLoop) -> None:
         """Log the held-out loss before the first step. Every process has to call it."""
-        tensors = stage.averaged()
-        if stage.world.first:
-            stage.log(0, val_loss=self.loss(assembled(self.config.model, tensors).to(self.config.device)))
+        tensors = loop.averaged()
+        if loop.group.first:
+            loop.log(val_loss=self.loss(assembled(self.config.model, tensors).to(self.config.device)))
 
-    def run(self, step: int, stage: TrainingStage[Any]) -> None:
-        """Measure the averaged weights after ``step`` steps. Every process has to call it."""
-        tensors = stage.averaged()
-        if not stage.world.first:
+    def run(self, loop: TrainingLoop) -> None:
+        """Measure the averaged weights. Every process has to call it."""
+        tensors = loop.averaged()
+        if not loop.group.first:
             return
         transformer = assembled(self.config.model, tensors).to(self.config.device)
         loss = self.loss(transformer)
-        model = WanWorldModel(transformer, self.codec, self.rollout)
+        model = WanWorldModel(transformer, self.codec, self.rollout, robot=self.config.robot)
         fidelity = evaluate_fidelity(model, self.episodes, batch_size=4, sensitivity_episodes=0, samples=4)
-        stage.log(step, val_loss=loss, **horizon_scalars(fidelity))
-        folder = stage.folder / "validation"
+        loop.log(val_loss=loss, **horizon_scalars(fidelity))
+        folder = loop.folder / "validation"
         folder.mkdir(exist_ok=True)
-        atomic_write_bytes(folder / f"step_{step:08d}.mp4", pictures.mp4_bytes(fidelity.clip(), fidelity.fps))
+        film = encode_video([fidelity.clip()], fidelity.fps)
+        atomic_write_bytes(folder / f"step_{loop.step:08d}.mp4", film)
 
     @torch.no_grad()
     def loss(self, model: WanWorldModelTransformer) -> float:
@@ -124,7 +119,7 @@ def horizon_scalars(fidelity: Fidelity) -> dict[str, float]:
     }
 
 
-def _padded(episode: RecordedEpisode, action_dim: int) -> RecordedEpisode:
+def _padded(episode: StoredEpisode, action_dim: int) -> StoredEpisode:
     """Actions with zeros for the dimensions that the data do not have."""
     missing = action_dim - episode.actions.shape[1]
     return replace(episode, actions=np.pad(episode.actions, ((0, 0), (0, missing))))

@@ -1,43 +1,44 @@
-"""Episodes with a known outcome to measure a judge on: fresh ones from the Piper twin, or a recorded data set.
+"""Episodes with a known outcome to measure a judge on: fresh ones from a simulator, or a recorded data set.
 
 The label is the truth when the video ends, which is what a judge of the whole video can know. A fresh episode i depends
 on the seed and i alone, not on the number of processes. Tasks take turns, and three drivers do, because a judge is
 attacked by what nearly worked: the scripted expert (nearly all successes), the same with shaky hands (it often holds
 the object at its goal to the end and does not let go, which is no success), and the shipped policy at temperature 1 (the
 mistakes reinforcement learning starts from). Rates over all episodes depend on this mixture: look at each driver's.
-
-Shape letters: F frames, H W picture, A action dimensions.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
+from rawdream_env.data.collect import CollectConfig, CollectSource
+from rawdream_env.data.reader import LeRobotReader
+from rawdream_env.envs.episodes import EpisodeRequest, make_env, run_episodes
 from rawdream_env.errors import DatasetError, InvalidOptionError, SimulatorError
 from rawdream_env.evaluation.judges.report import JudgeClip
-from rawdream_env.piper.relations import RELATION_NAMES, TASKS, Task
+from rawdream_env.policies import load_policy
+from rawdream_env.robots import find_goals, find_robot
 from rawdream_env.seeding import NoiseKey, mix
-from rawdream_env.types import Float32Array, UInt8Array, Video
+from rawdream_env.types import Policy, Start, Video
 
-FPS = 10.0
+_BLANK = np.zeros((1, 1, 3), np.uint8)  # the simulator sets a start up from its seed
 _STREAM = 0x1DD6E
 DRIVERS = {"expert": 0.1, "shaky expert": 0.7, "policy": 0.0}
 """Who drives, with the standard deviation of the noise on its motion (1 is full speed)."""
 
-Driver = Callable[[UInt8Array], Float32Array]
-
 
 @dataclass(frozen=True)
 class FreshEpisodes:
-    """What to play in the twin: ``steps`` control steps each, frames of ``image_size`` pixels."""
+    """What to play in a robot's simulator: ``steps`` control steps each, frames of ``image_size`` pixels."""
 
     seed: int = 0
     layout: str = "narrow"
@@ -45,6 +46,7 @@ class FreshEpisodes:
     steps: int = 64
     image_size: int = 64
     drivers: tuple[str, ...] = tuple(DRIVERS)
+    robot: str = ""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be played."""
@@ -56,54 +58,71 @@ class FreshEpisodes:
 
 
 class Player:
-    """Plays fresh episodes in one twin; close it afterwards."""
+    """Plays fresh episodes, one after the other; close it afterwards.
+
+    Experts act step by step in the robot's episode source, as in ``rawdream data collect``; the policy acts in the simulator
+    environment.
+    """
 
     def __init__(self, spec: FreshEpisodes) -> None:
-        from rawdream_env.piper.twin import PiperTwin
-
-        self.spec = spec
-        self.twin: Any = PiperTwin(image_size=spec.image_size)
-        self._policy: Any = None
+        self.spec, self.robot = spec, find_robot(spec.robot)
+        self.tasks = self.robot.load("goals").tasks
+        self._experts: dict[str, CollectSource] = {}
+        self._simulator: Any = None
+        self._policy: Policy | None = None
 
     def __call__(self, index: int) -> JudgeClip:
         """Episode ``index``."""
-        spec, twin = self.spec, self.twin
-        task = TASKS[index % len(TASKS)]
-        name = spec.drivers[index // len(TASKS) % len(spec.drivers)]
-        seed = mix(spec.seed, _STREAM, index)
-        frames = [twin.reset(seed, task=task.name, layout=spec.layout)]
-        act = self._driver(name, task, seed)
-        for _ in range(spec.steps):
-            frames.append(twin.step(act(frames[-1])))
-        success = bool(twin.success())
-        return JudgeClip(Video(np.stack(frames), FPS), task.instruction, success, source=name, task=task.name)
+        task_id = index % len(self.tasks)
+        task, instruction, _ = self.tasks[task_id]
+        name = self.spec.drivers[index // len(self.tasks) % len(self.spec.drivers)]
+        seed = mix(self.spec.seed, _STREAM, index)
+        if name == "policy":
+            video, success = self._policy_episode(Start(_BLANK, instruction, task_id, seed=seed))
+        else:
+            video, success = self._expert_episode(name, index, seed)
+        return JudgeClip(video, instruction, success, source=name, task=task)
 
-    def _driver(self, name: str, task: Task, seed: int) -> Driver:
-        if name != "policy":
-            from rawdream_env.piper.skills import ScriptedExpert
+    def _expert_episode(self, name: str, index: int, seed: int) -> tuple[Video, bool]:
+        if name not in self._experts:
+            spec = self.spec
+            config = CollectConfig(
+                out="",
+                robot=self.robot.name,
+                kind="expert",
+                steps_per_episode=spec.steps,
+                layout=cast(Any, spec.layout),
+                action_noise=DRIVERS[name],
+                image_size=spec.image_size,
+            )
+            self._experts[name] = self.robot.load("episode_source")(config)
+        source = self._experts[name]
+        episode, success = source.attempt(index, seed)
+        return Video(episode.frames, source.fps), success
 
-            expert = ScriptedExpert(self.twin, task, np.random.default_rng(mix(seed, 1)), noise=DRIVERS[name])
-            return lambda _: expert.act()
+    def _policy_episode(self, start: Start) -> tuple[Video, bool]:
+        spec = self.spec
         if self._policy is None:
-            from rawdream_env.policies import load_policy
-
-            self._policy = load_policy(self.spec.policy)
-        key, queue, chunks = NoiseKey(mix(seed, 2)), list[Float32Array](), 0
-
-        def act(frame: UInt8Array) -> Float32Array:
-            nonlocal chunks
-            if not queue:
-                keys = [key.at(chunk=chunks)]
-                out = self._policy.act(frame[None], [task.instruction], temperature=1.0, keys=keys)
-                queue.extend(np.asarray(out.actions.detach().cpu(), np.float32)[0])
-                chunks += 1
-            return queue.pop(0)
-
-        return act
+            self._policy = load_policy(spec.policy)
+            options: dict[str, Any] = {"layout": spec.layout, "image_size": spec.image_size}
+            self._simulator = make_env(
+                self.robot.sim_env, 1, judge_every="episode", end_on_success=False, return_frames=True, **options
+            )
+            chunk_len = self._simulator.single_action_space.shape[0]
+            if spec.steps % chunk_len:
+                raise InvalidOptionError(f"steps={spec.steps} must be a multiple of {chunk_len}, the policy's chunk.")
+            self._simulator.set_attr("max_episode_steps", spec.steps // chunk_len)
+        seed = start.seed or 0
+        request = EpisodeRequest(start, seed, NoiseKey(mix(seed, 2)))
+        (rollout,) = run_episodes(self._simulator, [request], self._policy, temperature=1.0)
+        assert rollout.frames is not None
+        return Video(rollout.frames, self._simulator.unwrapped.fps), rollout.success_end
 
     def close(self) -> None:
-        """Free the twin's OpenGL context."""
-        self.twin.close()
+        """Close the simulators."""
+        for part in (*self._experts.values(), self._simulator):
+            if part is not None:
+                part.close()
 
 
 # The player of a worker process, set by its first episode: so that "no renderer" reaches the user as it is.
@@ -136,8 +155,14 @@ def fresh_clips(spec: FreshEpisodes, episodes: int, *, workers: int = 0) -> Iter
         return
     context = multiprocessing.get_context("spawn")  # a forked OpenGL context does not work in the child
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_process) as pool:
+        running: deque[Future[JudgeClip]] = deque()
         try:
-            yield from pool.map(_play, [spec] * episodes, range(episodes), chunksize=4)
+            for index in range(episodes):
+                running.append(pool.submit(_play, spec, index))
+                if len(running) > 4 * workers:  # so that played episodes do not pile up before a slow judge
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
         except BrokenProcessPool as error:
             raise SimulatorError(
                 "a simulator process died (out of memory?); run the command again with fewer workers."
@@ -150,8 +175,8 @@ def recorded_clips(folders: Sequence[str], *, success_key: str = "", limit: int 
     """Whole episodes of LeRobotDataset v3.0 folders, at most ``limit`` of each; the task is the question.
 
     Where the truth comes from, the first that a folder has: the column ``success_key`` if one is named; the last row of
-    ``privileged.success`` or of ``next.success`` (1: reached); ``privileged.relations`` together with an instruction of
-    one of the four Piper tasks.
+    ``privileged.success`` or of ``next.success`` (1: reached); ``privileged.relations`` together with the instruction of
+    one of the robot's tasks.
 
     Raises:
         DatasetError: a folder is damaged or says nowhere whether its episodes succeeded.
@@ -161,18 +186,17 @@ def recorded_clips(folders: Sequence[str], *, success_key: str = "", limit: int 
 
 
 def _recorded(folder: str, success_key: str, limit: int | None) -> Iterator[JudgeClip]:
-    from rawdream_env.data.lerobot import LeRobotReader
-
     reader = LeRobotReader(folder)
     key = success_key or next((name for name in ("privileged.success", "next.success") if name in reader.features), "")
     if success_key and success_key not in reader.features:
         raise DatasetError(f"{folder} has no column {success_key!r}; it has {', '.join(sorted(reader.features))}.")
     if key:
         reader = LeRobotReader(folder, state_key=key)  # any numeric column can be read in the state's place
-    relations = {task.instruction: (task.name, RELATION_NAMES.index(task.relation)) for task in TASKS}
+    grammar = find_goals(reader.robot_type)
+    tasks = {text: (name, grammar.relations.index(goal)) for name, text, goal in grammar.tasks} if grammar else {}
     for index in range(len(reader) if limit is None else min(limit, len(reader))):
         episode = reader.episode(index)
-        name, column = relations.get(episode.task, (episode.task, None))
+        name, column = tasks.get(episode.task, (episode.task, None))
         if key:
             success = float(episode.state[-1].max(initial=0.0)) > 0.5
         elif column is not None and "relations" in episode.privileged:

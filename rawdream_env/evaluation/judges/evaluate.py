@@ -11,30 +11,32 @@ they are neither right nor wrong, because they never become a reward.
 
 from __future__ import annotations
 
-import base64
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal
+from typing import Literal
 
+import numpy as np
 from tqdm import tqdm
 
 from rawdream_env.errors import InvalidOptionError
 from rawdream_env.evaluation.judges.episodes import FreshEpisodes, fresh_clips, recorded_clips
-from rawdream_env.evaluation.judges.report import JudgeClip, JudgeReport, report_on
-from rawdream_env.evaluation.reporting.charts import Series, line_chart
-from rawdream_env.evaluation.reporting.html import cells, element, rate_text, table, text
+from rawdream_env.evaluation.judges.report import JudgeClip, JudgeReport, evaluate
+from rawdream_env.evaluation.reporting import html
+from rawdream_env.evaluation.reporting.charts import Point, Series, line_chart
+from rawdream_env.evaluation.reporting.numbers import Json
 from rawdream_env.evaluation.reporting.provenance import provenance, usable_cores
-from rawdream_env.evaluation.reporting.style import CSS
 from rawdream_env.files import atomic_write_json, atomic_write_text
 from rawdream_env.judges import load_judge
-from rawdream_env.types import Judge, Verdict
+from rawdream_env.types import Judge
 
-RATES = {"precision": "s-dream", "recall": "s-last", "false_positive_rate": "s-first"}
-"""What is plotted over the thresholds, and the style of its line."""
+_RATES = {
+    "precision": ("precision", "s-dream"),
+    "recall": ("recall", "s-last"),
+    "false_positive_rate": ("false positives", "s-first"),
+}
+"""What is plotted over the thresholds: its name and the style of its line."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,9 @@ class EvaluateJudgeConfig:
     judge: str = "embedded"
     """"embedded", or the folder or address of a judge, as for the environments."""
     episodes: int = 200
-    """Fresh Piper episodes; of a data set the first so many of each folder, at most."""
+    """Number of fresh episodes; of a data set, at most N episodes of each folder."""
+    robot: str = ""
+    """Robot whose simulator plays the fresh episodes; the default robot when not given."""
     data: tuple[str, ...] = ()
     """LeRobotDataset v3.0 folders with success labels, instead of fresh episodes."""
     success_key: str = ""
@@ -106,95 +110,70 @@ def evaluate_judge(config: EvaluateJudgeConfig, *, judge: Judge | None = None) -
         hold no labels. RendererError, SimulatorError: fresh episodes cannot be played.
     """
     asked = load_judge(config.judge, device=config.device) if judge is None else judge
-    clips: list[JudgeClip] = []
-    verdicts: list[Verdict] = []
-    begun, judging = perf_counter(), 0.0
+    begun = perf_counter()
     total = None if config.data else config.episodes
     try:
         bar = tqdm(_source(config), total=total, desc="judge", unit="ep", disable=not config.progress)
-        for part in _batches(bar, config.batch_size):
-            asked_at = perf_counter()
-            answers = asked([clip.video for clip in part], [clip.instruction for clip in part])
-            judging += perf_counter() - asked_at
-            if len(answers) != len(part):
-                raise InvalidOptionError(
-                    f"{type(asked).__name__} gave {len(answers)} verdicts for {len(part)} videos; it owes one each."
-                )
-            clips += part
-            verdicts += answers
+        report = evaluate(asked, bar, batch_size=config.batch_size, worst=config.mistakes)
     finally:
         if judge is None and callable(close := getattr(asked, "close", None)):
             close()
-    report = report_on(clips, verdicts)
-    folder = report.write(config.out, limit=config.mistakes)
-    timing = {"judge_s_per_video": judging / len(clips), "seconds": perf_counter() - begun}
-    run = provenance(config=asdict(config), timing=timing)
-    content = {**report.as_dict(), "run": run}
+    folder = report.write(config.out)
+    timing = {"judge_s_per_video": report.judge_seconds / report.n, "seconds": perf_counter() - begun}
+    content = {**report.as_dict(), "run": provenance(config=asdict(config), timing=timing)}
     atomic_write_json(folder / "judge_report.json", content)
-    atomic_write_text(folder / "judge_report.html", page(content, folder / "mistakes.png"))
+    sheet = (folder / "mistakes.png").read_bytes() if report.mistakes() else None
+    settings = {name: _setting(asked, name) for name in ("threshold", "need")}
+    atomic_write_text(folder / "judge_report.html", page(content, sheet, **settings))
     return JudgeEvaluation(report, folder)
+
+
+def _setting(judge: Judge, name: str) -> float | None:
+    """The judge's own threshold or number of votes; None where it has none."""
+    value = getattr(judge, name, getattr(getattr(judge, "config", None), name, None))
+    return float(value) if isinstance(value, int | float) else None
 
 
 def _source(config: EvaluateJudgeConfig) -> Iterator[JudgeClip]:
     if config.data:
         return recorded_clips(config.data, success_key=config.success_key, limit=config.episodes)
-    spec = FreshEpisodes(config.seed, config.layout, config.policy, drivers=config.drivers)
+    spec = FreshEpisodes(config.seed, config.layout, config.policy, drivers=config.drivers, robot=config.robot)
     workers = usable_cores() if config.workers < 0 else config.workers
     return fresh_clips(spec, config.episodes, workers=min(workers, config.episodes))
 
 
-def _batches(clips: Iterable[JudgeClip], size: int) -> Iterator[list[JudgeClip]]:
-    iterator = iter(clips)
-    while part := list(islice(iterator, size)):
-        yield part
-
-
-def page(content: Mapping[str, Any], sheet: Path) -> str:
-    """The report as one HTML page that loads nothing from anywhere."""
+def page(content: Json, sheet: bytes | None, *, threshold: float | None = None, need: float | None = None) -> str:
+    """The report as one HTML page; ``threshold`` and ``need`` are the judge's own, ``sheet`` the contact sheet."""
     config = content["run"]["config"]
-    rows = []
-    for name, row in content["groups"].items():
-        f1 = "not defined" if row["f1"] is None else f"{row['f1']:.3f}"
-        rates = [rate_text(row[key]) for key in (*RATES, "invalid")]
-        rows.append([element("th", text(name)), *cells(str(row["invalid"]["n"]), *rates, f1)])
-    head = ["", "episodes", "precision", "recall", "false positives", "INVALID", "F1"]
-    named = {"s-dream": "precision", "s-last": "recall", "s-first": "false positives"}
-    key = [element("span", element("i", css=css), text(label)) for css, label in named.items()]
     charts = [
-        _chart("Other thresholds", "probability threshold", content["threshold_sweep"], "threshold"),
-        _chart("Other numbers of votes", "votes a success needs", content["vote_sweep"], "need"),
+        _chart("Other thresholds", "probability threshold", content["threshold_sweep"], "threshold", threshold),
+        _chart("Other numbers of votes", "votes a success needs", content["vote_sweep"], "need", need),
     ]
-    picture = element("p", "There were no mistakes.")
-    if sheet.is_file():
-        encoded = base64.b64encode(sheet.read_bytes()).decode("ascii")
-        picture = (
-            f'<figure><img alt="the worst mistakes" style="width:100%" src="data:image/png;base64,{encoded}"></figure>'
-        )
-    title = f"How far to trust the judge {config['judge']}"
-    note = (
-        "Brackets are 95 % Wilson intervals. A label is the truth when the video ends. INVALID verdicts count in no rate but "
-        "their own. The contact sheet has the most confident wrong verdicts, start frame left, last frame right."
-    )
-    main = "".join([
-        element("h1", text(title)), element("p", text(note), css="muted"), table(head, rows),
-        element("h2", "Thresholds"), element("p", *key, css="key"), element("div", *charts, css="charts"),
-        element("h2", "Worst mistakes"), picture,
-        element("h2", "What was run"), element("pre", text(content["run"]["command"])),
-        element("details", element("summary", "All settings"), element("pre", text(json.dumps(content["run"], indent=1)))),
-    ])  # fmt: skip
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{text(title)}</title>'
-        f"<style>{CSS}</style></head><body><main>{main}</main></body></html>\n"
+    return html.page(
+        "judge.html",
+        f"How far to trust the judge {config['judge']}",
+        content,
+        config,
+        lines=[(label, css) for label, css in _RATES.values()],
+        charts=[chart for chart in charts if chart],
+        marked=threshold is not None or need is not None,
+        sheet=None if sheet is None else html.base64_text(sheet),
     )
 
 
-def _chart(title: str, axis: str, sweep: list[dict[str, Any]], key: str) -> str:
-    """Precision, recall and false-positive rate over a sweep; nothing for judges without one."""
+def _chart(title: str, axis: str, sweep: Sequence[Json], key: str, own: float | None) -> str:
+    """Precision, recall and false-positive rate over a sweep, the judge's ``own`` setting marked; "" without one."""
     if not sweep:
         return ""
     shown = sweep if len(sweep) <= 12 else sweep[1::2]
-    point: Callable[[Any], tuple[float, float, float] | None] = lambda rate: (  # noqa: E731
-        None if rate["value"] is None else (100 * rate["value"], 100 * rate["low"], 100 * rate["high"])
-    )
-    series = [Series(name, css, [point(entry[name]) for entry in shown]) for name, css in RATES.items()]
-    return line_chart(title, "%", [f"{entry[key]:g}" for entry in shown], series, width=560, axis=axis)
+    series = [Series(label, css, [_point(entry[name]) for entry in shown]) for name, (label, css) in _RATES.items()]
+    settings = [entry[key] for entry in shown]
+    mark = None
+    if own is not None:
+        mark = float(np.interp(own, settings, range(len(settings)))), f"this judge: {own:.3g}"
+    return line_chart(title, "%", [f"{value:g}" for value in settings], series, width=560, axis=axis, mark=mark)
+
+
+def _point(rate: Json) -> Point | None:
+    """A rate in percent with its interval."""
+    return None if rate["value"] is None else (100 * rate["value"], 100 * rate["low"], 100 * rate["high"])

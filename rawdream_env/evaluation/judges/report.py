@@ -11,17 +11,23 @@ they never become a reward.
 
 from __future__ import annotations
 
-import io
+from bisect import insort
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from rawdream_env.errors import DatasetError
 from rawdream_env.files import atomic_write_bytes, atomic_write_json
+from rawdream_env.judges.base import ask
 from rawdream_env.judges.verdict import combine_votes
+from rawdream_env.media import encode_picture
 from rawdream_env.statistics import Confusion, Rate
 from rawdream_env.types import Judge, Outcome, UInt8Array, Verdict, Video
 
@@ -72,19 +78,66 @@ class JudgeRow:
         return {**self.confusion.as_dict(), "invalid": self.invalid.as_dict()}
 
 
-@dataclass(frozen=True)
 class JudgeReport:
-    """Measured rates per group, what other thresholds would have given, and clips with verdicts for the pictures.
+    """Counts verdicts as they come: rates per group, other thresholds, other numbers of votes, and the worst mistakes.
 
-    ``sweep`` is over thresholds of the probability, ``vote_sweep`` over the number of votes a success needs; each is
-    empty for judges without.
+    Only counts and the ``worst`` mistakes are kept, so memory does not grow with the number of clips.
+
+    Args:
+        worst: how many mistakes to keep.
+
+    Attributes:
+        n: verdicts counted.
+        judge_seconds: time that :func:`evaluate` spent inside the judge.
     """
 
-    rows: dict[str, JudgeRow]
-    sweep: tuple[dict[str, Any], ...]
-    clips: tuple[JudgeClip, ...]
-    verdicts: tuple[Verdict, ...]
-    vote_sweep: tuple[dict[str, Any], ...] = ()
+    def __init__(self, worst: int = 12) -> None:
+        self.worst, self.n, self.judge_seconds = worst, 0, 0.0
+        self._groups: dict[str, Counter[tuple[Outcome, bool]]] = {}
+        self._chances: Counter[tuple[int, bool]] = Counter()  # (thresholds of SWEEP that are reached, truth)
+        self._votes: Counter[tuple[tuple[Outcome, ...], bool]] = Counter()
+        self._mistakes: list[tuple[float, bool, int, JudgeClip, Verdict]] = []  # the worst first
+
+    def add(self, clip: JudgeClip, verdict: Verdict) -> None:
+        """Count one verdict."""
+        for group in clip.groups():
+            self._groups.setdefault(group, Counter())[verdict.outcome, clip.label] += 1
+        if verdict.probability is not None and verdict.outcome != Outcome.INVALID:
+            self._chances[sum(verdict.probability >= threshold for threshold in SWEEP), clip.label] += 1
+        if verdict.votes:
+            self._votes[tuple(sorted(verdict.votes)), clip.label] += 1
+        if verdict.outcome != Outcome.INVALID and (verdict.outcome == Outcome.SUCCESS) != clip.label:
+            # False successes come before missed ones of equal confidence; n keeps the order of equals.
+            insort(self._mistakes, (-_confidence(verdict), clip.label, self.n, clip, verdict))
+            del self._mistakes[self.worst :]
+        self.n += 1
+
+    @property
+    def rows(self) -> dict[str, JudgeRow]:
+        """The measured rates of every group."""
+        return {name: _row(self._groups[name]) for name in sorted(self._groups, key=_group_order)}
+
+    @property
+    def sweep(self) -> tuple[dict[str, Any], ...]:
+        """Confusion at other thresholds of the probability; empty for judges that give none."""
+        swept = []
+        for index, threshold in enumerate(SWEEP if self._chances else ()):
+            counts: Counter[tuple[Outcome, bool]] = Counter()
+            for (reached, label), count in self._chances.items():
+                counts[Outcome(int(reached > index)), label] += count
+            swept.append({"threshold": threshold, **_row(counts).confusion.as_dict()})
+        return tuple(swept)
+
+    @property
+    def vote_sweep(self) -> tuple[dict[str, Any], ...]:
+        """Confusion and INVALID share if a success needed other numbers of votes; empty for judges that do not vote."""
+        swept = []
+        for need in range(1, max((len(votes) for votes, _ in self._votes), default=0) + 1):
+            counts: Counter[tuple[Outcome, bool]] = Counter()
+            for (votes, label), count in self._votes.items():
+                counts[combine_votes(votes, need).outcome, label] += count
+            swept.append({"need": need, **_row(counts).as_dict()})
+        return tuple(swept)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -106,60 +159,46 @@ class JudgeReport:
             lines.append(f"{name:<28}{row.invalid.n:>6}  {rates}{c.f1:>6.3f}{_percent(row.invalid.value):>9}")
         return "\n".join(lines)
 
-    def mistakes(self, limit: int = 12) -> list[tuple[JudgeClip, Verdict]]:
-        """The most confident wrong verdicts; false successes come before missed ones of equal confidence."""
-        wrong = [pair for pair in zip(self.clips, self.verdicts, strict=True) if _is_wrong(*pair)]
-        return sorted(wrong, key=lambda pair: (-_confidence(pair[1]), pair[0].label))[:limit]
+    def mistakes(self) -> list[tuple[JudgeClip, Verdict]]:
+        """The most confident wrong verdicts."""
+        return [(clip, verdict) for *_, clip, verdict in self._mistakes]
 
-    def write(self, folder: str | Path, *, limit: int = 12) -> Path:
+    def write(self, folder: str | Path) -> Path:
         """Write ``judge_report.json`` and, when there are mistakes, ``mistakes.png``; returns the folder."""
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         atomic_write_json(path / "judge_report.json", self.as_dict())
-        mistakes = self.mistakes(limit)
-        if mistakes:
-            picture = io.BytesIO()
-            Image.fromarray(contact_sheet(mistakes)).save(picture, format="PNG")
-            atomic_write_bytes(path / "mistakes.png", picture.getvalue())
+        if self._mistakes:
+            atomic_write_bytes(path / "mistakes.png", encode_picture(contact_sheet(self.mistakes())))
         else:
             (path / "mistakes.png").unlink(missing_ok=True)
         return path
 
 
-def evaluate(judge: Judge, clips: Iterable[JudgeClip], *, batch_size: int = 32) -> JudgeReport:
-    """Ask the judge about every clip and count its answers per group.
+def evaluate(judge: Judge, clips: Iterable[JudgeClip], *, batch_size: int = 32, worst: int = 12) -> JudgeReport:
+    """Ask the judge about every clip and count its answers per group; clips are read as they are needed.
 
     Args:
         judge: any object with the ``Judge`` protocol.
         clips: what to ask; the truth is ``clip.label``.
         batch_size: videos per call.
+        worst: mistakes to keep.
 
     Raises:
-        ValueError: no clips, or a judge that returns another number of verdicts than it was asked for.
+        DatasetError: no clips.
+        JudgeError: the judge does not return one verdict per video.
     """
-    asked = tuple(clips)
-    if not asked:
-        raise ValueError("there are no clips to evaluate the judge on; collect some episodes first")
-    verdicts: list[Verdict] = []
-    for begin in range(0, len(asked), batch_size):
-        part = asked[begin : begin + batch_size]
-        answers = judge([clip.video for clip in part], [clip.instruction for clip in part])
-        if len(answers) != len(part):
-            raise ValueError(f"the judge returned {len(answers)} verdicts for {len(part)} videos")
-        verdicts += answers
-    return report_on(asked, verdicts)
-
-
-def report_on(clips: Sequence[JudgeClip], verdicts: Sequence[Verdict]) -> JudgeReport:
-    """Count verdicts that were given already, one for each clip."""
-    outcomes = np.array([int(verdict.outcome) for verdict in verdicts])
-    labels = np.array([clip.label for clip in clips])
-    members: dict[str, list[int]] = {}
-    for index, clip in enumerate(clips):
-        for group in clip.groups():
-            members.setdefault(group, []).append(index)
-    rows = {name: _row(outcomes[members[name]], labels[members[name]]) for name in sorted(members, key=_group_order)}
-    return JudgeReport(rows, _sweep(verdicts, labels), tuple(clips), tuple(verdicts), _vote_sweep(verdicts, labels))
+    report = JudgeReport(worst)
+    source = iter(clips)
+    while part := list(islice(source, batch_size)):
+        begun = perf_counter()
+        verdicts = ask(judge, [clip.video for clip in part], [clip.instruction for clip in part])
+        report.judge_seconds += perf_counter() - begun
+        for clip, verdict in zip(part, verdicts, strict=True):
+            report.add(clip, verdict)
+    if not report.n:
+        raise DatasetError("there are no clips to evaluate the judge on; collect some episodes first")
+    return report
 
 
 def contact_sheet(mistakes: Sequence[tuple[JudgeClip, Verdict]]) -> UInt8Array:
@@ -180,41 +219,16 @@ def contact_sheet(mistakes: Sequence[tuple[JudgeClip, Verdict]]) -> UInt8Array:
     return np.asarray(sheet)
 
 
-def _row(outcomes: np.ndarray, labels: np.ndarray) -> JudgeRow:
-    readable = outcomes != Outcome.INVALID
-    confusion = Confusion.over(outcomes[readable] == Outcome.SUCCESS, labels[readable])
-    return JudgeRow(confusion, Rate.of(int((~readable).sum()), len(outcomes)))
-
-
-def _sweep(verdicts: Sequence[Verdict], labels: np.ndarray) -> tuple[dict[str, Any], ...]:
-    """Confusion at other thresholds, where the judge gives probabilities."""
-    known = np.array([v.probability is not None and v.outcome != Outcome.INVALID for v in verdicts])
-    if not known.any():
-        return ()
-    probabilities = np.array([v.probability for v, k in zip(verdicts, known, strict=True) if k], dtype=np.float64)
-    truth = labels[known]
-    return tuple({"threshold": t, **Confusion.over(probabilities >= t, truth).as_dict()} for t in SWEEP)
-
-
-def _vote_sweep(verdicts: Sequence[Verdict], labels: np.ndarray) -> tuple[dict[str, Any], ...]:
-    """Confusion and INVALID share if a success needed other numbers of votes, where the judge votes."""
-    counted = [index for index, verdict in enumerate(verdicts) if verdict.votes]
-    if not counted:
-        return ()
-    swept = []
-    for need in range(1, max(len(verdicts[index].votes) for index in counted) + 1):
-        outcomes = np.array([int(combine_votes(verdicts[index].votes, need).outcome) for index in counted])
-        swept.append({"need": need, **_row(outcomes, labels[counted]).as_dict()})
-    return tuple(swept)
+def _row(counts: Counter[tuple[Outcome, bool]]) -> JudgeRow:
+    """From how often (verdict, truth) occurred."""
+    yes, no, unread = Outcome.SUCCESS, Outcome.FAILURE, Outcome.INVALID
+    confusion = Confusion(counts[yes, True], counts[yes, False], counts[no, True], counts[no, False])
+    return JudgeRow(confusion, Rate.of(counts[unread, True] + counts[unread, False], counts.total()))
 
 
 def _group_order(name: str) -> tuple[int, str]:
     order = ("all", "source", "task", "kind", "trained", "held-out", "relation")
     return next(i for i, prefix in enumerate(order) if name.startswith(prefix)), name
-
-
-def _is_wrong(clip: JudgeClip, verdict: Verdict) -> bool:
-    return verdict.outcome != Outcome.INVALID and (verdict.outcome == Outcome.SUCCESS) != clip.label
 
 
 def _confidence(verdict: Verdict) -> float:

@@ -9,17 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import av
-import numpy as np
 import tyro
-from av.video.reformatter import VideoReformatter
 
+from rawdream_env import media
 from rawdream_env.errors import DatasetError, InvalidOptionError
 from rawdream_env.judges import load_judge
-from rawdream_env.types import Outcome, UInt8Array, Verdict, Video
-
-MAX_BYTES = 4 * 2**30
-"""Of decoded frames: half a million of 64x64 pixels, or eleven minutes of 640x480 at 10 Hz."""
+from rawdream_env.judges.base import ask
+from rawdream_env.types import Outcome, Verdict, Video
 
 
 @dataclass(frozen=True)
@@ -51,28 +47,15 @@ def read_video(path: str | Path, fps: float = 0.0) -> Video:
     """All frames of a video file; ``fps`` in Hz where the file's own rate is wrong.
 
     Raises:
-        DatasetError: the file is missing, damaged, or does not say how fast it is.
+        DatasetError: the file is missing or damaged, or states no frame rate.
     """
-    frames: list[UInt8Array] = []
-    try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            rate = fps or float(stream.average_rate or 0)
-            reformatter, size = VideoReformatter(), 0
-            for frame in container.decode(stream):
-                frames.append(reformatter.reformat(frame, format="rgb24").to_ndarray().astype(np.uint8, copy=False))
-                size += frames[-1].nbytes
-                if size > MAX_BYTES or frames[-1].shape != frames[0].shape:
-                    raise DatasetError(
-                        f"{path}: more than {MAX_BYTES >> 30} GiB of frames, or frames of several sizes; cut it to one episode."
-                    )
-    except (av.error.FFmpegError, OSError, IndexError) as error:
-        raise DatasetError(f"{path} cannot be read as a video ({type(error).__name__}: {error}).") from error
-    if not frames:
-        raise DatasetError(f"{path} has no frames.")
-    if rate <= 0:
-        raise DatasetError(f"{path} does not say how many frames a second it has; give --fps.")
-    return Video(np.stack(frames), rate)
+    file = Path(path)
+    if not file.is_file():
+        raise DatasetError(f"{path} cannot be read as a video: there is no such file.")
+    frames, rate = media.read_video(file)
+    if fps <= 0 and rate <= 0:
+        raise DatasetError(f"{path} states no frame rate; give one with --fps.")
+    return Video(frames, fps or rate)
 
 
 def watch(config: WatchConfig) -> Watched:
@@ -87,7 +70,7 @@ def watch(config: WatchConfig) -> Watched:
         raise InvalidOptionError(f"fps={config.fps} must be a positive number, or 0 for the file's own.")
     video = read_video(config.video, config.fps)
     judge = load_judge(config.judge, device=config.device)
-    return Watched(config, video, judge([video], [config.instruction])[0])
+    return Watched(config, video, ask(judge, [video], [config.instruction])[0])
 
 
 def summary(watched: Watched) -> tuple[str, int]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
-Scale = Callable[[float], float]
+from markupsafe import Markup
+
+from rawdream_env.evaluation.reporting.html import render
+
 Point = tuple[float, float, float]
 
 
@@ -50,47 +52,50 @@ def line_chart(
     *,
     width: int = 460,
     axis: str = "frames after the start",
-) -> str:
-    """Chart of ``series`` over the categories ``labels`` (of ``axis``) with interval bars, as an SVG element."""
-    height, left, right, top, bottom = 260, 46, 12, 34, 44
+    mark: tuple[float, str] | None = None,
+) -> Markup:
+    """Chart of ``series`` over the categories ``labels`` (of ``axis``) with interval bars, as an SVG element.
+
+    ``mark``: a vertical line with its label, at a position counted in categories (0.5: between the first two).
+    """
+    height, left, top, right, bottom = 260, 46, 34, width - 12, 216
     known = [p for s in series for p in s.points if p is not None]
     if not known:
-        return f'<p class="muted">{escape(title)}: not measured.</p>'
+        return Markup('<p class="muted">{}: not measured.</p>').format(title)
     ticks = nice_ticks(min(p[1] for p in known), max(p[2] for p in known))
     lo, hi = ticks[0], ticks[-1]
 
     def x(i: float) -> float:
-        return left + (width - left - right) * (i + 0.5) / len(labels)
+        return round(left + (right - left) * (i + 0.5) / len(labels), 1)
 
     def y(value: float) -> float:
-        return top + (height - top - bottom) * (hi - value) / max(hi - lo, 1e-9)
+        return round(top + (bottom - top) * (hi - value) / max(hi - lo, 1e-9), 1)
 
-    parts = [
-        f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">',
-        f'<text class="title" x="{left}" y="16">{escape(title)} <tspan class="unit">{escape(unit)}</tspan></text>',
-    ]
-    for tick in ticks:
-        parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
-        parts.append(f'<text class="tick" x="{left - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>')
-    for i, label in enumerate(labels):
-        parts.append(
-            f'<text class="tick" x="{x(i):.1f}" y="{height - bottom + 18}" text-anchor="middle">{escape(label)}</text>'
-        )
-    parts.append(
-        f'<text class="tick" x="{(left + width - right) / 2}" y="{height - 6}" text-anchor="middle">'
-        f"{escape(axis)}</text>"
-    )
+    lines = []
     for s, line in enumerate(series):
-        parts += _one_line(line, x, y, offset=(s - (len(series) - 1) / 2) * 0.07)
-    return "".join([*parts, "</svg>"])
-
-
-def _one_line(line: Series, x: Scale, y: Scale, offset: float) -> list[str]:
-    at = [(x(i + offset), p) for i, p in enumerate(line.points) if p is not None]
-    path = " ".join(f"{px:.1f},{y(p[0]):.1f}" for px, p in at)
-    parts = [f'<g class="{escape(line.css)}"><title>{escape(line.label)}</title><polyline points="{path}"/>']
-    for px, (value, low, high) in at:
-        parts.append(f'<line class="bar" x1="{px:.1f}" x2="{px:.1f}" y1="{y(low):.1f}" y2="{y(high):.1f}"/>')
-        tip = f"{escape(line.label)}: {value:.2f} [{low:.2f}, {high:.2f}]"
-        parts.append(f'<circle cx="{px:.1f}" cy="{y(value):.1f}" r="3.5"><title>{tip}</title></circle>')
-    return [*parts, "</g>"]
+        offset = (s - (len(series) - 1) / 2) * 0.07  # bars of one category stand side by side
+        points = [
+            (x(i + offset), y(p[0]), y(p[1]), y(p[2]), f"{line.label}: {p[0]:.2f} [{p[1]:.2f}, {p[2]:.2f}]")
+            for i, p in enumerate(line.points)
+            if p is not None
+        ]
+        path = " ".join(f"{point[0]},{point[1]}" for point in points)
+        lines.append({"css": line.css, "label": line.label, "path": path, "points": points})
+    marked = None
+    if mark is not None:
+        side = 1 if mark[0] < len(labels) / 2 else -1  # the label stands where there is room
+        marked = {"x": x(mark[0]), "label": mark[1], "side": side}
+    frame = {"width": width, "height": height, "left": left, "top": top, "right": right, "bottom": bottom}
+    return Markup(
+        render(
+            "chart.svg",
+            title=title,
+            unit=unit,
+            axis=axis,
+            ticks=[(tick, y(tick)) for tick in ticks],
+            labels=[(label, x(i)) for i, label in enumerate(labels)],
+            lines=lines,
+            mark=marked,
+            **frame,
+        )
+    )

@@ -1,20 +1,16 @@
-"""Frames to PNG, GIF and MP4 bytes, borders and tiles: what the fidelity grid and the report are drawn with.
+"""Borders and tiles: what the films of the reports are put together from.
 
 Shapes: F frames, H W height and width; all pictures uint8 RGB.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from fractions import Fraction
 
 import numpy as np
+from PIL import Image, ImageDraw
 
 from rawdream_env.types import UInt8Array
-
-GREEN, RED, GREY, AMBER = (46, 160, 67), (218, 54, 51), (139, 148, 158), (210, 153, 34)
-"""Border colours: success, failure, no verdict, flagged by dual-noise verification."""
 
 
 def upscale(frames: UInt8Array, factor: int) -> UInt8Array:
@@ -65,56 +61,9 @@ def grid(cells: Sequence[Sequence[UInt8Array]], gap: int = 2, gap_level: int = 2
 
 def headed(frames: UInt8Array, titles: Sequence[str], height: int = 16) -> UInt8Array:
     """Frames (..., H, W, 3) under a white strip of ``height`` pixels with ``titles`` spread evenly over the width."""
-    from PIL import Image, ImageDraw
-
     strip = Image.new("RGB", (frames.shape[-2], height), "white")
     draw = ImageDraw.Draw(strip)
     for i, title in enumerate(titles):
         draw.text((frames.shape[-2] * i // len(titles) + 2, 2), title, fill="black")
     head = np.broadcast_to(np.asarray(strip, np.uint8), (*frames.shape[:-3], height, frames.shape[-2], 3))
     return np.concatenate([head, frames], axis=-3)
-
-
-def png_bytes(picture: UInt8Array) -> bytes:
-    """One picture (H, W, 3) as PNG."""
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(picture)).save(buffer, format="PNG", optimize=True)
-    return buffer.getvalue()
-
-
-def gif_bytes(frames: UInt8Array, fps: float) -> bytes:
-    """A clip (F, H, W, 3) as a looping GIF with one palette for all frames (no flicker)."""
-    from PIL import Image
-
-    # A palette per frame flickers; one learned from a strip of sample frames does not.
-    sample = frames[:: max(1, len(frames) // 8)]
-    strip = Image.fromarray(np.ascontiguousarray(np.concatenate(list(sample), axis=0)))
-    palette = strip.quantize(colors=255, dither=Image.Dither.NONE)
-    pictures = [
-        Image.fromarray(np.ascontiguousarray(frame)).quantize(palette=palette, dither=Image.Dither.NONE)
-        for frame in frames
-    ]
-    buffer = io.BytesIO()
-    duration_ms = round(1000 / fps)
-    pictures[0].save(buffer, format="GIF", save_all=True, append_images=pictures[1:], duration=duration_ms, loop=0)
-    return buffer.getvalue()
-
-
-def mp4_bytes(frames: UInt8Array, fps: float) -> bytes:
-    """A clip (F, H, W, 3) as H.264 MP4 that every browser plays; odd sizes are padded to even."""
-    import av
-
-    pad = [(0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)]
-    padded = np.pad(frames, pad, mode="edge")
-    buffer = io.BytesIO()
-    with av.open(buffer, mode="w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
-        stream.width, stream.height, stream.pix_fmt = padded.shape[2], padded.shape[1], "yuv420p"
-        # Fixed quality and one thread: the same frames give the same bytes.
-        stream.options = {"crf": "20", "preset": "medium", "threads": "1"}
-        for frame in padded:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
-        container.mux(stream.encode())
-    return buffer.getvalue()

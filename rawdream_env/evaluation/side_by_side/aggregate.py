@@ -8,13 +8,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rawdream_env.evaluation.reporting.provenance import provenance
+from rawdream_env.evaluation.side_by_side.records import EpisodeRecord
 from rawdream_env.evaluation.world_model.fidelity import summarise
 from rawdream_env.statistics import (
     Confusion,
@@ -25,35 +25,11 @@ from rawdream_env.statistics import (
     paired_bootstrap,
     spearman,
 )
-from rawdream_env.types import Outcome
 
 Scores = dict[str, NDArray[np.float64]]
 """Source ("dream", "copy_first", "copy_last") -> scores (F, 4) of one episode's frames, see ``metrics.METRICS``."""
 
 ALL = "all"
-
-
-@dataclass(frozen=True)
-class EpisodeRecord:
-    """Everything kept of one start under one policy; verdicts are 1, 0 or -1 (INVALID), None: not asked."""
-
-    policy: str
-    task: str
-    index: int
-    seed: int
-    simulator: bool
-    simulator_end: bool
-    dream: int
-    second: int | None = None
-    dreamed_actions: bool | None = None
-    dreamed_actions_end: bool | None = None
-    simulator_actions: int | None = None
-    judge_on_simulator: int | None = None
-
-    @property
-    def flagged(self) -> bool:
-        """Dreamed a success that did not repeat."""
-        return self.second == Outcome.FAILURE
 
 
 def aggregate(
@@ -138,8 +114,8 @@ def verification(dreams: Sequence[EpisodeRecord], at_end: bool) -> dict[str, Any
     successes = [r for r in dreams if r.dream == 1]
     if not any(r.second is not None for r in successes):
         return None
-    readable = [r for r in successes if (r.second or 0) >= 0]
-    kept = [r for r in dreams if r.dream == 0 or r.second == 1]
+    readable = [r for r in successes if r.result.verified or r.flagged]
+    kept = [r for r in dreams if r.result.verified]
     acted = all(r.dreamed_actions is not None for r in dreams)
 
     def against(some: Sequence[EpisodeRecord]) -> Confusion:
@@ -147,7 +123,7 @@ def verification(dreams: Sequence[EpisodeRecord], at_end: bool) -> dict[str, Any
         return Confusion.over([r.dream == 1 for r in some], truth)
 
     flagged = against([r for r in readable if r.flagged])
-    repeated, failures = sum(r.second == 1 for r in readable), sum(r.dream == 0 for r in dreams)
+    repeated, failures = sum(r.result.verified for r in readable), sum(r.dream == 0 for r in dreams)
     return {
         "against": "dreamed actions in the simulator" if acted else "closed-loop episode in the simulator",
         "flagged": Rate.over(r.flagged for r in readable).as_dict(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rawdream_env.evaluation.reporting.html import rate_text
+from rawdream_env.evaluation.reporting.numbers import rate_text
 
 
 def table(report: Mapping[str, Any]) -> str:

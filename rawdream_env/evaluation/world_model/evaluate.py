@@ -16,21 +16,19 @@ Paper: RAW-Dream (arXiv 2605.12334), table of world-model fidelity.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rawdream_env.config import parse_positive_int
+from rawdream_env.data.recorded import Recording, episodes_from_dataset
 from rawdream_env.errors import InvalidOptionError
-from rawdream_env.evaluation.reporting import pictures
 from rawdream_env.evaluation.reporting.provenance import provenance
 from rawdream_env.evaluation.world_model.fidelity import (
     Fidelity,
-    RecordedEpisode,
-    episodes_from_dataset,
     evaluate_fidelity,
 )
+from rawdream_env.media import encode_gif, encode_video
 
 if TYPE_CHECKING:
     from rawdream_env.evaluation.world_model.fvd import VideoFeatures
@@ -171,7 +169,7 @@ def _check(config: EvaluateWorldModelConfig) -> None:
     parse_positive_int("batch_size", config.batch_size)
 
 
-def _read(config: EvaluateWorldModelConfig, model: WorldModel) -> tuple[list[RecordedEpisode], list[str]]:
+def _read(config: EvaluateWorldModelConfig, model: WorldModel) -> tuple[list[Recording], list[str]]:
     """Episodes of all folders cut to the horizon, and sentences on what about them to beware of."""
     from rawdream_env.data.reader import LeRobotReader
 
@@ -179,7 +177,7 @@ def _read(config: EvaluateWorldModelConfig, model: WorldModel) -> tuple[list[Rec
         raise InvalidOptionError(
             f"horizon={config.horizon} is less than one chunk; the world model imagines {model.chunk_len} frames at once."
         )
-    found: list[RecordedEpisode] = []
+    found: list[Recording] = []
     notes: list[str] = []
     for folder in config.data:
         recorded = LeRobotReader(folder).frame_shape
@@ -191,16 +189,10 @@ def _read(config: EvaluateWorldModelConfig, model: WorldModel) -> tuple[list[Rec
                 f"{folder} was recorded at {reader.fps:g} frames a second, the world model was trained at {model.fps:g}: "
                 "an action means another motion."
             )
-        found += _cut(episodes_from_dataset(reader, limit=config.episodes or None), config.horizon)
+        found += episodes_from_dataset(reader, limit=config.episodes or None, horizon=config.horizon or None)
     for note in notes:
         _LOGGER.warning(note)
     return found, notes
-
-
-def _cut(episodes: Iterator[RecordedEpisode], horizon: int) -> Iterator[RecordedEpisode]:
-    for episode in episodes:
-        n = horizon or len(episode.actions)
-        yield replace(episode, frames=episode.frames[: n + 1], actions=episode.actions[:n])
 
 
 def _film(fidelity: Fidelity) -> dict[str, bytes]:
@@ -210,6 +202,6 @@ def _film(fidelity: Fidelity) -> dict[str, bytes]:
     side = fidelity.samples[0][0].shape[1]
     scale = -(-128 // side)  # small pictures are enlarged for the film, not for the heavier GIF
     return {
-        "grid.mp4": pictures.mp4_bytes(fidelity.comparison(scale), fidelity.fps),
-        "grid.gif": pictures.gif_bytes(fidelity.comparison(), fidelity.fps),
+        "grid.mp4": encode_video([fidelity.comparison(scale)], fidelity.fps),
+        "grid.gif": encode_gif(fidelity.comparison(), fidelity.fps),
     }

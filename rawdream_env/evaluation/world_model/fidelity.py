@@ -5,8 +5,8 @@ it. PSNR, SSIM and, with an extractor of features, LPIPS are reported per *horiz
 32-64, ... after the start) and over all frames, over the whole picture and over the *moving region*; FVD, with an
 extractor, over the whole picture. Beside them two baselines that know nothing about actions:
 
-- ``copy_first``: the start frame for ever;
-- ``copy_last``: the last *true* frame before the current chunk. It is told the truth every chunk, which the model never
+- ``copy_first``: the start frame, repeated;
+- ``copy_last``: the last *true* frame before the current chunk. It is given the truth every chunk, which the model never
   is, so it is a hard baseline late in an episode; beating it at 0-8 (where both know the same) is the minimum.
 
 Averages are of per-frame values (PSNR capped at 60 dB, about the quantisation noise of 8-bit frames, since a still
@@ -29,20 +29,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rawdream_env.data.recorded import Recording
 from rawdream_env.errors import DatasetError
 from rawdream_env.evaluation.reporting import pictures
 from rawdream_env.evaluation.world_model.ghosting import episode_ghosts, summarise_ghosts
 from rawdream_env.evaluation.world_model.metrics import METRICS, PSNR_CAP_DB, buckets, frame_scores, moving_region
 from rawdream_env.evaluation.world_model.replay import (
     SOURCES,
-    RecordedEpisode,
     action_sensitivity,
+    action_sensitivity_warning,
     background,
     baselines,
-    deafness,
     dream_episodes,
-    episodes_from_dataset,
 )
+from rawdream_env.media import encode_gif, encode_picture
 from rawdream_env.statistics import Estimate, bootstrap_ratio
 from rawdream_env.types import UInt8Array, WorldModel
 
@@ -52,12 +52,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Fidelity",
-    "RecordedEpisode",
     "action_sensitivity",
     "background",
     "compare_episode",
     "dream_episodes",
-    "episodes_from_dataset",
     "evaluate_fidelity",
     "summarise",
 ]
@@ -201,13 +199,13 @@ class Fidelity:
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write_json(folder / "fidelity.json", self.as_dict())
         if self.samples:
-            atomic_write_bytes(folder / "fidelity.png", pictures.png_bytes(self.picture()))
-            atomic_write_bytes(folder / "fidelity.gif", pictures.gif_bytes(self.clip(), self.fps))
+            atomic_write_bytes(folder / "fidelity.png", encode_picture(self.picture(), optimize=True))
+            atomic_write_bytes(folder / "fidelity.gif", encode_gif(self.clip(), self.fps))
 
 
 def evaluate_fidelity(
     world_model: WorldModel,
-    episodes: Iterable[RecordedEpisode],
+    episodes: Iterable[Recording],
     *,
     seed: int = 0,
     batch_size: int = 16,
@@ -219,6 +217,9 @@ def evaluate_fidelity(
     progress: bool = False,
 ) -> Fidelity:
     """Replay ``episodes`` through ``world_model`` and score every frame.
+
+    An episode's frames are forgotten when it is scored: for a data set (``episodes_from_dataset``) memory does not grow
+    with the number of episodes, except by a few kB of scores each.
 
     Args:
         world_model: what is measured.
@@ -247,45 +248,57 @@ def evaluate_fidelity(
         raise DatasetError(f"no episode is at least one chunk ({k} actions) long; collect longer episodes")
     chosen = usable[:sensitivity_episodes] if sensitivity_episodes > 1 else []
     chosen = chosen if len(chosen) > 1 else []
-    chunks = sum(len(e.actions) // k for e in usable)
-    more = 3 * sum(len(e.actions) // k for e in chosen)  # swapped, zeroed, fresh noise
-    with tqdm(total=chunks + more, desc="imagining", unit="chunk", disable=not progress) as bar:
-
-        def tell(count: int) -> None:
-            bar.update(count)
-
-        dreams = list(dream_episodes(world_model, usable, seed=seed, batch_size=batch_size, progress=tell))
-        listens = None
-        if chosen:
-            listens = action_sensitivity(
-                world_model, chosen, seed=seed, batch_size=batch_size, recorded=dreams[: len(chosen)], progress=tell
-            )
     cameras = dict.fromkeys(e.camera for e in usable)
     backgrounds = {camera: background([e for e in usable if e.camera == camera]) for camera in cameras}
-    scores, ghosts = [], []
-    pairs = list(zip(usable, dreams, strict=True))
-    for episode, dream in tqdm(pairs, desc="scoring", unit="episode", disable=not progress):
-        behind = backgrounds[episode.camera]
-        reference = behind if region == "background" else None
-        scores.append(compare_episode(dream, episode.frames, k, reference, frame_features))
-        ghosts.append(episode_ghosts(dream, episode.frames, behind, k))
-    table = summarise(scores, k)
-    overall = _row(scores, 0, max(map(len, dreams)))
-    for row in (*table, overall):
-        row["ghosting"] = summarise_ghosts(ghosts, *row["frames"])
+    longest = max(len(e.actions) // k * k for e in usable)
+    spans = [*buckets(longest, k), (0, longest)]
+    videos = None
     if video_features is not None:
-        from rawdream_env.evaluation.world_model.fvd import add_fvd
+        from rawdream_env.evaluation.world_model.fvd import FrechetVideoDistances
 
-        add_fvd((*table, overall), pairs, k, video_features, progress=progress)
-    shown = [(e.frames[1 : len(d) + 1], d) for e, d in pairs[:samples]]
-    return Fidelity(table, listens, len(usable), world_model.fps, shown, overall, _notes(overall, listens))
+        videos = FrechetVideoDistances(spans, k, video_features)
+    chunks = sum(len(e.actions) // k for e in usable)
+    more = 3 * sum(len(e.actions) // k for e in chosen)  # swapped, zeroed, fresh noise
+    scores, ghosts = [], []
+    dreams: list[UInt8Array] = []  # of the chosen episodes; the others are forgotten once they are scored
+    shown: list[tuple[UInt8Array, UInt8Array]] = []
+    with tqdm(total=chunks + more, desc="imagining", unit="chunk", disable=not progress) as bar:
+
+        def count(chunks: int) -> None:
+            bar.update(chunks)
+
+        replayed = dream_episodes(world_model, usable, seed=seed, batch_size=batch_size, progress=count)
+        for episode, dream in zip(usable, replayed, strict=True):
+            truth, behind = episode.frames, backgrounds[episode.camera]
+            reference = behind if region == "background" else None
+            scores.append(compare_episode(dream, truth, k, reference, frame_features))
+            ghosts.append(episode_ghosts(dream, truth, behind, k))
+            if videos is not None:
+                videos.add(dream, truth)
+            if len(dreams) < len(chosen):
+                dreams.append(dream)
+            if len(shown) < samples:
+                shown.append((truth[1 : len(dream) + 1], dream))
+        sensitivity = None
+        if chosen:
+            sensitivity = action_sensitivity(
+                world_model, chosen, seed=seed, batch_size=batch_size, recorded=dreams, progress=count
+            )
+    *table, overall = [_row(scores, lo, hi) for lo, hi in spans]
+    for i, row in enumerate((*table, overall)):
+        row["ghosting"] = summarise_ghosts(ghosts, *row["frames"])
+        if videos is not None:
+            for source, distance in videos.over(*spans[i]).items():
+                row[source]["fvd"] = distance
+    notes = _notes(overall, sensitivity)
+    return Fidelity(table, sensitivity, len(usable), world_model.fps, shown, overall, notes)
 
 
 def _notes(overall: dict[str, Any], sensitivity: dict[str, Any] | None) -> tuple[str, ...]:
     """What a reader should beware of, a sentence each."""
     from rawdream_env.evaluation.world_model import fvd, lpips
 
-    notes = [deafness(sensitivity)] if sensitivity is not None else []
+    notes = [action_sensitivity_warning(sensitivity)] if sensitivity is not None else []
     if sensitivity is None:
         notes.append(
             "Whether the model listens to its actions is not measured: that swaps actions between two episodes."

@@ -28,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 
 from rawdream_env.errors import CheckpointError
-from rawdream_env.evaluation.world_model.replay import SOURCES, RecordedEpisode, baselines
+from rawdream_env.evaluation.world_model.replay import SOURCES, baselines
 from rawdream_env.statistics import Estimate
 from rawdream_env.types import UInt8Array
 
@@ -121,47 +121,43 @@ def caution(value: Mapping[str, Any]) -> str:
     )
 
 
-def add_fvd(
-    rows: Sequence[dict[str, Any]],
-    pairs: Sequence[tuple[RecordedEpisode, UInt8Array]],
-    chunk_len: int,
-    features: VideoFeatures,
-    *,
-    progress: bool = False,
-) -> None:
-    """Measure FVD for every horizon row of a fidelity table, in place: ``row[source]["fvd"]``.
+class FrechetVideoDistances:
+    """FVD of every horizon span, fed with one episode after the other; only features are kept.
 
     Args:
-        rows: with ``frames`` [lo, hi] and one entry per source, see ``fidelity.summarise``.
-        pairs: (recorded, dream (F, H, W, 3)) episodes.
-        chunk_len: actions in a chunk, for the baseline that is told the last frame before each.
+        spans: frames [lo, hi) after the start.
+        chunk_len: actions in a chunk, for the baseline that is given the last frame before each.
         features: the extractor.
-        progress: show a bar.
     """
-    from tqdm import tqdm
 
-    spans = [tuple(row["frames"]) for row in rows]
-    seen: list[dict[tuple[str, int, int], Float64Array]] = []  # per episode: (source, first, last) -> (1, D)
-    for episode, dream in tqdm(pairs, desc="video features", unit="episode", disable=not progress):
+    def __init__(self, spans: Sequence[tuple[int, int]], chunk_len: int, features: VideoFeatures) -> None:
+        self.spans, self.chunk_len, self.features = spans, chunk_len, features
+        self._lengths: list[int] = []
+        self._seen: list[dict[tuple[str, int, int], Float64Array]] = []  # per episode: (source, first, last) -> (1, D)
+
+    def add(self, dream: UInt8Array, truth: UInt8Array) -> None:
+        """Extract the features of an episode: ``dream`` (F, H, W, 3), ``truth`` (F+1 or more, start first)."""
         n = len(dream)
-        clips = {"truth": episode.frames[1 : n + 1], "dream": dream, **baselines(episode.frames, n, chunk_len)}
-        wanted = sorted({window for lo, hi in spans for window in windows(lo, hi, n)})
+        clips = {"truth": truth[1 : n + 1], "dream": dream, **baselines(truth, n, self.chunk_len)}
+        wanted = sorted({window for lo, hi in self.spans for window in windows(lo, hi, n)})
         keys = [(source, first, last) for source in clips for first, last in wanted]
         found: dict[tuple[str, int, int], Float64Array] = {}
         for length in {last - first for first, last in wanted}:
             group = [key for key in keys if key[2] - key[1] == length]
-            values = features(np.stack([clips[source][first:last] for source, first, last in group]))
+            values = self.features(np.stack([clips[source][first:last] for source, first, last in group]))
             found.update({key: value[None] for key, value in zip(group, values, strict=True)})
-        seen.append(found)
-    for row, (lo, hi) in zip(rows, spans, strict=True):
+        self._lengths.append(n)
+        self._seen.append(found)
+
+    def over(self, lo: int, hi: int) -> dict[str, dict[str, Any]]:
+        """Source -> its FVD over frames [lo, hi)."""
         sides: dict[str, list[Float64Array]] = {}
         for source in ("truth", *SOURCES):
             sides[source] = [
-                np.concatenate([found[source, *w] for w in windows(lo, hi, len(dream))] or [np.empty((0, 0))])
-                for found, (_, dream) in zip(seen, pairs, strict=True)
+                np.concatenate([found[source, *w] for w in windows(lo, hi, n)] or [np.empty((0, 0))])
+                for found, n in zip(self._seen, self._lengths, strict=True)
             ]
-        for source in SOURCES:
-            row[source]["fvd"] = frechet_video_distance(sides["truth"], sides[source])
+        return {source: frechet_video_distance(sides["truth"], sides[source]) for source in SOURCES}
 
 
 class I3DTorchScript:

@@ -8,21 +8,17 @@ Shape letters: B episodes, N actions in an episode, K actions in a chunk, P prop
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rawdream_env.data.recorded import Recording
 from rawdream_env.errors import DatasetError
 from rawdream_env.seeding import NoiseKey
 from rawdream_env.statistics import bootstrap_ratio
 from rawdream_env.types import Float32Array, UInt8Array, WorldModel
-
-if TYPE_CHECKING:
-    from rawdream_env.data.reader import LeRobotReader
 
 Float64Array = NDArray[np.float64]
 
@@ -30,23 +26,10 @@ SOURCES = ("dream", "copy_first", "copy_last")
 """Whose frames are held against the truth: the world model's and those of :func:`baselines`."""
 
 
-@dataclass(frozen=True)
-class RecordedEpisode:
-    """What really happened: ``frames`` uint8 (N+1, H, W, 3), frame t seen before action t; ``actions`` float32 (N, A);
-    ``proprio`` float32 (P,) at the start, or None. Episodes of equal ``camera`` were filmed by the same fixed camera.
-    """
-
-    frames: UInt8Array
-    actions: Float32Array
-    proprio: Float32Array | None = None
-    name: str = ""
-    camera: str = ""
-
-
-def background(episodes: Sequence[RecordedEpisode], samples: int = 200) -> UInt8Array:
+def background(episodes: Sequence[Recording], samples: int = 200) -> UInt8Array:
     """Median picture of a fixed camera over frames spread across the episodes: uint8 (H, W, 3)."""
-    every = max(1, sum(len(e.frames) for e in episodes) // samples)
-    sample = np.concatenate([e.frames[::every] for e in episodes])
+    every = max(1, sum(len(e.actions) + 1 for e in episodes) // samples)
+    sample = np.concatenate([e.frames[::every].copy() for e in episodes])  # a view would hold all frames
     return np.asarray(np.median(sample, axis=0).astype(np.uint8))
 
 
@@ -60,7 +43,7 @@ def baselines(truth: UInt8Array, frames: int, chunk_len: int) -> dict[str, UInt8
 
 def dream_episodes(
     world_model: WorldModel,
-    episodes: Sequence[RecordedEpisode],
+    episodes: Sequence[Recording],
     *,
     seed: int = 0,
     draw: int = 0,
@@ -103,13 +86,15 @@ def dream_episodes(
                     imagined[r].append(clip)
                 if progress is not None:
                     progress(len(rows))
-        for clips, episode in zip(imagined, batch, strict=True):
-            yield np.concatenate(clips) if clips else np.empty((0, *episode.frames.shape[1:]), np.uint8)
+        nothing = np.empty((0, *frames.shape[1:]), np.uint8)
+        for row, clips in enumerate(imagined):
+            imagined[row] = []  # a dream that was passed on is not kept
+            yield np.concatenate(clips) if clips else nothing
 
 
 def action_sensitivity(
     world_model: WorldModel,
-    episodes: Sequence[RecordedEpisode],
+    episodes: Sequence[Recording],
     *,
     seed: int = 0,
     batch_size: int = 16,
@@ -176,17 +161,7 @@ def action_sensitivity(
     return result
 
 
-def episodes_from_dataset(
-    reader: LeRobotReader, indices: Iterable[int] | None = None, limit: int | None = None
-) -> Iterator[RecordedEpisode]:
-    """Recorded episodes of a data set; ``indices`` (say, the held-out ones) or all, at most ``limit``."""
-    for index in itertools.islice(range(len(reader)) if indices is None else indices, limit):
-        episode = reader.episode(index)
-        name = f"{index}: {episode.task}"
-        yield RecordedEpisode(episode.frames, episode.actions, episode.state[0], name, str(reader.root))
-
-
-def deafness(sensitivity: Mapping[str, Any]) -> str:
+def action_sensitivity_warning(sensitivity: Mapping[str, Any]) -> str:
     """One sentence when the world model cannot be seen to listen to its actions (see :func:`action_sensitivity`), else
     the empty string.
     """

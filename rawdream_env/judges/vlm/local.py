@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rawdream_env.errors import CheckpointError, MissingDependencyError
-from rawdream_env.judges.base import Timer, check_pairs, invalid, read_json
+from rawdream_env.files import read_json
+from rawdream_env.judges.base import Timer, check_pairs, invalid
 from rawdream_env.judges.verdict import verdict_of
 from rawdream_env.judges.vlm import prompt
 from rawdream_env.judges.vlm.config import VLMLocalConfig
@@ -224,7 +225,4 @@ def fitted_size(count: int, height: int, width: int, pixels: tuple[int, int] = _
 
 
 def _json(path: Path) -> dict[str, Any]:
-    value = read_json(path, f"is {path.parent} a Qwen3-VL checkpoint?")
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is no JSON object; is {path.parent} a Qwen3-VL checkpoint?")
-    return value
+    return read_json(path, "give the folder of a Qwen3-VL checkpoint")

@@ -14,7 +14,6 @@ Shape letters: F frames of the video, N frames chosen (even), H W image size, RG
 from __future__ import annotations
 
 import base64
-import io
 import unicodedata
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,6 +22,7 @@ import numpy as np
 
 from rawdream_env.judges.base import checked_frames, checked_instruction
 from rawdream_env.judges.verdict import ANSWERS, KEYS
+from rawdream_env.media import encode_picture
 from rawdream_env.text import clean_instruction
 from rawdream_env.types import UInt8Array
 
@@ -134,17 +134,8 @@ def encode_frames(frames: UInt8Array, encoding: Encoding = "jpeg", quality: int 
     """Every frame (H, W, 3) as a picture file: JPEG (4:4:4, so that small coloured objects keep their colour) or PNG
     (exact, about five times larger).
     """
-    from PIL import Image
-
-    pictures = []
-    for frame in frames:
-        buffer = io.BytesIO()
-        if encoding == "png":
-            Image.fromarray(frame).save(buffer, "PNG", compress_level=1)
-        else:
-            Image.fromarray(frame).save(buffer, "JPEG", quality=quality, subsampling=0)
-        pictures.append(buffer.getvalue())
-    return pictures
+    options = {"compress_level": 1} if encoding == "png" else {"quality": quality, "subsampling": 0}
+    return [encode_picture(frame, encoding, **options) for frame in frames]
 
 
 def video_url(pictures: list[bytes]) -> str:

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from rawdream_env.world_models.wan.attention import KeyValues, PromptKeys, Rope, frame_mask, rope_tables, rotate
-from rawdream_env.world_models.wan.transformer import Condition, WanWorldModelTransformer
+from rawdream_env.world_models.wan.blocks import Condition
+from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer
 
 ContextCache = Literal["step", "none", "rolling"]
 
@@ -85,13 +86,14 @@ class ChunkDenoiser:
     def __init__(
         self,
         model: WanWorldModelTransformer,
-        constants: ConditionCache,
+        condition_cache: ConditionCache,
         context: Context,
         conditions: Tensor,
         maps: Tensor,
-        reuse: ContextCache = "step",
+        context_cache: ContextCache = "step",
     ) -> None:
-        self.model, self.constants, self.context, self.maps, self.reuse = model, constants, context, maps, reuse
+        self.model, self.context, self.maps = model, context, maps
+        self.condition_cache, self.context_cache = condition_cache, context_cache
         arch, device = model.arch, context.frames.device
         self.n, g, p = context.frames.shape[1], arch.chunk_latents, arch.tokens_per_frame
         self.base = context.frames[:, -1:].expand(-1, g, -1, -1, -1)
@@ -100,7 +102,7 @@ class ChunkDenoiser:
         self.causal = torch.ones(self.n + g, self.n + g, dtype=torch.bool).tril()
         self.mask_new = frame_mask(self.causal[self.n :], p, device)
         self.cache: tuple[Tensor, ...] = ()
-        self.keys_values = None if reuse == "none" else self._context_keys()
+        self.keys_values = None if context_cache == "none" else self._context_keys()
 
     def _positions(self, device: torch.device) -> Rope:
         """Rotary tables of all frames: (L, Dh/2), or (B, 1, L, Dh/2) when rows have come to different times."""
@@ -130,10 +132,10 @@ class ChunkDenoiser:
         given = c.conditions[:, frames] if rows is None else c.conditions[rows][:, frames]
         if frames.start == 0:
             chosen = range(len(c.anchor_level)) if rows is None else rows.tolist()
-            return self.constants.times([c.anchor_level[i] for i in chosen]) + self.model.condition_embedder.action(
-                given
-            )
-        return self.constants.time(c.level) + self.model.condition_embedder.action(given)
+            return self.condition_cache.times(
+                [c.anchor_level[i] for i in chosen]
+            ) + self.model.condition_embedder.action(given)
+        return self.condition_cache.time(c.level) + self.model.condition_embedder.action(given)
 
     def _pass(self, rows: Tensor | None, frames: slice, before: KeyValues | None) -> KeyValues:
         """Keys (not rotated) and values of some context frames that see ``before`` (rotated) and, causally, themselves."""
@@ -143,7 +145,7 @@ class ChunkDenoiser:
         tokens, _ = self.model.embed(pictures, None, maps, condition)
         visible = self.causal[frames, : frames.stop]
         mask = frame_mask(visible, arch.tokens_per_frame, tokens.device)
-        prompt = self.constants.prompt
+        prompt = self.condition_cache.prompt
         return self.model.run_blocks(tokens, condition, self._rope(frames), mask, before, prompt, keys_only=True)[1]
 
     def _context_keys(self) -> KeyValues:
@@ -156,11 +158,11 @@ class ChunkDenoiser:
         ]
         recent, p = n - 1, arch.tokens_per_frame
         if not recent:
-            if self.reuse == "rolling":
+            if self.context_cache == "rolling":
                 self.cache = self._pad([(k[:, :, :0], v[:, :, :0]) for k, v in anchor])
             return anchor
         kept: KeyValues = []
-        if self.reuse == "rolling":
+        if self.context_cache == "rolling":
             old = recent - arch.chunk_latents
             cached = self.context.cache
             size = cached[0].shape[2]
@@ -170,7 +172,7 @@ class ChunkDenoiser:
             old = 0
         before = _joined(anchor, list(kept), self._rope(slice(1, 1 + old))) if old else anchor
         new = self._pass(None, slice(1 + old, n), before)
-        if self.reuse == "rolling":
+        if self.context_cache == "rolling":
             joined = [(torch.cat([k0, k1], 2), torch.cat([v0, v1], 2))
                       for (k0, v0), (k1, v1) in zip(kept, new, strict=True)]  # fmt: skip
             self.cache = self._pad(joined)
@@ -183,8 +185,8 @@ class ChunkDenoiser:
 
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
         """``x`` (B, G, C, H, W) at noise level ``sigma`` -> the clean sample expected from it."""
-        model, prompt = self.model, self.constants.prompt
-        condition = self.constants.time(sigma) + self.action
+        model, prompt = self.model, self.condition_cache.prompt
+        condition = self.condition_cache.time(sigma) + self.action
         tokens, stem = model.embed(x, self.base, self.maps, condition)
         if self.keys_values is not None:
             rope = self._rope(slice(self.n, None))

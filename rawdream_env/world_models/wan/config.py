@@ -45,7 +45,7 @@ class WanConfig:
     """Commanded-pose dimensions added to the action condition; 0 for actions alone, as in the paper."""
     arm_map_channels: int = 0
     """Channels of the arm map at latent resolution, per latent frame; 0 for none."""
-    carry: bool = False
+    warp_last_frame: bool = False
     """Show each new frame the last context frame shifted with the tool, to its first and last video frame, beside the
     shift itself (4 more map channels, then 2 C of picture); needs the arm map and ``residual``."""
     stem_channels: int = 96
@@ -76,8 +76,8 @@ class WanConfig:
 
     @property
     def map_channels(self) -> int:
-        """Channels of the map tensor: the arm map and, with ``carry``, the tool's motion."""
-        return self.arm_map_channels + (MOTION_CHANNELS if self.carry else 0)
+        """Channels of the map tensor: the arm map and, with ``warp_last_frame``, the tool's motion."""
+        return self.arm_map_channels + (MOTION_CHANNELS if self.warp_last_frame else 0)
 
     @property
     def chunk_len(self) -> int:
@@ -100,12 +100,14 @@ class WanConfig:
             raise ValueError(f"latent_shape {self.latent_shape} is not a multiple of patch_size {self.patch_size}")
         if self.attention_head_dim % 2:
             raise ValueError(f"attention_head_dim {self.attention_head_dim} is odd: rotary positions need pairs")
-        if self.carry and not (self.residual and self.arm_map_channels):
-            raise ValueError("carry shifts the last context frame with the arm: it needs residual and arm_map_channels")
+        if self.warp_last_frame and not (self.residual and self.arm_map_channels):
+            raise ValueError(
+                "warp_last_frame needs residual and arm_map_channels: it shifts the last context frame with the arm"
+            )
 
 
 WAN_CONFIGS: dict[str, WanConfig] = {
-    "embedded": WanConfig(arm_map_channels=384, carry=True),
+    "embedded": WanConfig(arm_map_channels=384, warp_last_frame=True),
     "wan2.1-1.3b": WanConfig(
         latent_shape=(16, 32, 32),
         num_layers=30,

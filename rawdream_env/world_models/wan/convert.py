@@ -22,9 +22,9 @@ from torch import Tensor
 from tyro.conf import Positional
 
 from rawdream_env.errors import CheckpointError
-from rawdream_env.files import check_weights, load_tensors
+from rawdream_env.files import check_weights, load_tensors, read_json
 from rawdream_env.world_models.loading import save_world_model
-from rawdream_env.world_models.pretrained import read_folder, read_json
+from rawdream_env.world_models.pretrained import read_folder
 from rawdream_env.world_models.wan.config import PROMPT_ROWS, WanConfig, wan_config
 from rawdream_env.world_models.wan.rollout import WAN_ROLLOUT, WanWorldModel
 from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer
@@ -57,25 +57,6 @@ _PREFIX = "model.diffusion_model."  # of files that hold a whole pipeline
 def _added(name: str) -> bool:
     """Whether a tensor is ours, not Wan's."""
     return name.startswith(("condition_embedder.action_", "prompt_"))
-
-
-def to_diffusers(state: Tensors) -> dict[str, Tensor]:
-    """Our transformer's tensors -> those of diffusers' ``WanTransformer3DModel``; actions and prompt are left out."""
-    wan = {name: tensor for name, tensor in state.items() if not _added(name)}
-    wan["patch_embedding.weight"] = wan["patch_embedding.weight"].unsqueeze(2)  # a temporal patch of 1
-    return wan
-
-
-def to_original(state: Tensors) -> dict[str, Tensor]:
-    """Our transformer's tensors -> those of Wan's own release."""
-    out = {}
-    for name, tensor in to_diffusers(state).items():
-        new = re.sub(r"(^|\.)scale_shift_table$", r"\1modulation", name)
-        new = "head.modulation" if new == "modulation" else new
-        for ours, theirs in ORIGINAL_NAMES:
-            new = new.replace(ours, theirs)
-        out[new] = tensor
-    return out
 
 
 def from_original(tensors: Tensors) -> dict[str, Tensor]:

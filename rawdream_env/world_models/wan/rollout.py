@@ -21,13 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from rawdream_env.errors import InvalidActionError
-from rawdream_env.piper.arm_map import ArmMap, ArmMapConfig, draw_maps
+from rawdream_env.robots import ArmMapConfig
 from rawdream_env.seeding import NoiseKey, keyed_normal
 from rawdream_env.world_models.autoencoders import FRAMES_PER_LATENT, FrameCodec
-from rawdream_env.world_models.memory import fit_rollout, require_weights
+from rawdream_env.world_models.memory import module_bytes, require_memory, rollout_memory, rows_that_fit
 from rawdream_env.world_models.sampler import sample_flow
 from rawdream_env.world_models.wan.chunk import ChunkDenoiser, ConditionCache, Context, ContextCache
 from rawdream_env.world_models.wan.dream_state import DreamState
+from rawdream_env.world_models.wan.kinematics import draw_maps, load_kinematics
 from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer
 
 LATENT_STREAM, CONTEXT_STREAM, ANCHOR_STREAM = 0, 1, 2
@@ -78,10 +79,11 @@ class WanWorldModel:
         transformer: the denoiser.
         autoencoder: frames to latents and back.
         config: rollout settings.
-        reuse: which keys and values are computed again, see ``chunk.py``. "step" is exact, "none" its slow equal,
-            "rolling" the named approximation.
-        micro_batch: rows that are denoised, encoded or decoded at once, to bound the memory for activations; 0: all, or
-            after ``prepare`` as many as fit.
+        robot: name of the robot whose kinematics turn actions into poses and maps; empty: the default robot.
+        context_cache: which keys and values of the context are kept, see ``chunk.py``. "step" is exact, "none" its slow
+            equal, "rolling" the named approximation.
+        micro_batch_size: rows that are denoised, encoded or decoded at once, to bound the memory for activations; 0: all,
+            or after ``prepare`` as many as fit.
     """
 
     def __init__(
@@ -90,16 +92,17 @@ class WanWorldModel:
         autoencoder: FrameCodec,
         config: RolloutConfig = RolloutConfig(),
         *,
-        reuse: ContextCache = "step",
-        micro_batch: int = 0,
+        robot: str = "",
+        context_cache: ContextCache = "step",
+        micro_batch_size: int = 0,
     ) -> None:
         transformer.eval().requires_grad_(False)
         self.transformer = transformer
         cast(nn.Module, autoencoder).eval().requires_grad_(False)
         self.autoencoder = autoencoder
         self.config = config
-        self.reuse: ContextCache = reuse
-        self.micro_batch = micro_batch
+        self.context_cache: ContextCache = context_cache
+        self.micro_batch_size = micro_batch_size
         self._fitting = 0
         arch = transformer.arch
         self.chunk_len = arch.chunk_len
@@ -112,7 +115,12 @@ class WanWorldModel:
             )
         if config.max_time <= arch.context_latents:
             raise ValueError(f"max_time {config.max_time} must exceed context_latents {arch.context_latents}")
-        self._arm_map = ArmMap(config.arm_map) if config.arm_map is not None else None
+        self.robot = robot
+        self._arm_map = load_kinematics(robot, config.arm_map)
+        if self._arm_map is not None and arch.pose_dim not in (0, self._arm_map.state_dim):
+            raise ValueError(
+                f"the transformer takes {arch.pose_dim} pose dimensions, robot {robot!r} has {self._arm_map.state_dim}"
+            )
         self._condition_cache = ConditionCache(transformer)
         self._rowwise: set[str] = set()
         self._verified: set[tuple[str, int]] = set()
@@ -131,27 +139,31 @@ class WanWorldModel:
             NotEnoughMemoryError: the weights do not fit there; nothing has been moved.
         """
         if torch.device(device) != self.device:
-            require_weights((self.transformer, cast(nn.Module, self.autoencoder)), dtype, torch.device(device))
+            weights = module_bytes((self.transformer, cast(nn.Module, self.autoencoder)), dtype)
+            require_memory({"weights": weights}, device, "The world model", "use dtype='bfloat16' or a larger device")
         self.transformer.to(device, dtype)
         cast(nn.Module, self.autoencoder).to(device, dtype)
         self._condition_cache = ConditionCache(self.transformer)
         return self
 
     def prepare(self, num_envs: int) -> None:
-        """Look whether ``num_envs`` episodes fit into the memory that is free, before the first of them is begun.
+        """Check that ``num_envs`` episodes fit into the memory that is free, before the first of them begins.
+
+        With ``micro_batch_size`` 0 as many rows are computed at once as fit.
 
         Raises:
-            NotEnoughMemoryError: they do not; says what needs how much. With ``micro_batch`` 0 fewer rows at once are tried
-                first.
+            NotEnoughMemoryError: they do not fit.
         """
-        dtype = self.transformer.proj_out.weight.dtype
-        arch, device = self.transformer.arch, self.device
-        rows = fit_rollout(arch, self.autoencoder, num_envs, dtype, self.reuse, device, self.micro_batch)
+        arch, dtype, cache = self.transformer.arch, self.transformer.proj_out.weight.dtype, self.context_cache
+        rows = self.micro_batch_size or rows_that_fit(arch, self.autoencoder, num_envs, dtype, cache, self.device)
+        parts = rollout_memory(arch, self.autoencoder, num_envs, rows, dtype, cache)
+        advice = "use fewer environments, a smaller micro_batch_size or dtype='bfloat16'"
+        require_memory(parts, self.device, f"Imagining {num_envs} episodes, {rows} at a time,", advice)
         self._fitting = rows if rows < num_envs else 0
 
     @torch.no_grad()
     def start(self, frames: Tensor, keys: Sequence[NoiseKey], proprio: Tensor | None = None) -> DreamState:
-        """Begin B episodes. ``frames`` uint8 (B, H, W, 3); ``proprio`` (B, 7) commanded pose, needed with an arm
+        """Begin B episodes. ``frames`` uint8 (B, H, W, 3); ``proprio`` (B, P) commanded pose, needed with an arm
         map.
         """
         frames = torch.as_tensor(frames)
@@ -163,12 +175,16 @@ class WanWorldModel:
         if len(keys) != len(frames):
             raise ValueError(f"{len(frames)} start frames but {len(keys)} noise keys")
         arch = self.transformer.arch
-        if proprio is None:
-            if arch.pose_dim:
-                raise ValueError(
-                    "this world model draws the arm from its pose: give proprio (B, 7) with the start frames"
-                )
-            proprio = torch.zeros(len(frames), 7)
+        width = (
+            7 if self._arm_map is None else self._arm_map.state_dim
+        )  # zeros are part of the name of the anchor's noise
+        if proprio is None and not arch.pose_dim:
+            proprio = torch.zeros(len(frames), width)
+        if proprio is None or (self._arm_map is not None and tuple(proprio.shape) != (len(frames), width)):
+            raise ValueError(
+                f"this world model draws the arm from its pose: give proprio {(len(frames), width)} with the start "
+                f"frames, got {None if proprio is None else tuple(proprio.shape)}"
+            )
         pose = torch.as_tensor(proprio, dtype=torch.float32).cpu()
         frames = frames.to(self.device)
         codec, (b, r) = self.autoencoder, (len(frames), arch.context_latents)
@@ -190,7 +206,7 @@ class WanWorldModel:
             chunks=(0,) * b,
             anchors=tuple(_name(frame, own) for frame, own in zip(frames.cpu(), pose, strict=True)),
             decoder=decoder,
-            cache=tuple(cache) if self.reuse == "rolling" else (),
+            cache=tuple(cache) if self.context_cache == "rolling" else (),
         )
 
     @torch.no_grad()
@@ -252,7 +268,7 @@ class WanWorldModel:
         last rows are compared with those rows computed alone; if they differ on this machine, rows are computed one by
         one from then on, wherever ``what`` is done.
         """
-        at_once = self.micro_batch or self._fitting
+        at_once = self.micro_batch_size or self._fitting
         if 0 < at_once < n:
             whole: tuple[Tensor, ...] = ()
             for first in range(0, n, at_once):
@@ -264,9 +280,9 @@ class WanWorldModel:
 
                 parts = self._by_rows(what, size, some)
                 whole = whole or tuple(part.new_empty(n, *part.shape[1:]) for part in parts)
-                for target, part in zip(whole, parts, strict=True):
-                    target[first : first + size] = part
-                del parts, part  # or they would be alive beside the next ones
+                for i, target in enumerate(whole):
+                    target[first : first + size] = parts[i]
+                del parts  # or they would be alive beside the next ones
             return whole
         everything = slice(None)
         weight = self.transformer.patch_embedding.weight
@@ -313,7 +329,7 @@ class WanWorldModel:
             [self._time(chunk) for chunk in state.chunks],
             state.cache,
         )
-        evaluate = ChunkDenoiser(self.transformer, self._condition_cache, context, conditions, maps, self.reuse)
+        evaluate = ChunkDenoiser(self.transformer, self._condition_cache, context, conditions, maps, self.context_cache)
         noise = keyed_normal(keys, (arch.chunk_latents, *shape), LATENT_STREAM).to(device)
         return sample_flow(evaluate, noise, c.num_inference_steps, c.shift), *evaluate.cache
 
@@ -340,7 +356,7 @@ class WanWorldModel:
         if self._arm_map is None:
             return torch.zeros(*poses.shape[:2], 0, h, w, device=self.device)
         before = reference[:, None].expand(-1, poses.shape[1], -1)
-        return draw_maps(self._arm_map, poses, before, (h, w), carry=arch.carry).to(self.device)
+        return draw_maps(self._arm_map, poses, before, (h, w), motion=arch.warp_last_frame).to(self.device)
 
 
 def _name(frame: Tensor, pose: Tensor) -> int:

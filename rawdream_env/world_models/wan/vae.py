@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rawdream_env.errors import CheckpointError, InvalidOptionError
-from rawdream_env.files import atomic_write_json, check_weights, load_tensors, save_safetensors
+from rawdream_env.files import atomic_write_json, check_weights, load_tensors, read_json, save_safetensors
 from rawdream_env.world_models.autoencoders import DecoderState, check_frames, check_latents
-from rawdream_env.world_models.pretrained import WEIGHTS, read_folder, read_json
+from rawdream_env.world_models.pretrained import WEIGHTS, read_folder
 
 SPATIAL_STRIDE = 8
 ORIGINAL_BASE_DIM = 96
@@ -184,11 +184,6 @@ class WanVAE(nn.Module):
         weight = self.vae.post_quant_conv.weight
         assert isinstance(weight, Tensor)
         return weight.dtype
-
-
-def to_original_layout(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of an ``AutoencoderKLWan`` under the names of Wan's own single file."""
-    return {original_name(name): tensor for name, tensor in tensors.items()}
 
 
 def original_name(name: str) -> str:

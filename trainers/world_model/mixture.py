@@ -1,11 +1,11 @@
-"""Read latent caches by the row, and mix several of them into training batches.
+"""Mix several latent caches into training batches.
 
-Every data set keeps its own action statistics: a unit of "right" is another distance on another robot, and one set of
-bounds over all would squeeze most of them into a corner of [-1, 1]. Which were used is saved with the checkpoint, and a
-rollout names the entry whose statistics it acts by.
+Every data set keeps its own action statistics: the same number is another distance on another robot, and one set of bounds
+over all would squeeze most of them into a corner of [-1, 1]. The statistics are saved with the checkpoint, and a rollout
+uses those of one entry.
 
-A batch is a pure function of the generator it is drawn with, whatever was drawn before: a trainer that makes the
-generator from ``mix(seed, step, rank)`` can name any batch and draw it again.
+A batch is a pure function of the generator it is drawn with: a trainer that makes the generator from ``mix(seed, step)``
+can draw any batch again.
 
 Shape letters: B batch, K actions in a chunk, G = K / 4 latents in a chunk, T chunks of an episode, M latents of a window,
 C h w latent, A action dims, P state dims.
@@ -21,141 +21,24 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rawdream_env.data import schema
 from rawdream_env.errors import DatasetError
 from rawdream_env.files import atomic_write_json
-from rawdream_env.trainers.world_model.latent_cache import read_index, verify_shard
+from rawdream_env.trainers.world_model.latent_dataset import LatentDataset, QuantileBounds
 from rawdream_env.types import Float32Array
 from rawdream_env.world_models.autoencoders import FRAMES_PER_LATENT
-
-QuantileBounds = tuple[NDArray[np.float64], NDArray[np.float64]]
-"""The quantiles q01 and q99 of every action dimension, (A,) each."""
 
 
 def normalise_actions(actions: Float32Array, low: NDArray[np.float64], high: NDArray[np.float64]) -> Float32Array:
     """Raw actions (..., A) so that [low, high] becomes [-1, 1], clipped (paper, section 3.1).
 
-    A dimension that never moves (high = low) becomes 0: there is nothing to tell apart.
+    A dimension that never moves (high = low) becomes 0.
     """
     width = high - low
     still = width < 1e-6
     scaled = (actions - low) / np.where(still, 1.0, width) * 2 - 1
     return np.where(still, 0.0, scaled).clip(-1, 1).astype(np.float32)
-
-
-@dataclass(frozen=True)
-class LatentWindow:
-    """Consecutive chunks of one episode, as they are in the cache.
-
-    ``anchor`` fp16 (C, h, w): the frame before the window as a still; ``latents`` fp16 (M, C, h, w); ``actions`` fp32
-    (4 M, A), raw; ``poses`` fp32 (4 M + 1, P), before each action and after the last; ``focus`` uint8 (M, h, w) or None.
-    """
-
-    anchor: Tensor
-    latents: Tensor
-    actions: Tensor
-    poses: Tensor
-    focus: Tensor | None
-
-
-class LatentDataset:
-    """A finished latent cache. Only the rows that are asked for are read; a shard is checked when it is first opened.
-
-    Args:
-        folder: what ``cache_latents`` returned.
-        verify: compare every shard with its SHA-256 at its first use (reads it once, about 0.2 s for 256 MB).
-
-    Attributes:
-        chunks: int64 (E,), whole chunks of each episode; episodes: int64 (E,), their numbers in the data set.
-        index: ``index.json``. latent_shape: (C, h, w). chunk_len, action_dim, pose_dim: K, A, P.
-
-    Raises:
-        DatasetError: no cache, an unfinished one, or a missing or damaged shard.
-    """
-
-    def __init__(self, folder: str | Path, *, verify: bool = True) -> None:
-        self.folder, self.verify = Path(folder), verify
-        self.index = read_index(self.folder)
-        shards: list[dict[str, Any]] = self.index["shards"]
-        if not self.index["complete"]:
-            raise DatasetError(
-                f"{folder} is an unfinished latent cache ({sum(len(s['episodes']) for s in shards)} episodes so far). "
-                "Run the command that began it again: it goes on where it stopped."
-            )
-        self.chunks = np.concatenate([s["chunks"] for s in shards]).astype(np.int64)
-        self.episodes = np.concatenate([s["episodes"] for s in shards]).astype(np.int64)
-        self.latent_shape: tuple[int, int, int] = tuple(self.index["latent_shape"])
-        self.chunk_len, self.action_dim, self.pose_dim = (
-            int(self.index[name]) for name in ("chunk_len", "action_dim", "pose_dim")
-        )
-        self._shard = np.repeat(np.arange(len(shards)), [len(s["chunks"]) for s in shards])
-        # Chunks and episodes before each episode in its own shard: where its rows begin.
-        self._before = np.concatenate([np.cumsum(s["chunks"]) - s["chunks"] for s in shards]).astype(np.int64)
-        self._place = np.concatenate([np.arange(len(s["chunks"])) for s in shards])
-        self._files: dict[int, Any] = {}
-
-    def __len__(self) -> int:
-        """The number of episodes E."""
-        return len(self.chunks)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Open files stay behind when a dataset is sent to a worker process."""
-        return self.__dict__ | {"_files": {}}
-
-    @property
-    def bounds(self) -> QuantileBounds:
-        """The data set's own action quantiles q01 and q99."""
-        low, high = (np.asarray(self.index["statistics"][name], np.float64) for name in ("q01", "q99"))
-        return low, high
-
-    def still(self, episode: int, boundary: int) -> Tensor:
-        """The frame at chunk boundary 0 ... T of an episode, encoded as a picture: fp16 (C, h, w)."""
-        row = int(self._before[episode] + self._place[episode]) + boundary
-        return self._rows(episode, "stills", row, row + 1)[0]
-
-    def pose(self, episode: int, boundary: int) -> Tensor:
-        """The state at chunk boundary 0 ... T of an episode: fp32 (P,)."""
-        row = self._first_pose(episode) + boundary * self.chunk_len
-        return self._rows(episode, "poses", row, row + 1)[0]
-
-    def window(self, episode: int, first_chunk: int, num_chunks: int) -> LatentWindow:
-        """The chunks ``first_chunk`` ... ``first_chunk + num_chunks - 1`` of an episode in [0, E)."""
-        if first_chunk < 0 or num_chunks < 1 or first_chunk + num_chunks > self.chunks[episode]:
-            raise IndexError(
-                f"chunks {first_chunk} to {first_chunk + num_chunks - 1} of an episode of {self.chunks[episode]}"
-            )
-        k, g = self.chunk_len, self.chunk_len // FRAMES_PER_LATENT
-        begin = int(self._before[episode]) + first_chunk
-        end = begin + num_chunks
-        pose = self._first_pose(episode) + first_chunk * k
-        return LatentWindow(
-            anchor=self.still(episode, first_chunk),
-            latents=self._rows(episode, "latents", begin * g, end * g),
-            actions=self._rows(episode, "actions", begin * k, end * k),
-            poses=self._rows(episode, "poses", pose, pose + num_chunks * k + 1),
-            focus=self._rows(episode, "focus", begin * g, end * g) if self.index["focus"] else None,
-        )
-
-    def _first_pose(self, episode: int) -> int:
-        return int(self._before[episode]) * self.chunk_len + int(self._place[episode])
-
-    def _rows(self, episode: int, name: str, begin: int, end: int) -> Tensor:
-        number = int(self._shard[episode])
-        shard = self.index["shards"][number]
-        try:
-            if number not in self._files:
-                path = verify_shard(self.folder, shard) if self.verify else self.folder / shard["file"]
-                self._files[number] = safe_open(path, framework="pt")
-            rows: Tensor = self._files[number].get_slice(name)[begin:end]
-        except (SafetensorError, OSError) as error:
-            raise DatasetError(
-                f"{self.folder / shard['file']} is missing or damaged ({error}). Copy it again, or delete the folder and "
-                "cache the data again."
-            ) from error
-        return rows
 
 
 @dataclass(frozen=True)
@@ -167,7 +50,7 @@ class MixtureEntry:
     weight: float = 1.0
     """Its share of the draws is its weight over the sum of weights, however large it is."""
     name: str = ""
-    """What it is called in the saved statistics; by default the folder's name."""
+    """Its name in the saved statistics; by default the folder's name."""
 
     @property
     def label(self) -> str:
@@ -262,7 +145,7 @@ class Mixture:
         }
 
     def save_statistics(self, path: str | Path) -> None:
-        """Write the action statistics of all entries, for the checkpoint; ``load_bounds`` reads them."""
+        """Write the action statistics of all entries, for the checkpoint."""
         atomic_write_json(path, self.statistics())
 
     def draw(
@@ -345,16 +228,3 @@ class Mixture:
         before = torch.zeros(self.pose_dim)
         before[: dataset.pose_dim] = window.poses[0]
         return torch.cat([still[None], window.latents]).float(), actions, poses, before, focus
-
-
-def load_bounds(path: str | Path, name: str = "") -> QuantileBounds:
-    """The action bounds q01 and q99 of one entry of a file that ``Mixture.save_statistics`` wrote.
-
-    Raises:
-        DatasetError: no such file or entry; ``name`` may be left out only where there is one.
-    """
-    entries = schema.read_json(Path(path))
-    if name not in entries and (name or len(entries) != 1):
-        raise DatasetError(f"{path} has no action statistics of {name!r}; name one of {sorted(entries)}.")
-    entry = entries[name or next(iter(entries))]
-    return np.asarray(entry["q01"], np.float64), np.asarray(entry["q99"], np.float64)

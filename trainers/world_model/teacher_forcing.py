@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from rawdream_env.world_models.wan.attention import rope_tables, rotate, token_mask
-from rawdream_env.world_models.wan.transformer import Condition, WanWorldModelTransformer
+from rawdream_env.world_models.wan.blocks import Condition
+from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,168 @@
+"""Write a data set shard by shard, in this process or in several, so that it can be interrupted and resumed.
+
+Episode i depends on its number alone, so the files do not depend on the number of workers nor on interruptions. A shard
+of ``episodes_per_shard`` episodes is written whole or not at all; running the same command again writes the missing ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from rawdream_env.data import schema
+from rawdream_env.data.lerobot import EpisodeData, ShardWriter
+from rawdream_env.data.parallel import run_pieces
+from rawdream_env.errors import DatasetError, RawDreamError
+from rawdream_env.files import atomic_write_json
+
+FINALIZE_EVERY = 32
+"""Shards after which the metadata are written, so that training can start on an unfinished data set."""
+
+
+class EpisodeSource(Protocol):
+    """Makes the episodes of a data set by their number.
+
+    Light to make and to pickle: what is heavy (a simulator, a policy) opens at the first episode, in its own process.
+    """
+
+    @property
+    def fps(self) -> float:
+        """Frames per second."""
+        ...
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, 3) of the frames."""
+        ...
+
+    @property
+    def features(self) -> schema.Features:
+        """Numeric columns (``schema.numeric_feature``): state, action, and ``privileged.`` ones where there are any."""
+        ...
+
+    @property
+    def instructions(self) -> Sequence[str]:
+        """The instructions of all episodes, each once."""
+        ...
+
+    @property
+    def robot_type(self) -> str | None:
+        """Name of the robot, for ``info.json``."""
+        ...
+
+    def steps(self, index: int) -> int:
+        """Actions of episode ``index``, known before it is made."""
+        ...
+
+    def __call__(self, index: int) -> EpisodeData:
+        """Episode ``index``, whatever was made before it."""
+        ...
+
+    def close(self) -> None:
+        """Free what was opened."""
+        ...
+
+
+def claim_folder(out: str | Path, config_path: str, settings: Mapping[str, Any], done: str) -> None:
+    """Store the ``settings`` of a data set (JSON values) in its folder, or compare them with those stored.
+
+    Raises:
+        DatasetError: the folder holds a data set of other settings, or one that was not ``done`` ("collected") here.
+    """
+    path = Path(out) / config_path
+    if not path.exists():
+        if (Path(out) / schema.INFO_PATH).exists():
+            raise DatasetError(f"{out} holds a data set that was not {done} here. Give another folder.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_json(path, dict(settings))
+        return
+    stored = schema.read_json(path)
+    for name in {**settings, **stored}:
+        value, old = settings.get(name), stored.get(name)
+        if old == value:
+            continue
+        was, now = f"with {name}={old!r}", f"now it is {value!r}"
+        if isinstance(value, list):
+            first = next(f"{a!r} -> {b!r}" for a, b in zip_longest(old or (), value) if a != b)
+            was, now = f"from {len(old or ())} {name}", f"now there are {len(value)} (the first that differs: {first})"
+        raise DatasetError(f"{out} was {done} {was}, {now}. Use another folder, or the old setting to resume.")
+
+
+def record(
+    source: EpisodeSource,
+    out: str | Path,
+    *,
+    episodes: int,
+    episodes_per_shard: int,
+    workers: int,
+    desc: str,
+    progress: bool,
+    worker_died: Callable[[str], RawDreamError],
+) -> Path:
+    """Write the episodes 0 .. ``episodes - 1`` that ``out`` does not hold yet; returns the folder.
+
+    ``worker_died`` makes the error for a worker process that ends without one. Finished shards are kept then, and after
+    Ctrl-C.
+    """
+    job = partial(_ShardJob, source, str(out), episodes, episodes_per_shard)
+    writer = _writer(source, out)
+    present = writer.shard_episodes()
+    sizes = {
+        shard: len(_indices(shard, episodes, episodes_per_shard)) for shard in range(-(-episodes // episodes_per_shard))
+    }
+    todo = [shard for shard, size in sizes.items() if present.get(shard, 0) < size]
+    kept = episodes - sum(sizes[shard] for shard in todo)
+    with tqdm(total=episodes, initial=kept, desc=desc, unit="ep", disable=not progress) as bar:
+        try:
+            for finished in run_pieces(todo, job, workers=workers, count=bar.update):
+                if finished % FINALIZE_EVERY == 0:
+                    writer.finalize(source.instructions, robot_type=source.robot_type)
+        except BrokenProcessPool as error:
+            raise worker_died(
+                f"worker died (out of memory?). Finished episodes are kept in {out}; rerun the same command to resume, "
+                "with fewer workers if it happens again."
+            ) from error
+        finally:
+            writer.finalize(source.instructions, robot_type=source.robot_type)
+    return Path(out)
+
+
+def _indices(shard: int, episodes: int, size: int) -> range:
+    """The episodes of a shard."""
+    return range(shard * size, min((shard + 1) * size, episodes))
+
+
+def _writer(source: EpisodeSource, out: str | Path) -> ShardWriter:
+    return ShardWriter(out, fps=source.fps, image_shape=source.image_shape, features=source.features)
+
+
+class _ShardJob:
+    """Makes and writes whole shards; one in every process."""
+
+    def __init__(self, source: EpisodeSource, out: str, episodes: int, episodes_per_shard: int) -> None:
+        self.source, self.out, self.episodes, self.size = source, out, episodes, episodes_per_shard
+
+    def __call__(self, piece: int, tick: Callable[[], None], stopped: Callable[[], bool]) -> None:
+        """Write shard ``piece``, or nothing at all when stopped half-way."""
+        source, made = self.source, []
+        indices = _indices(piece, self.episodes, self.size)
+        for index in indices:
+            if stopped():
+                return
+            made.append(source(index))
+            tick()
+        first = indices[0]
+        first_row = sum(source.steps(index) + 1 for index in range(first))
+        _writer(source, self.out).write(
+            piece, made, first_episode=first, first_row=first_row, tasks=list(source.instructions)
+        )
+
+    def close(self) -> None:
+        """Close the source."""
+        self.source.close()

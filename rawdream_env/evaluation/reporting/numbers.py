@@ -1,0 +1,34 @@
+"""Rates and estimates, in their JSON form, as text: never without n, nor without the interval where there is room."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+Json = Mapping[str, Any]
+
+
+def rate_text(rate: Json) -> str:
+    """A rate as "54.0 % [47.1, 60.8], n=200"."""
+    if rate["value"] is None:
+        return f"not measured, n={rate['n']}"
+    return f"{100 * rate['value']:.1f} % [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}], n={rate['n']}"
+
+
+def percent(rate: Json) -> str:
+    """A rate as "54 % (n=200)", for places whose interval stands elsewhere."""
+    return "not measured" if rate["value"] is None else f"{100 * rate['value']:.0f} % (n={rate['n']})"
+
+
+def estimate_text(estimate: Json, digits: int = 2) -> str:
+    """An estimate as "0.40 [0.15, 0.65], n=50"."""
+    value, low, high = estimate["value"], estimate["low"], estimate["high"]
+    if value is None:
+        return f"not defined, n={estimate['n']}"
+    ends = "no interval" if low is None or high is None else f"{_fixed(low, digits)}, {_fixed(high, digits)}"
+    return f"{_fixed(value, digits)} [{ends}], n={estimate['n']}"
+
+
+def _fixed(value: float, digits: int) -> str:
+    """``value`` with so many digits; a rounded minus zero is zero."""
+    return f"{round(value, digits) + 0.0:.{digits}f}"

@@ -1,0 +1,251 @@
+"""Robots by name: where each robot's parts are, and the protocols those parts follow.
+
+Generic code (world models, data, environments, evaluation, trainers) names no robot. It gets a name from a data set
+(``robot_type`` in ``info.json``), a checkpoint or an environment, and asks :func:`find_robot` for the part it needs.
+Parts are named as ``"module:attribute"`` and imported on first use, so registering a robot costs nothing.
+
+>>> robot = find_robot("piper")
+>>> robot.dream_env
+'rawdream/PiperDream-v0'
+>>> arm_map = robot.load("kinematics")(ArmMapConfig())  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rawdream_env.errors import InvalidOptionError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DEFAULT_ROBOT = "piper"
+"""The robot of checkpoints, data sets and options that name none."""
+ENTRY_POINTS = "rawdream.robots"
+"""Entry-point group of installed packages that register robots: ``name = "module that calls register_robot"``."""
+
+FloatArray = NDArray[np.floating[Any]]
+BoolArray = NDArray[np.bool_]
+Part = Literal["kinematics", "goals", "episode_source", "sim_starts", "start_pack"]
+
+
+@dataclass(frozen=True)
+class Robot:
+    """A robot and its scene. Every part may be left out; what needs it then says so."""
+
+    name: str
+    """What ``info.json`` of its data sets has as ``robot_type``."""
+    dream_env: str = ""
+    """Id of its dream environment."""
+    sim_env: str = ""
+    """Id of its simulator environment, with the same spaces and infos."""
+    kinematics: str = ""
+    """``(ArmMapConfig) -> Kinematics``, for world models that take poses and arm maps."""
+    goals: str = ""
+    """A :class:`GoalGrammar`, for training a judge and a policy on play."""
+    episode_source: str = ""
+    """``(CollectConfig) -> EpisodeSource`` (``rawdream_env.data.recording``), for ``rawdream data collect``."""
+    sim_starts: str = ""
+    """``(image_size, layout) -> StartSource``, for ``starts="sim"``."""
+    start_pack: str = ""
+    """``(layout) -> Path`` of a start pack, for ``starts="pack"``."""
+
+    def load(self, part: Part) -> Any:
+        """Import a part.
+
+        Raises:
+            InvalidOptionError: the robot has no such part.
+        """
+        where: str = getattr(self, part)
+        if not where:
+            raise InvalidOptionError(f"robot {self.name!r} has no {part}; set Robot.{part} where it is registered.")
+        module, _, attribute = where.partition(":")
+        return getattr(import_module(module), attribute)
+
+
+_ROBOTS: dict[str, Robot] = {}
+
+
+def register_robot(robot: Robot) -> None:
+    """Make a robot known under its name; a later registration of the same name replaces the earlier one."""
+    _ROBOTS[robot.name] = robot
+
+
+def find_robot(name: str = "") -> Robot:
+    """The robot called ``name``; the default robot when empty.
+
+    A name that is not registered is looked up among the entry points of installed packages.
+
+    Raises:
+        InvalidOptionError: no such robot.
+    """
+    if not is_registered(name):
+        raise InvalidOptionError(
+            f"robot {name!r} is not registered; there are {', '.join(map(repr, sorted(_ROBOTS)))}. Import the module "
+            f"that registers it, or install it with an entry point in the group {ENTRY_POINTS!r}."
+        )
+    return _ROBOTS[name or DEFAULT_ROBOT]
+
+
+def is_registered(name: str) -> bool:
+    """Whether :func:`find_robot` knows the name."""
+    name = name or DEFAULT_ROBOT
+    if name not in _ROBOTS:
+        for found in entry_points(group=ENTRY_POINTS, name=name):
+            found.load()
+    return name in _ROBOTS
+
+
+@dataclass(frozen=True)
+class ArmMapConfig:
+    """How the arm map is drawn."""
+
+    resolution: int = 32
+    """Pixels of the drawing; folded into channels at latent resolution."""
+    softness: float = 0.5
+    """Width of the edges in pixels of the drawing."""
+
+
+class Kinematics(Protocol):
+    """How commanded poses follow actions, and where they are in the picture.
+
+    Shape letters: B rows, K actions, A action dims, P = ``state_dim``, F latent frames of 4 video frames, H W latent.
+    """
+
+    state_dim: int
+    """Numbers in a commanded pose, P: the data's ``observation.state`` and a start's ``proprio``."""
+
+    def integrate(self, pose: Tensor, actions: Tensor) -> Tensor:
+        """Pose (B, P) and actions (B, K, A) in [-1, 1] -> poses after each action (B, K, P)."""
+        ...
+
+    def normalise(self, poses: Tensor) -> Tensor:
+        """Poses (..., P) scaled to about [-1, 1] over the workspace."""
+        ...
+
+    def draw(self, poses: Tensor, latent_size: tuple[int, int]) -> Tensor:
+        """Poses (B, F, 4, P) -> maps (B, F, C, H, W) in [0, 1]; C is ``arm_map_channels`` of the architecture."""
+        ...
+
+    def motion(self, poses: Tensor, reference: Tensor, latent_size: tuple[int, int]) -> Tensor:
+        """Motion of the tool in the picture since ``reference`` (B, F, P), in latent cells: (B, F, 4), u and v at the
+        first and at the last video frame of a latent.
+        """
+        ...
+
+    def tool(self, poses: FloatArray) -> FloatArray:
+        """Tool position (..., 3) in metres, in the frame of ``privileged.object_poses``."""
+        ...
+
+    def project(self, points: FloatArray, image_size: int) -> FloatArray:
+        """Points (..., 3) in metres -> pixels (..., 2), u and v, in a square picture of ``image_size``."""
+        ...
+
+
+@dataclass(frozen=True)
+class ClipLabels:
+    """``reached`` bool (M, G); ``askable`` bool (M, G): where that means something; ``moved`` (M, O) in metres."""
+
+    reached: BoolArray
+    askable: BoolArray
+    moved: FloatArray
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A demonstration inside an episode of play: frames ``start`` .. ``end`` (inclusive) in which ``goal`` is reached."""
+
+    start: int
+    end: int
+    goal: str
+
+
+class GoalGrammar(Protocol):
+    """What can be asked for in a robot's scene: goals by name, their words, and hindsight labels for recorded play.
+
+    Data sets hold the truth as ``privileged.object_poses`` (O objects, xyz in metres and quaternion) and
+    ``privileged.relations``. Shape letters: M clips, O objects, R relations, G goals.
+    """
+
+    @property
+    def objects(self) -> Sequence[str]:
+        """Order of ``privileged.object_poses``."""
+        ...
+
+    @property
+    def relations(self) -> Sequence[str]:
+        """Order of ``privileged.relations``."""
+        ...
+
+    @property
+    def place_relations(self) -> Sequence[str]:
+        """The first of them: what placing an object brings about. Clips gather around the moments these come true."""
+        ...
+
+    @property
+    def goals(self) -> tuple[str, ...]:
+        """Names of all goals: columns of the labels. A relation that can be asked for is a goal of the same name."""
+        ...
+
+    @property
+    def tasks(self) -> Sequence[tuple[str, str, str]]:
+        """(name, instruction, goal) of every task, in the order of the task ids."""
+        ...
+
+    @property
+    def task_pairs(self) -> Collection[tuple[str, str]]:
+        """Ordered object pairs of the tasks: a generalist policy is pre-trained without them."""
+        ...
+
+    @property
+    def held_out_pairs(self) -> Collection[tuple[str, str]]:
+        """Ordered object pairs the judge is tested on and never trained on."""
+        ...
+
+    def goal_objects(self, goal: str) -> tuple[str, ...]:
+        """The objects a goal is about: what is moved, then where to."""
+        ...
+
+    def paraphrase(self, goal: str, rng: np.random.Generator) -> str:
+        """One of a goal's instructions."""
+        ...
+
+    def goal_mask(self, *, exclude_pairs: Collection[tuple[str, str]] = ()) -> BoolArray:
+        """(G,): the goals that are about none of these ordered pairs."""
+        ...
+
+    def label_clips(
+        self, poses_start: FloatArray, poses_end: FloatArray, relations_start: BoolArray, relations_end: BoolArray
+    ) -> ClipLabels:
+        """Label clips by the truth at their first and last frame: poses (M, O, 7), relations (M, R)."""
+        ...
+
+    def label_windows(self, data: Any, first: NDArray[np.int64], last: NDArray[np.int64]) -> ClipLabels:
+        """Label the clips from row ``first[m]`` to row ``last[m]`` of an ``EpisodeArrays``."""
+        ...
+
+    def sample_goals(
+        self, labels: ClipLabels, rng: np.random.Generator, *, allowed: BoolArray | None = None
+    ) -> NDArray[np.int64]:
+        """One askable goal for each clip, (M,); -1 where there is none."""
+        ...
+
+    def pick_place_segments(
+        self, episode: Any, *, exclude_pairs: Collection[tuple[str, str]] = ()
+    ) -> Sequence[Segment]:
+        """Demonstrations in an ``Episode`` of play."""
+        ...
+
+
+def find_goals(name: str) -> GoalGrammar | None:
+    """The goals of a robot (empty: the default robot); None where it is not registered or has none."""
+    robot = find_robot(name) if is_registered(name) else None
+    grammar: GoalGrammar | None = robot.load("goals") if robot and robot.goals else None
+    return grammar

@@ -1,0 +1,29 @@
+"""Losses of the policy's supervised fine-tuning.
+
+Shape letters: B rows, K actions in a chunk, A action dimensions, L = K*A tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rawdream_env.policies.action_tokens import encode, log_distribution, smoothed_targets
+
+READOUT_SCALE = (0.1, 0.1, 0.1, 0.5, 0.5, 0.5, 1.0) + (0.1,) * 6
+"""Metres, radians and gripper command of the auxiliary read-out per unit of the head's output."""
+
+
+def token_loss(logits: Tensor, actions: Tensor, label_sigma: float) -> Tensor:
+    """Mean cross-entropy in nats of ``logits`` (B, L, 256) against smoothed labels of ``actions`` (B, K, A)."""
+    targets = smoothed_targets(encode(actions).flatten(1), label_sigma)
+    return -(targets * log_distribution(logits, 1.0)).sum(-1).mean()
+
+
+def readout_loss(readout: Tensor, target: Tensor) -> Tensor:
+    """Huber loss of the scaled positions, over what the data hold: ``target`` (B, 13) in SI units, NaN where unknown."""
+    known = ~torch.isnan(target)
+    scaled = torch.nan_to_num(target) / target.new_tensor(READOUT_SCALE)
+    loss = F.smooth_l1_loss(readout.float(), scaled, beta=0.2, reduction="none")
+    return (loss * known).sum() / known.sum().clamp(min=1)

@@ -1,0 +1,171 @@
+"""Read a latent cache, which ``latent_cache.py`` has written, by the row.
+
+A cache folder::
+
+    index.json             what the cache is of (codec, data, chunk length), action statistics, the episodes of each shard
+    shard-00000.safetensors ...  about 256 MB each; the episodes of a shard one after the other
+
+Tensors of a shard, over its episodes e with T_e whole chunks (what is left of an episode after the last is cut off):
+
+    latents  fp16  (sum G T, C, h, w)   4 frames each; the frame before the first chunk is the anchor and not among them
+    stills   fp16  (sum T + 1, C, h, w) the frame before each chunk, and the last one, encoded as a picture: an anchor
+    actions  fp32  (sum K T, A)         as the data have them
+    poses    fp32  (sum K T + 1, P)     the state before each action, and after the last; P may be 0
+    focus    uint8 (sum G T, h, w)      where the loss is to look; only if asked for
+
+Shape letters: K actions in a chunk, G = K / 4 latents in a chunk, T chunks and M = G T latents of an episode (in a window, M
+are its own), C h w latent, A action dims, P state dims.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from rawdream_env.data import schema
+from rawdream_env.errors import DatasetError
+from rawdream_env.files import sha256_file
+from rawdream_env.world_models.autoencoders import FRAMES_PER_LATENT
+
+FORMAT = 1
+INDEX = "index.json"
+
+
+QuantileBounds = tuple[NDArray[np.float64], NDArray[np.float64]]
+"""The quantiles q01 and q99 of every action dimension, (A,) each."""
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The index of a cache; a ``DatasetError`` when there is none."""
+    if not (folder / INDEX).is_file():
+        raise DatasetError(f"{folder / INDEX} is missing: {folder} is no latent cache. Make one with cache_latents.")
+    return schema.read_json(folder / INDEX)
+
+
+def verify_shard(folder: Path, shard: dict[str, Any]) -> Path:
+    """The path of a shard that matches the index; ``DatasetError`` for a missing or damaged one."""
+    path = folder / str(shard["file"])
+    size = path.stat().st_size if path.is_file() else None
+    if size != shard["bytes"] or sha256_file(path) != shard["sha256"]:
+        size_is = f"{size} bytes instead of {shard['bytes']}" if size != shard["bytes"] else "another SHA-256"
+        what = "is missing" if size is None else f"is damaged: {size_is}"
+        raise DatasetError(f"{path} {what}. Copy it again, or delete it and {folder / INDEX} and cache the data again.")
+    return path
+
+
+@dataclass(frozen=True)
+class LatentWindow:
+    """Consecutive chunks of one episode, as they are in the cache.
+
+    ``anchor`` fp16 (C, h, w): the frame before the window as a still; ``latents`` fp16 (M, C, h, w); ``actions`` fp32
+    (4 M, A), raw; ``poses`` fp32 (4 M + 1, P), before each action and after the last; ``focus`` uint8 (M, h, w) or None.
+    """
+
+    anchor: Tensor
+    latents: Tensor
+    actions: Tensor
+    poses: Tensor
+    focus: Tensor | None
+
+
+class LatentDataset:
+    """A finished latent cache. Only the rows that are asked for are read; a shard is checked when it is first opened.
+
+    Args:
+        folder: what ``cache_latents`` returned.
+        verify: compare every shard with its SHA-256 at its first use (reads it once, about 0.2 s for 256 MB).
+
+    Attributes:
+        chunks: int64 (E,), whole chunks of each episode; episodes: int64 (E,), their numbers in the data set.
+        index: ``index.json``. latent_shape: (C, h, w). chunk_len, action_dim, pose_dim: K, A, P.
+
+    Raises:
+        DatasetError: no cache, an unfinished one, or a missing or damaged shard.
+    """
+
+    def __init__(self, folder: str | Path, *, verify: bool = True) -> None:
+        self.folder, self.verify = Path(folder), verify
+        self.index = read_index(self.folder)
+        shards: list[dict[str, Any]] = self.index["shards"]
+        if not self.index["complete"]:
+            raise DatasetError(
+                f"{folder} is an unfinished latent cache ({sum(len(s['episodes']) for s in shards)} episodes so far). "
+                "Rerun the same command to resume it."
+            )
+        self.chunks = np.concatenate([s["chunks"] for s in shards]).astype(np.int64)
+        self.episodes = np.concatenate([s["episodes"] for s in shards]).astype(np.int64)
+        self.latent_shape: tuple[int, int, int] = tuple(self.index["latent_shape"])
+        self.chunk_len, self.action_dim, self.pose_dim = (
+            int(self.index[name]) for name in ("chunk_len", "action_dim", "pose_dim")
+        )
+        self._shard = np.repeat(np.arange(len(shards)), [len(s["chunks"]) for s in shards])
+        # Chunks and episodes before each episode in its own shard: where its rows begin.
+        self._before = np.concatenate([np.cumsum(s["chunks"]) - s["chunks"] for s in shards]).astype(np.int64)
+        self._place = np.concatenate([np.arange(len(s["chunks"])) for s in shards])
+        self._files: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        """The number of episodes E."""
+        return len(self.chunks)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Open files stay behind when a dataset is sent to a worker process."""
+        return self.__dict__ | {"_files": {}}
+
+    @property
+    def bounds(self) -> QuantileBounds:
+        """The data set's own action quantiles q01 and q99."""
+        low, high = (np.asarray(self.index["statistics"][name], np.float64) for name in ("q01", "q99"))
+        return low, high
+
+    def still(self, episode: int, boundary: int) -> Tensor:
+        """The frame at chunk boundary 0 ... T of an episode, encoded as a picture: fp16 (C, h, w)."""
+        row = int(self._before[episode] + self._place[episode]) + boundary
+        return self._rows(episode, "stills", row, row + 1)[0]
+
+    def pose(self, episode: int, boundary: int) -> Tensor:
+        """The state at chunk boundary 0 ... T of an episode: fp32 (P,)."""
+        row = self._first_pose(episode) + boundary * self.chunk_len
+        return self._rows(episode, "poses", row, row + 1)[0]
+
+    def window(self, episode: int, first_chunk: int, num_chunks: int) -> LatentWindow:
+        """The chunks ``first_chunk`` ... ``first_chunk + num_chunks - 1`` of an episode in [0, E)."""
+        if first_chunk < 0 or num_chunks < 1 or first_chunk + num_chunks > self.chunks[episode]:
+            raise IndexError(
+                f"chunks {first_chunk} to {first_chunk + num_chunks - 1} of an episode of {self.chunks[episode]}"
+            )
+        k, g = self.chunk_len, self.chunk_len // FRAMES_PER_LATENT
+        begin = int(self._before[episode]) + first_chunk
+        end = begin + num_chunks
+        pose = self._first_pose(episode) + first_chunk * k
+        return LatentWindow(
+            anchor=self.still(episode, first_chunk),
+            latents=self._rows(episode, "latents", begin * g, end * g),
+            actions=self._rows(episode, "actions", begin * k, end * k),
+            poses=self._rows(episode, "poses", pose, pose + num_chunks * k + 1),
+            focus=self._rows(episode, "focus", begin * g, end * g) if self.index["focus"] else None,
+        )
+
+    def _first_pose(self, episode: int) -> int:
+        return int(self._before[episode]) * self.chunk_len + int(self._place[episode])
+
+    def _rows(self, episode: int, name: str, begin: int, end: int) -> Tensor:
+        number = int(self._shard[episode])
+        shard = self.index["shards"][number]
+        try:
+            if number not in self._files:
+                path = verify_shard(self.folder, shard) if self.verify else self.folder / shard["file"]
+                self._files[number] = safe_open(path, framework="pt")
+            rows: Tensor = self._files[number].get_slice(name)[begin:end]
+        except (SafetensorError, OSError) as error:
+            raise DatasetError(
+                f"{self.folder / shard['file']} is missing or damaged ({error}). Copy it again, or delete the folder and "
+                "cache the data again."
+            ) from error
+        return rows

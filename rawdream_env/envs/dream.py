@@ -28,7 +28,7 @@ from rawdream_env.judges.ensemble import HoldOutJudge
 from rawdream_env.robots import DEFAULT_ROBOT
 from rawdream_env.seeding import NoiseKey
 from rawdream_env.starts import load_starts
-from rawdream_env.starts.base import TaskLike
+from rawdream_env.starts.base import TaskLike, find_task
 from rawdream_env.types import (
     Float32Array,
     Judge,
@@ -146,6 +146,8 @@ class DreamVectorEnv(ChunkVectorEnv):
         self.robot = robot or getattr(self.world_model, "robot", "") or DEFAULT_ROBOT
         self.starts = load_starts(starts, device=device, frame_shape=shape, layout=layout, robot=self.robot)
         self.tasks = tuple(getattr(self.starts, "tasks", ()))
+        if task is not None and self.tasks:
+            find_task(task, [name for name, _ in self.tasks], [instruction for _, instruction in self.tasks])
         super().__init__(
             num_envs,
             frame_shape=shape,

@@ -15,6 +15,7 @@ from rawdream_env.data.lerobot import EpisodeData
 from rawdream_env.envs.base import ChunkResult, ChunkVectorEnv, Rows
 from rawdream_env.envs.episodes import run_episodes
 from rawdream_env.errors import SimulatorError
+from rawdream_env.piper import geometry
 from rawdream_env.piper.envs import CHUNK_LEN, FPS
 from rawdream_env.piper.relations import OBJECTS, RELATION_NAMES, TASKS, Task, find_task
 from rawdream_env.policies import load_policy
@@ -46,7 +47,7 @@ class PiperSource:
     """Makes episodes in a ``PiperTwin``, which is opened for the first one.
 
     Raises:
-        InvalidOptionError: no such task.
+        InvalidOptionError: no such task, or an impossible image size. CheckpointError: no such policy.
     """
 
     fps = FPS
@@ -63,6 +64,9 @@ class PiperSource:
         self.instructions = tuple(dict.fromkeys(task.instruction for task in self.tasks)) or (PLAY_TASK,)
         self._twin: PiperTwin | None = None
         self._policy: Policy | None = None
+        geometry.check_image_size(config.image_size)
+        if config.kind == "policy":
+            load_policy(config.policy)  # a policy that cannot be loaded is known before a folder is made
 
     def steps(self, index: int) -> int:
         """Control steps of an episode, all equally long."""

@@ -17,6 +17,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from rawdream_env.errors import InvalidOptionError
+
 FloatArray = NDArray[np.floating[Any]]
 
 # --- the arm -------------------------------------------------------------------------------------------------------
@@ -216,3 +218,9 @@ def project(points: FloatArray, image_size: int) -> tuple[FloatArray, FloatArray
     u = image_size / 2 + focal * local[..., 0] / safe
     v = image_size / 2 - focal * local[..., 1] / safe
     return np.stack([u, v], axis=-1), depth
+
+
+def check_image_size(image_size: int) -> None:
+    """``InvalidOptionError`` unless the renderer can draw a square picture of ``image_size`` pixels."""
+    if not 16 <= image_size <= 640:
+        raise InvalidOptionError(f"image_size={image_size} is outside 16..640 pixels.")

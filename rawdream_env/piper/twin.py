@@ -84,8 +84,7 @@ class PiperRenderer:
     """
 
     def __init__(self, image_size: int = 64) -> None:
-        if not 16 <= image_size <= 640:
-            raise InvalidOptionError(f"image_size={image_size} is outside 16..640 pixels.")
+        geo.check_image_size(image_size)
         self.image_size = image_size
         try:
             self._renderer: Any = mujoco.Renderer(new_model(), image_size, image_size)

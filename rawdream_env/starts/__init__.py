@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from rawdream_env.config import parse_device
 from rawdream_env.errors import InvalidOptionError
 from rawdream_env.resolve import EMBEDDED, resolve
 from rawdream_env.robots import find_robot
@@ -38,6 +39,7 @@ def load_starts(
         InvalidOptionError: none of these, or the robot has no pack or no simulator.
         CheckpointError: the pack is missing or damaged.
     """
+    device = parse_device(device)
     if isinstance(spec, str) and spec == "null":
         return NullStarts(frame_shape)
     if isinstance(spec, str) and spec == "sim":

@@ -54,6 +54,7 @@ def train_sft(config: SFTConfig, *, progress: bool = True) -> SFTResult:
         RunDirError: ``run_dir`` holds another run.
     """
     policy = _initial_policy(config)
+    sources, held_out = load_sources(config, policy.chunk_len)
     averaged = copy.deepcopy(policy).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(
         _parameter_groups(policy, config.weight_decay), lr=config.lr, betas=(0.9, 0.98), fused=True
@@ -71,7 +72,6 @@ def train_sft(config: SFTConfig, *, progress: bool = True) -> SFTResult:
         name=config.stage,
         progress=progress,
     ) as loop:
-        sources, held_out = load_sources(config, policy.chunk_len)
         policy.train()
         for step in loop:
             losses = compute_losses(policy, draw_batch(sources, config, step), config)

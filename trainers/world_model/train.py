@@ -76,6 +76,8 @@ def train_world_model(config: WorldModelTrainConfig) -> Path:
         config, initial = _resolved(replace(config, device=group.device))
         _check(config, group)
         _require_memory(config, group)
+        for text in (*config.data, *config.validation):
+            DataEntry.parse(text).reader()  # data that cannot be read leave no folder
         Path(config.run_dir).mkdir(parents=True, exist_ok=True)
         train = _train_windows if config.objective == "window" else _train_episodes
         target = train(config, initial, group)

@@ -1,6 +1,6 @@
 """Train the bundled judge on play data with hindsight labels, and on imagined clips once there are some.
 
-    rawdream train-judge --data PLAY EXPERT --run-dir RUN
+    rawdream judge train --data PLAY EXPERT --run-dir RUN
 
 The paper takes an off-the-shelf vision-language model as its judge (section 3.2). At the bundled size we train a
 classifier of 1.6 M parameters instead, on the world model's own task-agnostic play: every window of an episode is a

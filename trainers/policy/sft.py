@@ -1,7 +1,7 @@
 """Supervised fine-tuning of the policy: pre-training on play, then a few demonstrations (paper section 4.1).
 
-    rawdream sft --stage pretrain --data PLAY --run-dir RUN1
-    rawdream sft --stage fewshot --data EXPERT --init RUN1/policy --replay PLAY --run-dir RUN2
+    rawdream policy sft --stage pretrain --data PLAY --run-dir RUN1
+    rawdream policy sft --stage fewshot --data EXPERT --init RUN1/policy --replay PLAY --run-dir RUN2
 
 Kept of the paper: a generalist that knows the robot but none of the target tasks (the paper: LIBERO-90, or the arm's
 own pre-training; here: stretches of play named in hindsight, target object pairs left out), anchored by a handful of
@@ -99,7 +99,7 @@ def train_sft(config: SFTConfig, *, progress: bool = True) -> SFTResult:
 def _initial_policy(config: SFTConfig) -> TinyVLA:
     if config.init is None:
         return TinyVLA(config.model, seed=config.seed).to(config.device)
-    policy = load_policy(config.init, config.device)
+    policy = load_policy(config.init, device=config.device)
     if not isinstance(policy, TinyVLA):
         raise InvalidOptionError(f"init={config.init!r} is a {type(policy).__name__}; this trainer trains TinyVLA.")
     return policy

@@ -31,8 +31,9 @@ from rawdream_env.testing.check_vector_env import check_vector_env
 from rawdream_env.trainers.common.run_dir import read_jsonl
 from rawdream_env.trainers.grpo.config import GRPOConfig
 from rawdream_env.trainers.grpo.grpo import train_grpo
+from rawdream_env.trainers.world_model.config import StageConfig, WorldModelTrainConfig
 from rawdream_env.trainers.world_model.latent_episodes import with_robot
-from rawdream_env.trainers.world_model.train import StageConfig, WorldModelTrainConfig, train_world_model
+from rawdream_env.trainers.world_model.train import train_world_model
 from rawdream_env.types import Start
 from rawdream_env.world_models.autoencoders import AutoencoderConfig
 from rawdream_env.world_models.loading import read_world_model
@@ -187,7 +188,7 @@ def world_model(data: str, tmp_path_factory) -> str:
     )  # fmt: skip
     stage = StageConfig(steps=3, batch_size=2, lr=1e-3)
     config = WorldModelTrainConfig(
-        data=(data,), out=str(tmp_path_factory.mktemp("run")), bf16=False, episode_chunks=3, autoencoder=stage,
+        data=(data,), run_dir=str(tmp_path_factory.mktemp("run")), bf16=False, episode_chunks=3, autoencoder=stage,
         transformer=stage, model=model, autoencoder_model=AutoencoderConfig(widths=(16, 16)),
     )  # fmt: skip
     return str(train_world_model(config))
@@ -263,7 +264,7 @@ def test_what_is_missing_is_named(data: str) -> None:
     assert find_goals("square") is None and find_goals("no such robot") is None
     with pytest.raises(InvalidOptionError, match=r"robot 'square' has no start_pack; set Robot\.start_pack"):
         gym.make_vec("toy/SquareDream-v0", num_envs=1, world_model="null", judge="none", starts="pack")
-    config = WorldModelTrainConfig(data=(data,), out="")
+    config = WorldModelTrainConfig(data=(data,), run_dir="")
     reader = LeRobotReader(data)
     assert with_robot(config, [reader]).robot == "square"
     reader.robot_type = "arm of somebody else"

@@ -1,6 +1,6 @@
 """Instructions for play after the fact: what a stretch of play happened to reach, and where it picks and places.
 
-Nobody told the player anything, but the data set's privileged columns say what happened. ``label_windows`` labels clips
+Play follows no instruction, but the data set's privileged columns say what happened. ``label_windows`` labels clips
 for the judge: every goal is *reached*, *not reached*, or *not askable* (an object is absent, the goal was already true
 at the clip's start, or the outcome is a matter of taste). ``pick_place_segments`` cuts out demonstrations.
 
@@ -43,7 +43,7 @@ from rawdream_env.robots import BoolArray, ClipLabels, FloatArray, GoalGrammar
 MOVE_DISTANCE: Final = 0.04
 """An object pushed this far (m) has been moved ..."""
 STILL_DISTANCE: Final = 0.015
-"""... and one pushed less than this has not; between the two nobody is asked."""
+"""... and one pushed less than this has not; between the two the question is not asked."""
 NEAR_GAP: Final = 0.025
 FAR_GAP: Final = 0.05
 ON_TABLE_TOLERANCE: Final = 0.005

@@ -120,7 +120,7 @@ def words(name: str) -> str:
 
 
 def find_task(name: str | Task) -> Task:
-    """The task of that name, or a make-shift task for a ``on:a:b`` / ``in:a:b`` relation name.
+    """The task of that name, or a task made for a ``on:a:b`` / ``in:a:b`` relation name.
 
     Raises:
         InvalidOptionError: neither a task nor a placing relation.

@@ -1,4 +1,4 @@
-"""MuJoCo twin of the Piper tabletop: what really happens when the arm does what it was told.
+"""MuJoCo twin of the Piper tabletop: what really happens when the arm follows its commands.
 
 10 Hz control, 4 ms physics. An action moves a commanded tool pose (``piper_geometry.integrate_action``), closed-form
 inverse kinematics turns it into joint targets and position servos follow, so the arm lags the command by about 7 mm.

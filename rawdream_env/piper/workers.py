@@ -80,7 +80,7 @@ class _Rows:
 
 
 def _serve(pipe: Connection, rows: Sequence[int], image_size: int, layout: str) -> None:
-    """A worker's life: answer ("name", args) with (True, result) or (False, error) until told to stop."""
+    """A worker's life: answer ("name", args) with (True, result) or (False, error) until "close" arrives."""
     os.environ.setdefault("LP_NUM_THREADS", "1")  # software OpenGL: one thread a worker
     try:
         twins = _Rows(rows, image_size, layout)

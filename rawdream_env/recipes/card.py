@@ -1,4 +1,4 @@
-"""The model card of the embedded models, written from what was measured: no number is typed by hand."""
+"""The model card of the bundled models, written from the measurements."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _ORDER = (
 def model_card(stages: Mapping[str, Mapping[str, Any]], metrics: Mapping[str, Any]) -> str:
     """The card as Markdown.
 
-    ``stages``: the markers of ``trainers.embedded``; ``metrics``: the content of metrics.json.
+    ``stages``: the markers of the stages; ``metrics``: the content of metrics.json.
     """
     run = metrics["run"]
     hardware, versions = run["hardware"], run["versions"]
@@ -38,8 +38,8 @@ def model_card(stages: Mapping[str, Mapping[str, Any]], metrics: Mapping[str, An
         [
             "# Embedded models of the Piper tabletop",
             "",
-            "World model, judge and policy that `rawdream/PiperDream-v0` uses when nothing else is asked for, and the "
-            "starts of its episodes. Trained from nothing by this project, on data from its own simulator; weights "
+            "World model, judge and policy that `rawdream/PiperDream-v0` uses by default, and the "
+            "starts of its episodes. Trained from scratch by this project, on data from its own simulator; weights "
             "under the package's licence (Apache-2.0). Format: safetensors and JSON.",
             "",
             "- **Use**: trying the method, tests, teaching. 64x64 pixels, primitive objects, one camera, one arm.",

@@ -1,4 +1,4 @@
-"""Make the embedded models from nothing, with one command: world model, judge, policy, starts, numbers, model card.
+"""Make the bundled models from scratch with one command: world model, judge, policy, starts, numbers, model card.
 
     rawdream train-embedded --preset cpu     hours on 2 cores; the model card says how many
     rawdream train-embedded --preset gpu     the same recipe with more data and more steps, on a CUDA device
@@ -14,7 +14,7 @@ as scripted play never does, and a world model is only as good as its data are n
 play beside its policies).
 
 Each stage leaves a marker in ``out/stages`` when it is complete, with its settings and the hours it took, and is
-skipped from then on; a stage that was cut off goes on where its trainer saved last. A marker made with other settings,
+skipped from then on; an interrupted stage resumes from its trainer's last checkpoint. A marker made with other settings,
 here or in a stage this one builds on, stops the command: give another ``out``, or delete the marker and the folder.
 """
 
@@ -57,7 +57,7 @@ class EmbeddedConfig:
     """Options of ``rawdream train-embedded``."""
 
     out: Path = Path("runs/embedded")
-    """Folder for data, runs and, in ``assets``, the finished models. The same command goes on."""
+    """Folder for data, runs and, in ``assets``, the finished models. Rerun the same command to resume."""
     preset: Literal["cpu", "gpu", "smoke"] = "cpu"
     """How much data and training. smoke: a little of everything, to see that it runs; its models are useless."""
     device: str = ""
@@ -351,7 +351,7 @@ def _forget_folders(path: Path) -> None:
 
 
 def _settings(config: Any) -> dict[str, Any]:
-    """What a stage depends on: its configuration without folders, which are told by ``needs``, and the progress bar."""
+    """What a stage depends on: its configuration without folders, which ``needs`` covers, and without the progress bar."""
     left_out = ("data", "out", "run_dir", "robot", "world_model", "imagined", "init", "replay", "progress")
     return {key: value for key, value in asdict(config).items() if key not in left_out}
 

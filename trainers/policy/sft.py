@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 from rawdream_env.errors import InvalidOptionError
-from rawdream_env.piper.relations import TASKS
 from rawdream_env.policies import load_policy
 from rawdream_env.policies.tiny_vla import TinyVLA
 from rawdream_env.statistics import Rate
@@ -32,7 +31,7 @@ from rawdream_env.trainers.common.training_loop import TrainingLoop
 from rawdream_env.trainers.policy.batches import Batch, draw_batch, load_sources
 from rawdream_env.trainers.policy.config import SFTConfig
 from rawdream_env.trainers.policy.losses import readout_loss, token_loss
-from rawdream_env.trainers.policy.validation import evaluate_in_sim, validate
+from rawdream_env.trainers.policy.validation import simulator_success, validate
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def train_sft(config: SFTConfig, *, progress: bool = True) -> SFTResult:
         Schedule(config.lr, config.steps, config.warmup, config.minutes or 0.0),
         ema=config.ema,
         save_every=config.save_every,
-        may_change=("minutes", "sim_episodes", "layout"),
+        may_change=("minutes", "sim_episodes", "sim_env", "layout"),
         timed=True,
         name=config.stage,
         progress=progress,
@@ -90,9 +89,7 @@ def train_sft(config: SFTConfig, *, progress: bool = True) -> SFTResult:
         validation = validate(averaged, held_out, config)
         success = {}
         if config.sim_episodes:
-            success = {
-                t.name: evaluate_in_sim(averaged, t.name, config.sim_episodes, layout=config.layout) for t in TASKS
-            }
+            success = simulator_success(averaged, config.sim_episodes, sim_env=config.sim_env, layout=config.layout)
             loop.log(**{f"sim_success/{name}": rate.value for name, rate in success.items()})
         described = {"stage": config.stage, "steps": loop.step, "validation": validation}
         averaged.save_pretrained(Path(config.run_dir) / "policy", metadata=described)

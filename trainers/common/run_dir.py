@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _LOGS = ("metrics.jsonl", "timings.jsonl")
-_RENAMED = {"out": "run_dir"}
-"""Settings that earlier versions stored under another name."""
+_RENAMED = {"out": "run_dir", "carry": "warp_last_frame"}
+"""Configuration keys of earlier versions, at any depth, and what they are now."""
 _RERUN = "Checkpoints are intact: free some space and rerun the same command to resume."
 _logger = logging.getLogger(__name__)
 
@@ -188,10 +188,9 @@ class RunDir:
         if not resume:
             raise RunDirError(f"{self.path} already holds a run. Resume it (resume=True) or choose another folder.")
         try:
-            stored = _with_current_names(json.loads(stored_path.read_text(encoding="utf-8")))
+            stored = _with_current_names(json.loads(stored_path.read_text(encoding="utf-8")), self.config)
         except ValueError as error:
             raise RunDirError(f"{stored_path} is damaged ({error}). Restore it or choose another folder.") from error
-        stored = {_current_name(key, self.config): value for key, value in stored.items()}
         differing = [
             key
             for key in sorted({*stored, *self.config})
@@ -209,18 +208,15 @@ class RunDir:
 
 
 _MISSING = object()
-_RENAMED = {"carry": "warp_last_frame"}
-"""Configuration keys of earlier versions, at any depth."""
 
 
-def _with_current_names(stored: Any) -> Any:
-    if isinstance(stored, dict):
-        return {_RENAMED.get(key, key): _with_current_names(value) for key, value in stored.items()}
-    return stored
-
-
-def _current_name(key: str, config: Mapping[str, Any]) -> str:
-    return _RENAMED[key] if key in _RENAMED and key not in config and _RENAMED[key] in config else key
+def _with_current_names(stored: Any, config: Any) -> Any:
+    """``stored`` with the keys that ``config`` has now, at any depth."""
+    if not isinstance(stored, dict) or not isinstance(config, dict):
+        return stored
+    names = {old: new for old, new in _RENAMED.items() if new in config and old not in config}
+    current = {names.get(key, key): value for key, value in stored.items()}
+    return {key: _with_current_names(value, config.get(key)) for key, value in current.items()}
 
 
 def _show(config: Mapping[str, Any], key: str) -> str:

@@ -31,7 +31,7 @@ def build(option: dict[str, Any]) -> Any:
     import torch
 
     from rawdream_env.errors import CheckpointError
-    from rawdream_env.world_models.loading import load_world_model
+    from rawdream_env.world_models import load_world_model
 
     kept = {name: value for name, value in option.items() if name != "draw"}
     with contextlib.suppress(CheckpointError):

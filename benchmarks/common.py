@@ -100,7 +100,7 @@ def embedded_models() -> tuple[Any, Any, Any, bool]:
     try:
         from rawdream_env.judges import load_judge
         from rawdream_env.policies import load_policy
-        from rawdream_env.world_models.loading import load_world_model
+        from rawdream_env.world_models import load_world_model
 
         return load_world_model("embedded"), load_judge("embedded"), load_policy("embedded"), True
     except CheckpointError:

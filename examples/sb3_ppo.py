@@ -5,7 +5,7 @@
     python examples/sb3_ppo.py --steps 2000 --env rawdream/PiperSim-v0
 
 It shows the plumbing. PPO from scratch does not learn four manipulation tasks from a sparse reward in 2,000 chunks; to
-improve a policy that half-works, use ``rawdream grpo``.
+improve a policy that half-works, use ``rawdream policy grpo``.
 """
 
 import argparse

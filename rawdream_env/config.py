@@ -6,6 +6,7 @@ into what the code wants and raises :class:`InvalidOptionError` with the value s
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from numpy.typing import NDArray
 
 from rawdream_env.errors import InvalidOptionError
 from rawdream_env.types import Start
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 SeedLike = int | Sequence[int | None] | None
 """None: go on; an integer s: row i gets s + i; a sequence: one entry per row, None meaning "go on"."""
@@ -46,6 +49,44 @@ def parse_positive_int(name: str, value: object, *, minimum: int = 1) -> int:
     if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer) or int(value) < minimum:
         raise InvalidOptionError(f"{name}={value!r} must be an integer of at least {minimum}.")
     return int(value)
+
+
+def parse_device(device: Any) -> str:
+    """A torch device's name, when this machine has it: "cpu", "cuda", "cuda:1", "mps"."""
+    name = str(device)
+    if name == "cpu":
+        return name
+    import torch
+
+    try:
+        wanted = torch.device(name)
+    except RuntimeError:
+        raise InvalidOptionError(f"device={name!r} is not known; choose 'cpu', 'cuda' or 'cuda:N'.") from None
+    if wanted.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count == 0:
+            raise InvalidOptionError(
+                f"device={name!r} needs a GPU and a CUDA build of torch, and this machine has none; use 'cpu'."
+            )
+        if (wanted.index or 0) >= count:
+            raise InvalidOptionError(f"device={name!r} does not exist: there are {count} GPUs, counted from 0.")
+    if wanted.type == "mps" and not torch.backends.mps.is_available():
+        raise InvalidOptionError(f"device={name!r} needs an Apple GPU, and this machine has none; use 'cpu'.")
+    return name
+
+
+def parse_dtype(dtype: Any) -> str | None:
+    """The name of a precision of weights, also of a ``torch.dtype``; None: as the checkpoint says."""
+    name = None if dtype is None else str(dtype).removeprefix("torch.")
+    return name if name is None else str(parse_choice("dtype", name, DTYPES))
+
+
+def parse_workers(workers: Any) -> int:
+    """A number of worker processes: 0 is none besides this one, -1 one for each usable core."""
+    count = parse_positive_int("workers", workers, minimum=-1)
+    if count >= 0:
+        return count
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def parse_seeds(seed: Any, num_envs: int) -> list[int | None]:

@@ -1,17 +1,15 @@
-"""``rawdream demo``: a policy practises in a dream, and the simulator says whether it got better.
+"""``rawdream demo``: improve a policy in a dream, then check in the simulator whether it got better.
 
-1. GRPO in the dream (paper section 3), from the shipped few-shot policy, for ``minutes``.
-2. Side by side: the policy before and after, the same starts, in the dream and in the simulator.
+1. GRPO in the dream (paper section 3), starting from the bundled few-shot policy, for ``minutes``.
+2. Side by side: the policy before and after, from the same starts, in the dream and in the simulator.
 3. A table with intervals, ``report.html`` and ``dream.gif`` in the output folder.
 
-Everything it uses ships with the package; nothing is downloaded. The same command on the same folder goes on where it
-was interrupted.
+Everything it uses ships with the package; nothing is downloaded. Rerun the same command to resume an interrupted demo.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +23,7 @@ if TYPE_CHECKING:
 
 BEFORE, AFTER = "before", "after dreaming"
 SECONDS_PER_EPISODE = 0.45
-"""What one start costs per policy on two cores, dream and simulator together: only to say how long it will take."""
+"""Time of one start per policy on two cores, dream and simulator together; for the estimate that is printed."""
 
 
 @dataclass(frozen=True)
@@ -35,38 +33,38 @@ class DemoConfig:
     out: Path = Path("runs/demo")
     """Folder for report.html, dream.gif, report.json and the training run."""
     minutes: float = 5.0
-    """Training time in the dream; the same command again trains for as long again."""
+    """Training time in the dream. Rerunning the command trains for that long again."""
     episodes: int = 25
     """Starts per task in the comparison (four tasks, two policies, two worlds)."""
     steps: int = 50
-    """Most policy updates; the minutes usually end first."""
+    """Maximum number of policy updates; the minutes usually end first."""
     num_envs: int = 64
-    """Episodes dreamt side by side in training; fewer need less memory."""
+    """Episodes imagined at once in training; fewer need less memory."""
     lr: float = 1e-4
-    """Learning rate of the policy."""
+    """AdamW learning rate (constant)."""
     temperature: float = 0.7
     """Sampling temperature in training; the comparison is greedy."""
     policy: str = "embedded"
-    """Policy to improve: "embedded" or a folder."""
+    """Policy to improve: "embedded", a folder, a hub id, or module:factory."""
     world_model: str = "embedded"
-    """The dream: "embedded" or a folder."""
+    """World model: "embedded", a folder, a hub id, or module:factory."""
     judge: str = "embedded"
-    """Its judge: "embedded" or a folder."""
+    """Judge: "embedded", a folder, a server, or module:factory."""
     dtype: str = "bfloat16"
-    """Precision of the dream: "bfloat16" is the fast option, "float32" the bit-reproducible one."""
+    """Precision of the world model: "bfloat16" is faster, "float32" is bit-reproducible."""
     num_inference_steps: int = 1
-    """Evaluations of the world model's sampler per chunk; 5 is the paper's, 1 the fast option."""
+    """Denoising steps per chunk: 5 as in the paper, 1 is faster."""
     starts: str = "pack"
-    """Where dreams begin in training: "pack" (shipped), "sim", or a start pack."""
-    sim_workers: int = 2
-    """Simulator processes; 0 runs it in this one."""
+    """Start frames for training: "pack" (bundled), "sim" (rendered), or a start pack."""
+    workers: int = 2
+    """Simulator processes; 0: none besides this one, -1: one per core."""
     seed: int = 0
-    """Names every random draw, in training and comparison."""
+    """Seed of training and comparison."""
     progress: bool = True
-    """Show progress bars and say what happens."""
+    """Show progress bars and messages."""
 
     def __post_init__(self) -> None:
-        """Refuse budgets that leave nothing to show."""
+        """Check the budgets."""
         if self.minutes <= 0 or self.episodes < 1 or self.steps < 1:
             raise InvalidOptionError(
                 f"minutes {self.minutes}, episodes {self.episodes}, steps {self.steps}: each must be above 0."
@@ -75,7 +73,7 @@ class DemoConfig:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """``report`` as in report.json; the files written; ``str()`` is what a newcomer reads at the end."""
+    """``report`` as in report.json, and the files written; ``str()`` is the summary that is printed."""
 
     report: dict[str, Any]
     page: Path
@@ -83,6 +81,8 @@ class DemoResult:
     training: str
 
     def __str__(self) -> str:
+        from rawdream_env.evaluation.side_by_side.table import table
+
         return f"{self.training}\n\n{table(self.report)}\n\nreport  {self.page}\nfilm    {self.film}"
 
 
@@ -90,8 +90,8 @@ def run_demo(config: DemoConfig) -> DemoResult:
     """Train, compare, and write the report and the film.
 
     Raises:
-        CheckpointError: the embedded models are missing or damaged (`rawdream doctor` says more).
-        RendererError: the simulator cannot draw; the training part is kept.
+        CheckpointError: the bundled models are missing or damaged (see `rawdream doctor`).
+        RendererError: the simulator cannot render; the training run is kept.
         RunDirError: ``out`` holds a demo with other options.
     """
     from rawdream_env.evaluation.side_by_side.evaluate import evaluate
@@ -99,11 +99,11 @@ def run_demo(config: DemoConfig) -> DemoResult:
 
     begun = time.monotonic()
     about = config.episodes * 4 * 2 * SECONDS_PER_EPISODE / 60
-    _say(config, f"1/3  GRPO in the dream: {config.minutes:g} minutes (Ctrl-C stops; the same command goes on)")
+    _say(config, f"1/3  GRPO in the dream: {config.minutes:g} minutes (Ctrl-C stops; rerun to resume)")
     training = train_grpo(grpo_config(config))
     if training.stopped == "interrupted":
         raise KeyboardInterrupt
-    _say(config, f"2/3  before and after, in both worlds: {config.episodes} starts per task, about {about:.0f} minutes")
+    _say(config, f"2/3  dream and simulator, before and after: {config.episodes} starts per task, ~{about:.0f} minutes")
     result = evaluate(evaluate_config(config), progress=config.progress)
     _say(config, "3/3  film")
     film = write_film(result, config.out / "dream.gif")
@@ -138,7 +138,7 @@ def grpo_config(config: DemoConfig) -> GRPOConfig:
 
 
 def evaluate_config(config: DemoConfig) -> EvaluateConfig:
-    """The comparison of the demo. Its starts are others than those of the training."""
+    """The comparison of the demo. Its starts differ from those of the training."""
     from rawdream_env.evaluation.side_by_side.evaluate import EvaluateConfig
 
     return EvaluateConfig(
@@ -150,62 +150,12 @@ def evaluate_config(config: DemoConfig) -> EvaluateConfig:
         dtype=config.dtype,
         num_inference_steps=config.num_inference_steps,
         diagnose=False,
-        workers=config.sim_workers,
+        workers=config.workers,
         seed=config.seed + 1,
     )
 
 
 # -- what is shown -----------------------------------------------------------------------------------------------------
-
-
-def table(report: Mapping[str, Any]) -> str:
-    """Success rates of a side-by-side report as text: a line per policy and task, dream beside simulator."""
-    from rawdream_env.evaluation.reporting.numbers import rate_text
-
-    lines = [("policy", "task", "dream", "simulator")]
-    for entry in report["policies"]:
-        parts = {"all tasks": entry["all"], **entry["tasks"]}
-        for number, (task, part) in enumerate(parts.items()):
-            name = "" if number else entry["name"]
-            lines.append((name, task, rate_text(part["dream"]), rate_text(part["simulator"])))
-    widths = [max(len(line[i]) for line in lines) for i in range(4)]
-    text = ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    text.insert(1, "-" * max(map(len, text)))
-    return "\n".join([*text, *_gains(report), *_conclusions(report)])
-
-
-def _gains(report: Mapping[str, Any]) -> list[str]:
-    lines = []
-    for entry in report["policies"]:
-        for world, gain in entry.get("gain", {}).items():
-            if gain["value"] is None:
-                number = f"not measured, n={gain['n']}"
-            else:
-                known = gain["low"] is not None and gain["high"] is not None
-                ends = f"{100 * gain['low']:+.1f}, {100 * gain['high']:+.1f}" if known else "no interval"
-                number = f"{100 * gain['value']:+.1f} points [{ends}], n={gain['n']} starts"
-            lines.append(f"gain of {entry['name']!r} over {report['reference']!r}, {world}: {number}")
-    return lines
-
-
-def _conclusions(report: Mapping[str, Any]) -> list[str]:
-    """What the gains mean, in words: a dreamed gain counts for nothing without the simulator's."""
-    lines = []
-    for entry in report["policies"]:
-        gain = entry.get("gain")
-        if not gain or any(gain[world]["low"] is None for world in ("dream", "simulator")):
-            continue
-        dream, simulator = gain["dream"], gain["simulator"]
-        if simulator["low"] > 0:
-            said = "really got better: the simulator confirms it."
-        elif simulator["high"] < 0:
-            said = "really got worse."
-            if dream["low"] > 0:
-                said = "got better in the dream and worse in the simulator: it learned where the dream is wrong."
-        else:
-            said = "neither gained nor lost clearly in the simulator; more starts would narrow the interval."
-        lines.append(f"{entry['name']!r} {said}")
-    return lines
 
 
 def chosen_clips(clips: list[Clip], policy: str = AFTER) -> list[Clip]:
@@ -222,7 +172,7 @@ def chosen_clips(clips: list[Clip], policy: str = AFTER) -> list[Clip]:
 
 
 def write_film(result: SideBySide, path: Path, *, every: int = 2) -> Path:
-    """Dream beside simulator, one episode per task after the other; every second frame at 10 Hz, so twice as fast."""
+    """Dream beside simulator, one episode per task; every second frame at 10 Hz, which is twice the real speed."""
     from rawdream_env.files import atomic_write_bytes
     from rawdream_env.types import Outcome
     from rawdream_env.wrappers.drawing import Panel, compose, encode

@@ -1,7 +1,7 @@
-"""``rawdream doctor``: is everything here that is needed, and if not, how to mend it.
+"""``rawdream doctor``: check this machine, and suggest a fix for what does not work.
 
-Every check is a function that returns a :class:`Check`; a check never raises. The renderer is tried in a process of its
-own, because a broken OpenGL driver may end the process that asks.
+Every check is a function that returns a :class:`Check`; a check never raises. The renderer runs in a subprocess, because a
+broken OpenGL driver can kill the process.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ class DoctorConfig:
     """Options of ``rawdream doctor``."""
 
     render: bool = True
-    """Render a frame in a process of its own (a few seconds)."""
+    """Render a frame in a subprocess (a few seconds)."""
     folder: Path = Path()
-    """Where runs will be written: its disk is asked for free space."""
+    """Folder that runs will be written to; its disk is checked for free space."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """``state``: "ok", "note" (works, but worth knowing) or "broken" (something needed does not work)."""
+    """``state``: "ok", "note" (works, with a limitation) or "broken" (something required does not work)."""
 
     name: str
     state: Literal["ok", "note", "broken"]
@@ -61,7 +61,7 @@ class Diagnosis:
 
     @property
     def healthy(self) -> bool:
-        """Whether nothing needed is broken."""
+        """Whether no check is broken."""
         return all(check.state != "broken" for check in self.checks)
 
     def __str__(self) -> str:
@@ -72,7 +72,7 @@ class Diagnosis:
             if check.fix and check.state != "ok":
                 lines.append(f"{'':7}{'':<{width}}  -> {check.fix}")
         broken = sum(check.state == "broken" for check in self.checks)
-        lines.append(f"{broken} broken." if broken else "Everything needed is here.")
+        lines.append(f"{broken} broken." if broken else "Everything required works.")
         return "\n".join(lines)
 
 
@@ -93,7 +93,7 @@ def _python() -> Check:
 
 
 def _packages() -> Iterator[Check]:
-    """The required packages: one line when all fit, one per package that does not."""
+    """The required packages: one line when all are right, else one per package that is not."""
     fix = "Run `make install`, or `pip install -c constraints.txt -e .` in the clone."
     try:
         from packaging.requirements import Requirement
@@ -113,22 +113,22 @@ def _packages() -> Iterator[Check]:
             bad += 1
             yield Check(requirement.name, "broken", f"{found or 'missing'}, needs {requirement.specifier}", fix)
     if not bad:
-        yield Check("packages", "ok", f"all {len(needed)} required packages fit")
+        yield Check("packages", "ok", f"all {len(needed)} required packages have the right version")
 
 
 def _torch() -> Check:
     try:
         import torch
     except (ImportError, OSError) as error:
-        return Check("torch", "broken", f"cannot be imported: {error}", "Install it again: pip install torch==2.13.0")
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none (the embedded models need none)"
+        return Check("torch", "broken", f"cannot be imported: {error}", "Reinstall it: pip install torch==2.13.0")
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none (the bundled models need none)"
     return Check("torch", "ok", f"{torch.__version__}, {torch.get_num_threads()} threads, GPU: {gpu}")
 
 
 def _renderer() -> Check:
     fix = (
         f"Install an OpenGL library: apt-get install {' '.join(DEBIAN_PACKAGES[:3])}; then MUJOCO_GL=egl (or osmesa). "
-        "The dream itself needs no renderer, the simulator does."
+        "Only the simulator needs a renderer."
     )
     backend = os.environ.get("MUJOCO_GL") or "chosen automatically"
     try:
@@ -142,26 +142,26 @@ def _renderer() -> Check:
 
 
 def _models(assets: Path) -> Iterator[Check]:
-    """The embedded models: present, whole, and the ones the model card describes."""
-    fix = "Get the package again (git clone, or pip install), or make the models: rawdream train-embedded."
+    """The bundled models: present, undamaged, and the ones that the model card describes."""
+    fix = "Reinstall the package (git clone, or pip install), or train the models: rawdream models train."
     parts = ("world_model", "judge", "policy", "starts_narrow.safetensors")
     missing = [part for part in parts if not (assets / part).exists()]
     if missing:
-        yield Check("embedded models", "broken", f"missing in {assets}: {', '.join(missing)}", fix)
+        yield Check("bundled models", "broken", f"missing in {assets}: {', '.join(missing)}", fix)
         return
     manifest = assets / "manifest.json"
     try:
         hashes: dict[str, str] = json.loads(manifest.read_text(encoding="utf-8"))["sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        yield Check("embedded models", "note", f"present, but {manifest.name} cannot be read ({error})", fix)
+        yield Check("bundled models", "note", f"present, but {manifest.name} cannot be read ({error})", fix)
         return
     wrong = [name for name, digest in hashes.items() if not _is(assets / name, digest)]
     if wrong:
-        yield Check("embedded models", "broken", f"altered or damaged: {', '.join(wrong)}", fix)
+        yield Check("bundled models", "broken", f"altered or damaged: {', '.join(wrong)}", fix)
         return
     size = sum((assets / name).stat().st_size for name in hashes) / 1e6
     card = "with" if (assets / "README.md").is_file() else "without"
-    yield Check("embedded models", "ok", f"{len(hashes)} files, {size:.0f} MB, hashes match, {card} model card")
+    yield Check("bundled models", "ok", f"{len(hashes)} files, {size:.0f} MB, hashes match, {card} model card")
 
 
 def _is(path: Path, digest: str) -> bool:
@@ -172,10 +172,10 @@ def _video() -> Check:
     try:
         from rawdream_env.media import has_h264
     except (ImportError, OSError) as error:
-        return Check("video", "broken", f"PyAV cannot be imported: {error}", "Install it again: pip install av")
+        return Check("video", "broken", f"PyAV cannot be imported: {error}", "Reinstall it: pip install av")
     if has_h264():
         return Check("video", "ok", f"PyAV {version('av')} with H.264")
-    return Check("video", "note", "PyAV has no H.264 encoder: films only as gif", "pip install --force-reinstall av")
+    return Check("video", "note", "PyAV has no H.264 encoder; videos become GIF", "pip install --force-reinstall av")
 
 
 def _disk(folder: Path) -> Check:
@@ -185,9 +185,9 @@ def _disk(folder: Path) -> Check:
     free = shutil.disk_usage(place).free / 1e9
     found = f"{free:.1f} GB free at {place}"
     if free < 1:
-        return Check("disk", "broken", found, "Free at least 1 GB, or run in another folder.")
+        return Check("disk", "broken", found, "Free at least 1 GB, or use another folder.")
     if free < 5:
-        return Check("disk", "note", found, "Enough for the demo; training the models again needs about 5 GB.")
+        return Check("disk", "note", found, "Enough for the demo; training the bundled models needs about 5 GB.")
     return Check("disk", "ok", found)
 
 
@@ -195,10 +195,10 @@ def _memory() -> Check:
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     except (ValueError, OSError, AttributeError):
-        return Check("memory", "note", "cannot be measured here")
+        return Check("memory", "note", "cannot be measured on this system")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if total < 4:
-        return Check("memory", "note", f"{total:.1f} GB, {cores} cores", "The demo wants about 4 GB; use --num-envs 8.")
+        return Check("memory", "note", f"{total:.1f} GB, {cores} cores", "The demo needs about 4 GB; use --num-envs 8.")
     return Check("memory", "ok", f"{total:.1f} GB, {cores} cores")
 
 

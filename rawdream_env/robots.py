@@ -51,7 +51,7 @@ class Robot:
     goals: str = ""
     """A :class:`GoalGrammar`, for training a judge and a policy on play."""
     episode_source: str = ""
-    """``(CollectConfig) -> EpisodeSource`` (``rawdream_env.data.recording``), for ``rawdream collect``."""
+    """``(CollectConfig) -> EpisodeSource`` (``rawdream_env.data.recording``), for ``rawdream data collect``."""
     sim_starts: str = ""
     """``(image_size, layout) -> StartSource``, for ``starts="sim"``."""
     start_pack: str = ""

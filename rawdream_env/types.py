@@ -1,4 +1,4 @@
-"""Shared value types and the three protocols everything plugs into.
+"""Shared value types, the three protocols everything plugs into, and what its parts may have besides.
 
 Shape letters used across the package: B envs, G group, T chunks in an episode, K actions in a chunk, F frames,
 H W height and width, C channels, L tokens, D width, A action dimensions.
@@ -99,7 +99,12 @@ class PolicyOutput:
 
 @runtime_checkable
 class WorldModel(Protocol):
-    """Imagines what the camera sees after a chunk of actions."""
+    """Imagines what the camera sees after a chunk of actions.
+
+    Optional: ``device`` (a ``torch.device``, where actions are expected; default the CPU), and
+    :class:`SupportsPrepare`. A state may have ``finite``, a bool tensor (B,): False where the imagination broke down, which
+    makes the episode invalid.
+    """
 
     chunk_len: int
     frame_shape: tuple[int, int, int]
@@ -119,7 +124,11 @@ class WorldModel(Protocol):
 
 @runtime_checkable
 class Judge(Protocol):
-    """Says whether an instruction was carried out in a video."""
+    """Says whether an instruction was carried out in a video.
+
+    Optional: ``remote`` (bool, default False): the verdicts come from a server, so that waiting for them costs no
+    computation here; and :class:`SupportsClose`.
+    """
 
     def __call__(self, videos: Sequence[Video], instructions: Sequence[str]) -> list[Verdict]:
         """One verdict per video. Never raises for a bad reply or a bad video: INVALID with its reason."""
@@ -128,7 +137,11 @@ class Judge(Protocol):
 
 @runtime_checkable
 class Policy(Protocol):
-    """A vision-language-action policy with categorical action tokens."""
+    """A vision-language-action policy with categorical action tokens.
+
+    Optional: ``logprobs_and_entropy`` (as ``logprobs``, with the entropy (B, K*A) of the same pass), and
+    :class:`SupportsSave`.
+    """
 
     def act(
         self, images: Any, instructions: Sequence[str], *, temperature: float, keys: Sequence[NoiseKey]
@@ -138,4 +151,34 @@ class Policy(Protocol):
 
     def logprobs(self, images: Any, instructions: Sequence[str], tokens: Tensor, *, temperature: float) -> Tensor:
         """Log-probabilities (B, K*A) of given tokens, differentiable."""
+        ...
+
+
+# What a part may have besides. Environments, trainers and evaluations ask with ``isinstance``.
+
+
+@runtime_checkable
+class SupportsPrepare(Protocol):
+    """A world model that is told how many episodes run at once before the first starts."""
+
+    def prepare(self, num_envs: int) -> None:
+        """Raise ``NotEnoughMemoryError`` when ``num_envs`` rows do not fit."""
+        ...
+
+
+@runtime_checkable
+class SupportsClose(Protocol):
+    """A judge or start source that holds connections, processes or an OpenGL context."""
+
+    def close(self) -> None:
+        """Free them. May be called more than once."""
+        ...
+
+
+@runtime_checkable
+class SupportsSave(Protocol):
+    """A policy that is written to ``RUN/policy`` at the end of training."""
+
+    def save_pretrained(self, folder: Any) -> None:
+        """Write a checkpoint folder that ``load_policy`` reads."""
         ...

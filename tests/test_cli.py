@@ -1,4 +1,4 @@
-"""The command line: instant help, errors as sentences, exit codes; the doctor; the demo; the recipe's bookkeeping."""
+"""The command line: fast help, errors as sentences, exit codes; doctor; demo; the bookkeeping of the recipe."""
 
 from __future__ import annotations
 
@@ -26,9 +26,8 @@ def test_help_is_light_and_lists_every_command():
     )
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120).stdout
     assert out.splitlines()[-1] == "0 [] True"
-    for name in ("demo", "doctor", "collect", "train-world-model", "train-judge", "sft", "grpo", "evaluate",
-                 "evaluate-world-model",
-                 "train-embedded", "bench"):  # fmt: skip
+    for name in ("demo", "doctor", "data collect", "world-model train", "judge train", "policy sft", "policy grpo",
+                 "policy evaluate", "world-model evaluate", "models train", "bench"):  # fmt: skip
         assert f"  {name} " in out
 
 
@@ -39,6 +38,17 @@ def test_every_command_has_its_config_and_help(name, capsys):
     assert is_dataclass(getattr(module, command.config)) and callable(getattr(module, command.function))
     assert cli.main([*name.split(), "--help"]) == 0
     assert f"rawdream {name}" in capsys.readouterr().out
+    assert cli.main(["help", *name.split()]) == 0
+    assert f"usage: rawdream {name}" in capsys.readouterr().out
+
+
+def test_help_of_a_noun_lists_its_verbs(capsys):
+    for words in (["judge", "--help"], ["help", "judge"], ["judge", "help"]):
+        assert cli.main(words) == 0
+        out = capsys.readouterr().out
+        assert "judge watch" in out and "Judge\n" in out and "policy sft" not in out
+    assert cli.main(["judge"]) == 2
+    assert "judge evaluate" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -47,7 +57,17 @@ def test_every_command_has_its_config_and_help(name, capsys):
         ([], 2, "usage: rawdream COMMAND"),
         (["dokter"], 2, "did you mean 'doctor'?"),
         (["xyz"], 2, "choose among demo, doctor"),
+        (["policy", "grpp"], 2, "there is no command 'policy grpp'; did you mean 'policy grpo'?"),
         (["grpo", "--run-dir", "RUN", "--policy", "no/such/policy"], 2, "config.json is missing"),
+        (["policy", "grpo"], 2, "missing --run-dir; see `rawdream policy grpo --help`."),
+        (["policy", "grpo", "--run-dir", "RUN", "--steps", "ten"], 2, "--steps: invalid literal for int()"),
+        (["policy", "grpo", "--run-dir", "RUN", "--stepz", "3"], 2, "unrecognized options: --stepz"),
+        (
+            ["policy", "grpo", "--run-dir", "RUN", "--loss-type", "x"],
+            2,
+            "invalid choice 'x' for argument '--loss-type'",
+        ),
+        (["judge", "watch"], 2, "missing VIDEO, --instruction"),
         (["evaluate", "--policies", "a=x", "a=y"], 2, "give each once as name=folder"),
         (["train-world-model", "--data", "no/such/data", "--run-dir", "RUN"], 2, "no/such/data"),
         (["train-embedded", "--out", "RUN", "--until", "dessert"], 2, "is no stage; choose among play"),
@@ -59,6 +79,8 @@ def test_mistakes_get_one_sentence_and_code_2(arguments, code, said, capsys, tmp
     assert cli.main([str(tmp_path / "run") if a == "RUN" else a for a in arguments]) == code
     err = capsys.readouterr().err
     assert said in err and "Traceback" not in err
+    if arguments:  # besides the notice of a former name
+        assert len([line for line in err.splitlines() if "still works" not in line]) == 1
 
 
 def test_debug_raises_and_version_prints(capsys):
@@ -74,7 +96,7 @@ def test_interrupt_is_130_and_bugs_keep_their_traceback(monkeypatch, capsys):
 
     monkeypatch.setattr(cli, "run", interrupted)
     assert cli.main(["grpo"]) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "rerun the same command to resume" in capsys.readouterr().err
 
     def buggy(*_):
         raise ZeroDivisionError
@@ -110,11 +132,11 @@ def test_bench_passes_its_options_on(monkeypatch):
 # -- doctor ------------------------------------------------------------------------------------------------------------
 
 
-def test_doctor_says_what_is_broken_and_how_to_mend_it(tmp_path, monkeypatch, capsys):
+def test_doctor_says_what_is_broken_and_suggests_a_fix(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(doctor, "ASSETS", tmp_path)
     assert cli.main(["doctor", "--no-render"]) == 1
     out = capsys.readouterr().out
-    assert "BROKEN embedded models" in out and "-> Get the package again" in out and "1 broken." in out
+    assert "BROKEN bundled models" in out and "-> Reinstall the package" in out and "1 broken." in out
     assert "ok     packages" in out
 
 
@@ -161,7 +183,7 @@ def test_demo_trains_compares_and_leaves_page_and_film(tmp_path, tiny_policy, ca
     from PIL import Image
 
     parts = ["--world-model", "null", "--judge", "scripted", "--starts", "null", "--policy", str(tiny_policy)]
-    budget = ["--steps", "1", "--episodes", "1", "--num-envs", "16", "--sim-workers", "0"]
+    budget = ["--steps", "1", "--episodes", "1", "--num-envs", "16", "--workers", "0"]
     assert cli.main(["demo", "--out", str(tmp_path / "demo"), *parts, *budget]) == 0
     out = capsys.readouterr().out
     assert "before" in out and "after dreaming" in out and "n=4" in out
@@ -184,7 +206,7 @@ def test_demo_trains_compares_and_leaves_page_and_film(tmp_path, tiny_policy, ca
     ],
 )
 def test_table_says_what_the_gains_mean(dream, simulator, said):
-    from rawdream_env.demo import table
+    from rawdream_env.evaluation.side_by_side.table import table
 
     def gain(ends):
         return {"value": sum(ends) / 2, "low": ends[0], "high": ends[1], "n": 50}
@@ -259,7 +281,7 @@ def test_recipe_needs_only_earlier_stages(tmp_path):
 @pytest.mark.slow
 def test_whole_recipe_in_small(tmp_path, capsys):
     assert (
-        cli.main(["train-embedded", "--preset", "smoke", "--out", str(tmp_path), "--workers", "0", "--no-progress"])
+        cli.main(["models", "train", "--preset", "smoke", "--out", str(tmp_path), "--workers", "0", "--no-progress"])
         == 0
     )
     assets = tmp_path / "assets"
@@ -273,5 +295,5 @@ def test_whole_recipe_in_small(tmp_path, capsys):
         "2048 transitions",
     ):
         assert words in card
-    assert cli.main(["train-embedded", "--preset", "smoke", "--out", str(tmp_path), "--seed", "1"]) == 2
+    assert cli.main(["models", "train", "--preset", "smoke", "--out", str(tmp_path), "--seed", "1"]) == 2
     assert "made with other settings" in capsys.readouterr().err

@@ -49,14 +49,15 @@ def test_readme_commands_and_options_exist():
 
     from rawdream_env.cli import COMMANDS
 
-    commands = re.findall(r"^rawdream (\S+)(.*)$", README, flags=re.MULTILINE)
-    assert len(commands) >= 9
-    for word, rest in commands:
-        name = next((name for name in COMMANDS if f"{word}{rest} ".startswith(f"{name} ")), word)  # some are two words
+    text = README + "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
+    commands = re.findall(r"^(?:torchrun .* -m rawdream_env|rawdream) (.*(?:\\\n.*)*)$", text, flags=re.MULTILINE)
+    assert len(commands) >= 18
+    for words in commands:
+        name = next(name for name in COMMANDS if f"{words} ".startswith(f"{name} "))
         command = COMMANDS[name]
         fields = {f.name for f in dataclasses.fields(getattr(import_module(command.module), command.config))}
-        options = {option.replace("-", "_") for option in re.findall(r"--([a-z-]+)", rest)}
-        assert options <= fields, name
+        options = {option.replace("-", "_") for option in re.findall(r"--([a-z][a-z-]+)", words)}
+        assert options <= {*fields, "config"}, name
 
 
 def test_readme_links_exist():

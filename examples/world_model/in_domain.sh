@@ -8,7 +8,7 @@
 # memory  estimated: as libero_zero_shot.sh
 # hours   estimated: 5.9 GPU hours on H200 (20,000 * 1.06 s, derived in libero_zero_shot.sh), 1.5 on four
 set -eu
-torchrun "$@" -m rawdream_env train-world-model --parallel fsdp2 --device cuda --objective window \
+torchrun "$@" -m rawdream_env world-model train --parallel fsdp2 --device cuda --objective window \
     --init runs/libero_zero_shot/world_model --model-name wan2.1-1.3b \
     --data data/libero_spatial_rollouts --validation data/libero_spatial_held_out \
     --run-dir runs/libero_in_domain --checkpointing --loss.pure-noise 0 \

@@ -4,7 +4,7 @@
 #     torchrun's options as arguments:  sh examples/world_model/libero_zero_shot.sh --nproc-per-node 4
 #
 # data    data/libero_90: rollouts of an SFT policy on the 90 tasks with Gaussian noise on its actions, as LeRobotDataset
-#         v3.0; data/libero_90_held_out: other rollouts. models/wan: `rawdream convert-wan`, at 256 pixels
+#         v3.0; data/libero_90_held_out: other rollouts. models/wan: `rawdream world-model convert`, at 256 pixels
 # steps   100,000 of 12 windows of 33 frames, lr 7.5e-5, warm-up and cosine (paper A.2)
 # memory  estimated: 1.4 G parameters; weights, gradients, two moments and averages in fp32 are 20 B each = 28 GB in all,
 #         spread by fsdp2; activations with --checkpointing about 10 GB for 3 windows
@@ -12,7 +12,7 @@
 #         and checkpointing's second forward are 4 of them: 12 * 4 * 7 = 334 TFLOP a step, 1.06 s at 40 % of 790 TFLOP/s.
 #         Encoding comes on top, once: 0.44 TFLOP a frame and its share, minutes per 1000 rollouts
 set -eu
-torchrun "$@" -m rawdream_env train-world-model --parallel fsdp2 --device cuda --objective window \
+torchrun "$@" -m rawdream_env world-model train --parallel fsdp2 --device cuda --objective window \
     --init models/wan --model-name wan2.1-1.3b --data data/libero_90 --validation data/libero_90_held_out \
     --run-dir runs/libero_zero_shot --checkpointing --loss.pure-noise 0 \
     --transformer.steps 100000 --transformer.batch-size 12 --transformer.lr 7.5e-5 --transformer.warmup 1000 \

@@ -10,7 +10,7 @@
 # hours   estimated: 59 GPU hours on H200 for the first part (24 * 4 * 7 TFLOP = 2.1 s a step at 40 % of 790 TFLOP/s), 7.9 for
 #         the second (1.4 s a step): 8.4 hours on eight, without encoding
 set -eu
-common="-m rawdream_env train-world-model --parallel fsdp2 --device cuda --objective window --model-name wan2.1-1.3b
+common="-m rawdream_env world-model train --parallel fsdp2 --device cuda --objective window --model-name wan2.1-1.3b
     --checkpointing --loss.pure-noise 0 --transformer.lr 7.5e-5 --transformer.decay 1 --save-every 2000"
 # shellcheck disable=SC2086  (the options in $common are words)
 torchrun "$@" $common --init models/wan --run-dir runs/open_x \

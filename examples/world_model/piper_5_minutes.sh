@@ -15,10 +15,10 @@ set -eu
 out=${1:-runs/piper_5_minutes}
 export OMP_NUM_THREADS=1
 
-test -d "$out/play" || rawdream collect --kind play --layout wide --episodes 160 --seed 1 --root "$out/play"
-test -d "$out/held_out" || rawdream collect --kind play --layout wide --episodes 32 --seed 2 --root "$out/held_out"
+test -d "$out/play" || rawdream data collect --kind play --layout wide --episodes 160 --seed 1 --out "$out/play"
+test -d "$out/held_out" || rawdream data collect --kind play --layout wide --episodes 32 --seed 2 --out "$out/held_out"
 
-rawdream train-world-model --data "$out/play" --validation "$out/held_out" --run-dir "$out/run" --codec embedded \
+rawdream world-model train --data "$out/play" --validation "$out/held_out" --run-dir "$out/run" --codec embedded \
     --objective window --transformer.steps 400 --transformer.batch-size 16 --transformer.lr 1e-3 \
     --transformer.warmup 50 --transformer.decay 0.7 --transformer.ema 0.98 \
     --model.num-layers 3 --model.num-attention-heads 3 --model.attention-head-dim 48 --model.ffn-dim 384 \

@@ -1,6 +1,6 @@
 """Turn LIBERO and robomimic demonstration files into a LeRobotDataset v3.0 folder.
 
-    rawdream import-hdf5 --src datasets/libero_90 --out data/libero_90
+    rawdream data import-hdf5 --src datasets/libero_90 --out data/libero_90
 
 The files are looked through before anything is written, so that a missing camera or an incomplete file is known at once.
 Sharding and resuming are in ``recording``, the reading of the files in ``hdf5``.

@@ -17,20 +17,31 @@ from rawdream_env.envs.imagination import (
     Replay,
     begin_states,
     imagine,
-    load_judge,
-    load_world_model,
     scatter,
     select,
 )
 from rawdream_env.envs.reflector import Reflector
 from rawdream_env.errors import InvalidActionError, InvalidOptionError
+from rawdream_env.judges import load_judge
 from rawdream_env.judges.base import ask
 from rawdream_env.judges.ensemble import HoldOutJudge
 from rawdream_env.robots import DEFAULT_ROBOT
 from rawdream_env.seeding import NoiseKey
 from rawdream_env.starts import load_starts
 from rawdream_env.starts.base import TaskLike
-from rawdream_env.types import Float32Array, Judge, Outcome, Start, Trajectory, UInt8Array, Verdict, Video
+from rawdream_env.types import (
+    Float32Array,
+    Judge,
+    Outcome,
+    Start,
+    SupportsClose,
+    SupportsPrepare,
+    Trajectory,
+    UInt8Array,
+    Verdict,
+    Video,
+)
+from rawdream_env.world_models import load_world_model
 
 _BROKEN = Verdict(Outcome.INVALID, "the world model returned frames that are not finite")
 
@@ -121,11 +132,11 @@ class DreamVectorEnv(ChunkVectorEnv):
             approximations=approximations,
             micro_batch_size=micro_batch_size,
         )
-        self.judge = load_judge(judge, device=device)
+        self.judge = _named_judge(judge, device)
         if held_out_judge is not None:
             if self.judge is None:
                 raise InvalidOptionError("held_out_judge watches the judge of a dream, but this dream has no judge.")
-            watching = load_judge(held_out_judge, device=device)
+            watching = _named_judge(held_out_judge, device)
             if watching is not None:
                 self.judge = HoldOutJudge(self.judge, watching)
         self.judge_every = parse_choice("judge_every", judge_every, ("episode", "chunk"))
@@ -133,7 +144,7 @@ class DreamVectorEnv(ChunkVectorEnv):
         self.task = task
         shape = self.world_model.frame_shape
         self.robot = robot or getattr(self.world_model, "robot", "") or DEFAULT_ROBOT
-        self.starts = load_starts(starts, frame_shape=shape, layout=layout, robot=self.robot)
+        self.starts = load_starts(starts, device=device, frame_shape=shape, layout=layout, robot=self.robot)
         self.tasks = tuple(getattr(self.starts, "tasks", ()))
         super().__init__(
             num_envs,
@@ -149,9 +160,8 @@ class DreamVectorEnv(ChunkVectorEnv):
             end_on_success=end_on_success,
             reflector=reflector,
         )
-        prepare = getattr(self.world_model, "prepare", None)
-        if callable(prepare):  # a world model may say that so many rows are too many for it
-            prepare(self.num_envs)
+        if isinstance(self.world_model, SupportsPrepare):
+            self.world_model.prepare(self.num_envs)
         self._state: Any = None
         self._current: list[Episode | None] = [None] * self.num_envs
         self._finished: list[Episode | None] = [None] * self.num_envs
@@ -336,6 +346,11 @@ class DreamVectorEnv(ChunkVectorEnv):
         self._state = None
         self._current = [None] * self.num_envs
         for part in (self.starts, self.judge, self.reflector):
-            close = getattr(part, "close", None)
-            if callable(close):
-                close()
+            if isinstance(part, SupportsClose):
+                part.close()
+
+
+def _named_judge(judge: Any, device: str) -> Judge | None:
+    """The judge that an option names; None for None and "none"."""
+    none = judge is None or (isinstance(judge, str) and judge == "none")
+    return None if none else load_judge(judge, device=device)

@@ -1,8 +1,8 @@
-"""What a dream is made of: loading its parts, checking what they return, and the record of an episode."""
+"""What a dream is made of: checking what a world model returns, and the record of an episode."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rawdream_env.errors import InvalidOptionError, RawDreamError
 from rawdream_env.seeding import NoiseKey
-from rawdream_env.types import Float32Array, Judge, Start, Trajectory, UInt8Array, Verdict, Video, WorldModel
+from rawdream_env.types import Float32Array, Start, Trajectory, UInt8Array, Verdict, Video, WorldModel
 
 
 @dataclass
@@ -43,67 +43,6 @@ class Replay:
 
     frames: UInt8Array | None
     verdict: Verdict | None
-
-
-def load_world_model(
-    world_model: Any,
-    *,
-    device: str,
-    dtype: str | None,
-    num_inference_steps: int | None,
-    approximations: Sequence[str] = (),
-    micro_batch_size: int = 0,
-) -> WorldModel:
-    """The ``world_model`` option as an object: "embedded", "null", a folder, or an object of that kind already."""
-    if isinstance(world_model, str) and world_model == "null":
-        from rawdream_env.world_models.null import NullWorldModel
-
-        return NullWorldModel()
-    if isinstance(world_model, str) or hasattr(world_model, "__fspath__"):
-        from rawdream_env.world_models.loading import load_world_model as load
-
-        kwargs: dict[str, Any] = {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
-        if dtype is not None:
-            kwargs["dtype"] = dtype
-        if approximations:
-            kwargs["approximations"] = tuple(approximations)
-        if micro_batch_size:
-            kwargs["micro_batch_size"] = micro_batch_size
-        loaded: WorldModel = load(str(world_model), device=device, **kwargs)
-        return loaded
-    if num_inference_steps is not None or dtype is not None or approximations or micro_batch_size:
-        raise InvalidOptionError(
-            "num_inference_steps, dtype, approximations and micro_batch_size apply when the world model is loaded here; "
-            "set them on the object you pass."
-        )
-    model: WorldModel = _require(world_model, "world_model", ("start", "imagine", "chunk_len", "frame_shape", "fps"))
-    return model
-
-
-def load_judge(judge: Any, *, device: str) -> Judge | None:
-    """The ``judge`` option as an object: "embedded", "scripted", "none" or None, a folder, the words or the options
-    (a mapping) of a vision-language model, or a callable.
-    """
-    if judge is None or (isinstance(judge, str) and judge == "none"):
-        return None
-    if isinstance(judge, str) and judge == "scripted":
-        from rawdream_env.judges.scripted import ScriptedJudge
-
-        return ScriptedJudge()
-    if isinstance(judge, str | Mapping) or hasattr(judge, "__fspath__"):
-        from rawdream_env.judges import load_judge as load
-
-        loaded: Judge = load(judge if isinstance(judge, Mapping) else str(judge), device=device)
-        return loaded
-    given: Judge = _require(judge, "judge", ("__call__",))
-    return given
-
-
-def _require(thing: Any, option: str, names: Sequence[str]) -> Any:
-    missing = [name for name in names if not hasattr(thing, name)]
-    if missing:
-        raise InvalidOptionError(f"{option} is a {type(thing).__name__} without {', '.join(missing)}.")
-    return thing
 
 
 def begin_states(model: WorldModel, starts: Sequence[Start], keys: Sequence[NoiseKey]) -> Any:

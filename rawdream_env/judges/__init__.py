@@ -4,62 +4,64 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rawdream_env.config import parse_device, parse_dtype
 from rawdream_env.errors import CheckpointError, InvalidOptionError
 from rawdream_env.files import read_json
+from rawdream_env.resolve import EMBEDDED, bundled_folder, resolve
 
 if TYPE_CHECKING:
     from rawdream_env.types import Judge
 
-ASSETS = Path(__file__).resolve().parent.parent / "assets" / "judge"
-"""Where the shipped judge lives."""
 
-
-def load_judge(spec: str | Path | Mapping[str, Any] | Judge, device: str = "cpu") -> Judge:
-    """A judge from its name, its folder, or itself.
+def load_judge(spec: str | Path | Mapping[str, Any] | Judge, *, device: str = "cpu", dtype: str | None = None) -> Judge:
+    """The judge that ``spec`` names.
 
     Args:
-        spec: ``"embedded"`` (the small classifier shipped with the package), ``"scripted"`` (the twin for tests),
-            ``"robometer:http://host:port/path"`` (a service), a folder written by ``save_pretrained`` (of the embedded
-            judge or of a VideoMAE reward model), a vision-language model (``"vlm_server:http://host:8000/v1"``,
+        spec: ``"embedded"`` (the bundled classifier), ``"scripted"`` (the twin for tests), a folder written by
+            ``save_pretrained`` (of the bundled judge or of a VideoMAE reward model), ``"owner/name"`` of the Hugging
+            Face hub, ``"module:factory"``, a vision-language model (``"vlm_server:http://host:8000/v1"``,
             ``"vlm_local:FOLDER"``, or its options as a mapping with ``"kind"`` or a ``.json`` file of them; see
-            ``vlm_config``), or any object with the ``Judge`` protocol (returned as it is).
+            ``vlm_config``), ``"robometer:http://host:port/path"`` (a service), or any object with the ``Judge`` protocol.
         device: torch device for judges that compute.
+        dtype: precision of the weights, for ``vlm_local`` and factories.
 
     Raises:
-        InvalidOptionError: no such name or folder.
+        InvalidOptionError: no such name or folder, or an option that does not fit.
         CheckpointError: the folder is not a judge's, or is damaged.
         JudgeUnavailableError: the server of a judge cannot be reached or does not fit.
     """
-    if isinstance(spec, (str, Path)) and str(spec).endswith(".json"):
+    from rawdream_env.types import Judge
+
+    if isinstance(spec, str | Path) and str(spec).endswith(".json"):
         spec = _options(Path(spec))
     if isinstance(spec, Mapping) or (isinstance(spec, str) and spec.startswith(("vlm_server:", "vlm_local:"))):
-        return _load_vlm(spec, device)
-    if not isinstance(spec, (str, Path)):
-        if callable(spec):
-            return spec
-        raise InvalidOptionError(
-            f"judge is {type(spec).__name__}; give 'embedded', 'scripted', a folder, or an object with "
-            "__call__(videos, instructions) -> list[Verdict], or its options as a mapping"
-        )
-    if spec == "scripted":
+        return _load_vlm(spec, parse_device(device), parse_dtype(dtype))
+    if isinstance(spec, str) and spec == "scripted":
         from rawdream_env.judges.scripted import ScriptedJudge
 
         return ScriptedJudge()
-    if str(spec).startswith("robometer:"):
+    if isinstance(spec, str) and spec.startswith("robometer:"):
         from rawdream_env.judges.robometer import RobometerJudge
 
-        return RobometerJudge(str(spec).removeprefix("robometer:"))
-    folder = ASSETS if spec == "embedded" else Path(spec)
+        return RobometerJudge(spec.removeprefix("robometer:"))
+    found: Path | Judge = resolve(spec, "judge", Judge, bundled=bundled_folder("judge"), device=device, dtype=dtype)
+    return _load_folder(found, spec, device, dtype) if isinstance(found, Path) else found
+
+
+def _load_folder(folder: Path, spec: object, device: str, dtype: str | None) -> Judge:
     if not folder.is_dir():
-        if spec == "embedded":
-            raise CheckpointError(f"the embedded judge is not in {folder}; train it with `rawdream train-judge`")
+        if spec == EMBEDDED:
+            raise CheckpointError(f"the bundled judge is not in {folder}; train it with `rawdream judge train`")
         raise InvalidOptionError(
             f"judge {str(spec)!r} is neither 'embedded' nor 'scripted' nor 'robometer:URL' nor a folder nor "
-            "'vlm_server:http://host:8000/v1'"
+            "'owner/name' of the Hugging Face hub nor 'module:factory' nor 'vlm_server:http://host:8000/v1'"
         )
+    if dtype not in (None, "float32"):
+        raise InvalidOptionError(f"dtype={dtype!r} does not fit the judge in {folder}, which computes in float32.")
     from rawdream_env.judges import embedded, videomae
 
     kind = _kind_of(folder)
@@ -72,17 +74,19 @@ def load_judge(spec: str | Path | Mapping[str, Any] | Judge, device: str = "cpu"
     return embedded.EmbeddedJudge.from_pretrained(folder, device=device)
 
 
-def _load_vlm(spec: str | Mapping[str, Any], device: str) -> Judge:
+def _load_vlm(spec: str | Mapping[str, Any], device: str, dtype: str | None) -> Judge:
     from rawdream_env.judges.vlm.config import VLMServerConfig, parse_vlm_spec
 
     config = parse_vlm_spec(spec)
     if isinstance(config, VLMServerConfig):
+        if dtype is not None:
+            raise InvalidOptionError(f"dtype={dtype!r} does not fit vlm_server: its server chooses the precision.")
         from rawdream_env.judges.vlm.server import VLMServerJudge
 
         return VLMServerJudge(config)
     from rawdream_env.judges.vlm.local import VLMLocalJudge
 
-    return VLMLocalJudge.from_pretrained(config, device=device)
+    return VLMLocalJudge.from_pretrained(config if dtype is None else replace(config, dtype=dtype), device=device)
 
 
 def _options(path: Path) -> Mapping[str, Any]:

@@ -17,7 +17,7 @@ from rawdream_env.errors import InvalidOptionError
 from rawdream_env.judges.base import check_pairs, invalid
 from rawdream_env.judges.overlap import is_remote
 from rawdream_env.judges.verdict import combine_votes
-from rawdream_env.types import Judge, Outcome, Verdict, Video
+from rawdream_env.types import Judge, Outcome, SupportsClose, Verdict, Video
 
 RULES = ("all", "any", "majority")
 
@@ -193,6 +193,5 @@ def _chance(verdict: Verdict) -> float:
 
 def _close(judges: Sequence[Judge]) -> None:
     for judge in judges:
-        close = getattr(judge, "close", None)
-        if callable(close):
-            close()
+        if isinstance(judge, SupportsClose):
+            judge.close()

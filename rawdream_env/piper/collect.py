@@ -1,4 +1,4 @@
-"""Episodes of the Piper twin for ``rawdream collect``: play, the scripted expert, or a policy with noise."""
+"""Episodes of the Piper twin for ``rawdream data collect``: play, the scripted expert, or a policy with noise."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class PiperSource:
     def policy(self) -> Policy:
         """The policy of kind policy."""
         if self._policy is None:
-            self._policy = load_policy(self.config.policy, "cpu")
+            self._policy = load_policy(self.config.policy)
         return self._policy
 
     def attempt(self, index: int, seed: int) -> tuple[EpisodeData, bool]:

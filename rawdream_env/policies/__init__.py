@@ -6,35 +6,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rawdream_env.errors import CheckpointError, InvalidOptionError
+from rawdream_env.resolve import bundled_folder, resolve
 
 if TYPE_CHECKING:
     import torch
 
     from rawdream_env.types import Policy
 
-EMBEDDED = "embedded"
 
+def load_policy(spec: str | Path | Policy, *, device: str | torch.device = "cpu", dtype: str | None = None) -> Policy:
+    """The policy that ``spec`` names: "embedded", a folder, "owner/name" of the Hugging Face hub, "module:factory", or
+    an object with the ``Policy`` protocol (a ``torch.nn.Module`` is moved to ``device``).
 
-def load_policy(spec: str | Path | Policy, device: str | torch.device = "cpu") -> Policy:
-    """The policy named ``spec``: ``"embedded"`` (shipped in the package), a folder with config.json, or an object.
+    ``dtype`` is for factories: the bundled policy computes in float32.
 
-    An object with ``act`` and ``logprobs`` is returned as it is (a ``torch.nn.Module`` is moved to ``device``). Raises
-    ``CheckpointError`` when the folder is missing or damaged, ``InvalidOptionError`` for anything else.
+    Raises:
+        InvalidOptionError: an object or a factory that does not fit, or no such device.
+        CheckpointError: the folder is missing or damaged.
     """
-    if isinstance(spec, str | Path):
-        return _load_folder(_assets_folder() if spec == EMBEDDED else Path(spec), device)
-    if callable(getattr(spec, "act", None)) and callable(getattr(spec, "logprobs", None)):
-        move: Any = getattr(spec, "to", None)
-        if callable(move):
-            move(device)
-        return spec
-    raise InvalidOptionError(f"{type(spec).__name__} is no policy: give 'embedded', a folder, or an object with act.")
+    from rawdream_env.types import Policy
 
-
-def _assets_folder() -> Path:
-    from rawdream_env import assets
-
-    return Path(assets.__file__).parent / "policy"
+    found: Path | Policy = resolve(spec, "policy", Policy, bundled=bundled_folder("policy"), device=device, dtype=dtype)
+    if isinstance(found, Path):
+        if dtype not in (None, "float32"):
+            raise InvalidOptionError(f"dtype={dtype!r} does not fit the policy in {found}, which computes in float32.")
+        return _load_folder(found, device)
+    move: Any = getattr(found, "to", None)
+    if callable(move):
+        move(device)
+    return found
 
 
 def _load_folder(folder: Path, device: str | torch.device) -> Policy:

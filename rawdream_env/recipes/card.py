@@ -44,7 +44,7 @@ def model_card(stages: Mapping[str, Mapping[str, Any]], metrics: Mapping[str, An
             "",
             "- **Use**: trying the method, tests, teaching. 64x64 pixels, primitive objects, one camera, one arm.",
             "- **Not for**: real robots; conclusions about full-size models.",
-            "- **Made again by** `rawdream train-embedded` (`--preset gpu` for more data and steps).",
+            "- **Made again by** `rawdream models train` (`--preset gpu` for more data and steps).",
             f"- **Machine**: {hardware['cpu']}, {hardware['cores']} cores, GPU: {hardware.get('gpu') or 'none'}; "
             f"torch {versions['torch']}, Python {versions['python']}; {run['time']}.",
             "",

@@ -1,7 +1,7 @@
 """Make the bundled models from scratch with one command: world model, judge, policy, starts, numbers, model card.
 
-    rawdream train-embedded --preset cpu     hours on 2 cores; the model card says how many
-    rawdream train-embedded --preset gpu     the same recipe with more data and more steps, on a CUDA device
+    rawdream models train --preset cpu     hours on 2 cores; the model card says how many
+    rawdream models train --preset gpu     the same recipe with more data and more steps, on a CUDA device
 
 The stages, in order: collect play -> pre-train the policy on it -> let that policy act on instructions that are no
 task's -> train the world model on play and these rollouts -> imagine clips of other play -> train the judge on
@@ -54,7 +54,7 @@ from rawdream_env.world_models.loading import read_world_model, save_world_model
 
 @dataclass(frozen=True)
 class EmbeddedConfig:
-    """Options of ``rawdream train-embedded``."""
+    """Options of ``rawdream models train``."""
 
     out: Path = Path("runs/embedded")
     """Folder for data, runs and, in ``assets``, the finished models. Rerun the same command to resume."""

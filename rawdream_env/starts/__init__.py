@@ -1,29 +1,36 @@
-"""Where episodes begin: start packs, folders of images, the simulator, plain lists."""
+"""Where episodes begin: start packs, folders of images, the simulator, plain lists. ``load_starts`` finds one by name."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rawdream_env.errors import InvalidOptionError
+from rawdream_env.resolve import EMBEDDED, resolve
 from rawdream_env.robots import find_robot
 from rawdream_env.starts.base import StartSource, seed_for
 from rawdream_env.starts.memory import ListStarts, NullStarts
+from rawdream_env.types import Start
 
 __all__ = ["ListStarts", "NullStarts", "StartSource", "load_starts", "seed_for"]
 
 
 def load_starts(
-    starts: Any, *, frame_shape: tuple[int, int, int] = (64, 64, 3), layout: str = "narrow", robot: str = ""
+    spec: str | Path | Sequence[Start] | StartSource,
+    *,
+    device: str = "cpu",
+    frame_shape: tuple[int, int, int] = (64, 64, 3),
+    layout: str = "narrow",
+    robot: str = "",
 ) -> StartSource:
-    """Turn the ``starts`` option of an environment into a source.
+    """The start source that ``spec`` names.
 
     Args:
-        starts: "pack" (the robot's start pack), "sim" (rendered by the robot's simulator as they are needed), "null"
-            (random frames), a path to a ``.safetensors`` pack or to a folder of images, a list of ``Start``, or
-            an object with a ``sample`` method.
-        frame_shape: (H, W, 3) wanted; images of a folder are resized to it.
+        spec: "pack" or "embedded" (the robot's start pack), "sim" (rendered by the robot's simulator when needed), "null"
+            (random frames), a ``.safetensors`` pack, a folder of images or with a pack in it, "owner/name" of the Hugging
+            Face hub, "module:factory", a list of ``Start``, or an object with a ``sample`` method.
+        device: passed to a factory that takes it.
+        frame_shape: (H, W, 3); images of a folder are resized to it.
         layout: "narrow" or "wide": how far the objects are scattered ("pack" and "sim").
         robot: whose pack and simulator; the default robot when empty.
 
@@ -31,34 +38,31 @@ def load_starts(
         InvalidOptionError: none of these, or the robot has no pack or no simulator.
         CheckpointError: the pack is missing or damaged.
     """
-    if isinstance(starts, str | Path):
-        return _from_name(str(starts), frame_shape, layout, robot)
-    if isinstance(starts, StartSource):
-        return starts
-    if isinstance(starts, Sequence):
-        return ListStarts(starts)
-    raise InvalidOptionError(
-        f"starts is a {type(starts).__name__}; give 'pack', 'sim', a path, a list of Start or an object with sample()."
-    )
-
-
-def _from_name(name: str, frame_shape: tuple[int, int, int], layout: str, robot: str) -> StartSource:
-    if name == "null":
+    if isinstance(spec, str) and spec == "null":
         return NullStarts(frame_shape)
-    if name == "sim":
+    if isinstance(spec, str) and spec == "sim":
         source: StartSource = find_robot(robot).load("sim_starts")(image_size=frame_shape[0], layout=layout)
         return source
+    if isinstance(spec, Sequence) and not isinstance(spec, str | StartSource):
+        return ListStarts(spec)
     from rawdream_env.starts.pack import PackStarts
 
-    if name == "pack":
+    if isinstance(spec, str) and spec in ("pack", EMBEDDED):
         return PackStarts(find_robot(robot).load("start_pack")(layout))
-    path = Path(name)
-    if path.suffix == ".safetensors":
-        return PackStarts(path)
-    if path.is_dir():
+    found: Path | StartSource = resolve(spec, "start source", StartSource, bundled=Path(), device=device)
+    if not isinstance(found, Path):
+        return found
+    if found.suffix == ".safetensors":
+        return PackStarts(found)
+    if found.is_dir():
+        packs = sorted(found.glob("*.safetensors"))
+        if packs:
+            fitting = found / f"starts_{layout}.safetensors"
+            return PackStarts(fitting if fitting in packs else packs[0])
         from rawdream_env.starts.folder import FolderStarts
 
-        return FolderStarts(path, frame_shape=frame_shape)
+        return FolderStarts(found, frame_shape=frame_shape)
     raise InvalidOptionError(
-        f"starts={name!r} is neither 'pack', 'sim' nor 'null', nor an existing folder of images or a .safetensors pack."
+        f"starts={str(spec)!r} is neither 'pack', 'sim' nor 'null', nor an existing folder of images or a .safetensors "
+        "pack, nor 'module:factory'."
     )

@@ -11,28 +11,21 @@ Weights may be stored in fp16; they are loaded as fp32 and cast by ``dtype``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from rawdream_env.errors import CheckpointError, InvalidOptionError
+from rawdream_env.errors import CheckpointError
 from rawdream_env.files import atomic_write_json, load_weights, read_json, save_safetensors
-from rawdream_env.types import WorldModel
 from rawdream_env.world_models.autoencoders import AutoencoderConfig, FrameCodec, PackedFrameAutoencoder
 from rawdream_env.world_models.pretrained import dataclass_from_json
 from rawdream_env.world_models.wan.chunk import ContextCache
-from rawdream_env.world_models.wan.fp8 import use_fp8
 from rawdream_env.world_models.wan.rollout import RolloutConfig, WanWorldModel
 from rawdream_env.world_models.wan.tiny_decoder import TinyDecoder, TinyDecoderCodec
 from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer
 from rawdream_env.world_models.wan.vae import SPATIAL_STRIDE, WanVAE
 
 FORMAT = "rawdream-world-model-2"
-APPROXIMATIONS = ("rolling_cache", "tiny_decoder", "fp8")
 
 
 def save_codec(codec: FrameCodec, folder: Path, *, half: bool = False) -> None:
@@ -93,7 +86,7 @@ def read_world_model(
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(
-            f"no world model in {folder}: config.json is missing; train one with `rawdream train-world-model`"
+            f"no world model in {folder}: config.json is missing; train one with `rawdream world-model train`"
         )
     config = read_json(path)
     if config.get("format") != FORMAT:
@@ -113,42 +106,4 @@ def read_world_model(
     )
 
 
-def load_world_model(
-    spec: str | Path | WorldModel,
-    device: str = "cpu",
-    dtype: str = "float32",
-    *,
-    num_inference_steps: int | None = None,
-    approximations: Sequence[str] = (),
-    micro_batch_size: int = 0,
-) -> WorldModel:
-    """The world model called ``spec``: "embedded" (shipped with the package), "null", a folder, or an object as it
-    is.
-
-    ``approximations`` are opt-in and cost accuracy (their price: docs/world_model.md): "rolling_cache" keeps the context's
-    keys and values across chunks, "tiny_decoder" decodes Wan's latents with TAEHV's, "fp8" rounds the blocks' matrix
-    products. Fewer evaluations is ``num_inference_steps``. ``micro_batch_size``: rows computed at once, to bound memory;
-    0: as many as fit.
-    """
-    if unknown := sorted(set(approximations) - set(APPROXIMATIONS)):
-        raise InvalidOptionError(f"there is no approximation {unknown}; choose among {', '.join(APPROXIMATIONS)}.")
-    if not isinstance(spec, str | Path):
-        return spec
-    if spec == "null":
-        from rawdream_env.world_models.null import NullWorldModel
-
-        return NullWorldModel()
-    folder = Path(str(resources.files("rawdream_env.assets") / "world_model")) if spec == "embedded" else Path(spec)
-    overrides = {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
-    context_cache: ContextCache = "rolling" if "rolling_cache" in approximations else "step"
-    tiny = "tiny_decoder" in approximations
-    model = read_world_model(
-        folder, context_cache=context_cache, tiny_decoder=tiny, micro_batch_size=micro_batch_size, **overrides
-    )
-    model.to(device, getattr(torch, dtype))
-    if "fp8" in approximations:
-        use_fp8(model.transformer)
-    return model
-
-
-__all__ = ["load_world_model", "read_world_model", "save_world_model"]
+__all__ = ["read_world_model", "save_world_model"]

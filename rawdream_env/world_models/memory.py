@@ -130,7 +130,7 @@ def rows_that_fit(
 ) -> int:
     """How many of ``num_envs`` episodes to imagine at a time: all, else the largest power of two that fits, at least 1."""
     free = free_memory(device)
-    for rows in [num_envs, *(2**i for i in reversed(range(max(0, num_envs - 1).bit_length())))]:
+    for rows in [num_envs, *(1 << i for i in reversed(range(max(0, num_envs - 1).bit_length())))]:
         if _needed(rollout_memory(arch, codec, num_envs, rows, dtype, context_cache), device) <= free:
             return rows
     return 1

@@ -7,7 +7,6 @@ own loader only warns of missing and unknown tensors; here they are one error th
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from rawdream_env.errors import CheckpointError
 from rawdream_env.files import check_weights, fsync_folder, load_tensors, read_json
+from rawdream_env.resolve import hub_folder, is_hub_id
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 T = TypeVar("T")
@@ -54,22 +54,10 @@ def find_folder(
     """The local folder of a checkpoint; ``owner/name`` is fetched from the Hugging Face hub when no such folder exists."""
     path = Path(source)
     if not path.is_dir():
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        if not is_hub_id(str(source)):
             raise CheckpointError(f"there is no folder {source}; check the path.")
-        from huggingface_hub import snapshot_download
-
         wanted = [f"{subfolder or ''}{'/' if subfolder else ''}{kind}" for kind in ("*.json", "*.safetensors")]
-        try:
-            path = Path(
-                snapshot_download(
-                    str(source), revision=revision, local_files_only=local_files_only, allow_patterns=wanted
-                )
-            )
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{source} is neither a folder here nor a repository that can be fetched ({type(error).__name__}: "
-                f"{str(error).splitlines()[0]})."
-            ) from error
+        path = hub_folder(str(source), revision=revision, local_files_only=local_files_only, allow_patterns=wanted)
     return path / subfolder if subfolder else path
 
 

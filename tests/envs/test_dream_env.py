@@ -398,7 +398,7 @@ def test_dead_rows_actions_are_not_looked_at():
         ({"starts": "nowhere"}, "nowhere"),
         ({"starts": []}, "empty"),
         ({"starts": 5}, "int"),
-        ({"judge": 5}, "judge is a int"),
+        ({"judge": 5}, "int is no judge"),
         ({"world_model": object()}, "without start, imagine"),
         ({"world_model": NullWorldModel(), "num_inference_steps": 3}, "num_inference_steps"),
     ],

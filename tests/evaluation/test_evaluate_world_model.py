@@ -1,4 +1,4 @@
-"""Ghosting on synthetic videos, and ``rawdream evaluate-world-model`` from a data folder to its files."""
+"""Ghosting on synthetic videos, and ``rawdream world-model evaluate`` from a data folder to its files."""
 
 from __future__ import annotations
 

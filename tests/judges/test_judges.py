@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from rawdream_env.errors import CheckpointError, InvalidOptionError
+from rawdream_env.errors import CheckpointError, InvalidOptionError, JudgeError
 from rawdream_env.evaluation.judges.report import JudgeClip, evaluate
 from rawdream_env.files import load_safetensors, save_safetensors
 from rawdream_env.judges import load_judge
@@ -401,5 +401,5 @@ def test_report_without_mistakes_or_probabilities(tmp_path: Path) -> None:
 def test_report_refuses_nothing_and_miscounts() -> None:
     with pytest.raises(ValueError, match="no clips"):
         evaluate(_script([]), [])
-    with pytest.raises(ValueError, match="0 verdicts for 4 videos"):
+    with pytest.raises(JudgeError, match="0 verdicts for 4 videos"):
         evaluate(lambda videos, instructions: [], _clips())

@@ -315,3 +315,14 @@ def test_optimiser_round_trip(tmp_path: Path) -> None:
         unpack_optimizer(wrong, checkpoint.tensors)
     with pytest.raises(CheckpointError, match="has 1 state entries"):
         unpack_optimizer(torch.optim.AdamW([torch.nn.Parameter(torch.ones(2, 3))]), checkpoint.tensors)
+
+
+def test_settings_stored_under_old_names_are_read(tmp_path: Path) -> None:
+    old = {"out": "a", "steps": 3, "model": {"carry": True, "layers": 2}}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    now = {"run_dir": "a", "steps": 3, "model": {"warp_last_frame": True, "layers": 2}}
+    RunDir(tmp_path, now).close()
+    with pytest.raises(RunDirError, match="model"):
+        RunDir(tmp_path, {**now, "model": {"warp_last_frame": False, "layers": 2}})
+    (tmp_path / "config.json").write_text(json.dumps({"out": "a"}))
+    RunDir(tmp_path, {"out": "a"}).close()

@@ -25,7 +25,7 @@ from rawdream_env.trainers.policy import sft
 from rawdream_env.trainers.policy.batches import augment, draw_batch, load_sources
 from rawdream_env.trainers.policy.config import SFTConfig
 from rawdream_env.trainers.policy.losses import readout_loss, token_loss
-from rawdream_env.trainers.policy.validation import evaluate_in_sim
+from rawdream_env.trainers.policy.validation import simulator_success
 from rawdream_env.types import PolicyOutput
 
 SMALL = TinyVLAConfig(
@@ -303,20 +303,21 @@ class Recorder:
     """A policy that holds still and writes down what it was shown."""
 
     def __init__(self) -> None:
-        self.seen: dict[tuple[int, int], int] = {}
+        self.seen: dict[tuple[str, int, int], int] = {}
 
     def act(self, images: Any, instructions: Any, *, temperature: float, keys: Any) -> PolicyOutput:
         for image, sentence, key in zip(images, instructions, keys, strict=True):
-            assert sentence == TASKS[1].instruction
-            self.seen[key.seed, key.chunk] = int(image.astype(np.int64).sum())
+            self.seen[sentence, key.seed, key.chunk] = int(image.astype(np.int64).sum())
         actions = torch.zeros(len(keys), 8, 7)
         return PolicyOutput(actions, torch.zeros(len(keys), 56, dtype=torch.long), torch.zeros(len(keys), 56))
 
 
-def test_evaluate_in_sim_does_not_depend_on_the_batch() -> None:
+def test_success_in_the_simulator_does_not_depend_on_the_batch() -> None:
     together, apart = Recorder(), Recorder()
-    rate = evaluate_in_sim(together, "place_pot", 3, seed=50, max_episode_steps=2)  # type: ignore[arg-type]
-    assert (rate.successes, rate.n) == (0, 3) and rate.high > 0.5
-    evaluate_in_sim(apart, "place_pot", 3, seed=50, max_episode_steps=2, batch=2)  # type: ignore[arg-type]
-    assert together.seen == apart.seen and len(together.seen) == 6
-    assert len({together.seen[s, 0] for s in (50, 51, 52)}) == 3  # three different scenes
+    rates = simulator_success(together, 3, seed=50, max_episode_steps=2)  # type: ignore[arg-type]
+    assert [(name, rate.successes, rate.n) for name, rate in rates.items()] == [(task.name, 0, 3) for task in TASKS]
+    assert all(rate.high > 0.5 for rate in rates.values())
+    simulator_success(apart, 3, seed=50, max_episode_steps=2, num_envs=2)  # type: ignore[arg-type]
+    assert together.seen == apart.seen and len(together.seen) == 4 * 6
+    for task in TASKS:  # three different scenes of each
+        assert len({together.seen[task.instruction, seed, 0] for seed in (50, 51, 52)}) == 3

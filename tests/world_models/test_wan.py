@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rawdream_env.cli import main
 from rawdream_env.errors import CheckpointError, InvalidOptionError
 from rawdream_env.seeding import NoiseKey
-from rawdream_env.world_models.loading import load_world_model
+from rawdream_env.world_models import load_world_model
 from rawdream_env.world_models.wan.attention import attend, collapse_prompt, frame_mask
 from rawdream_env.world_models.wan.config import WAN_CONFIGS, WanConfig, wan_config
 from rawdream_env.world_models.wan.convert import (

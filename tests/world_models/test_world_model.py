@@ -15,8 +15,9 @@ from rawdream_env.piper import geometry as piper
 from rawdream_env.piper.arm_map import ArmMap
 from rawdream_env.seeding import NoiseKey
 from rawdream_env.trainers.world_model.teacher_forcing import EpisodeBatch, denoise_all_chunks
+from rawdream_env.world_models import load_world_model
 from rawdream_env.world_models.autoencoders import AutoencoderConfig, PackedFrameAutoencoder, pack_frames, unpack_frames
-from rawdream_env.world_models.loading import load_world_model, save_world_model
+from rawdream_env.world_models.loading import save_world_model
 from rawdream_env.world_models.sampler import flow_sigmas, sample_flow
 from rawdream_env.world_models.wan.chunk import ChunkDenoiser, ConditionCache, Context, ContextCache
 from rawdream_env.world_models.wan.config import WanConfig

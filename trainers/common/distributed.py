@@ -1,6 +1,6 @@
 """Training in one process, or in many under torchrun: who computes which rows, and how weights are sharded.
 
-    torchrun --nproc-per-node 8 -m rawdream_env train-world-model --parallel fsdp2 ...
+    torchrun --nproc-per-node 8 -m rawdream_env world-model train --parallel fsdp2 ...
 
 ``ddp`` keeps everything on every process; ``fsdp2`` shards weights, averages and optimizer state over them and gathers one
 block at a time. Both are torch's own. Batches are drawn by global row and process r of w computes the rows r, r + w, ...,

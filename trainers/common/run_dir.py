@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 _LOGS = ("metrics.jsonl", "timings.jsonl")
 _RENAMED = {"out": "run_dir", "carry": "warp_last_frame"}
-"""Configuration keys of earlier versions, at any depth, and what they are now."""
+"""Settings that earlier versions stored under another name, at any depth."""
 _RERUN = "Checkpoints are intact: free some space and rerun the same command to resume."
 _logger = logging.getLogger(__name__)
 
@@ -188,7 +188,7 @@ class RunDir:
         if not resume:
             raise RunDirError(f"{self.path} already holds a run. Resume it (resume=True) or choose another folder.")
         try:
-            stored = _with_current_names(json.loads(stored_path.read_text(encoding="utf-8")), self.config)
+            stored = _current_names(json.loads(stored_path.read_text(encoding="utf-8")), self.config)
         except ValueError as error:
             raise RunDirError(f"{stored_path} is damaged ({error}). Restore it or choose another folder.") from error
         differing = [
@@ -210,13 +210,12 @@ class RunDir:
 _MISSING = object()
 
 
-def _with_current_names(stored: Any, config: Any) -> Any:
-    """``stored`` with the keys that ``config`` has now, at any depth."""
-    if not isinstance(stored, dict) or not isinstance(config, dict):
+def _current_names(stored: Any, config: Any) -> Any:
+    """``stored`` under the names of today, where ``config`` has those and not the old ones."""
+    if not isinstance(stored, dict) or not isinstance(config, Mapping):
         return stored
-    names = {old: new for old, new in _RENAMED.items() if new in config and old not in config}
-    current = {names.get(key, key): value for key, value in stored.items()}
-    return {key: _with_current_names(value, config.get(key)) for key, value in current.items()}
+    names = {key: _RENAMED[key] if key not in config and _RENAMED.get(key) in config else key for key in stored}
+    return {new: _current_names(stored[key], config.get(new)) for key, new in names.items()}
 
 
 def _show(config: Mapping[str, Any], key: str) -> str:

@@ -103,7 +103,7 @@ def train_grpo(config: GRPOConfig, *, env: VectorEnv[Any, Any, Any] | None = Non
     deadline = None if config.minutes is None else time.monotonic() + config.minutes * 60
     if env is not None and config.held_out_judge:
         raise InvalidOptionError("give held_out_judge to the environment you pass, DreamVectorEnv(held_out_judge=...).")
-    learner = Learner.of(load_policy(config.policy if policy is None else policy, config.device), config)
+    learner = Learner.of(load_policy(config.policy if policy is None else policy, device=config.device), config)
     vector_env = rollout_env(config) if env is None else env
     if config.dual_noise_verification:
         vector_env = verified(vector_env)

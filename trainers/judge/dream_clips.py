@@ -28,7 +28,7 @@ from rawdream_env.files import atomic_write_json, save_safetensors
 from rawdream_env.seeding import mix
 from rawdream_env.trainers.judge.clips import CHUNK, episode_windows, grammar_of
 from rawdream_env.types import WorldModel
-from rawdream_env.world_models.loading import load_world_model
+from rawdream_env.world_models import load_world_model
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def make_dream_clips(config: DreamClipsConfig, *, world_model: WorldModel | None
             clips of another configuration.
         CheckpointError: the world model is missing or damaged.
     """
-    model = load_world_model(config.world_model, config.device) if world_model is None else world_model
+    model = load_world_model(config.world_model, device=config.device) if world_model is None else world_model
     arrays = LeRobotReader(config.data).load_all(workers=2, progress=config.progress)
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)

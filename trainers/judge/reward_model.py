@@ -1,6 +1,6 @@
 """Train the one-shot reward model: a VideoMAE classifier of success windows, from a few demonstrations per task.
 
-    rawdream train-reward-model --data DEMONSTRATIONS --run-dir RUN --demos-per-task 3
+    rawdream judge train-reward-model --data DEMONSTRATIONS --run-dir RUN --demos-per-task 3
 
 RAW-Dream appendix A.6. Windows of 8 frames: *positives* are the ends of demonstrations with the instruction of their own
 task; *negatives* are their beginnings, and any window with the instruction of another task. Half of each batch is

@@ -1,6 +1,6 @@
 """Train the bundled judge on play data with hindsight labels, and on imagined clips once there are some.
 
-    rawdream train-judge --data PLAY EXPERT --run-dir RUN
+    rawdream judge train --data PLAY EXPERT --run-dir RUN
 
 The paper takes an off-the-shelf vision-language model as its judge (section 3.2). At the bundled size we train a
 classifier of 1.6 M parameters instead, on the world model's own task-agnostic play: every window of an episode is a
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from rawdream_env.errors import DatasetError
 from rawdream_env.evaluation.judges.report import JudgeClip, JudgeReport, evaluate
 from rawdream_env.files import atomic_write_json
+from rawdream_env.judges.base import ask
 from rawdream_env.judges.embedded import EmbeddedJudge
 from rawdream_env.judges.embedded_network import JudgeNetwork
 from rawdream_env.seeding import mix
@@ -233,7 +234,7 @@ def calibrate(judge: EmbeddedJudge, clips: list[JudgeClip], target_precision: fl
     """
     trained = [clip for clip in clips if not clip.held_out]
     trained = [clip for clip in trained if clip.relation.split(":", 1)[0] in kinds] or trained
-    verdicts = judge([clip.video for clip in trained], [clip.instruction for clip in trained])
+    verdicts = ask(judge, [clip.video for clip in trained], [clip.instruction for clip in trained])
     chances = np.array([math.nan if v.probability is None else v.probability for v in verdicts])
     labels = np.array([clip.label for clip in trained])
     scores = []

@@ -55,6 +55,8 @@ class SFTConfig:
     """Architecture when ``init`` is None."""
     sim_episodes: int = 0
     """Simulator episodes per task at the end; 0 skips the simulator."""
+    sim_env: str = ""
+    """Environment id of that simulator; the default robot's when not given."""
     layout: str = "narrow"
     """Layout level of those episodes."""
     bf16: bool = True

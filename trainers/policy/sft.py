@@ -1,7 +1,7 @@
 """Supervised fine-tuning of the policy: pre-training on play, then a few demonstrations (paper section 4.1).
 
-    rawdream sft --stage pretrain --data PLAY --run-dir RUN1
-    rawdream sft --stage fewshot --data EXPERT --init RUN1/policy --replay PLAY --run-dir RUN2
+    rawdream policy sft --stage pretrain --data PLAY --run-dir RUN1
+    rawdream policy sft --stage fewshot --data EXPERT --init RUN1/policy --replay PLAY --run-dir RUN2
 
 Kept of the paper: a generalist that knows the robot but none of the target tasks (the paper: LIBERO-90, or the arm's
 own pre-training; here: stretches of play named in hindsight, target object pairs left out), anchored by a handful of
@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 from rawdream_env.errors import InvalidOptionError
-from rawdream_env.piper.relations import TASKS
 from rawdream_env.policies import load_policy
 from rawdream_env.policies.tiny_vla import TinyVLA
 from rawdream_env.statistics import Rate
@@ -32,7 +31,7 @@ from rawdream_env.trainers.common.training_loop import TrainingLoop
 from rawdream_env.trainers.policy.batches import Batch, draw_batch, load_sources
 from rawdream_env.trainers.policy.config import SFTConfig
 from rawdream_env.trainers.policy.losses import readout_loss, token_loss
-from rawdream_env.trainers.policy.validation import evaluate_in_sim, validate
+from rawdream_env.trainers.policy.validation import simulator_success, validate
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def train_sft(config: SFTConfig, *, progress: bool = True) -> SFTResult:
         Schedule(config.lr, config.steps, config.warmup, config.minutes or 0.0),
         ema=config.ema,
         save_every=config.save_every,
-        may_change=("minutes", "sim_episodes", "layout"),
+        may_change=("minutes", "sim_episodes", "sim_env", "layout"),
         timed=True,
         name=config.stage,
         progress=progress,
@@ -90,9 +89,7 @@ def train_sft(config: SFTConfig, *, progress: bool = True) -> SFTResult:
         validation = validate(averaged, held_out, config)
         success = {}
         if config.sim_episodes:
-            success = {
-                t.name: evaluate_in_sim(averaged, t.name, config.sim_episodes, layout=config.layout) for t in TASKS
-            }
+            success = simulator_success(averaged, config.sim_episodes, sim_env=config.sim_env, layout=config.layout)
             loop.log(**{f"sim_success/{name}": rate.value for name, rate in success.items()})
         described = {"stage": config.stage, "steps": loop.step, "validation": validation}
         averaged.save_pretrained(Path(config.run_dir) / "policy", metadata=described)
@@ -102,7 +99,7 @@ def train_sft(config: SFTConfig, *, progress: bool = True) -> SFTResult:
 def _initial_policy(config: SFTConfig) -> TinyVLA:
     if config.init is None:
         return TinyVLA(config.model, seed=config.seed).to(config.device)
-    policy = load_policy(config.init, config.device)
+    policy = load_policy(config.init, device=config.device)
     if not isinstance(policy, TinyVLA):
         raise InvalidOptionError(f"init={config.init!r} is a {type(policy).__name__}; this trainer trains TinyVLA.")
     return policy

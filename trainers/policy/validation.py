@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+from typing import Any
+
 import numpy as np
 import torch
 
-from rawdream_env.piper.relations import find_task
+from rawdream_env.envs.episodes import make_env, run_episodes
 from rawdream_env.policies.action_tokens import decode, encode
 from rawdream_env.policies.tiny_vla import TinyVLA
-from rawdream_env.seeding import NoiseKey, mix
+from rawdream_env.robots import find_robot
+from rawdream_env.seeding import mix
 from rawdream_env.statistics import Rate
 from rawdream_env.trainers.policy.batches import gather_batch
 from rawdream_env.trainers.policy.config import SFTConfig
 from rawdream_env.trainers.policy.demonstrations import Demonstrations
 from rawdream_env.trainers.policy.losses import READOUT_SCALE, token_loss
-from rawdream_env.types import Policy
+from rawdream_env.types import Policy, Start
 
 
 @torch.no_grad()
@@ -50,42 +54,36 @@ def validate(policy: TinyVLA, held_out: Demonstrations, config: SFTConfig, *, sa
     return numbers
 
 
-def evaluate_in_sim(
+def simulator_success(
     policy: Policy,
-    task: str,
     episodes: int,
-    layout: str = "narrow",
+    *,
+    sim_env: str = "",
     seed: int = 1_000_000,
     temperature: float = 0.0,
-    *,
-    num_workers: int = 0,
-    batch: int = 32,
-    max_episode_steps: int = 8,
-) -> Rate:
-    """Success of ``policy`` on ``task`` in the MuJoCo twin, with its Wilson interval.
+    num_envs: int = 32,
+    **options: Any,
+) -> dict[str, Rate]:
+    """Success of ``policy`` on every task of a simulator, by the task's name, with Wilson intervals.
 
-    Episode i starts from simulator seed ``seed + i`` and acts from noise key ``NoiseKey(seed + i)``, so the result does
-    not depend on ``batch`` (episodes stepped together) or ``num_workers`` (simulator processes). ``temperature`` 0 is
-    greedy. An episode succeeds at the end of the first of at most ``max_episode_steps`` chunks at which the task's
-    relation holds.
+    Episode i of a task starts from simulator seed ``seed + i`` and acts from noise key ``NoiseKey(seed + i)``, so the
+    result does not depend on ``num_envs`` (episodes at once). It succeeds when the task is done after some chunk.
+
+    Args:
+        policy: what is measured.
+        episodes: number of episodes per task.
+        sim_env: id of the simulator environment; that of the default robot when empty.
+        seed: of the first episode.
+        temperature: of the policy's sampling; 0 is greedy.
+        num_envs: maximum number of episodes at once.
+        options: of the environment, such as layout and num_workers.
     """
-    from rawdream_env.piper.workers import PiperWorkers
-
-    goal = find_task(task)
-    outcomes = np.zeros(episodes, dtype=bool)
-    with PiperWorkers(min(batch, episodes), num_workers=num_workers, layout=layout) as workers:
-        for first in range(0, episodes, batch):
-            count = min(batch, episodes - first)
-            rows = np.arange(count)
-            seeds = [seed + first + int(r) for r in rows]
-            frames = workers.reset(rows.tolist(), seeds, [goal.name] * count)
-            for chunk in range(max_episode_steps):
-                keys = [NoiseKey(seeds[r], chunk=chunk) for r in rows]
-                output = policy.act(frames, [goal.instruction] * len(rows), temperature=temperature, keys=keys)
-                result = workers.step(rows.tolist(), output.actions.cpu().numpy(), every_frame=False)
-                outcomes[first + rows] |= result.success
-                alive = ~result.success
-                rows, frames = rows[alive], result.frames[alive][:, -1]
-                if not len(rows):
-                    break
-    return Rate.over(outcomes.tolist())
+    env: Any = make_env(sim_env or find_robot().sim_env, min(num_envs, episodes), **options)
+    blank = np.zeros(env.single_observation_space["image"].shape, np.uint8)  # the simulator starts from the seed
+    rates = {}
+    with closing(env):
+        for task_id, (name, instruction) in enumerate(env.unwrapped.tasks):
+            starts = [Start(blank, instruction, task_id, seed=seed + i) for i in range(episodes)]
+            rollouts = run_episodes(env, starts, policy, temperature=temperature)
+            rates[name] = Rate.over(rollout.success_any for rollout in rollouts)
+    return rates

@@ -1,7 +1,7 @@
 r"""Train a world model: frame codec, latents, transformer (paper section 3.1, A.2). One trainer for both sizes.
 
-    rawdream train-world-model --data data/play --run-dir runs/world_model
-    torchrun --nproc-per-node 8 -m rawdream_env train-world-model --parallel fsdp2 --objective window \
+    rawdream world-model train --data data/play --run-dir runs/world_model
+    torchrun --nproc-per-node 8 -m rawdream_env world-model train --parallel fsdp2 --objective window \
         --init models/wan --model-name wan2.1-1.3b --data data/libero_90 --run-dir runs/zero_shot
 
 The codec is trained (the bundled size), or is that of ``init`` or ``codec`` (Wan's VAE); the transformer starts with the

@@ -60,7 +60,7 @@ class FreshEpisodes:
 class Player:
     """Plays fresh episodes, one after the other; close it afterwards.
 
-    Experts act step by step in the robot's episode source, as in ``rawdream collect``; the policy acts in the simulator
+    Experts act step by step in the robot's episode source, as in ``rawdream data collect``; the policy acts in the simulator
     environment.
     """
 
@@ -103,7 +103,7 @@ class Player:
     def _policy_episode(self, start: Start) -> tuple[Video, bool]:
         spec = self.spec
         if self._policy is None:
-            self._policy = load_policy(spec.policy, "cpu")
+            self._policy = load_policy(spec.policy)
             options: dict[str, Any] = {"layout": spec.layout, "image_size": spec.image_size}
             self._simulator = make_env(
                 self.robot.sim_env, 1, judge_every="episode", end_on_success=False, return_frames=True, **options

@@ -53,7 +53,7 @@ from rawdream_env.types import Outcome, Policy, Start, Trajectory, UInt8Array, V
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Options of ``rawdream evaluate``."""
+    """Options of ``rawdream policy evaluate``."""
 
     policies: tuple[str, ...] = ("embedded",)
     """Policies to compare, each name=folder or name=embedded; the first is the reference."""

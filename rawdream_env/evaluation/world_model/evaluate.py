@@ -1,4 +1,4 @@
-"""How far a world model's imagined frames follow the recorded ones: ``rawdream evaluate-world-model``.
+"""How far a world model's imagined frames follow the recorded ones: ``rawdream world-model evaluate``.
 
 Recorded episodes are imagined from their first frame and actions alone, and every frame is held against the recorded
 one: PSNR, SSIM, LPIPS and FVD by horizon, whole picture and moving region, beside two baselines; whether actions matter;
@@ -40,7 +40,7 @@ _LOGGER = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EvaluateWorldModelConfig:
-    """Options of ``rawdream evaluate-world-model``."""
+    """Options of ``rawdream world-model evaluate``."""
 
     data: tuple[str, ...]
     """LeRobotDataset v3 folders of recorded episodes that the world model was not trained on."""
@@ -115,7 +115,6 @@ def evaluate_world_model(
 
     _check(config)
     folder = Path(config.out)
-    folder.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written is known before the work
     if frame_features is None and config.lpips:
         from rawdream_env.evaluation.world_model.lpips import LpipsAlex
 
@@ -125,7 +124,7 @@ def evaluate_world_model(
 
         video_features = I3DTorchScript(config.fvd, config.device)
     if world_model is None:
-        from rawdream_env.envs.imagination import load_world_model
+        from rawdream_env.world_models import load_world_model
 
         world_model = load_world_model(
             config.world_model,
@@ -135,6 +134,7 @@ def evaluate_world_model(
             approximations=config.approximations,
         )
     episodes, notes = _read(config, world_model)
+    folder.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written is known before the work
     fidelity = evaluate_fidelity(
         world_model,
         episodes,

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from rawdream_env.data.recorded import Recording
 from rawdream_env.errors import DatasetError
 from rawdream_env.evaluation.reporting import pictures
-from rawdream_env.evaluation.world_model.ghosting import episode_ghosts, summarise_ghosts
+from rawdream_env.evaluation.world_model.ghosting import Counts, episode_ghosts, summarise_ghosts
 from rawdream_env.evaluation.world_model.metrics import METRICS, PSNR_CAP_DB, buckets, frame_scores, moving_region
 from rawdream_env.evaluation.world_model.replay import (
     SOURCES,
@@ -47,7 +47,7 @@ from rawdream_env.statistics import Estimate, bootstrap_ratio
 from rawdream_env.types import UInt8Array, WorldModel
 
 if TYPE_CHECKING:
-    from rawdream_env.evaluation.world_model.fvd import VideoFeatures
+    from rawdream_env.evaluation.world_model.fvd import FrechetVideoDistances, VideoFeatures
     from rawdream_env.evaluation.world_model.lpips import FrameFeatures
 
 __all__ = [
@@ -251,15 +251,9 @@ def evaluate_fidelity(
     cameras = dict.fromkeys(e.camera for e in usable)
     backgrounds = {camera: background([e for e in usable if e.camera == camera]) for camera in cameras}
     longest = max(len(e.actions) // k * k for e in usable)
-    spans = [*buckets(longest, k), (0, longest)]
-    videos = None
-    if video_features is not None:
-        from rawdream_env.evaluation.world_model.fvd import FrechetVideoDistances
-
-        videos = FrechetVideoDistances(spans, k, video_features)
+    scores = _Scores(longest, k, region, frame_features, video_features)
     chunks = sum(len(e.actions) // k for e in usable)
     more = 3 * sum(len(e.actions) // k for e in chosen)  # swapped, zeroed, fresh noise
-    scores, ghosts = [], []
     dreams: list[UInt8Array] = []  # of the chosen episodes; the others are forgotten once they are scored
     shown: list[tuple[UInt8Array, UInt8Array]] = []
     with tqdm(total=chunks + more, desc="imagining", unit="chunk", disable=not progress) as bar:
@@ -269,12 +263,8 @@ def evaluate_fidelity(
 
         replayed = dream_episodes(world_model, usable, seed=seed, batch_size=batch_size, progress=count)
         for episode, dream in zip(usable, replayed, strict=True):
-            truth, behind = episode.frames, backgrounds[episode.camera]
-            reference = behind if region == "background" else None
-            scores.append(compare_episode(dream, truth, k, reference, frame_features))
-            ghosts.append(episode_ghosts(dream, truth, behind, k))
-            if videos is not None:
-                videos.add(dream, truth)
+            truth = episode.frames
+            scores.add(dream, truth, backgrounds[episode.camera])
             if len(dreams) < len(chosen):
                 dreams.append(dream)
             if len(shown) < samples:
@@ -284,14 +274,50 @@ def evaluate_fidelity(
             sensitivity = action_sensitivity(
                 world_model, chosen, seed=seed, batch_size=batch_size, recorded=dreams, progress=count
             )
-    *table, overall = [_row(scores, lo, hi) for lo, hi in spans]
-    for i, row in enumerate((*table, overall)):
-        row["ghosting"] = summarise_ghosts(ghosts, *row["frames"])
-        if videos is not None:
-            for source, distance in videos.over(*spans[i]).items():
-                row[source]["fvd"] = distance
+    *table, overall = scores.rows()
     notes = _notes(overall, sensitivity)
     return Fidelity(table, sensitivity, len(usable), world_model.fps, shown, overall, notes)
+
+
+class _Scores:
+    """What is kept of every episode: scores of its frames, ghosts and, with an extractor, features of its clips."""
+
+    def __init__(
+        self,
+        longest: int,
+        chunk_len: int,
+        region: str,
+        frame_features: FrameFeatures | None,
+        video_features: VideoFeatures | None,
+    ) -> None:
+        self.spans = [*buckets(longest, chunk_len), (0, longest)]
+        self.chunk_len, self.region, self.frame_features = chunk_len, region, frame_features
+        self.frames: list[dict[str, Float64Array]] = []
+        self.ghosts: list[dict[str, Counts]] = []
+        self.videos: FrechetVideoDistances | None = None
+        if video_features is not None:
+            from rawdream_env.evaluation.world_model.fvd import FrechetVideoDistances
+
+            self.videos = FrechetVideoDistances(self.spans, chunk_len, video_features)
+
+    def add(self, dream: UInt8Array, truth: UInt8Array, behind: UInt8Array) -> None:
+        """Score an episode whose camera sees ``behind`` where nothing lies."""
+        reference = behind if self.region == "background" else None
+        self.frames.append(compare_episode(dream, truth, self.chunk_len, reference, self.frame_features))
+        self.ghosts.append(episode_ghosts(dream, truth, behind, self.chunk_len))
+        if self.videos is not None:
+            self.videos.add(dream, truth)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per horizon bucket, and one of all frames."""
+        rows = []
+        for low, high in self.spans:
+            row = {**_row(self.frames, low, high), "ghosting": summarise_ghosts(self.ghosts, low, high)}
+            if self.videos is not None:
+                for source, distance in self.videos.over(low, high).items():
+                    row[source]["fvd"] = distance
+            rows.append(row)
+        return rows
 
 
 def _notes(overall: dict[str, Any], sensitivity: dict[str, Any] | None) -> tuple[str, ...]:

@@ -116,7 +116,7 @@ class VLMLocalConfig(VLMConfig):
     """Options of ``vlm_local``."""
 
     model: str = ""
-    """Folder of a Qwen3-VL checkpoint."""
+    """A Qwen3-VL checkpoint: a folder, or "owner/name" of the Hugging Face hub."""
     dtype: str = "auto"
     """Of the weights: "auto" (as saved), "bfloat16", "float32"."""
     device: str = ""
@@ -125,7 +125,7 @@ class VLMLocalConfig(VLMConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.model:
-            raise InvalidOptionError("vlm_local has no model; give the folder of a Qwen3-VL checkpoint.")
+            raise InvalidOptionError("vlm_local has no model; give the folder or the hub id of a Qwen3-VL checkpoint.")
 
 
 KINDS: dict[str, type[VLMServerConfig] | type[VLMLocalConfig]] = {

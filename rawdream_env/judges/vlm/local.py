@@ -33,6 +33,7 @@ from rawdream_env.judges.base import Timer, check_pairs, invalid
 from rawdream_env.judges.verdict import verdict_of
 from rawdream_env.judges.vlm import prompt
 from rawdream_env.judges.vlm.config import VLMLocalConfig
+from rawdream_env.resolve import hub_folder, is_hub_id
 from rawdream_env.types import UInt8Array, Verdict, Video
 
 MERGE = 2
@@ -64,7 +65,7 @@ class VLMLocalJudge:
 
     @classmethod
     def from_pretrained(cls, config: VLMLocalConfig, device: str = "cpu") -> VLMLocalJudge:
-        """Load ``config.model``, a folder of a Qwen3-VL checkpoint (safetensors; no code of the checkpoint is run).
+        """Load ``config.model``, a folder or "owner/name" of a Qwen3-VL checkpoint (safetensors; none of its code is run).
 
         Raises:
             CheckpointError: the folder is missing, damaged, or of another architecture.
@@ -74,7 +75,7 @@ class VLMLocalJudge:
             from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
         except ImportError as error:
             raise MissingDependencyError(f"vlm_local needs transformers with Qwen3-VL ({error})") from error
-        folder = Path(config.model)
+        folder = hub_folder(config.model) if is_hub_id(config.model) else Path(config.model)
         kind = _json(folder / "config.json").get("model_type")
         if kind != "qwen3_vl":
             raise CheckpointError(f"{folder} is a checkpoint of {kind!r}; vlm_local reads 'qwen3_vl'.")

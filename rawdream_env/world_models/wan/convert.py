@@ -1,4 +1,4 @@
-"""Wan 2.1 weights into a world model, and back (``rawdream convert-wan``).
+"""Wan 2.1 weights into a world model, and back (``rawdream world-model convert``).
 
 Two layouts are read: the folder of diffusers (``transformer/``, ``vae/``) and Wan's original release (one file for the
 transformer, ``Wan2.1_VAE.pth`` for the VAE). The transformer's names are those of diffusers; Wan's own differ as in
@@ -214,11 +214,11 @@ def empty_prompt(text_encoder: Path) -> Tensor:
 
 @dataclass(frozen=True)
 class ConvertWanConfig:
-    """Options of ``rawdream convert-wan``."""
+    """Options of ``rawdream world-model convert``."""
 
     src: Annotated[str, Positional]
     """Folder of Wan2.1-T2V-1.3B in diffusers' layout or of Wan's own release, or its transformer's single file."""
-    dst: Annotated[str, Positional]
+    out: str
     """Folder of the world model to write; must not hold one yet."""
     vae: str = ""
     """Folder or file of the VAE, when it is not where it belongs in SRC (vae/ or Wan2.1_VAE.pth)."""
@@ -235,7 +235,7 @@ def convert_wan(config: ConvertWanConfig) -> Path:
 
     Everything is read and checked before anything is written.
     """
-    source, target = Path(config.src), Path(config.dst)
+    source, target = Path(config.src), Path(config.out)
     if (target / "config.json").exists():
         raise CheckpointError(f"{target} already holds a model; choose another folder.")
     vae = Path(config.vae) if config.vae else _find_vae(source)

@@ -1,0 +1,142 @@
+"""The ``rawdream`` command: one subcommand per job, configured by the frozen dataclass of its function.
+
+    rawdream demo                        improve a policy in a dream, then check it in the simulator
+    rawdream world-model train --help    every option with its default
+    rawdream policy grpo --run-dir runs/grpo --minutes 10
+
+``commands.py`` has the table of subcommands, ``arguments.py`` turns words into a configuration. Nothing heavy is imported
+before a subcommand is chosen, so that ``rawdream --help`` answers at once.
+
+Exit codes: 0 done; 1 a check failed (``doctor``, ``bench``, ``judge watch``); 2 wrong usage, or an error that its user can
+fix: one sentence on stderr (``--debug`` shows the traceback); 3 the judge is unavailable: rerun the same command to resume;
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from rawdream_env.cli.arguments import parse
+from rawdream_env.cli.commands import COMMANDS, OLD_NAMES, TITLES
+from rawdream_env.errors import InvalidOptionError, JudgeUnavailableError, MissingDependencyError, RawDreamError
+
+__all__ = ["COMMANDS", "explain", "main", "run", "usage"]
+
+_HELP = ("-h", "--help", "help")
+
+
+def usage(noun: str = "") -> str:
+    """The text of ``rawdream --help``, or of ``rawdream NOUN --help``."""
+    width = max(map(len, COMMANDS))
+    lines, title = [], ""
+    for name, command in COMMANDS.items():
+        first = name.split()[0]
+        if noun and first != noun:
+            continue
+        if (now := TITLES.get(first, title)) != title:
+            lines += ["", now]
+            title = now
+        lines.append(f"  {name:<{width}}  {command.help}")
+    return "\n".join(
+        [
+            f"usage: rawdream {f'{noun} VERB' if noun else 'COMMAND'} [options] [--config FILE] [--debug]",
+            *([] if noun else ["", "RL post-training of robot policies inside a video world model."]),
+            *lines,
+            "",
+            "rawdream COMMAND --help lists every option. --config FILE reads options from a run's config.json or a YAML",
+            "file; options on the command line override it. --debug shows tracebacks. rawdream --version.",
+            "",
+            "Exit codes: 0 done, 1 a check failed, 2 wrong usage or an error you can fix, 3 the judge is unavailable (rerun",
+            "the same command to resume), 130 interrupted.",
+        ]
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return the exit code (see the module's text)."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    words = [word for word in given if word != "--debug"]
+    if words[:1] == ["help"]:  # `rawdream help policy sft` is `rawdream policy sft --help`
+        words = [*words[1:], "--help"]
+    if not words or words[0] in _HELP:
+        print(usage(), file=sys.stdout if words else sys.stderr)
+        return 0 if words else 2
+    if words[0] in ("-V", "--version"):
+        from importlib.metadata import version
+
+        print(f"rawdream-env {version('rawdream-env')}")
+        return 0
+    nouns = {name.split()[0] for name in COMMANDS if " " in name}
+    if words[0] in nouns and (not words[1:] or words[1] in _HELP):
+        print(usage(words[0]), file=sys.stdout if words[1:] else sys.stderr)
+        return 0 if words[1:] else 2
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("rawdream_env").setLevel(logging.INFO)
+    if os.getcwd() not in sys.path:  # for `--policy my_module:make`; last, so that it hides no other module
+        sys.path.append(os.getcwd())
+    count = 2 if words[0] in nouns else 1
+    name = " ".join(words[:count])
+    try:
+        return run(name, words[count:])
+    except KeyboardInterrupt:
+        print("\nInterrupted. Saved work is kept; rerun the same command to resume.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has left, as in `rawdream doctor | head -3`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        message = explain(error)
+        if debug or message is None:
+            raise
+        print(f"rawdream {name}: {message}", file=sys.stderr)
+        return 3 if isinstance(error, JudgeUnavailableError) else 2
+
+
+def run(name: str, words: Sequence[str]) -> int:
+    """Parse the options of a subcommand, run it, print its result. Raises whatever the subcommand raises."""
+    current = OLD_NAMES.get(name, name)
+    command = COMMANDS.get(current)
+    if command is None:
+        known = [*COMMANDS, *OLD_NAMES]
+        near = difflib.get_close_matches(" ".join([name, *words[:1]]), known, n=1)
+        near = near or difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose among {', '.join(COMMANDS)}."
+        raise InvalidOptionError(f"there is no command {name!r}; {hint}")
+    notices = [f"`rawdream {name}` is now `rawdream {current}`"] if current != name else []
+    try:
+        config, renamed = parse(current, command, words)
+    except SystemExit as exit_:  # --help, which has been printed
+        return int(exit_.code or 0)
+    if notices := notices + renamed:
+        print(f"rawdream: {', '.join(notices)}; the old spelling still works.", file=sys.stderr)
+    result = getattr(import_module(command.module), command.function)(config)
+    if command.show is None:
+        return 0
+    text, code = command.show(result)
+    if text:
+        print(text)
+    return code
+
+
+def explain(error: Exception) -> str | None:
+    """One sentence for an error its user can fix; None for what is probably a bug."""
+    if isinstance(error, RawDreamError) and not isinstance(error, MissingDependencyError):
+        return str(error)
+    if isinstance(error, ImportError):
+        return f"{error}. A package is missing or has the wrong version; `rawdream doctor` lists them."
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        where = f" at {error.filename}" if error.filename else ""
+        return f"no space left on the disk{where}; free some, or write to another folder. Saved work is intact."
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.strerror}: {error.filename}."
+    gym_error = sys.modules.get("gymnasium.error")
+    if gym_error is not None and isinstance(error, gym_error.Error):
+        return str(error)
+    return None

@@ -63,6 +63,15 @@ def fill(run: RunDir, steps: range) -> None:
         run.save(step, {"w": torch.full((3,), float(step))}, {"step": step})
 
 
+def test_keys_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    stored = {"out": "x", "model": {"carry": True, "width": 2}, "out_of": {"out": 1}}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    given = {"run_dir": "x", "model": {"warp_last_frame": True, "width": 2}, "out_of": {"out": 1}}
+    make(tmp_path, given).close()
+    with pytest.raises(RunDirError, match=r'run_dir: "x" -> "y"'):
+        make(tmp_path, given | {"run_dir": "y"})
+
+
 def test_config_is_resolved_stored_and_compared(tmp_path: Path) -> None:
     make(tmp_path, Config()).close()
     stored = json.loads((tmp_path / "config.json").read_text())

@@ -37,7 +37,7 @@ class ImportConfig:
     flip: Flip = "auto"
     """How pictures are turned. auto: rotate180 where they are stored upside down, as published LIBERO policies see them."""
     timing: Timing = "auto"
-    """Whether a row's picture was taken before or after its action. auto: measured on the arm's joints."""
+    """Whether a row's picture was taken before or after its action. auto: measured from the joints, once per file."""
     image_size: int = 256
     """Height and width of the frames in pixels (even)."""
     task: str = ""
@@ -97,7 +97,9 @@ def plan(config: ImportConfig) -> list[Demo]:
     demos: list[Demo] = []
     for path in tqdm(found, desc="look through", unit="file", disable=not config.progress):
         label = path.relative_to(src).as_posix() if src.is_dir() else path.name
-        demos += list_demos(path, camera=config.camera, task=config.task, label=label, skip=config.skip)
+        demos += list_demos(
+            path, camera=config.camera, task=config.task, label=label, skip=config.skip, timing=config.timing
+        )
     if not demos:
         raise DatasetError(f"{src}: skip leaves none of the demonstrations of its {len(found)} files.")
     first = demos[0]

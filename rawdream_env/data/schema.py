@@ -28,6 +28,8 @@ from rawdream_env.types import UInt8Array
 
 CODEBASE_VERSION = "v3.0"
 CHUNKS_SIZE = 1000
+MAX_FPS = 10_000
+"""Largest frame rate (Hz) that is believed."""
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import secrets
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
 PathLike = str | os.PathLike[str]
+
+
+def require_regular(path: PathLike) -> None:
+    """``OSError`` unless ``path`` is a regular file: opening a named pipe would wait for a writer."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(f"{path} is no regular file")
 
 
 def fsync_folder(path: PathLike) -> None:
@@ -74,6 +81,7 @@ def read_json(
 ) -> dict[str, Any]:
     """The JSON object in a file; ``error``, ending with ``advice``, when it is missing or holds anything else."""
     try:
+        require_regular(path)
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as reason:
         raise error(f"{path} is missing; {advice}.") from reason

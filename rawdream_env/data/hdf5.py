@@ -36,9 +36,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rawdream_env.data import schema
 from rawdream_env.data.images import resize_frames
 from rawdream_env.data.lerobot import EpisodeData
-from rawdream_env.data.schema import MAX_FPS
 from rawdream_env.errors import DatasetError, MissingDependencyError
 from rawdream_env.types import UInt8Array
 
@@ -207,12 +207,7 @@ def read_demo(demo: Demo, *, image_size: int | None = 256, flip: Flip = "auto", 
                 f"{demo.path}, {demo.name}: {name} of {len(bad)} of {len(values)} rows are not finite, the first in row "
                 f"{bad[0]}. {_ADVICE.format(demo.label)}"
             )
-    # A value slightly above 1 is rounding; a large one is not a delta action.
-    if np.abs(actions).max() > 1.001:
-        raise DatasetError(
-            f"{demo.path}, {demo.name}: actions reach {np.abs(actions).max():.3g}, but delta actions lie in [-1, 1]. "
-            "These look like absolute poses: convert the file with delta actions."
-        )
+    schema.check_range(actions, f"{demo.path}, {demo.name}")
     if image_size is not None:
         frames = resize_frames(frames, (image_size, image_size))
     kept = actions[1:] if after else actions[:-1]
@@ -287,8 +282,8 @@ def _fps(data: Any) -> float:
     path = Path(data.file.filename)
     arguments = _json(data, path, "env_args").get("env_kwargs")
     fps = (arguments.get("control_freq") if isinstance(arguments, dict) else None) or DEFAULT_FPS
-    if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps <= MAX_FPS:
-        raise DatasetError(f"{path}: env_args has control_freq {fps!r:.40}, expected Hz in (0, {MAX_FPS}].")
+    if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps <= schema.MAX_FPS:
+        raise DatasetError(f"{path}: env_args has control_freq {fps!r:.40}, expected Hz in (0, {schema.MAX_FPS}].")
     return float(fps)
 
 

@@ -184,6 +184,19 @@ def test_an_interrupted_import_goes_on_to_the_same_bytes(config: ImportConfig, m
         import_hdf5(replace(config, skip=("sub/c.hdf5:demo_1",)))
 
 
+def test_a_changed_source_is_another_import(config: ImportConfig) -> None:
+    import_hdf5(config)
+    import_hdf5(config)
+    with h5py.File(Path(config.src) / "b.hdf5", "a") as file:
+        file["data/demo_1/obs/agentview_rgb"][3, 0, 0, 0] += 1
+    with pytest.raises(DatasetError, match=r"from 3 files, now there are 3 \(the first that differs: 'b\.hdf5 sha256:"):
+        import_hdf5(config)
+    stored = Path(config.out) / "meta/import.json"
+    earlier = {name: value for name, value in json.loads(stored.read_text()).items() if name != "files"}
+    stored.write_text(json.dumps(earlier))
+    import_hdf5(config)  # of a version that did not store fingerprints
+
+
 def _spoil_nan(data):
     data["demo_1/actions"][3, 2] = np.nan
 

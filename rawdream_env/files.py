@@ -168,8 +168,8 @@ def load_weights(module: Module, path: PathLike, config: str = "config.json") ->
 def check_weights(
     tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: PathLike, config: str = "config.json"
 ) -> None:
-    """Raise one ``CheckpointError`` naming every tensor that is missing, unknown, not finite, of another shape than
-    ``config`` asks for, or of a type that is no floating-point number where one is wanted.
+    """Raise one ``CheckpointError`` for all tensors that are missing, unknown, not finite, of another shape than
+    ``config`` asks for, or of a type that is no floating-point number where one is wanted. It names the first ten.
     """
     problems = [f"{name} is missing" for name in wanted.keys() - tensors.keys()]
     problems += [f"{name} is unknown" for name in tensors.keys() - wanted.keys()]
@@ -182,9 +182,9 @@ def check_weights(
         if bad := _non_finite(theirs):
             problems.append(f"{name} holds {bad} non-finite of {theirs.numel()} values")
     if problems:
+        shown = "; ".join(problem[:200] for problem in sorted(problems)[:10]) + ("; ..." if len(problems) > 10 else "")
         raise CheckpointError(
-            f"{where} does not fit its {config}, {len(problems)} problems: {'; '.join(sorted(problems))}. "
-            "Use the file that was saved with it."
+            f"{where} does not fit its {config}, {len(problems)} problems: {shown}. Use the file that was saved with it."
         )
 
 

@@ -1,13 +1,17 @@
-"""What the LeRobotDataset v3.0 layout calls things: paths, default columns, statistics.
+"""The LeRobotDataset v3.0 layout: names of paths and columns, statistics, reading and writing of its tables.
 
-The layout, as written by ``lerobot`` from its 3.0 data sets on::
+The layout, as written by ``lerobot`` for data sets of version 3.0::
 
     meta/info.json                                  fps, features, totals, path templates
-    meta/stats.json                                 per feature: min max mean std count and quantiles
+    meta/stats.json                                 per feature: min, max, mean, std, count and quantiles
     meta/tasks.parquet                              task (pandas index), task_index
-    meta/episodes/chunk-000/file-000.parquet        one row an episode: where its rows and its video are
-    data/chunk-000/file-000.parquet                 one row a frame, many episodes a file
+    meta/episodes/chunk-000/file-000.parquet        one row per episode: where its rows and its video are
+    data/chunk-000/file-000.parquet                 one row per frame, many episodes per file
     videos/<feature>/chunk-000/file-000.mp4         the same episodes one after the other
+
+Data sets of this package have one more row than actions in every episode: the last row has the last frame and a zero
+action, and is marked by ``is_padding``. To train on them with ``lerobot``, leave these rows out (a sampler's
+``drop_n_last_frames=1``).
 """
 
 from __future__ import annotations
@@ -44,6 +48,8 @@ IMAGE_KEY = "observation.image"
 STATE_KEY = "observation.state"
 ACTION_KEY = "action"
 PRIVILEGED_PREFIX = "privileged."
+PADDING_KEY = "is_padding"
+"""True in the last row of an episode, which carries the last frame and a zero action; training on actions skips it."""
 
 QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
 
@@ -60,6 +66,9 @@ DEFAULT_FEATURES: dict[str, dict[str, Any]] = {
     "index": {"dtype": "int64", "shape": [1], "names": None},
     "task_index": {"dtype": "int64", "shape": [1], "names": None},
 }
+
+
+PADDING_FEATURE: dict[str, Any] = {"dtype": "bool", "shape": [1], "names": None}
 
 
 def numeric_feature(dim: int, names: Sequence[str] | None = None) -> dict[str, Any]:
@@ -139,7 +148,7 @@ def check_range(actions: Float32Array, where: str) -> None:
 def numeric_stats(values: NDArray[Any], *, quantiles: bool = True) -> dict[str, NDArray[np.float64]]:
     """Statistics over the rows of (rows, dim). NaN (an object that is not in the scene) is left out.
 
-    A column without a single finite value has statistics 0: JSON knows no NaN.
+    A column that holds only NaN has statistics 0, since JSON has no NaN.
     """
     values = values.astype(np.float64)
     gone = np.isnan(values)
@@ -156,10 +165,10 @@ def numeric_stats(values: NDArray[Any], *, quantiles: bool = True) -> dict[str, 
 
 
 def image_stats(frames: UInt8Array) -> dict[str, NDArray[np.float64]]:
-    """Statistics of frames (F, H, W, 3) per channel, scaled to [0, 1], shape (3, 1, 1) as LeRobot keeps them.
+    """Statistics of frames (F, H, W, 3) per channel, scaled to [0, 1], in LeRobot's shape (3, 1, 1).
 
-    From a histogram of the 256 levels: exact whole numbers to the last division, so that the same frames give the same
-    bytes wherever they are counted, and far cheaper than a float copy of the frames.
+    They come from a histogram of the 256 levels. All sums are exact integers, so that the same frames give the same bytes
+    on every machine, and no float copy of the frames is needed.
     """
     levels = np.arange(256)
     columns = []
@@ -167,7 +176,7 @@ def image_stats(frames: UInt8Array) -> dict[str, NDArray[np.float64]]:
         histogram = np.bincount(frames[..., channel].ravel(), minlength=256)
         seen = np.flatnonzero(histogram)
         count, first, second = (int((histogram * levels**power).sum()) for power in (0, 1, 2))
-        variance = (count * second - first**2) / count**2  # of Python's whole numbers, which do not overflow
+        variance = (count * second - first**2) / count**2  # Python integers do not overflow
         columns.append((seen[0] / 255.0, seen[-1] / 255.0, first / count / 255.0, variance**0.5 / 255.0))
     table = np.array(columns).T[:, :, None, None]
     stats = dict(zip(("min", "max", "mean", "std"), table, strict=True))
@@ -217,7 +226,7 @@ def tasks_table(tasks: Sequence[str]) -> pa.Table:
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
-    """A Parquet file in memory, so that it can be written in one atomic step."""
+    """A Parquet file in memory, to be written in one atomic step."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     return bytes(sink.getvalue())
@@ -235,7 +244,7 @@ def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
 
 
 def read_row_groups(path: Path, columns: Sequence[str], key: str, value: int) -> pa.Table:
-    """Those row groups of a Parquet file whose column ``key`` may hold ``value``; columns and errors as above."""
+    """Read the row groups of a Parquet file whose column ``key`` may hold ``value``; errors as ``read_parquet``."""
     try:
         file = _open_parquet(path)
         leaves = [file.schema.column(i).path for i in range(len(file.schema.names))]
@@ -267,10 +276,10 @@ def _unreadable(path: Path, error: Exception) -> DatasetError:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a data set's file; ``DatasetError`` when it is missing or damaged."""
+    """The JSON object in a file of a data set; ``DatasetError`` when it is missing or damaged."""
     return files.read_json(
         path,
-        "check the path to the LeRobotDataset v3.0 folder, or copy it again (one that is still being collected gets the "
-        "file with its first finished part)",
+        "check the path to the LeRobotDataset v3.0 folder, or copy it again (a data set that is being collected has the "
+        "file once its first part is finished)",
         DatasetError,
     )

@@ -198,6 +198,11 @@ class LeRobotReader:
         """(H, W, 3) of the frames that are read, whichever order ``info.json`` has it in."""
         return self.meta.image_shape if self.image_size is None else (*self.image_size, 3)
 
+    @property
+    def state_dim(self) -> int:
+        """Width of the state, 0 where the data have none."""
+        return 0 if self.state_key is None else int(np.prod(self.features[self.state_key]["shape"]))
+
     def _rows(self, index: int) -> pa.Table:
         """The data rows of one episode, without pictures."""
         columns = [self.action_key, "episode_index", *([] if self.state_key is None else [self.state_key])]

@@ -106,10 +106,12 @@ def _features(path: Path, value: Any) -> dict[str, dict[str, Any]]:
         raise DatasetError(f"{path}: features is {shorten(value)}, expected an object. Copy the data set again.")
     for name, feature in value.items():
         shape = feature.get("shape") if isinstance(feature, dict) else None
-        dims_fit = isinstance(shape, list) and all(
-            isinstance(n, int) and not isinstance(n, bool) and 0 < n <= MAX_ROWS for n in shape
+        dims_fit = (
+            isinstance(shape, list)
+            and len(shape) <= 8
+            and all(isinstance(n, int) and not isinstance(n, bool) and 0 < n <= MAX_ROWS for n in shape)
         )
-        if not dims_fit or not isinstance(feature.get("dtype"), str) or len(shape) > 8:
+        if not dims_fit or not isinstance(feature.get("dtype"), str):
             raise DatasetError(
                 f"{path}: feature {shorten(name)} is {shorten(feature)}, expected a dtype and a shape of positive whole "
                 "numbers. Convert the data set again."
@@ -227,7 +229,7 @@ def _entries(
                 end=end,
             )
     total = info.get("total_episodes")
-    if isinstance(total, bool) or not isinstance(total, int) or not total >= 1:
+    if isinstance(total, bool) or not isinstance(total, int) or not 1 <= total <= 10**15:
         raise DatasetError(
             f"{root / schema.INFO_PATH}: total_episodes is {shorten(total)}, expected a positive whole number; the "
             f"tables hold {len(found)} episodes. Copy the folder again."

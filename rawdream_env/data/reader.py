@@ -40,7 +40,7 @@ class Episode:
     """One episode: ``frames`` uint8 (N+1, H, W, 3), ``actions`` (N, A), ``state`` (N+1, P), float32.
 
     P is 0 where the data have no state.
-    ``privileged`` maps the name without its prefix to (N+1, ...) float32: empty for data without ground truth.
+    ``privileged`` maps a name without its prefix to (N+1, ...) float32. It is empty for data without ground truth.
     """
 
     index: int
@@ -53,7 +53,7 @@ class Episode:
 
     @property
     def instruction(self) -> str:
-        """The task, by the name the environments use."""
+        """The task, under the name that the environments use."""
         return self.task
 
     def __len__(self) -> int:
@@ -63,7 +63,7 @@ class Episode:
 
 @dataclass(frozen=True)
 class EpisodeArrays:
-    """Many episodes end to end in memory: row ``offsets[e] + t`` is frame t of episode e.
+    """Many episodes concatenated in memory: row ``offsets[e] + t`` is frame t of episode e.
 
     ``frames`` uint8 (R, H, W, 3), empty (0, H, W, 3) when they were not loaded; ``actions`` (R, A) with a zero action
     in every episode's last row; ``state`` (R, P); ``privileged`` name -> (R, ...); ``offsets`` int64 (E+1,);
@@ -85,7 +85,7 @@ class EpisodeArrays:
         return len(self.tasks)
 
     def windows(self, length: int, stride: int = 1) -> NDArray[np.int64]:
-        """First rows (M,) of all windows of ``length`` rows that lie in one episode, every ``stride`` rows of it."""
+        """First rows (M,) of the windows of ``length`` rows inside one episode, every ``stride`` rows."""
         lengths = np.diff(self.offsets)
         return np.concatenate(
             [np.arange(o, o + n - length + 1, stride) for o, n in zip(self.offsets, lengths, strict=False)]
@@ -111,9 +111,9 @@ class LeRobotReader:
 
     Args:
         root: the folder that holds ``meta/info.json``.
-        image_key: which camera to read, by its feature name or the last part of it (``wrist_image`` for
-            ``observation.images.wrist_image``); by default ``observation.image``, else the first one.
-        image_size: height and width the frames are resized to (``resize_frames``); by default they stay as they are.
+        image_key: the camera, by its feature name or the last part of it (``wrist_image`` for
+            ``observation.images.wrist_image``); by default ``observation.image``, else the first camera.
+        image_size: height and width to which frames are resized (``resize_frames``); by default they keep their size.
         action_key: the feature that holds the actions.
         state_key: the feature that holds the state. Data without it have episodes with P = 0.
         raw_actions: accept actions outside [-1, 1], such as joint angles in degrees: for readers that do not use the
@@ -157,7 +157,7 @@ class LeRobotReader:
         return len(self.meta.entries)
 
     def __iter__(self) -> Iterator[Episode]:
-        """All episodes in order; every file is read once."""
+        """All episodes in order; each data file is read once."""
         return (self.episode(i) for i in range(len(self)))
 
     def task(self, index: int) -> str:
@@ -239,7 +239,7 @@ class LeRobotReader:
         for path in sorted(self.root.glob(self.meta.data_files)):
             table = schema.read_parquet(path, ["episode_index"])
             _check_columns(path, table, ["episode_index"])
-            found |= dict.fromkeys(table["episode_index"].unique().to_pylist(), path)
+            found |= dict.fromkeys(np.unique(_episode_indices(table)).tolist(), path)
         return found
 
     def _column(self, table: pa.Table, name: str) -> Float32Array:
@@ -354,5 +354,12 @@ def _check_columns(path: Path, table: pa.Table, columns: Sequence[str]) -> None:
         )
 
 
+def _episode_indices(table: pa.Table) -> NDArray[np.int64]:
+    values = schema.from_column(table["episode_index"], len(table), "the column episode_index")
+    if values.shape[1] > 1:
+        raise DatasetError("the column episode_index has several numbers in a row. Copy the data set again.")
+    return values.ravel()
+
+
 def _rows_of(table: pa.Table, index: int) -> NDArray[np.int64]:
-    return np.flatnonzero(table["episode_index"].to_numpy() == index)
+    return np.flatnonzero(_episode_indices(table) == index)

@@ -32,7 +32,7 @@ from rawdream_env.world_models.autoencoders import AutoencoderConfig, PackedFram
 from rawdream_env.world_models.loading import read_world_model, save_world_model
 from rawdream_env.world_models.memory import GIB
 from rawdream_env.world_models.wan.config import wan_config
-from rawdream_env.world_models.wan.rollout import RolloutConfig, WanWorldModel
+from rawdream_env.world_models.wan.rollout import WAN_ROLLOUT, RolloutConfig, WanWorldModel
 from rawdream_env.world_models.wan.transformer import WanConfig, WanWorldModelTransformer
 from rawdream_env.world_models.wan.vae import WanVAE
 
@@ -255,11 +255,15 @@ def window_config(tmp_path: Path, **changes: object) -> WorldModelTrainConfig:
     return replace(config(str(tmp_path / "data"), tmp_path / "out", objective="window", transformer=stage), **changes)  # type: ignore[arg-type]
 
 
-def test_windows_give_the_model_what_a_rollout_gives_it(tmp_path: Path) -> None:
-    """Conditions, maps and positions, behind a near and a far anchor, with the entry's own action statistics."""
+@pytest.mark.parametrize("max_time", [RolloutConfig().max_time, WAN_ROLLOUT.max_time, 8])
+def test_windows_give_the_model_what_a_rollout_gives_it(tmp_path: Path, max_time: int) -> None:
+    """Conditions, maps and positions, behind a near and a far anchor, at every shipped rollout setting: a window exists
+    only where a rollout gets to."""
     reader = LeRobotReader(write_data(tmp_path / "data", (64,), poses=True))
     codec = PackedFrameAutoencoder(AutoencoderConfig(widths=(16, 16))).eval()
-    settings = window_config(tmp_path, bf16=False, loss=LossConfig(far_anchor=1.0))
+    settings = window_config(
+        tmp_path, bf16=False, loss=LossConfig(far_anchor=1.0), rollout=RolloutConfig(max_time=max_time)
+    )
     mixture = cached_mixture([DataEntry(str(tmp_path / "data"))], codec, tmp_path / "latents", settings, ALONE)
     low, high = rollout_bounds(mixture.bounds[0], 7)
     assert low[0] > -1 and high[0] < 1  # quantiles: some actions lie outside
@@ -272,16 +276,15 @@ def test_windows_give_the_model_what_a_rollout_gives_it(tmp_path: Path) -> None:
         states.append(model.imagine(states[-1], actions)[0])
     objective, seen = WindowObjective(mixture, settings, device="cpu"), set()
     rows = list(range(100))
-    windows = mixture.draw(np.random.default_rng(mix(0, 2, 0, 0)), 100, 4, 1.0, max_offset=8)
+    windows = mixture.draw(np.random.default_rng(mix(0, 2, 0, 0)), 100, 4, 1.0, max_offset=max_time - 7)
     batch = objective.draw(0, rows, 100)
     assert batch.maps is not None and torch.equal(batch.times, windows.times)
     for row, (_, first, anchor) in enumerate(windows.places.tolist()):
+        n = int(batch.drawn.context[row])
+        assert n == 6 or first == anchor  # step s of a rollout has min(2 s, 6) latents of context
         if anchor:
             continue
-        n = int(batch.drawn.context[row])
         seen.add((first, n))
-        if first:
-            assert n == 6
         state = states[first + n // 2 + 1]  # after the chunk behind the context
         new = slice(n + 1, n + 3)
         assert int(batch.times[row, n + 1]) == model._time(first + n // 2)

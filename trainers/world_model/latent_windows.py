@@ -182,7 +182,7 @@ class WindowObjective:
         )
         seeds = [mix(seed, self.stream, step, 1, row) for row in rows]
         arch = self.config.model
-        drawn = draw_window_noise(seeds, windows.times, arch.latent_shape, arch, loss)
+        drawn = draw_window_noise(seeds, windows.far, arch.latent_shape, arch, loss)
         conditions, maps = self.conditions(windows, drawn.context)
         batch = WindowBatch(
             windows.latents, conditions, windows.times, maps, windows.focus if arch.residual else None, drawn

@@ -67,15 +67,15 @@ class WindowNoise:
 
 
 def draw_window_noise(
-    seeds: Sequence[int], times: Tensor, latent_shape: tuple[int, ...], arch: WanConfig, config: LossConfig
+    seeds: Sequence[int], far: Tensor, latent_shape: tuple[int, ...], arch: WanConfig, config: LossConfig
 ) -> WindowNoise:
-    """Split, levels and noise of every row, each from its own seed.
+    """Context length, noise levels and noise of every row, each from its own seed.
 
-    ``times`` int64 (B, F): positions. The context is n latents long, n a multiple of G from 0 to R, all equally likely;
-    behind a far anchor (whose window begins later than 1) it is R long, for a rollout that has moved away from its start
-    has all its context.
+    ``far`` bool (B,): the anchor is earlier than the frame before the window. The context has n latents, a multiple of G
+    from 0 to R, all equally likely. Behind a far anchor it always has R: a rollout that has moved away from its start frame
+    has a whole context. Positions do not tell the two apart, because they saturate at ``max_time``.
     """
-    b, f = times.shape
+    b, f = len(seeds), 1 + arch.context_latents + arch.chunk_latents
     choice, uniform, noise = [], [], []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
@@ -86,7 +86,7 @@ def draw_window_noise(
     tau = config.timestep_shift * u[:, 0] / (1 + (config.timestep_shift - 1) * u[:, 0])
     tau = torch.where(u[:, 1] < config.pure_noise, torch.ones(b), tau)
     full = torch.full((b,), arch.context_latents)
-    context = torch.where(times[:, 1] > 1, full, torch.stack(choice) * arch.chunk_latents)
+    context = torch.where(far, full, torch.stack(choice) * arch.chunk_latents)
     level = torch.where(generated_positions(context, f), tau[:, None], config.context_noise * u[:, 2:])
     return WindowNoise(context, level, torch.stack(noise))
 

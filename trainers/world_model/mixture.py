@@ -79,6 +79,11 @@ class LatentBatch:
     source: Tensor
     places: Tensor
 
+    @property
+    def far(self) -> Tensor:
+        """bool (B,): the anchor is an earlier frame than the one before the window."""
+        return self.places[:, 2] < self.places[:, 1]
+
     def to(self, device: str | torch.device) -> LatentBatch:
         """The same batch on another device."""
         return LatentBatch(**{name: value.to(device) for name, value in vars(self).items()})

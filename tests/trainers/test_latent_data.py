@@ -187,7 +187,9 @@ class TestCache:
 
 class TestMixture:
     def mixture(self, base: Path) -> Mixture:
-        return Mixture([MixtureEntry(str(base / "a"), 3.0), MixtureEntry(str(base / "b"), 1.0)])
+        return Mixture(
+            [MixtureEntry(str(base / "a"), 3.0, embodiment="7d"), MixtureEntry(str(base / "b"), 1.0, embodiment="5d")]
+        )
 
     def test_shares_are_the_weights_and_windows_equally_likely(self, cached) -> None:
         batch = self.mixture(cached[0]).draw(np.random.default_rng(0), 2000, 2)
@@ -200,7 +202,7 @@ class TestMixture:
         assert np.abs(counts / len(places) - 0.1).max() < 4 * np.sqrt(0.1 * 0.9 / len(places))
         assert (places[:, 1] == places[:, 2]).all() and (batch.times == torch.arange(5)).all()
 
-    def test_every_data_set_has_its_own_statistics(self, cached, tmp_path: Path) -> None:
+    def test_every_embodiment_has_its_own_statistics(self, cached, tmp_path: Path) -> None:
         mixture = self.mixture(cached[0])
         batch = mixture.draw(np.random.default_rng(1), 64, 2)
         for s, dim in ((0, 7), (1, 5)):
@@ -211,10 +213,38 @@ class TestMixture:
         written = json.loads((tmp_path / "actions.json").read_text())
         for name, dataset in zip("ab", mixture.datasets, strict=True):
             np.testing.assert_array_equal([written[name]["q01"], written[name]["q99"]], dataset.bounds)
+            np.testing.assert_array_equal([written[name]["action_low"], written[name]["action_high"]], dataset.bounds)
+        assert (written["a"]["embodiment"], written["b"]["embodiment"]) == ("7d", "5d")
         low, high = np.array([0.0, 1.0]), np.array([4.0, 1.0])
         np.testing.assert_array_equal(
             normalise_actions(np.array([[3.0, 1.0], [9.0, 2.0]]), low, high), [[0.5, 0], [1, 0]]
         )
+
+    def test_data_sets_of_one_embodiment_share_their_bounds(self, cached, tmp_path: Path) -> None:
+        """One raw action is one condition in every data set; the bounds are those of all actions together."""
+        base, reader = cached
+        large = write_data(tmp_path / "data", scale=3.0, lengths=(24, 16))
+        cache_latents(large, MeanCodec(), tmp_path / "c", CONFIG)
+        entries = [MixtureEntry(str(base / "a"), 3.0), MixtureEntry(str(tmp_path / "c"))]
+        mixture = Mixture(entries)
+        whole = [reader.episode(int(e)).actions[: 8 * c] for e, c in zip((0, 1, 3, 4), (2, 3, 5, 4), strict=True)]
+        whole += [large.episode(0).actions, large.episode(1).actions]
+        low, high = np.quantile(np.concatenate(whole).astype(np.float64), (0.01, 0.99), 0)
+        for bounds in mixture.bounds:
+            np.testing.assert_allclose(bounds, (low, high), rtol=1e-12)
+        batch, seen = mixture.draw(np.random.default_rng(0), 64, 1), set()
+        for source, (episode, first, _), actions in zip(batch.source, batch.places, batch.actions, strict=True):
+            raw = mixture.datasets[source].window(int(episode), int(first), 1).actions[:, :-1].numpy()
+            expected = ((raw - low[:-1]) / (high - low)[:-1] * 2 - 1).clip(-1, 1)
+            np.testing.assert_allclose(actions[1:].flatten(0, 1)[:, :-1], expected, atol=1e-6)
+            seen.add(int(source))
+        assert seen == {0, 1}
+        own = Mixture([entries[0], replace(entries[1], embodiment="large")])
+        np.testing.assert_array_equal(own.bounds[0], own.datasets[0].bounds)
+        np.testing.assert_array_equal(own.bounds[1], own.datasets[1].bounds)
+        given = np.full(7, -2.0), np.full(7, 4.0)
+        kept = Mixture(entries, bounds={"": given})
+        assert all(np.array_equal(bounds, given) for bounds in kept.bounds)
 
     def test_far_anchors_against_the_source(self, cached) -> None:
         base, reader = cached
@@ -254,7 +284,11 @@ class TestMixture:
 
     def test_refuses_what_does_not_fit(self, cached, tmp_path: Path) -> None:
         base = cached[0]
-        a, b = MixtureEntry(str(base / "a")), MixtureEntry(str(base / "b"))
+        a, b = MixtureEntry(str(base / "a")), MixtureEntry(str(base / "b"), embodiment="5d")
+        with pytest.raises(DatasetError, match=r"a': 7, .*b': 5}. Name the embodiments: embodiment=NAME"):
+            Mixture([a, replace(b, embodiment="")])
+        with pytest.raises(DatasetError, match=r"b has 5 action dimensions, .* bounds of 7 for embodiment '5d'"):
+            Mixture([b], bounds={"5d": (np.zeros(7), np.ones(7))})
         with pytest.raises(DatasetError, match="no episode has 4 chunks of 8 steps .the longest has 3"):
             Mixture([a, b]).draw(np.random.default_rng(0), 1, 4)
         with pytest.raises(DatasetError, match="a has 7 action dimensions, the model 6"):

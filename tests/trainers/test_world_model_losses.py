@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from rawdream_env.trainers.world_model.action_bounds import rollout_bounds
 from rawdream_env.trainers.world_model.config import LossConfig
-from rawdream_env.trainers.world_model.latent_windows import max_window_offset, poses_before, rollout_bounds
+from rawdream_env.trainers.world_model.latent_windows import max_window_offset, poses_before
 from rawdream_env.trainers.world_model.losses import (
     BatchNoise,
     WindowBatch,

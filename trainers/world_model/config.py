@@ -80,7 +80,8 @@ class WorldModelTrainConfig:
 
     data: tuple[str, ...]
     """LeRobotDataset v3 folders. With objective "window" each may have settings:
-    FOLDER[,weight=W][,name=N][,camera=C]."""
+    FOLDER[,weight=W][,name=N][,camera=C][,embodiment=E]. Entries of one embodiment (by default all) share their action
+    bounds; name the embodiments of a mixture of robots."""
     run_dir: str
     """Run folder. Rerun the same command to resume an interrupted run. The model is written to ``run_dir/world_model``."""
     init: str = ""
@@ -89,9 +90,9 @@ class WorldModelTrainConfig:
     codec: str = ""
     """World model, a folder or "embedded", whose frame codec is used; the transformer is trained from scratch."""
     validation: tuple[str, ...] = ()
-    """Data folders of held-out episodes, written like ``data``."""
+    """Data folders of held-out episodes, written like ``data``; of the deployed embodiment."""
     deploy: str = ""
-    """Objective "window": data entry whose action statistics the saved model uses; by default the first one."""
+    """Objective "window": data entry whose action bounds the saved model uses; by default the first one."""
     robot: str = ""
     """Robot whose kinematics the model uses; by default the one that the data name."""
     seed: int = 0
@@ -124,7 +125,7 @@ class WorldModelTrainConfig:
     """Architecture of the transformer; with ``init`` the default is that of ``init``."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """Rollout settings saved with the model; its arm map is also used in training. Frames per second are those of the
-    data; objective "window" replaces the action bounds by those of the data as well."""
+    data. Action bounds are those of ``init``; a new model with objective "window" takes them from the data."""
     loss: LossConfig = field(default_factory=LossConfig)
     """Noise levels and loss weights."""
     log_every: int = 25

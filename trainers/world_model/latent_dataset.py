@@ -31,6 +31,7 @@ from torch import Tensor
 from rawdream_env.data import schema
 from rawdream_env.errors import DatasetError
 from rawdream_env.files import sha256_file
+from rawdream_env.types import Float32Array
 from rawdream_env.world_models.autoencoders import FRAMES_PER_LATENT
 
 FORMAT = 1
@@ -124,6 +125,11 @@ class LatentDataset:
         low, high = (np.asarray(self.index["statistics"][name], np.float64) for name in ("q01", "q99"))
         return low, high
 
+    def all_actions(self) -> Float32Array:
+        """The raw actions of all episodes: (N, A)."""
+        files = [self._file(number) for number in range(len(self.index["shards"]))]
+        return np.concatenate([file.get_tensor("actions").numpy() for file in files])
+
     def still(self, episode: int, boundary: int) -> Tensor:
         """The frame at chunk boundary 0 ... T of an episode, encoded as a picture: fp16 (C, h, w)."""
         row = int(self._before[episode] + self._place[episode]) + boundary
@@ -156,16 +162,19 @@ class LatentDataset:
         return int(self._before[episode]) * self.chunk_len + int(self._place[episode])
 
     def _rows(self, episode: int, name: str, begin: int, end: int) -> Tensor:
-        number = int(self._shard[episode])
+        rows: Tensor = self._file(int(self._shard[episode])).get_slice(name)[begin:end]
+        return rows
+
+    def _file(self, number: int) -> Any:
+        """A shard, checked and opened at its first use."""
         shard = self.index["shards"][number]
         try:
             if number not in self._files:
                 path = verify_shard(self.folder, shard) if self.verify else self.folder / shard["file"]
                 self._files[number] = safe_open(path, framework="pt")
-            rows: Tensor = self._files[number].get_slice(name)[begin:end]
         except (SafetensorError, OSError) as error:
             raise DatasetError(
                 f"{self.folder / shard['file']} is missing or damaged ({error}). Copy it again, or delete the folder and "
                 "cache the data again."
             ) from error
-        return rows
+        return self._files[number]

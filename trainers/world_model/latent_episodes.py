@@ -217,7 +217,7 @@ class EpisodeSampler:
         held = e.poses[chunk * k + index][:, None, None].expand(-1, 1, poses.shape[2], -1)
         actions = torch.cat([torch.zeros_like(actions[:, :1]), actions], 1)
         poses = torch.cat([held, poses], 1)
-        parts = [(actions - self.mid) / self.half]
+        parts = [((actions - self.mid) / self.half).clamp(-1, 1)]  # as in a rollout
         maps = None
         if self.arm_map is not None:
             parts.append(self.arm_map.normalise(poses))

@@ -16,7 +16,7 @@ A action dims, P pose dims, C h w latent.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,12 +40,12 @@ from rawdream_env.world_models.wan.kinematics import draw_maps, load_kinematics
 from rawdream_env.world_models.wan.rollout import RolloutConfig
 from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer
 
-_NEVER = 1e6  # half the width of the bounds of an action dimension without information: any value becomes about 0
-
 
 @dataclass(frozen=True)
 class DataEntry:
-    """A data set of a mixture: ``FOLDER[,weight=W][,name=N][,camera=C]`` on the command line."""
+    """A data set of a mixture: ``FOLDER[,weight=W][,name=N][,camera=C][,embodiment=E]`` on the command
+    line.
+    """
 
     path: str
     """LeRobotDataset v3.0 folder."""
@@ -55,6 +55,8 @@ class DataEntry:
     """What it is called in the statistics; the folder's name by default."""
     camera: str = ""
     """Which camera to read; the first one by default."""
+    embodiment: str = ""
+    """Robot and action convention; entries of one embodiment share their action bounds (``action_bounds.py``)."""
 
     @classmethod
     def parse(cls, text: str) -> DataEntry:
@@ -63,10 +65,10 @@ class DataEntry:
         values: dict[str, str] = {}
         for setting in settings:
             key, found, value = setting.partition("=")
-            if key not in ("weight", "name", "camera") or not found or not value:
+            if key not in ("weight", "name", "camera", "embodiment") or not found or not value:
                 raise InvalidOptionError(
-                    f"{setting!r} in the data entry {text!r} is no setting; write FOLDER,weight=2,name=play,camera=front "
-                    "(all but the folder may be left out)."
+                    f"{setting!r} in the data entry {text!r} is no setting; write FOLDER,weight=2,name=play,camera=front,"
+                    "embodiment=piper (all but the folder may be left out)."
                 )
             values[key] = value
         try:
@@ -74,6 +76,11 @@ class DataEntry:
         except ValueError as error:
             raise InvalidOptionError(f"the weight in the data entry {text!r} is no number.") from error
         return cls(path, weight, **values)
+
+    @property
+    def label(self) -> str:
+        """``name``, the default filled in."""
+        return self.name or Path(self.path).name
 
     def reader(self, image_size: tuple[int, int] | None = None) -> LeRobotReader:
         """Its reader; frames are resized to ``image_size``."""
@@ -102,7 +109,7 @@ def cached_mixture(
     folder: Path,
     config: WorldModelTrainConfig,
     group: ProcessGroup,
-    bounds: QuantileBounds | None = None,
+    bounds: Mapping[str, QuantileBounds] | None = None,
 ) -> Mixture:
     """Encode the data sets into ``folder``, a cache for each, and mix them. Process 0 encodes, the others wait."""
     size = (codec.frame_shape[0], codec.frame_shape[1])
@@ -113,35 +120,24 @@ def cached_mixture(
     kinematics = load_kinematics(config.robot, config.rollout.arm_map) if focused else None
     mixture = []
     for entry in entries:
-        label = MixtureEntry(entry.path, name=entry.name).label
         cached = cache_latents(
             entry.reader(size),
             source,
-            folder / label,
+            folder / entry.label,
             cache,
             focus=(lambda episode: episode_focus(episode, config.model, kinematics)) if focused else None,
             rank=group.rank,
         )
-        mixture.append(MixtureEntry(str(cached), entry.weight, label))
+        mixture.append(MixtureEntry(str(cached), entry.weight, entry.label, entry.embodiment))
     return Mixture(mixture, action_dim=config.model.action_dim, bounds=bounds)
 
 
-def deployed_entry(mixture: Mixture, name: str) -> int:
-    """The place of the entry called ``name`` (the first when empty); ``InvalidOptionError`` lists the existing ones."""
-    labels = [entry.label for entry in mixture.entries]
+def deployed_entry(entries: Sequence[DataEntry], name: str) -> int:
+    """The index of the entry called ``name`` (the first when empty); ``InvalidOptionError`` lists the existing ones."""
+    labels = [entry.label for entry in entries]
     if name and name not in labels:
         raise InvalidOptionError(f"deploy={name!r} is none of the data entries; name one of {', '.join(labels)}.")
     return labels.index(name) if name else 0
-
-
-def rollout_bounds(bounds: QuantileBounds, action_dim: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """``action_low`` and ``action_high`` of a rollout that normalises like ``normalise_actions``: dimensions that never
-    moved, and those the data do not have, become 0.
-    """
-    low, high = (np.pad(np.asarray(side, np.float64), (0, action_dim - len(side))) for side in bounds)
-    still = high - low < 1e-6
-    low, high = np.where(still, -_NEVER, low), np.where(still, _NEVER, high)
-    return tuple(low.tolist()), tuple(high.tolist())
 
 
 class WindowObjective:

@@ -1,8 +1,7 @@
 """Mix several latent caches into training batches.
 
-Every data set keeps its own action statistics: the same number is another distance on another robot, and one set of bounds
-over all would squeeze most of them into a corner of [-1, 1]. The statistics are saved with the checkpoint, and a rollout
-uses those of one entry.
+Data sets of one embodiment share their action bounds (``action_bounds.py``). The bounds are saved with the checkpoint; a
+rollout uses those of one entry.
 
 A batch is a pure function of the generator it is drawn with: a trainer that makes the generator from ``mix(seed, step)``
 can draw any batch again.
@@ -13,7 +12,7 @@ C h w latent, A action dims, P state dims.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from rawdream_env.errors import DatasetError
 from rawdream_env.files import atomic_write_json
+from rawdream_env.trainers.world_model.action_bounds import bounds_of_data
 from rawdream_env.trainers.world_model.latent_dataset import LatentDataset, QuantileBounds
 from rawdream_env.types import Float32Array
 from rawdream_env.world_models.autoencoders import FRAMES_PER_LATENT
@@ -51,6 +51,8 @@ class MixtureEntry:
     """Its share of the draws is its weight over the sum of weights, however large it is."""
     name: str = ""
     """Its name in the saved statistics; by default the folder's name."""
+    embodiment: str = ""
+    """Robot and action convention of the data; entries of one embodiment share action bounds."""
 
     @property
     def label(self) -> str:
@@ -95,15 +97,16 @@ class Mixture:
     Args:
         entries: the data sets and their weights.
         action_dim: A of the model; data with fewer dimensions are padded with zeros. Default: the largest.
-        bounds: action bounds of all entries, instead of each entry's own: of the training data, for held-out ones.
+        bounds: action bounds by embodiment: of a model that is trained further, or of the training data for held-out
+            data. An embodiment without given bounds gets those of all its data together.
         verify: as in ``LatentDataset``.
 
     Attributes:
         bounds: the action bounds by which each entry's actions are normalised.
 
     Raises:
-        DatasetError: caches that do not fit together, more action dimensions than the model has, two entries of one name
-            or no positive weight.
+        DatasetError: caches that do not fit together, more action dimensions than the model has, different action
+            dimensions in one embodiment, two entries of one name or no positive weight.
     """
 
     def __init__(
@@ -111,7 +114,7 @@ class Mixture:
         entries: Sequence[MixtureEntry],
         *,
         action_dim: int | None = None,
-        bounds: QuantileBounds | None = None,
+        bounds: Mapping[str, QuantileBounds] | None = None,
         verify: bool = True,
     ) -> None:
         if not entries or any(not (0 < entry.weight < float("inf")) for entry in entries):
@@ -139,14 +142,16 @@ class Mixture:
         self.chunk_len, self.latent_shape = first.chunk_len, first.latent_shape
         weights = np.array([entry.weight for entry in entries], np.float64)
         self._upto = np.cumsum(weights / weights.sum())[:-1]
-        self.bounds = [dataset.bounds if bounds is None else bounds for dataset in self.datasets]
+        self.bounds = bounds_of_data(self.datasets, [entry.embodiment for entry in entries], bounds or {})
         self._windows: dict[int, list[NDArray[np.int64]]] = {}
 
     def statistics(self) -> dict[str, Any]:
-        """What ``save_statistics`` writes: per entry its weight, cache and action statistics."""
+        """What ``save_statistics`` writes: per entry its weight, cache, own action statistics and the bounds in use."""
         return {
-            entry.label: {"path": entry.path, "weight": entry.weight} | dataset.index["statistics"]
-            for entry, dataset in zip(self.entries, self.datasets, strict=True)
+            entry.label: {"path": entry.path, "weight": entry.weight, "embodiment": entry.embodiment}
+            | {"action_low": low.tolist(), "action_high": high.tolist()}
+            | dataset.index["statistics"]
+            for entry, dataset, (low, high) in zip(self.entries, self.datasets, self.bounds, strict=True)
         }
 
     def save_statistics(self, path: str | Path) -> None:

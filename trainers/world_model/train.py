@@ -34,6 +34,12 @@ from rawdream_env.errors import CheckpointError, InvalidOptionError
 from rawdream_env.seeding import mix
 from rawdream_env.trainers.common.distributed import ProcessGroup, accumulating, join, micro_batches, spread, whole
 from rawdream_env.trainers.common.offload import HostCopies
+from rawdream_env.trainers.world_model.action_bounds import (
+    STATISTICS,
+    action_path_is_new,
+    bounds_of_model,
+    rollout_bounds,
+)
 from rawdream_env.trainers.world_model.autoencoder import train_autoencoder
 from rawdream_env.trainers.world_model.config import WorldModelTrainConfig
 from rawdream_env.trainers.world_model.latent_episodes import (
@@ -49,7 +55,6 @@ from rawdream_env.trainers.world_model.latent_windows import (
     WindowObjective,
     cached_mixture,
     deployed_entry,
-    rollout_bounds,
 )
 from rawdream_env.trainers.world_model.stage import stage_loop
 from rawdream_env.trainers.world_model.validation import Validation, assembled
@@ -89,7 +94,7 @@ def train_world_model(config: WorldModelTrainConfig) -> Path:
 
 
 def _train_windows(config: WorldModelTrainConfig, initial: WanWorldModel | None, group: ProcessGroup) -> Path:
-    """The paper's objective on a mixture of data sets, each with its own action statistics."""
+    """The paper's objective on a mixture of data sets; those of one embodiment share their action bounds."""
     entries = [DataEntry.parse(text) for text in config.data]
     config = with_robot(config, [entry.reader() for entry in entries])
     run_dir = Path(config.run_dir)
@@ -97,22 +102,25 @@ def _train_windows(config: WorldModelTrainConfig, initial: WanWorldModel | None,
     if codec is None:
         codec = _trained_codec(config, read_episodes([entry.reader() for entry in entries], config.model), group)
     _fits(codec, config)
-    mixture = cached_mixture(entries, codec, run_dir / "latents", config, group)
-    deployed = deployed_entry(mixture, config.deploy)
-    bounds, fps = mixture.bounds[deployed], float(mixture.datasets[deployed].index["fps"])
+    known = bounds_of_model(initial, _folder(config.init))
+    mixture = cached_mixture(entries, codec, run_dir / "latents", config, group, known)
+    deployed = deployed_entry(entries, config.deploy)
+    bounds = mixture.bounds[deployed]
     low, high = rollout_bounds(bounds, config.model.action_dim)
+    fps = float(mixture.datasets[deployed].index["fps"])
     rollout = replace(config.rollout, action_low=low, action_high=high, fps=fps)
     objective = WindowObjective(mixture, config, device=config.device)
     validation = None
     if config.validation:
         held_out = [DataEntry.parse(text) for text in config.validation]
-        unseen = cached_mixture(held_out, codec, run_dir / "validation_latents", config, group, bounds)
+        shared = {"": bounds, entries[deployed].embodiment: bounds}
+        unseen = cached_mixture(held_out, codec, run_dir / "validation_latents", config, group, shared)
         measured = WindowObjective(unseen, config, device=config.device, stream=9)
         validation = Validation(config, rollout, codec, held_out, measured)
     transformer = train_transformer(config, initial, objective, validation, group)
     target = _save(config, transformer, codec, rollout)
     if group.first:
-        mixture.save_statistics(target / "statistics.json")
+        mixture.save_statistics(target / STATISTICS)
     return target
 
 
@@ -232,8 +240,17 @@ def _check(config: WorldModelTrainConfig, group: ProcessGroup) -> None:
             f"context_latents {arch.context_latents} is no multiple of chunk_latents {arch.chunk_latents}, as objective "
             '"window" needs it to be.'
         )
-    if config.objective == "episode" and (config.deploy or any(DataEntry.parse(x).weight != 1 for x in config.data)):
-        raise InvalidOptionError('weights of data entries and deploy are for objective="window"; add it.')
+    entries = [DataEntry.parse(text) for text in config.data]
+    if config.objective == "episode" and (config.deploy or any(x.weight != 1 or x.embodiment for x in entries)):
+        raise InvalidOptionError(
+            'weights and embodiments of data entries and deploy are for objective="window"; add --objective window.'
+        )
+    deployed = entries[deployed_entry(entries, config.deploy)].embodiment
+    if other := sorted({DataEntry.parse(text).embodiment for text in config.validation} - {deployed, ""}):
+        raise InvalidOptionError(
+            f"validation data are of embodiment {', '.join(other)}, the saved model is for {deployed or 'the unnamed one'}; "
+            "choose the embodiment with deploy, or leave these data out."
+        )
 
 
 def _require_memory(config: WorldModelTrainConfig, world: ProcessGroup) -> None:
@@ -253,11 +270,9 @@ def _require_memory(config: WorldModelTrainConfig, world: ProcessGroup) -> None:
     require_memory(parts, world.device, f"Training {rows} rows at a time", advice)
 
 
-def _read(folder: str) -> WanWorldModel:
-    """The world model in a folder, or the one that ships with the package."""
-    return read_world_model(
-        str(resources.files("rawdream_env.assets") / "world_model") if folder == "embedded" else folder
-    )
+def _folder(name: str) -> str:
+    """A folder, or that of the bundled world model."""
+    return str(resources.files("rawdream_env.assets") / "world_model") if name == "embedded" else name
 
 
 def _resolved(config: WorldModelTrainConfig) -> tuple[WorldModelTrainConfig, WanWorldModel | None]:
@@ -268,7 +283,7 @@ def _resolved(config: WorldModelTrainConfig) -> tuple[WorldModelTrainConfig, Wan
     """
     if config.init and config.codec:
         raise InvalidOptionError("init brings its own codec: give init or codec, not both.")
-    initial = _read(config.init) if config.init else None
+    initial = read_world_model(_folder(config.init)) if config.init else None
     model, rollout = config.model, config.rollout
     if config.model_name:
         model = wan_config(config.model_name)
@@ -283,12 +298,27 @@ def _resolved(config: WorldModelTrainConfig) -> tuple[WorldModelTrainConfig, Wan
         rollout = initial.config if initial is not None else WAN_ROLLOUT if pictures_alone else rollout
     if pictures_alone:
         rollout = replace(rollout, arm_map=None)
+    if initial is not None and not action_path_is_new(initial):
+        rollout = _with_bounds_of(initial, rollout, config.init)
     return replace(config, model=model, rollout=rollout, model_name=""), initial
+
+
+def _with_bounds_of(initial: WanWorldModel, rollout: RolloutConfig, name: str) -> RolloutConfig:
+    """``rollout`` with the action bounds that ``initial`` was trained with; ``InvalidOptionError`` for others."""
+    given, default, own = (
+        (config.action_low, config.action_high) for config in (rollout, RolloutConfig(), initial.config)
+    )
+    if given not in (default, own):
+        raise InvalidOptionError(
+            f"{name} was trained with action bounds {own}, the run gives {given}: the same action would mean another "
+            "condition. Leave rollout.action-low and rollout.action-high out."
+        )
+    return replace(rollout, action_low=own[0], action_high=own[1])
 
 
 def _codec(config: WorldModelTrainConfig, initial: WanWorldModel | None) -> FrameCodec | None:
     """The frame codec that is given; None when it has to be trained."""
-    source = _read(config.codec) if config.codec else initial
+    source = read_world_model(_folder(config.codec)) if config.codec else initial
     if source is None:
         return None
     cast(nn.Module, source.autoencoder).to(config.device)

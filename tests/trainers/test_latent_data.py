@@ -45,6 +45,14 @@ class MeanCodec(nn.Module):
         return torch.cat([self.encode_image(frames[:, 0])[:, None], later], 1)
 
 
+class MemoryCodec(MeanCodec):
+    """Every latent is the mean of all latents since the start of the video, as a causal codec remembers its past."""
+
+    def encode_video(self, frames: Tensor) -> Tensor:
+        latents = super().encode_video(frames)
+        return latents.cumsum(1) / torch.arange(1, latents.shape[1] + 1)[:, None, None, None]
+
+
 def write_data(root: Path, *, action_dim: int = 7, scale: float = 1.0, lengths=LENGTHS) -> LeRobotReader:
     features = {"action": schema.numeric_feature(action_dim), "observation.state": schema.numeric_feature(3)}
     writer = LeRobotWriter(root, fps=10, image_shape=(16, 16, 3), features=features)
@@ -272,6 +280,28 @@ class TestMixture:
         later_ones = batch.places[batch.places[:, 1] > 0]
         far = (later_ones[:, 2] < later_ones[:, 1]).float().mean()
         assert abs(float(far) - 0.5) < 4 * np.sqrt(0.25 / len(later_ones))
+
+    def test_windows_have_the_latents_of_a_video_that_starts_at_their_anchor(self, tmp_path: Path) -> None:
+        reader, codec = write_data(tmp_path / "data"), MemoryCodec()
+        separate = replace(CONFIG, window_chunks=3)
+        folder = cache_latents(reader, codec, tmp_path / "cache", separate)
+        mixture, seen = Mixture([MixtureEntry(str(folder))]), set()
+        batch = mixture.draw(np.random.default_rng(2), 200, 3, far_anchor=0.5)
+        for latents, (position, first, anchor) in zip(batch.latents, batch.places.tolist(), strict=True):
+            frames = torch.from_numpy(reader.episode(int(mixture.datasets[0].episodes[position])).frames)
+            with torch.no_grad():
+                video = codec.encode_video(frames[None, 8 * anchor : 8 * (first + 3) + 1])[0]
+            assert torch.equal(latents, torch.cat([video[:1], video[-6:]]).half().float())
+            seen.add((position, first, anchor))
+        near = {(1, 0, 0), *((2, f, f) for f in range(3)), *((3, f, f) for f in range(2))}
+        assert seen == near | {(2, 1, 0), (2, 2, 0), (3, 1, 0)}
+        with pytest.raises(DatasetError, match="has windows of 3 chunks, asked for 2"):
+            mixture.draw(np.random.default_rng(0), 1, 2)
+        with pytest.raises(DatasetError, match=r"of other windows \(option window_latents\) \(window_chunks 3, now 0"):
+            cache_latents(reader, codec, folder, CONFIG)
+        index = json.loads((cache_latents(reader, codec, tmp_path / "old", CONFIG) / "index.json").read_text())
+        (tmp_path / "old/index.json").write_text(json.dumps({k: v for k, v in index.items() if k != "window_chunks"}))
+        assert LatentDataset(cache_latents(reader, codec, tmp_path / "old", CONFIG)).window_chunks == 0
 
     def test_a_batch_is_a_function_of_its_generator(self, cached) -> None:
         one, other = self.mixture(cached[0]), self.mixture(cached[0])

@@ -397,6 +397,10 @@ def test_it_trains_on_with_wans_vae(tmp_path: Path) -> None:
     save_world_model(WanWorldModel(transformer, vae, RolloutConfig(arm_map=None)), tmp_path / "wan")
     folder = train_world_model(window_config(tmp_path, init=str(tmp_path / "wan"), model=arch))
     assert (folder / "vae" / "config.json").is_file() and not (folder / "autoencoder").exists()
+    caches = {"anchored": tmp_path / "out/latents/data", "episode": tmp_path / "cut/latents/data"}
+    train_world_model(window_config(tmp_path, init=str(tmp_path / "wan"), model=arch, run_dir=str(tmp_path / "cut"),
+                                    window_latents="episode"))  # fmt: skip
+    assert [json.loads((c / "index.json").read_text())["window_chunks"] for c in caches.values()] == [4, 0]
     assert (read_world_model(folder).config.arm_map, read_world_model(folder).fps) == (None, 20.0)
     with pytest.raises(InvalidOptionError, match='needs the bundled codec; give objective="window"'):
         train_world_model(config(str(tmp_path / "data"), tmp_path / "x", init=str(tmp_path / "wan"), model=arch))

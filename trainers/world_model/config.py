@@ -22,6 +22,7 @@ MAY_CHANGE = (
     "checkpointing",
     "offload",
     "fit_memory",  # of earlier versions
+    "window_latents",  # the latent cache refuses a change
     "robot",  # filled in when the data are read
 )
 """Settings that may differ when a run is resumed: they do not change what a step is."""
@@ -111,6 +112,10 @@ class WorldModelTrainConfig:
     """Keep optimizer state and averaged weights in host memory: slower steps, 12 bytes less device memory per weight."""
     objective: Literal["episode", "window"] = "episode"
     """The loss: over whole episodes (the bundled size), or over windows with random context (the paper's)."""
+    window_latents: Literal["anchored", "episode"] = "anchored"
+    """Objective "window" with Wan's VAE: encode every window as a video that starts at its own anchor, as a rollout does
+    (four times the encoding and disk space more), or cut windows from latents of whole episodes, which differ from those
+    (docs/world_model.md has the difference). With the bundled codec both are the same."""
     episode_chunks: int = 8
     """Objective "episode": chunks in a training episode, the horizon of the dream."""
     autoencoder: StageConfig = field(default_factory=lambda: StageConfig(steps=5000, batch_size=16, lr=2e-3, ema=0.99))

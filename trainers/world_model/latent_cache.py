@@ -4,8 +4,8 @@ The files are described in ``latent_dataset.py``. A shard is written whole and t
 an interrupted run continues after the last entry and ends with the same bytes. One process writes; the other ranks of a
 training run wait for it.
 
-Shape letters: K actions in a chunk, G = K / 4 latents in a chunk, T chunks and M = G T latents of an episode, C h w latent,
-H W frame, A action dims, P state dims.
+Shape letters: K actions in a chunk, G = K / 4 latents in a chunk, T chunks and M = G T latents of an episode, W chunks in a window,
+C h w latent, H W frame, A action dims, P state dims.
 """
 
 from __future__ import annotations
@@ -64,6 +64,9 @@ class CacheConfig:
     """Actions in a chunk, K; a multiple of 4."""
     shard_bytes: int = 256 * 2**20
     """Size at which a shard is closed."""
+    window_chunks: int = 0
+    """Chunks of a training window, W. Above 0, every window is also encoded as a video that starts at its own anchor, as a
+    rollout starts: for codecs whose latents depend on earlier ones, at W times the work and space."""
     still_batch: int = 16
     """Pictures encoded at a time."""
     device: str = "cpu"
@@ -142,6 +145,7 @@ def cache_latents(
         "chunk_len": config.chunk_len,
         "shard_bytes": config.shard_bytes,
         "focus": focus is not None,
+        "window_chunks": config.window_chunks,
     }
     if rank:
         _wait(folder, identity, patience_s)
@@ -162,7 +166,9 @@ def check_identity(folder: Path, index: dict[str, Any], identity: dict[str, Any]
         "source": "other data",
         "chunk_len": "another chunk_len",
         "format": "another format",
+        "window_chunks": "other windows (option window_latents)",
     }
+    index = {"window_chunks": 0} | index  # earlier versions had none
     for name, value in identity.items():
         if index.get(name) != value:
             was, now = (x[:12] if isinstance(x, str) else x for x in (index.get(name), value))
@@ -280,6 +286,11 @@ def _encode(
         "actions": torch.from_numpy(np.ascontiguousarray(cut.actions, np.float32)),
         "poses": torch.from_numpy(np.ascontiguousarray(cut.state, np.float32)),
     }
+    if config.window_chunks:
+        length = config.window_chunks * config.chunk_len
+        starts = range(0, n - length + 1, config.chunk_len)
+        windows = [codec.encode_video(frames[None, s : s + length + 1])[0, 1:].half().cpu() for s in starts]
+        tensors["windows"] = torch.cat([tensors["latents"][:0], *windows])
     if focus is not None:
         tensors["focus"] = torch.from_numpy(focus(cut))
     _check(tensors, n, config, f"{reader.root}, episode {episode.index}")
@@ -288,14 +299,18 @@ def _encode(
 
 def _check(tensors: dict[str, Tensor], n: int, config: CacheConfig, where: str) -> None:
     m = n // FRAMES_PER_LATENT
-    lengths = {"latents": m, "stills": n // config.chunk_len + 1, "actions": n, "poses": n + 1, "focus": m}
+    chunks = n // config.chunk_len
+    lengths = {"latents": m, "stills": chunks + 1, "actions": n, "poses": n + 1, "focus": m}
+    lengths["windows"] = max(chunks - config.window_chunks + 1, 0) * config.window_chunks * (m // chunks)
     for name, tensor in tensors.items():
         if len(tensor) != lengths[name]:
             raise DatasetError(f"{where}: {len(tensor)} rows of {name}, expected {lengths[name]} of {n} steps.")
         bad = 0 if name == "focus" else int((~tensor.isfinite()).sum())
         if bad:
             cause = (
-                "The codec overflows in fp16 or diverged" if name in ("latents", "stills") else "The data are damaged"
+                "The codec overflows in fp16 or diverged"
+                if name in ("latents", "stills", "windows")
+                else "The data are damaged"
             )
             raise DatasetError(
                 f"{where}: {bad} of {tensor.numel()} {name} are not finite. {cause}; leave the episode out."

@@ -8,6 +8,7 @@ A cache folder::
 Tensors of a shard, over its episodes e with T_e whole chunks (what is left of an episode after the last is cut off):
 
     latents  fp16  (sum G T, C, h, w)   4 frames each; the frame before the first chunk is the anchor and not among them
+    windows  fp16  (sum (T - W + 1) G W, C, h, w)  each window of W chunks, encoded from its own anchor; only if asked for
     stills   fp16  (sum T + 1, C, h, w) the frame before each chunk, and the last one, encoded as a picture: an anchor
     actions  fp32  (sum K T, A)         as the data have them
     poses    fp32  (sum K T + 1, P)     the state before each action, and after the last; P may be 0
@@ -102,6 +103,7 @@ class LatentDataset:
         self.chunks = np.concatenate([s["chunks"] for s in shards]).astype(np.int64)
         self.episodes = np.concatenate([s["episodes"] for s in shards]).astype(np.int64)
         self.latent_shape: tuple[int, int, int] = tuple(self.index["latent_shape"])
+        self.window_chunks = int(self.index.get("window_chunks", 0))
         self.chunk_len, self.action_dim, self.pose_dim = (
             int(self.index[name]) for name in ("chunk_len", "action_dim", "pose_dim")
         )
@@ -109,6 +111,8 @@ class LatentDataset:
         # Chunks and episodes before each episode in its own shard: where its rows begin.
         self._before = np.concatenate([np.cumsum(s["chunks"]) - s["chunks"] for s in shards]).astype(np.int64)
         self._place = np.concatenate([np.arange(len(s["chunks"])) for s in shards])
+        windows = [np.maximum(np.asarray(s["chunks"], np.int64) - self.window_chunks + 1, 0) for s in shards]
+        self._windows_before = np.concatenate([np.cumsum(count) - count for count in windows])
         self._files: dict[int, Any] = {}
 
     def __len__(self) -> int:
@@ -124,6 +128,23 @@ class LatentDataset:
         """The data set's own action quantiles q01 and q99."""
         low, high = (np.asarray(self.index["statistics"][name], np.float64) for name in ("q01", "q99"))
         return low, high
+
+    def latents_from_anchor(self, episode: int, first_chunk: int, num_chunks: int) -> Tensor:
+        """The latents of a window as a video that starts at its own anchor has them: fp16 (M, C, h, w).
+
+        Without separate windows in the cache they are those of the episode, which are the same for a codec whose latents do
+        not depend on earlier ones.
+        """
+        g = self.chunk_len // FRAMES_PER_LATENT
+        if not self.window_chunks:
+            begin = int(self._before[episode]) + first_chunk
+            return self._rows(episode, "latents", begin * g, (begin + num_chunks) * g)
+        if num_chunks != self.window_chunks:
+            raise DatasetError(
+                f"{self.folder} has windows of {self.window_chunks} chunks, asked for {num_chunks}; cache the data again."
+            )
+        row = (int(self._windows_before[episode]) + first_chunk) * num_chunks * g
+        return self._rows(episode, "windows", row, row + num_chunks * g)
 
     def all_actions(self) -> Float32Array:
         """The raw actions of all episodes: (N, A)."""

@@ -111,10 +111,16 @@ def cached_mixture(
     group: ProcessGroup,
     bounds: Mapping[str, QuantileBounds] | None = None,
 ) -> Mixture:
-    """Encode the data sets into ``folder``, a cache for each, and mix them. Process 0 encodes, the others wait."""
+    """Encode the data sets into ``folder``, a cache for each, and mix them. Process 0 encodes, the others wait.
+
+    A latent of Wan's VAE depends on the frames before it, back to the start of the video. A rollout's video starts at the
+    anchor; so does that of each window with ``window_latents="anchored"``.
+    """
     size = (codec.frame_shape[0], codec.frame_shape[1])
     focused = config.model.residual and config.loss.object_weight > 0
-    cache = CacheConfig(config.model.chunk_len, device=group.device, progress=group.first)
+    separate = config.window_latents == "anchored" and not isinstance(codec, PackedFrameAutoencoder)
+    chunks = window_chunks(config.model) if separate else 0
+    cache = CacheConfig(config.model.chunk_len, window_chunks=chunks, device=group.device, progress=group.first)
     half = config.bf16 and isinstance(codec, PackedFrameAutoencoder)
     source = _HalfCodec(codec, group.device) if half else codec
     kinematics = load_kinematics(config.robot, config.rollout.arm_map) if focused else None
@@ -151,7 +157,7 @@ class WindowObjective:
         if mixture.latent_shape != arch.latent_shape:
             raise DatasetError(f"the data's latents are {mixture.latent_shape}, the model's {arch.latent_shape}.")
         self.mixture, self.config, self.device, self.stream = mixture, config, device, stream
-        self.chunks = (arch.context_latents + arch.chunk_latents) // arch.chunk_latents
+        self.chunks = window_chunks(arch)
         self.max_offset = max_window_offset(arch, rollout)
         self.arm_map = model_kinematics(config, mixture.pose_dim)
         self.anchor_actions = torch.zeros(len(mixture.datasets), arch.action_dim)
@@ -198,6 +204,11 @@ class WindowObjective:
             before = poses_before(poses, windows.before[:, : poses.shape[-1]], context, arch.chunk_latents)
             maps = draw_maps(self.arm_map, poses, before, arch.latent_shape[1:], motion=arch.warp_last_frame)
         return torch.cat(parts, -1).flatten(2), maps
+
+
+def window_chunks(arch: WanConfig) -> int:
+    """Chunks in a window: R latents of context and a chunk to generate."""
+    return (arch.context_latents + arch.chunk_latents) // arch.chunk_latents
 
 
 def max_window_offset(arch: WanConfig, rollout: RolloutConfig) -> int:

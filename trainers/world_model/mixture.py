@@ -172,7 +172,8 @@ class Mixture:
 
         With probability ``far_anchor`` the anchor is not the frame just before the window but an earlier chunk boundary of
         the episode, all equally likely, as in a long rollout, where it is the start frame while the context has moved on (a
-        window at the very start has no earlier one). The window's times then begin at 1 + the gap in latents, at most
+        window at the very start has no earlier one); in a cache with separate windows it is always the first frame, whose video
+        has the episode's latents. The window's times then begin at 1 + the gap in latents, at most
         1 + ``max_offset``: positions the model never sees in training would mean nothing to it.
 
         The result depends on the state of ``rng`` and the arguments alone, and which windows are drawn does not depend on
@@ -187,7 +188,8 @@ class Mixture:
         for row, (s, number) in enumerate(zip(source, window, strict=True)):
             episode = int(np.searchsorted(ends[s], number, side="right"))
             first = int(number - (ends[s][episode - 1] if episode else 0))
-            places[row] = episode, first, int(share[row] * first) if far[row] and first else first
+            earlier = 0 if self.datasets[s].window_chunks else int(share[row] * first)
+            places[row] = episode, first, earlier if far[row] and first else first
         if rows is not None:
             source, places = source[list(rows)], places[list(rows)]
         read = [self._row(s, e, c, a, num_chunks) for s, (e, c, a) in zip(source, places.tolist(), strict=True)]
@@ -226,8 +228,9 @@ class Mixture:
         window = dataset.window(episode, first, num_chunks)
         near = anchor == first
         still = window.anchor if near else dataset.still(episode, anchor)
+        latents = dataset.latents_from_anchor(episode, first, num_chunks) if near else window.latents
         held = window.poses[0] if near else dataset.pose(episode, anchor)
-        m = len(window.latents)
+        m = len(latents)
         actions = torch.zeros(1 + m, FRAMES_PER_LATENT, self.action_dim)
         poses = torch.zeros(1 + m, FRAMES_PER_LATENT, self.pose_dim)
         normal = torch.from_numpy(normalise_actions(window.actions.numpy(), *self.bounds[source]))
@@ -237,4 +240,4 @@ class Mixture:
         focus = torch.zeros(m, *self.latent_shape[1:], dtype=torch.uint8) if window.focus is None else window.focus
         before = torch.zeros(self.pose_dim)
         before[: dataset.pose_dim] = window.poses[0]
-        return torch.cat([still[None], window.latents]).float(), actions, poses, before, focus
+        return torch.cat([still[None], latents]).float(), actions, poses, before, focus

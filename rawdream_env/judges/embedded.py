@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rawdream_env.files import atomic_write_json, load_weights, save_safetensors
+from rawdream_env.files import atomic_write_json, load_module, save_safetensors
 from rawdream_env.judges.base import (
     Timer,
     check_pairs,
@@ -134,8 +134,8 @@ class EmbeddedJudge:
         """
         path = Path(folder)
         content = read_config(path / "config.json", KIND, FORMAT)
-        network = JudgeNetwork(_model_config(content.get("model"), path / "config.json"))
-        load_weights(network, path / "model.safetensors")
+        config = _model_config(content.get("model"), path / "config.json")
+        network = load_module(lambda: JudgeNetwork(config), path / "model.safetensors")
         metadata = content.get("metadata")
         return cls(network, metadata=metadata if isinstance(metadata, dict) else {}, device=device)
 

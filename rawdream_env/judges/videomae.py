@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from rawdream_env.errors import CheckpointError
-from rawdream_env.files import atomic_write_json, load_weights, save_safetensors
+from rawdream_env.files import atomic_write_json, load_module, save_safetensors
 from rawdream_env.judges.base import (
     Timer,
     check_pairs,
@@ -253,8 +253,8 @@ class VideoMAEJudge:
         """
         path = Path(folder)
         content = read_config(path / "config.json", KIND, FORMAT)
-        network = VideoMAENetwork(_model_config(content.get("model"), path / "config.json"))
-        load_weights(network, path / "model.safetensors")
+        config = _model_config(content.get("model"), path / "config.json")
+        network = load_module(lambda: VideoMAENetwork(config), path / "model.safetensors")
         metadata = content.get("metadata")
         return cls(network, metadata=metadata if isinstance(metadata, dict) else {}, device=device)
 

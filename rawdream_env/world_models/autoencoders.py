@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from rawdream_env.errors import InvalidOptionError
 from rawdream_env.world_models.wan.layers import ResBlock, RowExactConv2d
 
 FRAMES_PER_LATENT = 4
@@ -89,6 +90,18 @@ class AutoencoderConfig:
     decoder_blocks: tuple[int, int] = (2, 2)
     """Residual blocks at 1/4 and 1/8 resolution of the decoder."""
 
+    def check(self) -> None:
+        """Raise ``InvalidOptionError`` for sizes that are out of range or that no layer can have."""
+        widths, blocks = self.widths, (*self.encoder_blocks, *self.decoder_blocks)
+        if self.image_size % 8 or not 8 <= self.image_size <= 8192:
+            raise InvalidOptionError(f"image_size {self.image_size} must be a multiple of 8, at most 8192.")
+        if not 1 <= self.latent_channels <= 1024 or any(w % 8 or not 8 <= w <= 8192 for w in widths):
+            raise InvalidOptionError(
+                f"latent_channels {self.latent_channels} must be between 1 and 1024, widths {widths} multiples of 8 up to 8192."
+            )
+        if any(not 0 <= n <= 1000 for n in blocks):
+            raise InvalidOptionError(f"encoder_blocks and decoder_blocks {blocks} must be between 0 and 1000.")
+
 
 def pack_frames(frames: Tensor) -> Tensor:
     """uint8 (N, 4, H, W, 3) -> float (N, 12, H, W) in [-1, 1]."""
@@ -108,6 +121,7 @@ class PackedFrameAutoencoder(nn.Module):
 
     def __init__(self, config: AutoencoderConfig = AutoencoderConfig()) -> None:
         super().__init__()
+        config.check()
         self.config = config
         (w0, w1), c = config.widths, config.latent_channels
         self.encoder = nn.Sequential(

@@ -15,8 +15,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rawdream_env.errors import CheckpointError
-from rawdream_env.files import atomic_write_json, load_weights, read_json, save_safetensors
+from rawdream_env.errors import CheckpointError, InvalidOptionError
+from rawdream_env.files import atomic_write_json, load_module, read_json, save_safetensors
 from rawdream_env.world_models.autoencoders import AutoencoderConfig, FrameCodec, PackedFrameAutoencoder
 from rawdream_env.world_models.pretrained import dataclass_from_json
 from rawdream_env.world_models.wan.chunk import ContextCache
@@ -58,9 +58,8 @@ def read_codec(folder: Path, latent_size: int, *, tiny: bool = False) -> FrameCo
         raise CheckpointError(f"the tiny decoder is for the VAE of Wan 2.1, but {folder} has another frame codec.")
     path = folder / "autoencoder"
     values = read_json(path / "config.json")
-    codec = PackedFrameAutoencoder(dataclass_from_json(AutoencoderConfig, values, str(path / "config.json")))
-    load_weights(codec, path / "model.safetensors")
-    return codec
+    config = dataclass_from_json(AutoencoderConfig, values, str(path / "config.json"))
+    return load_module(lambda: PackedFrameAutoencoder(config), path / "model.safetensors")
 
 
 def save_world_model(model: WanWorldModel, folder: str | Path, *, half: bool = False) -> None:
@@ -93,7 +92,13 @@ def read_world_model(
         raise CheckpointError(
             f"{path} is not a world model of this package: expected format {FORMAT!r}, found {config.get('format')!r}."
         )
+    if not isinstance(config.get("rollout"), dict):
+        raise CheckpointError(f"{path} has no rollout settings; restore it from a copy.")
     settings = dataclass_from_json(RolloutConfig, config["rollout"], str(path))
+    try:
+        settings.check()
+    except InvalidOptionError as error:
+        raise CheckpointError(f"{path} cannot be used: {error}") from error
     transformer = WanWorldModelTransformer.from_pretrained(folder / "transformer")
     codec = read_codec(folder, transformer.arch.latent_shape[1], tiny=tiny_decoder)
     return WanWorldModel(

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 def dataclass_from_json(cls: type[T], values: Mapping[str, Any], where: str) -> T:
-    """Build a frozen dataclass from JSON (lists become tuples); unknown keys are a ``CheckpointError``."""
+    """Build a frozen dataclass from JSON (lists become tuples); unknown keys and wrong types are a ``CheckpointError``."""
     known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
     if unknown := sorted(set(values) - known):
         raise CheckpointError(
@@ -38,10 +38,29 @@ def dataclass_from_json(cls: type[T], values: Mapping[str, Any], where: str) -> 
         if isinstance(value, list):
             value = tuple(value)
         elif isinstance(value, dict):
-            nested = [t for t in (hints[name], *getattr(hints[name], "__args__", ())) if is_dataclass(t)]
-            value = dataclass_from_json(nested[0], value, where)  # type: ignore[arg-type]
+            for nested in (hints[name], *get_args(hints[name])):
+                if is_dataclass(nested):
+                    value = dataclass_from_json(nested, value, where)  # type: ignore[arg-type]
+        if not _is_a(value, hints[name]):
+            kind = getattr(hints[name], "__name__", None) if not get_args(hints[name]) else None
+            raise CheckpointError(
+                f"{where} has {name} {str(value)[:80]!r}, expected {kind or hints[name]}; restore it."
+            )
         out[name] = value
     return cls(**out)
+
+
+def _is_a(value: object, hint: Any) -> bool:
+    """Whether a value read from JSON has a dataclass field's type; whole numbers are floats too."""
+    args = get_args(hint)
+    if get_origin(hint) is tuple:
+        items = args[:1] * len(value) if isinstance(value, tuple) and args[-1] is Ellipsis else args
+        return isinstance(value, tuple) and len(value) == len(items) and all(map(_is_a, value, items))
+    if args:
+        return any(_is_a(value, arg) for arg in args)
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool) and -(2**63) < value < 2**63  # type: ignore[operator]
+    return isinstance(value, hint)
 
 
 def find_folder(

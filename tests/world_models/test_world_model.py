@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import resource
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -355,3 +359,47 @@ def test_checkpoint_round_trip_and_errors(model: WanWorldModel, tmp_path) -> Non
         load_world_model(folder)
     with pytest.raises(CheckpointError, match=r"config\.json is missing"):
         load_world_model(tmp_path / "nothing")
+
+
+def test_sizes_are_compared_with_the_tensors_before_anything_is_built(tmp_path: Path) -> None:
+    """A hostile configuration costs no memory and ends in a ``CheckpointError``."""
+    folder = tmp_path / "wm"
+    save_world_model(build(TINY), folder)
+    places = {"transformer": folder / "transformer/config.json", "autoencoder": folder / "autoencoder/config.json"}
+
+    def refused(path: Path, change: Callable[[dict[str, Any]], None], said: str) -> None:
+        before = path.read_text()
+        content = json.loads(before)
+        change(content)
+        path.write_text(json.dumps(content))
+        with pytest.raises(CheckpointError, match=said):
+            load_world_model(folder)
+        path.write_text(before)
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused(
+        places["autoencoder"],
+        lambda c: c.update(widths=[8192, 8192]),
+        r"decoder.0.weight has shape .* expected \(8192,",
+    )
+    refused(places["autoencoder"], lambda c: c.update(widths=[65536, 65536]), "multiples of 8 up to 8192")
+    refused(places["autoencoder"], lambda c: c.update(encoder_blocks=[1, 10**9]), "must be between 0 and 1000")
+    refused(places["autoencoder"], lambda c: c.update(image_size="64"), "has image_size '64', expected int")
+    refused(places["autoencoder"], lambda c: c.update(widths=[16]), r"has widths '\(16,\)', expected tuple")
+    refused(places["transformer"], lambda c: c.update(num_attention_heads=4096), "has shape .* expected")
+    refused(
+        places["transformer"],
+        lambda c: c.update(num_layers=10**9),
+        "num_layers is 10{9}; it must be .* 0 and 1000",
+    )
+    refused(places["transformer"], lambda c: c.update(ffn_dim=-1), "ffn_dim is -1; it must be between 1 and 65536")
+    refused(places["transformer"], lambda c: c.update(num_layers=True), "has num_layers 'True', expected int")
+    for name, value, said in (
+        ("num_inference_steps", 10**9, "num_inference_steps 1000000000"), ("fps", 0, "fps 0"), ("fps", "ten", "expected float"),
+        ("action_low", [1.0] * 7, "each low below its high"), ("context_noise", 2.0, "between 0 and 1"),
+        ("arm_map", {"resolution": 10**6}, "resolution 1000000 must be between 1 and 1024"), ("arm_map", 3, "has arm_map '3'"),
+    ):  # fmt: skip
+        refused(folder / "config.json", lambda c, n=name, v=value: c["rollout"].update({n: v}), said)  # type: ignore[misc]
+    refused(folder / "config.json", lambda c: c.pop("rollout"), "has no rollout settings")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 200_000  # kB; the widths alone would take 9 GB
+    load_world_model(folder)

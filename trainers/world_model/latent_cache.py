@@ -4,8 +4,8 @@ The files are described in ``latent_dataset.py``. A shard is written whole and t
 an interrupted run continues after the last entry and ends with the same bytes. One process writes; the other ranks of a
 training run wait for it.
 
-Shape letters: K actions in a chunk, G = K / 4 latents in a chunk, T chunks and M = G T latents of an episode, W chunks in a window,
-C h w latent, H W frame, A action dims, P state dims.
+Shape letters: K actions in a chunk, G = K / 4 latents in a chunk, T chunks and M = G T latents of an episode, W chunks in a
+window, C h w latent, H W frame, A action dims, P state dims.
 """
 
 from __future__ import annotations
@@ -307,11 +307,8 @@ def _check(tensors: dict[str, Tensor], n: int, config: CacheConfig, where: str) 
             raise DatasetError(f"{where}: {len(tensor)} rows of {name}, expected {lengths[name]} of {n} steps.")
         bad = 0 if name == "focus" else int((~tensor.isfinite()).sum())
         if bad:
-            cause = (
-                "The codec overflows in fp16 or diverged"
-                if name in ("latents", "stills", "windows")
-                else "The data are damaged"
-            )
+            encoded = name in ("latents", "stills", "windows")
+            cause = "The codec overflows in fp16 or diverged" if encoded else "The data are damaged"
             raise DatasetError(
                 f"{where}: {bad} of {tensor.numel()} {name} are not finite. {cause}; leave the episode out."
             )

@@ -5,14 +5,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-from rawdream_env.errors import CheckpointError
+from rawdream_env.errors import CheckpointError, InvalidOptionError
 
 MOTION_CHANNELS = 4
 """The tool's motion since the last context frame: u, v in latent cells at a latent's first and last video frame."""
 PROMPT_ROWS = 512
 """Rows to which Wan pads a prompt's embedding; nothing masks the padding, so its attention sees it."""
+
+_COUNTS = ("num_layers", "stem_blocks", "head_blocks")
+_MAY_BE_ZERO = ("text_dim", "pose_dim", "arm_map_channels", "stem_channels", "context_latents")
 
 
 @dataclass(frozen=True)
@@ -95,13 +98,22 @@ class WanConfig:
         return self.grid[0] * self.grid[1]
 
     def check(self) -> None:
-        """Raise ``ValueError`` for settings that do not fit each other."""
+        """Raise ``InvalidOptionError`` for sizes out of range and for settings that do not fit each other."""
+        for name, value in asdict(self).items():
+            least, most = (0, 1000) if name in _COUNTS else (0 if name in _MAY_BE_ZERO else 1, 65_536)
+            sizes = value if isinstance(value, tuple) else () if isinstance(value, (bool, float)) else (value,)
+            if any(not least <= size <= most for size in sizes):
+                raise InvalidOptionError(f"{name} is {value}; it must be between {least} and {most}.")
         if self.latent_shape[1] % self.patch_size or self.latent_shape[2] % self.patch_size:
-            raise ValueError(f"latent_shape {self.latent_shape} is not a multiple of patch_size {self.patch_size}")
+            raise InvalidOptionError(
+                f"latent_shape {self.latent_shape} is not a multiple of patch_size {self.patch_size}"
+            )
         if self.attention_head_dim % 2:
-            raise ValueError(f"attention_head_dim {self.attention_head_dim} is odd: rotary positions need pairs")
+            raise InvalidOptionError(
+                f"attention_head_dim {self.attention_head_dim} is odd: rotary positions need pairs"
+            )
         if self.warp_last_frame and not (self.residual and self.arm_map_channels):
-            raise ValueError(
+            raise InvalidOptionError(
                 "warp_last_frame needs residual and arm_map_channels: it shifts the last context frame with the arm"
             )
 

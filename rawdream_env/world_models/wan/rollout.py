@@ -20,7 +20,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from rawdream_env.errors import InvalidActionError
+from rawdream_env.errors import InvalidActionError, InvalidOptionError
 from rawdream_env.robots import ArmMapConfig
 from rawdream_env.seeding import NoiseKey, keyed_normal
 from rawdream_env.world_models.autoencoders import FRAMES_PER_LATENT, FrameCodec
@@ -61,6 +61,27 @@ class RolloutConfig:
     arm_map: ArmMapConfig | None = field(default_factory=ArmMapConfig)
     """The arm map, or None."""
 
+    def check(self) -> None:
+        """Raise ``InvalidOptionError`` for settings that no rollout can have."""
+        levels = (self.context_noise, self.anchor_noise_step, self.anchor_noise_max)
+        if not (0 < self.fps <= 1000 and 1 <= self.num_inference_steps <= 1000 and 0 < self.shift <= 1000):
+            raise InvalidOptionError(
+                f"fps {self.fps}, num_inference_steps {self.num_inference_steps} and shift {self.shift} must be above 0 and at "
+                "most 1000; the paper evaluates the sampler 5 times."
+            )
+        if not all(0 <= level <= 1 for level in levels):
+            raise InvalidOptionError(
+                f"the noise levels of context and anchor are {levels}; they must be between 0 and 1."
+            )
+        pairs = list(zip(self.action_low, self.action_high, strict=False))
+        if len(self.action_low) != len(self.action_high) or not all(low < high for low, high in pairs):
+            raise InvalidOptionError(
+                f"action_low {self.action_low} and action_high {self.action_high} must be equally long, each low below "
+                "its high."
+            )
+        if self.arm_map is not None and not 1 <= self.arm_map.resolution <= 1024:
+            raise InvalidOptionError(f"the arm map's resolution {self.arm_map.resolution} must be between 1 and 1024.")
+
     def anchor_noise(self, chunk: int) -> float:
         """Noise level of the anchor at autoregressive step ``chunk``."""
         return min(self.anchor_noise_step * max(chunk - self.anchor_noise_start, 0), self.anchor_noise_max)
@@ -96,6 +117,7 @@ class WanWorldModel:
         context_cache: ContextCache = "step",
         micro_batch_size: int = 0,
     ) -> None:
+        config.check()
         transformer.eval().requires_grad_(False)
         self.transformer = transformer
         cast(nn.Module, autoencoder).eval().requires_grad_(False)

@@ -30,6 +30,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rawdream_env.errors import CheckpointError, InvalidOptionError
 from rawdream_env.world_models.pretrained import (
     dataclass_from_json,
     find_folder,
@@ -261,7 +262,11 @@ class WanWorldModelTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         values = {k: v for k, v in {**dict(config or {}), **kwargs}.items() if not k.startswith("_")}
         if "carry" in values:  # the name of earlier versions
             values["warp_last_frame"] = values.pop("carry")
-        return cls(dataclass_from_json(WanConfig, values, "the transformer's configuration"))
+        arch = dataclass_from_json(WanConfig, values, "the transformer's configuration")
+        try:
+            return cls(arch)
+        except InvalidOptionError as error:
+            raise CheckpointError(f"the transformer's configuration cannot be used: {error}") from error
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], **kwargs: Any) -> WanWorldModelTransformer:

@@ -136,6 +136,7 @@ class WanVAE(nn.Module):
             config = {"base_dim": ORIGINAL_BASE_DIM if first is None or first.dim() != 5 else len(first)}
         else:
             config = _read_config(path)
+            _check_kind(config, str(path))  # before it is built: its counts bound the network
             tensors, where = read_folder(path)
         try:
             with torch.device("meta"):  # neither memory nor random numbers for weights that are about to be replaced
@@ -214,8 +215,8 @@ _PARTS = {
 }
 
 
-def _check_config(config: Mapping[str, Any], where: str) -> None:
-    """Refuse what is no Wan 2.1 VAE (Wan 2.2's has 48 channels and stride 16) and statistics that do not fit."""
+def _check_kind(config: Mapping[str, Any], where: str) -> None:
+    """Refuse what is no Wan 2.1 VAE (Wan 2.2's has 48 channels and stride 16)."""
     wanted = {
         "is_residual": False,
         "patch_size": None,
@@ -230,6 +231,15 @@ def _check_config(config: Mapping[str, Any], where: str) -> None:
             f"{where} is not the VAE of Wan 2.1: {other}, expected { {name: wanted[name] for name in other} }. "
             "Use the VAE of Wan2.1-T2V-1.3B."
         )
+    for name in ("base_dim", "z_dim"):
+        size = config.get(name, 16)
+        if not isinstance(size, int) or not 1 <= size <= 1024:
+            raise CheckpointError(f"{where} describes no Wan VAE: {name} is {size!r}, expected 1 to 1024; restore it.")
+
+
+def _check_config(config: Mapping[str, Any], where: str) -> None:
+    """Refuse another kind of VAE and statistics that do not fit."""
+    _check_kind(config, where)
     mean, std, channels = config["latents_mean"], config["latents_std"], config["z_dim"]
     try:
         numbers = torch.tensor([mean, std], dtype=torch.float64)

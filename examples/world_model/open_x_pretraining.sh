@@ -3,9 +3,9 @@
 #
 #     sh examples/world_model/open_x_pretraining.sh --nproc-per-node 8
 #
-# data    LeRobotDataset v3.0 folders of Open X data sets (bridge, fractal, droid stand for your choice) and data/piper_play.
+# data    LeRobotDataset v3.0 folders of Open X data sets (bridge, fractal and droid are examples) and data/piper_play.
 #         Every embodiment has its own action bounds, by name; A is the model's action dimension, smaller ones are padded
-# steps   100,000 of 24 windows, then 20,000 of 16 on play (ours; the paper does not say how many)
+# steps   100,000 of 24 windows, then 20,000 of 16 on play (our choice; the paper does not give numbers)
 # memory  estimated: as libero_zero_shot.sh, 3 windows a process
 # hours   estimated: 59 GPU hours on H200 for the first part (24 * 4 * 7 TFLOP = 2.1 s a step at 40 % of 790 TFLOP/s), 7.9 for
 #         the second (1.4 s a step): 8.4 hours on eight, without encoding

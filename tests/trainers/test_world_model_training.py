@@ -460,15 +460,15 @@ def test_a_run_of_an_earlier_version_resumes(tmp_path: Path) -> None:
     assert (tmp_path / "out/transformer/checkpoints/step_00000006").is_dir()
 
 
-def test_mistakes_are_told(tmp_path: Path) -> None:
+def test_mistakes_are_named(tmp_path: Path) -> None:
     data = write_data(tmp_path / "data", (40,))
 
     def refused(error: type[Exception], said: str, **changes: object) -> None:
         with pytest.raises(error, match=said):
             train_world_model(window_config(tmp_path, codec="embedded", run_dir=str(tmp_path / "x"), **changes))
 
-    refused(InvalidOptionError, "deploy='few' is none of the data entries; name one of data", deploy="few")
-    refused(InvalidOptionError, "give init or codec, not both", init="embedded")
+    refused(InvalidOptionError, "deploy='few' is not among the data entries; choose from data", deploy="few")
+    refused(InvalidOptionError, "init has its own codec: give init or codec, not both", init="embedded")
     refused(InvalidOptionError, "'wheight=2' in the data entry .* is no setting", data=(f"{data},wheight=2",))
     refused(InvalidOptionError, "weight in the data entry .* is no number", data=(f"{data},weight=two",))
     refused(InvalidOptionError, 'are for objective="window"', data=(f"{data},weight=2",), objective="episode")

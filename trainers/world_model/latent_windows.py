@@ -1,14 +1,15 @@
-"""Windows of mixed data sets as the transformer takes them: the data of the objective "window" (the paper's).
+"""Windows of a mixture of data sets: the data of the objective "window" (the paper's).
 
-A window is the anchor, R recent latents and the G of a chunk: 33 frames at the paper's sizes. A batch has to look as the
-same frames would look in a rollout (``world_models/wan/rollout.py``):
+A window has an anchor, R recent latents and the G latents of a chunk: 33 frames at the paper's sizes. The model has to
+receive them as in a rollout (``world_models/wan/rollout.py``):
 
-- The first new latent of autoregressive step s lies at position min(G s + 1, max_time), its context just before it, the
-  anchor at 0. With all of the context, R latents, the first new one of a window with offset o lies at o + R + 1, so
-  offsets go up to max_time - R - 1: then training sees every position that a rollout uses, and none beyond.
+- At autoregressive step s, counted from 0, the first new latent has position min(G s + 1, max_time), the context precedes it
+  and the anchor has position 0. In a window with offset o and a whole context (R latents) the first new latent has position
+  o + R + 1. Offsets up to max_time - R - 1 therefore cover exactly the positions of a rollout.
+- The context has min(G s, R) latents. Behind a far anchor it is always whole (``draw_window_noise``).
 - The anchor's four actions are zeros *before* they are normalised.
-- The tool's motion in the maps of generated latents counts from the end of the context, whose last frame is the base that
-  ``warp_last_frame`` shifts; in the maps of context latents it counts from before their own chunk.
+- In the maps of generated latents, the tool's motion is measured from the end of the context, whose last frame is the base
+  that ``warp_last_frame`` shifts. In the maps of context latents it is measured from the start of their own chunk.
 
 Shape letters: B rows, M latents after the anchor, F = 1 + M, R recent latents, G latents of a chunk, K actions of a chunk,
 A action dims, P pose dims, C h w latent.
@@ -50,11 +51,11 @@ class DataEntry:
     path: str
     """LeRobotDataset v3.0 folder."""
     weight: float = 1.0
-    """Its share of the windows is its weight over the sum of weights, however large it is."""
+    """Share of the windows: this weight over the sum of weights, independent of the size of the data set."""
     name: str = ""
-    """What it is called in the statistics; the folder's name by default."""
+    """Name in the saved statistics; by default the folder's name."""
     camera: str = ""
-    """Which camera to read; the first one by default."""
+    """Camera to read; by default the first one."""
     embodiment: str = ""
     """Robot and action convention; entries of one embodiment share their action bounds (``action_bounds.py``)."""
 
@@ -74,7 +75,7 @@ class DataEntry:
         try:
             weight = float(values.pop("weight", "1"))
         except ValueError as error:
-            raise InvalidOptionError(f"the weight in the data entry {text!r} is no number.") from error
+            raise InvalidOptionError(f"the weight in the data entry {text!r} is no number; write weight=2.") from error
         return cls(path, weight, **values)
 
     @property
@@ -83,12 +84,12 @@ class DataEntry:
         return self.name or Path(self.path).name
 
     def reader(self, image_size: tuple[int, int] | None = None) -> LeRobotReader:
-        """Its reader; frames are resized to ``image_size``."""
+        """Its reader, which resizes frames to ``image_size``."""
         return LeRobotReader(self.path, image_key=self.camera or None, image_size=image_size)
 
 
 class _HalfCodec:
-    """The bundled codec in bfloat16 autocast, as it is trained: several times as fast on a CPU."""
+    """The bundled codec in bfloat16 autocast, as in its training: several times faster on a CPU."""
 
     def __init__(self, codec: FrameCodec, device: str) -> None:
         self.codec, self.device = codec, device.split(":")[0]
@@ -111,10 +112,10 @@ def cached_mixture(
     group: ProcessGroup,
     bounds: Mapping[str, QuantileBounds] | None = None,
 ) -> Mixture:
-    """Encode the data sets into ``folder``, a cache for each, and mix them. Process 0 encodes, the others wait.
+    """Encode the data sets into ``folder``, one cache each, and mix them. Process 0 encodes, the other processes wait.
 
-    A latent of Wan's VAE depends on the frames before it, back to the start of the video. A rollout's video starts at the
-    anchor; so does that of each window with ``window_latents="anchored"``.
+    A latent of Wan's VAE depends on earlier frames, back to the start of the video. In a rollout the video starts at the
+    anchor; with ``window_latents="anchored"`` the video of each window does too.
     """
     size = (codec.frame_shape[0], codec.frame_shape[1])
     focused = config.model.residual and config.loss.object_weight > 0
@@ -142,14 +143,14 @@ def deployed_entry(entries: Sequence[DataEntry], name: str) -> int:
     """The index of the entry called ``name`` (the first when empty); ``InvalidOptionError`` lists the existing ones."""
     labels = [entry.label for entry in entries]
     if name and name not in labels:
-        raise InvalidOptionError(f"deploy={name!r} is none of the data entries; name one of {', '.join(labels)}.")
+        raise InvalidOptionError(f"deploy={name!r} is not among the data entries; choose from {', '.join(labels)}.")
     return labels.index(name) if name else 0
 
 
 class WindowObjective:
-    """The loss of a step's rows; a process reads and draws only its own.
+    """The loss of the rows of a step; a process reads and draws only its own rows.
 
-    ``stream`` separates uses of one seed: 2 is training.
+    ``stream`` separates the uses of one seed; 2 is training.
     """
 
     def __init__(self, mixture: Mixture, config: WorldModelTrainConfig, *, device: str, stream: int = 2) -> None:
@@ -166,7 +167,7 @@ class WindowObjective:
             self.anchor_actions[row, : len(low)] = torch.from_numpy(zero)
 
     def losses(self, step: int, parts: Sequence[Sequence[int]], batch_size: int) -> Iterator[LossFunction]:
-        """One function of the model for each of ``parts``, which name rows of the global batch of ``step``."""
+        """A loss function for each of ``parts``, the row numbers in the global batch of ``step``."""
         for rows in parts:
             batch = self.draw(step, rows, batch_size)
 
@@ -176,7 +177,7 @@ class WindowObjective:
             yield compute
 
     def draw(self, step: int, rows: Sequence[int], batch_size: int) -> WindowBatch:
-        """Some ``rows`` of the global batch of ``step``: row i is the same whoever draws it."""
+        """Some ``rows`` of the global batch of ``step``; row i is the same on every process."""
         seed, loss = self.config.seed, self.config.loss
         rng = np.random.default_rng(mix(seed, self.stream, step, 0))
         windows = self.mixture.draw(
@@ -217,11 +218,11 @@ def max_window_offset(arch: WanConfig, rollout: RolloutConfig) -> int:
 
 
 def poses_before(poses: Tensor, start: Tensor, context: Tensor, chunk_latents: int) -> Tensor:
-    """The pose the tool's motion counts from: ``poses`` (B, F, 4, P), ``start`` (B, P) at the start of the window, ``context``
-    (B,) -> (B, F, P).
+    """The pose from which the tool's motion is measured: ``poses`` (B, F, 4, P), ``start`` (B, P) at the start of the window,
+    ``context`` (B,) -> (B, F, P).
 
-    That before a context latent's own chunk, for generated latents the one at the end of the context, and for the anchor
-    its own.
+    For context latents the pose at the start of their own chunk, for generated latents the pose at the end of the context,
+    for the anchor its own pose.
     """
     ends = torch.cat([start[:, None], poses[:, 1:, -1]], 1)  # after 0, 1, 2, ... latents of the window
     latent = torch.arange(1, poses.shape[1])

@@ -1,10 +1,10 @@
-"""Mix several latent caches into training batches.
+"""Draw training batches from a mixture of latent caches.
 
 Data sets of one embodiment share their action bounds (``action_bounds.py``). The bounds are saved with the checkpoint; a
 rollout uses those of one entry.
 
-A batch is a pure function of the generator it is drawn with: a trainer that makes the generator from ``mix(seed, step)``
-can draw any batch again.
+A batch is a pure function of its random generator: a trainer that seeds the generator with ``mix(seed, step)`` can draw
+any batch again.
 
 Shape letters: B batch, K actions in a chunk, G = K / 4 latents in a chunk, T chunks of an episode, M latents of a window,
 C h w latent, A action dims, P state dims.
@@ -31,7 +31,7 @@ from rawdream_env.world_models.autoencoders import FRAMES_PER_LATENT
 
 
 def normalise_actions(actions: Float32Array, low: NDArray[np.float64], high: NDArray[np.float64]) -> Float32Array:
-    """Raw actions (..., A) so that [low, high] becomes [-1, 1], clipped (paper, section 3.1).
+    """Map raw actions (..., A) from [low, high] to [-1, 1], clipped (paper, appendix A.1).
 
     A dimension that never moves (high = low) becomes 0.
     """
@@ -48,9 +48,9 @@ class MixtureEntry:
     path: str
     """Folder of its latent cache."""
     weight: float = 1.0
-    """Its share of the draws is its weight over the sum of weights, however large it is."""
+    """Share of the draws: this weight over the sum of weights, independent of the size of the data set."""
     name: str = ""
-    """Its name in the saved statistics; by default the folder's name."""
+    """Name in the saved statistics; by default the folder's name."""
     embodiment: str = ""
     """Robot and action convention of the data; entries of one embodiment share action bounds."""
 
@@ -62,14 +62,14 @@ class MixtureEntry:
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """B windows, each of one data set. Row 0 of the time axis is the anchor.
+    """B windows, each from one data set. Index 0 of the time axis is the anchor.
 
-    ``latents`` fp32 (B, 1+M, C, h, w); ``actions`` fp32 (B, 1+M, 4, A) in [-1, 1], those that lead to each latent, zero
-    for the anchor and in dimensions the data set does not have; ``poses`` fp32 (B, 1+M, 4, P), after each of these actions,
-    for the anchor its own four times, zero-padded; ``times`` int64 (B, 1+M), positions in latents, 0 for the anchor;
-    ``before`` fp32 (B, P), the state at the start of the window, that of the anchor unless it is a far one; ``focus`` uint8
-    (B, M, h, w), zero where a data set has none; ``source`` int64 (B,), which entry; ``places`` int64 (B, 3): episode, first
-    chunk, and the chunk boundary of the anchor.
+    ``latents`` fp32 (B, 1+M, C, h, w); ``actions`` fp32 (B, 1+M, 4, A) in [-1, 1], the four actions that lead to each latent,
+    zero for the anchor and in dimensions that the data set does not have; ``poses`` fp32 (B, 1+M, 4, P), after each of these
+    actions, for the anchor its own pose four times, zero-padded; ``times`` int64 (B, 1+M), positions in latents, 0 for the
+    anchor; ``before`` fp32 (B, P), the state at the start of the window; ``focus`` uint8 (B, M, h, w), zero where a data set
+    has none; ``source`` int64 (B,), index of the entry; ``places`` int64 (B, 3): episode, first chunk, and the chunk boundary
+    of the anchor.
     """
 
     latents: Tensor
@@ -102,7 +102,7 @@ class Mixture:
         verify: as in ``LatentDataset``.
 
     Attributes:
-        bounds: the action bounds by which each entry's actions are normalised.
+        bounds: the action bounds that normalise each entry's actions.
 
     Raises:
         DatasetError: caches that do not fit together, more action dimensions than the model has, different action
@@ -146,7 +146,7 @@ class Mixture:
         self._windows: dict[int, list[NDArray[np.int64]]] = {}
 
     def statistics(self) -> dict[str, Any]:
-        """What ``save_statistics`` writes: per entry its weight, cache, own action statistics and the bounds in use."""
+        """The content of ``save_statistics``: weight, cache, own action statistics and action bounds of each entry."""
         return {
             entry.label: {"path": entry.path, "weight": entry.weight, "embodiment": entry.embodiment}
             | {"action_low": low.tolist(), "action_high": high.tolist()}
@@ -155,7 +155,7 @@ class Mixture:
         }
 
     def save_statistics(self, path: str | Path) -> None:
-        """Write the action statistics of all entries, for the checkpoint."""
+        """Write the action statistics of all entries, beside the checkpoint."""
         atomic_write_json(path, self.statistics())
 
     def draw(
@@ -168,15 +168,15 @@ class Mixture:
         max_offset: int = 64,
         rows: Sequence[int] | None = None,
     ) -> LatentBatch:
-        """Draw windows of ``num_chunks`` chunks: a data set by weight, then one of its windows, all equally likely.
+        """Draw windows of ``num_chunks`` chunks: a data set by weight, then one of its windows with equal probability.
 
-        With probability ``far_anchor`` the anchor is not the frame just before the window but an earlier chunk boundary of
-        the episode, all equally likely, as in a long rollout, where it is the start frame while the context has moved on (a
-        window at the very start has no earlier one); in a cache with separate windows it is always the first frame, whose video
-        has the episode's latents. The window's times then begin at 1 + the gap in latents, at most
-        1 + ``max_offset``: positions the model never sees in training would mean nothing to it.
+        With probability ``far_anchor`` the anchor is an earlier chunk boundary of the episode (with equal probability)
+        instead of the frame just before the window, as late in a rollout. A window at the start of an episode has no
+        earlier boundary. In a cache with separate windows the far anchor is always the first frame of the episode, whose
+        video has the latents of the whole episode. The positions of the window then start at 1 + the gap in latents, at most
+        1 + ``max_offset``, as in a rollout.
 
-        The result depends on the state of ``rng`` and the arguments alone, and which windows are drawn does not depend on
+        The result depends only on the state of ``rng`` and the arguments; the choice of windows does not depend on
         ``far_anchor`` or ``max_offset``. ``rows``: read and return only these of the ``batch_size`` rows.
         """
         ends = self._ends(num_chunks)
@@ -208,7 +208,7 @@ class Mixture:
         )
 
     def _ends(self, num_chunks: int) -> list[NDArray[np.int64]]:
-        """Per data set the number of windows in the episodes up to and with each."""
+        """For each data set, the cumulative number of windows of its episodes."""
         if num_chunks not in self._windows:
             counts = [np.maximum(d.chunks - num_chunks + 1, 0) for d in self.datasets]
             for entry, dataset, count in zip(self.entries, self.datasets, counts, strict=True):

@@ -31,7 +31,7 @@ from rawdream_env.judges.verdict import verdict_of
 from rawdream_env.judges.vlm import prompt
 from rawdream_env.judges.vlm.cache import ReplyCache
 from rawdream_env.judges.vlm.config import VLMServerConfig
-from rawdream_env.judges.vlm.http import Response, Server, Servers, TransportError, readable, request
+from rawdream_env.judges.vlm.http import Response, Server, Servers, TransportError, api_key, readable, request
 from rawdream_env.judges.vlm.probe import check_servers, probe
 from rawdream_env.types import Outcome, Verdict, Video
 
@@ -82,6 +82,7 @@ class VLMServerJudge:
     remote = True
 
     def __init__(self, config: VLMServerConfig, *, check: bool = True) -> None:
+        api_key()  # a key that cannot be sent is an error here, not an INVALID verdict later
         self.config = config
         self.model = config.model
         self.servers = Servers([Server(url.rstrip("/")) for url in config.servers], config.max_backoff_s)

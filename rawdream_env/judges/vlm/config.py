@@ -25,24 +25,26 @@ API_KEY = "RAWDREAM_JUDGE_API_KEY"
 
 @dataclass(frozen=True)
 class VLMConfig:
-    """What the judge looks at and how often it is asked (paper section 3.2 and appendix A.5)."""
+    """The question, the frames and the sampling (paper section 3.2 and appendix A.5)."""
 
     votes: int = 5
-    """Replies sampled for every video."""
+    """Number of replies sampled per video."""
     need: int = 4
-    """Success needs so many of them."""
+    """Number of votes that make a success."""
     temperature: float = 0.7
-    """Of the sampling; 0 is greedy."""
+    """Sampling temperature; 0 is greedy."""
     max_tokens: int = 768
-    """Of one reply. A reply that is cut is INVALID."""
+    """Maximum length of a reply. A truncated reply is INVALID."""
     seed: int = 0
-    """Of the sampling."""
+    """Sampling seed."""
+    prompt: str = "plain"
+    """"plain" (the paper's question), "strict" (defaults to Failure), or a text file with {instruction} in it."""
     sample_fps: float = 4.0
-    """Frames a second the model sees."""
+    """Frames per second the model sees."""
     max_frames: int = 128
-    """At most so many; longer videos are looked at more rarely."""
+    """Maximum number of frames; longer videos are sampled at a lower rate."""
     min_side: int = 256
-    """Smaller frames are enlarged to at least so many pixels; 0: never."""
+    """Smaller frames are enlarged to at least this many pixels; 0: never."""
 
     def __post_init__(self) -> None:
         positive = {"votes", "need", "max_tokens", "sample_fps", "max_frames"} | self._positive()
@@ -60,6 +62,8 @@ class VLMConfig:
             raise InvalidOptionError(
                 f"need={self.need} of votes={self.votes}: a success needs more than half of the votes and at most all."
             )
+        if not isinstance(self.prompt, str):
+            raise InvalidOptionError(f"prompt={self.prompt!r} of the judge must be text: a name or the path of a file.")
         if self.max_frames < 2:
             raise InvalidOptionError(f"max_frames={self.max_frames} must be at least 2: the first frame and the last.")
 

@@ -59,6 +59,7 @@ class VLMLocalJudge:
         self.tokenizer = tokenizer
         self.config = config
         self.pixels = pixels
+        self.prompt = prompt.load_prompt(config.prompt)
         ends = model.generation_config.eos_token_id
         self._ends = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
         self._lock = threading.Lock()  # the model keeps position offsets between prompt and reply
@@ -121,7 +122,7 @@ class VLMLocalJudge:
         """``votes`` sampled replies and why each ended: "stop" or "length"."""
         config, device = self.config, self.model.device
         patches, grid = qwen_video(sample.frames, self.pixels)
-        text = qwen_text(sample.timestamps, grid, instruction)
+        text = qwen_text(sample.timestamps, grid, instruction, self.prompt)
         tokens = self.tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
         logits, cache = self._read(tokens.to(device), patches.to(device), grid)
         seed = hashlib.sha256(f"{config.seed} {text}".encode() + sample.frames.tobytes()).digest()
@@ -176,16 +177,21 @@ class VLMLocalJudge:
         return [int(torch.multinomial(row, 1, generator=generator)) for row, generator in pairs]
 
 
-def qwen_text(timestamps: Sequence[float], grid: tuple[int, int, int], instruction: str) -> str:
-    """The chat as Qwen3-VL reads it: every pair of frames behind its mean time, then the question."""
+def qwen_text(
+    timestamps: Sequence[float],
+    grid: tuple[int, int, int],
+    instruction: str,
+    template: prompt.Prompt = prompt.PLAIN,
+) -> str:
+    """The chat as Qwen3-VL reads it: the mean time of each pair of frames and the pair, then the question."""
+    system = f"<|im_start|>system\n{template.system}<|im_end|>\n" if template.system else ""
     pads = "<|video_pad|>" * (grid[1] * grid[2] // MERGE**2)
     frames = "".join(
         f"<{(timestamps[i] + timestamps[i + 1]) / 2:.1f} seconds><|vision_start|>{pads}<|vision_end|>"
         for i in range(0, len(timestamps), 2)
     )
     return (
-        f"<|im_start|>system\n{prompt.SYSTEM}<|im_end|>\n"
-        f"<|im_start|>user\n{frames}{prompt.question(instruction)}<|im_end|>\n<|im_start|>assistant\n"
+        f"{system}<|im_start|>user\n{frames}{prompt.question(instruction, template)}<|im_end|>\n<|im_start|>assistant\n"
     )
 
 

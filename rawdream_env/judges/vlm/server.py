@@ -85,6 +85,7 @@ class VLMServerJudge:
         api_key()  # a key that cannot be sent is an error here, not an INVALID verdict later
         self.config = config
         self.model = config.model
+        self.prompt = prompt.load_prompt(config.prompt)
         self.servers = Servers([Server(url.rstrip("/")) for url in config.servers], config.max_backoff_s)
         self._cache = ReplyCache(config.cache_size, config.cache_dir)
         self._slots = threading.BoundedSemaphore(config.max_in_flight)
@@ -167,7 +168,7 @@ class VLMServerJudge:
         body = json.dumps(
             {
                 "model": self.model,
-                "messages": prompt.chat_messages(_URL, instruction),
+                "messages": prompt.chat_messages(_URL, instruction, self.prompt),
                 "n": config.votes,
                 "temperature": config.temperature,
                 "max_tokens": config.max_tokens,

@@ -49,6 +49,15 @@ def check_pairs(videos: Sequence[Video], instructions: Sequence[str]) -> None:
         )
 
 
+def is_scanning(judge: object) -> bool:
+    """Whether a judge looks for the first success in a video (attribute ``scanning``); the frames after it do not count.
+
+    Such a judge is asked after every chunk by default, so that an episode ends at its success (paper, appendices A.6 and
+    A.7: "the rest frames are discarded").
+    """
+    return bool(getattr(judge, "scanning", False))
+
+
 def ask(judge: Judge, videos: Sequence[Video], instructions: Sequence[str]) -> list[Verdict]:
     """The verdicts of ``judge``, exactly one ``Verdict`` per video; ``JudgeError`` for anything else it returns.
 

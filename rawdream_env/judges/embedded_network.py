@@ -58,10 +58,14 @@ class EmbeddedJudgeConfig:
     """Success when the probability reaches it; calibrated for precision on validation clips."""
 
     def __post_init__(self) -> None:
-        if self.width % self.heads or self.frame_size % 8 or self.slots < 2 or not 0 < self.threshold < 1:
+        sizes = (self.frame_size, self.stem, self.mid, self.deep, self.width, self.heads, self.layers, self.text_layers)
+        parts = [(self.width, self.heads), (self.frame_size, 8), (self.mid, 8), (self.deep, 8)]
+        positive = min(*sizes, self.text_len) > 0
+        if not (positive and all(a % b == 0 for a, b in parts) and self.slots >= 2 and 0 < self.threshold < 1):
             raise CheckpointError(
-                f"inconsistent judge configuration: width {self.width} must be a multiple of heads {self.heads} and "
-                f"frame_size {self.frame_size} of 8; slots {self.slots} >= 2; threshold {self.threshold} in (0, 1)"
+                f"The judge's sizes do not fit: width {self.width} must be a multiple of heads {self.heads}; frame_size "
+                f"{self.frame_size}, mid {self.mid} and deep {self.deep} multiples of 8; slots {self.slots} at least 2; "
+                f"threshold {self.threshold} in (0, 1); the others positive."
             )
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rawdream_env.errors import InvalidOptionError
-from rawdream_env.judges.base import check_pairs, invalid
+from rawdream_env.judges.base import check_pairs, invalid, is_scanning
 from rawdream_env.judges.overlap import is_remote
 from rawdream_env.judges.verdict import combine_votes
 from rawdream_env.types import Judge, Outcome, SupportsClose, Verdict, Video
@@ -43,6 +43,7 @@ class EnsembleJudge:
         self.judges, self.rule = tuple(judges), rule
         self.need = {"all": len(judges), "any": 1, "majority": len(judges) // 2 + 1}[rule]
         self.remote = all(is_remote(judge) for judge in judges)
+        self.scanning = all(is_scanning(judge) for judge in judges)
 
     def __call__(self, videos: Sequence[Video], instructions: Sequence[str]) -> list[Verdict]:
         """One verdict per video, in order."""
@@ -124,6 +125,7 @@ class HoldOutJudge:
             raise InvalidOptionError(f"alarm={alarm} must lie between 0 and 1 and window={window} be at least 1.")
         self.rewarding, self.held_out, self.alarm, self.window = rewarding, held_out, alarm, window
         self.remote = is_remote(rewarding) and is_remote(held_out)
+        self.scanning = is_scanning(rewarding)
         self.alarmed = False
         self._pairs: list[tuple[bool, bool]] = []
         self._lock = threading.Lock()

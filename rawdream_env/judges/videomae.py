@@ -176,7 +176,12 @@ class VideoMAEJudge:
         metadata: anything worth keeping in config.json beside the configuration.
         device: torch device.
         batch_size: windows per pass.
+
+    Attributes:
+        scanning: True: a success ends the video, so a dream asks after every chunk by default.
     """
+
+    scanning = True
 
     def __init__(
         self,

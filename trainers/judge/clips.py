@@ -215,12 +215,14 @@ def merge(parts: Sequence[ClipSet]) -> ClipSet:
     """Several sets as one; goals are united, episodes stay distinct.
 
     Raises:
-        DatasetError: they are of different robots.
+        DatasetError: they are of different robots, or their frames differ in size.
     """
     if len(parts) == 1:
         return parts[0]
     if len(robots := sorted({part.robot for part in parts})) > 1:
         raise DatasetError(f"the clips are of different robots, {', '.join(robots)}; train one judge for each.")
+    if len(sizes := sorted({part.frames.shape[1:3] for part in parts})) > 1:
+        raise DatasetError(f"The clips have frames of different sizes, {sizes}; record or imagine them at one size.")
     goals = tuple(sorted({goal for part in parts for goal in part.goals}))
     spans, labels, episodes, rows, seen = [], [], [], 0, 0
     for part in parts:

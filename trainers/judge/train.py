@@ -119,6 +119,7 @@ def _fit(config: JudgeTrainConfig, clips: list[ClipSet], progress: bool) -> tupl
     for number, sampler in enumerate(samplers):
         sampler.balance(mix(config.seed, number, 3))
     network = _initial(config).to(torch.device(config.device))
+    _check_frames(network.config.frame_size, clips)
     averaged = copy.deepcopy(network).requires_grad_(False)
     with torch.random.fork_rng(devices=[]):  # modules draw their weights from the global generator: borrow, return it
         torch.manual_seed(mix(config.seed, 12))
@@ -156,6 +157,17 @@ def _fit(config: JudgeTrainConfig, clips: list[ClipSet], progress: bool) -> tupl
         seconds = loop.seconds
         averaged.load_state_dict(loop.averaged())
     return averaged, loop.step, seconds
+
+
+def _check_frames(size: int, clips: list[ClipSet]) -> None:
+    """``DatasetError`` unless the frames have the network's size: training looks at them as they are."""
+    for part in clips:
+        height, width = part.frames.shape[1:3]
+        if (height, width) != (size, size):
+            raise DatasetError(
+                f"The {part.source} clips have frames of {height}x{width} pixels, the judge looks at {size}x{size}. Set "
+                f"--model.frame-size {height}{'' if height == width else ' and give data with square frames'}."
+            )
 
 
 def _initial(config: JudgeTrainConfig) -> JudgeNetwork:

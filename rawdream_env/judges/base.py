@@ -69,11 +69,12 @@ def ask(judge: Judge, videos: Sequence[Video], instructions: Sequence[str]) -> l
         raise JudgeError(
             f"{type(judge).__name__} gave {got} for {len(videos)} videos; expected a list with one Verdict per video."
         )
-    wrong = next((answer for answer in answers if not isinstance(answer, Verdict)), None)
-    if wrong is not None or None in answers:
-        raise JudgeError(
-            f"{type(judge).__name__} gave a {type(wrong).__name__} as a verdict; expected one rawdream_env.Verdict per video."
-        )
+    for answer in answers:
+        if not isinstance(answer, Verdict) or not isinstance(answer.outcome, Outcome):
+            got = f"outcome {answer.outcome!r}" if isinstance(answer, Verdict) else f"a {type(answer).__name__}"
+            raise JudgeError(
+                f"{type(judge).__name__} gave {got[:60]} as a verdict; expected one rawdream_env.Verdict per video."
+            )
     return list(answers)
 
 

@@ -13,8 +13,8 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rawdream_env.errors import InvalidOptionError
-from rawdream_env.judges.base import check_pairs, invalid, is_scanning
+from rawdream_env.errors import InvalidOptionError, JudgeError
+from rawdream_env.judges.base import ask, check_pairs, invalid, is_scanning
 from rawdream_env.judges.overlap import is_remote
 from rawdream_env.judges.verdict import combine_votes
 from rawdream_env.types import Judge, Outcome, SupportsClose, Verdict, Video
@@ -133,7 +133,7 @@ class HoldOutJudge:
     def __call__(self, videos: Sequence[Video], instructions: Sequence[str]) -> list[Verdict]:
         """What the rewarding judge says."""
         check_pairs(videos, instructions)
-        verdicts = self.rewarding(videos, instructions)
+        verdicts = ask(self.rewarding, videos, instructions)
         others = _answers(self.held_out, videos, instructions)
         with self._lock:  # remote judges are called from several threads
             for ours, theirs in zip(verdicts, others, strict=True):
@@ -179,14 +179,16 @@ class HoldOutJudge:
 
 
 def _answers(judge: Judge, videos: Sequence[Video], instructions: Sequence[str]) -> list[Verdict]:
-    """A judge's verdicts; INVALID for all when it fails as a whole: one judge must not take the others with it."""
+    """A judge's verdicts; INVALID for all when it fails as a whole, so that the other judges still count.
+
+    A judge that returns something else than verdicts is a programming error and raises ``JudgeError``.
+    """
     try:
-        verdicts = judge(videos, instructions)
+        return ask(judge, videos, instructions)
+    except JudgeError:
+        raise
     except Exception as error:  # noqa: BLE001
         return [invalid(f"{type(judge).__name__} failed: {type(error).__name__}: {error}"[:200])] * len(videos)
-    if len(verdicts) != len(videos):
-        return [invalid(f"{type(judge).__name__} gave {len(verdicts)} verdicts for {len(videos)} videos")] * len(videos)
-    return verdicts
 
 
 def _chance(verdict: Verdict) -> float:

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from rawdream_env.envs.dream import DreamVectorEnv
-from rawdream_env.errors import InvalidOptionError
+from rawdream_env.errors import InvalidOptionError, JudgeError
 from rawdream_env.judges import load_judge
 from rawdream_env.judges.ensemble import EnsembleJudge, HoldOutJudge, JudgeGap, JudgeGapWarning
 from rawdream_env.judges.robometer import RobometerJudge
@@ -55,7 +55,9 @@ def test_one_judge_that_fails_does_not_take_the_others_with_it() -> None:
 
     verdict = EnsembleJudge([always(YES, 0.8), broken], "any")([CLIP], ["go"])[0]
     assert verdict.outcome is YES and verdict.probability == 0.8 and "boom" in verdict.reason
-    assert EnsembleJudge([always(YES), lambda v, t: []], "all")([CLIP], ["go"])[0].outcome is UNREAD
+    assert EnsembleJudge([always(YES), broken], "all")([CLIP], ["go"])[0].outcome is UNREAD
+    with pytest.raises(JudgeError, match="0 verdicts for 1 videos"):  # not a failure but a judge that is none
+        EnsembleJudge([always(YES), lambda v, t: []], "all")([CLIP], ["go"])
     with pytest.raises(InvalidOptionError, match="2 judges"):
         EnsembleJudge([always(YES)])
 

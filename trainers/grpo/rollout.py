@@ -85,17 +85,32 @@ class Group:
 
 @dataclass
 class RolloutCounts:
-    """Counts over *all* rollouts of a step, also those of dropped groups."""
+    """Counts over *all* rollouts of a step, dropped groups included.
+
+    ``successes`` by the first verdict; ``flagged``: a success whose second dream failed; ``invalid``: no verdict, or a
+    success without a second one. The others are ``trusted``, with ``trusted_successes`` among them.
+    """
 
     rollouts: int = 0
     successes: int = 0
     flagged: int = 0
     invalid: int = 0
+    trusted_successes: int = 0
     chunks: int = 0
     groups: int = 0
     dropped: Counter[DropReason] = field(default_factory=Counter)
     task_rollouts: Counter[int] = field(default_factory=Counter)
     task_successes: Counter[int] = field(default_factory=Counter)
+
+    @property
+    def judged(self) -> int:
+        """Rollouts whose verdicts are known, flagged ones included."""
+        return self.rollouts - self.invalid
+
+    @property
+    def trusted(self) -> int:
+        """Rollouts that were judged and not flagged."""
+        return self.judged - self.flagged
 
     def add(self, group: Group) -> None:
         """Count a finished group."""
@@ -108,13 +123,18 @@ class RolloutCounts:
             self.successes += success
             self.flagged += member.flagged
             self.invalid += not member.valid and not member.flagged
+            self.trusted_successes += success and member.valid and not member.flagged
             self.chunks += len(member)
             self.task_rollouts[group.start.task_id] += 1
             self.task_successes[group.start.task_id] += success
 
     def __str__(self) -> str:
-        rate = 100 * self.successes / self.rollouts
-        return f"success {rate:.0f} % (n={self.rollouts}), {self.groups - self.dropped.total()} of {self.groups} groups kept"
+        rate = f"{100 * self.trusted_successes / self.trusted:.0f} %" if self.trusted else "unknown"
+        kept = self.groups - self.dropped.total()
+        return (
+            f"success {rate} (n={self.trusted}), {self.flagged} flagged, {self.invalid} INVALID, {kept} of {self.groups} "
+            "groups kept"
+        )
 
 
 @dataclass(frozen=True)
@@ -125,9 +145,14 @@ class Rollouts:
     counts: RolloutCounts
 
     def metrics(self) -> dict[str, float]:
-        """For the log. Rates are over all rollouts of the step, those of dropped groups included."""
+        """For the log. Counts are over all rollouts of the step, those of dropped groups included.
+
+        ``success_rate`` is the share of first verdicts that are SUCCESS, over all ``n`` rollouts: flagged ones count as
+        successes, INVALID ones as failures. ``trusted_success_rate`` leaves both out.
+        """
         counts = self.counts
         low, high = wilson_interval(counts.successes, counts.rollouts)
+        trusted_low, trusted_high = wilson_interval(counts.trusted_successes, counts.trusted)
         rewards = [member.reward for group in self.groups for member, _ in group.counted]
         tasks = sorted(counts.task_rollouts.items())
         return {
@@ -137,6 +162,13 @@ class Rollouts:
             "success_high": high,
             "flagged_rate": counts.flagged / counts.successes if counts.successes else 0.0,
             "invalid_rate": counts.invalid / counts.rollouts,
+            "judged": counts.judged,
+            "flagged": counts.flagged,
+            "invalid": counts.invalid,
+            "trusted": counts.trusted,
+            "trusted_success_rate": counts.trusted_successes / counts.trusted,
+            "trusted_success_low": trusted_low,
+            "trusted_success_high": trusted_high,
             "reward": sum(rewards) / len(rewards),
             "chunks_per_rollout": counts.chunks / counts.rollouts,
             "groups": counts.groups,
@@ -356,6 +388,8 @@ def why_none(counts: RolloutCounts, max_flagged: int) -> str:
     """One sentence on why every group of a step was dropped, and what to change."""
     reasons = ", ".join(f"{count} {name}" for name, count in sorted(counts.dropped.items()))
     rate = f"{counts.successes} of {counts.rollouts} rollouts succeeded"
+    if counts.flagged or counts.invalid:
+        rate += f", {counts.flagged} of them flagged; {counts.invalid} INVALID"
     most = counts.dropped.most_common(1)[0][0]
     advice = {
         "all_success": "the policy solves these starts: stop here, choose harder ones (layout, task), raise temperature",

@@ -52,14 +52,14 @@ class EnsembleJudge:
         return [self._combined(verdicts) for verdicts in zip(*answers, strict=True)]
 
     def _combined(self, verdicts: tuple[Verdict, ...]) -> Verdict:
-        told = combine_votes([verdict.outcome for verdict in verdicts], self.need)
+        combined = combine_votes([verdict.outcome for verdict in verdicts], self.need)
         names = [f"{type(j).__name__}: {v.reason}" for j, v in zip(self.judges, verdicts, strict=True)]
         chances = [_chance(verdict) for verdict in verdicts if verdict.outcome != Outcome.INVALID]
         return Verdict(
-            told.outcome,
-            f"{told.reason} ({'; '.join(names)})"[:500],
+            combined.outcome,
+            f"{combined.reason} ({'; '.join(names)})"[:500],
             sum(chances) / len(chances) if chances else None,
-            told.votes,
+            combined.votes,
             max(verdict.latency_s for verdict in verdicts),
             tuple(reply for verdict in verdicts for reply in verdict.raw),
         )

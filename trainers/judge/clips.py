@@ -44,7 +44,8 @@ MAX_CHUNKS = 8
 TEXT = "text:"
 """Prefix of a goal that is a verbatim instruction of an imagined clip."""
 UNKNOWN = -1
-"""Label of a goal that cannot be asked about a window: an object is absent, or the goal held at the start."""
+"""Label of a goal that cannot be asked about a window: an object is absent, the goal held at the start, or
+the grammar gives it no meaning there."""
 
 Int64Array = NDArray[np.int64]
 Int8Array = NDArray[np.int8]

@@ -75,8 +75,8 @@ class EvaluateConfig:
     """World model of the dream: "embedded" or a folder."""
     judge: str = "embedded"
     """Judge of the dream: "embedded" or a folder."""
-    judge_every: str = "episode"
-    """"episode": the whole video once; "chunk": after every chunk, ending at the first success."""
+    judge_every: str = "auto"
+    """"episode": the whole video once; "chunk": after every chunk, ending at the first success; "auto": by the judge."""
     num_inference_steps: int | None = None
     """Evaluations of the world model's sampler per chunk; the checkpoint's own when not given."""
     dtype: str | None = None
@@ -176,7 +176,7 @@ def evaluate(
                     bar.update(len(batch))
                     bar.set_postfix(_rates(name, records))
     chunk_len, fps = dream.single_action_space.shape[0], float(dream.unwrapped.fps)
-    at_end = config.judge_every == "episode"
+    at_end = dream.unwrapped.judge_every == "episode"
     report = aggregate(records, scores, chunk_len=chunk_len, at_end=at_end, config=config_dict(config))
     result = SideBySide(report, records, clips)
     if config.out is not None:
@@ -282,7 +282,7 @@ def _compare(
             judge_on_simulator=_outcome(judged[i]),
         )
         left = sim if did is None else did
-        happened = left.success_end if config.judge_every == "episode" else left.success_any
+        happened = left.success_end if dream.unwrapped.judge_every == "episode" else left.success_any
         clip = Clip(record, sim.start.instruction, _frames(left), _frames(imagined), happened, did is not None)
         horizon = {}
         if did is not None and echo is not None and echo.frames is not None:  # both worlds got the same actions

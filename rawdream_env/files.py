@@ -2,6 +2,9 @@
 
 A write goes to a temporary file in the same folder, is synced, renamed over its target, and the folder is synced: after
 a crash or a full disk at any moment the target holds the old content or the new one, never a part.
+
+Saved models carry a ``manifest.json`` with the SHA-256 of their weights, which every load compares
+(``RAWDREAM_SKIP_CHECKSUMS=1`` skips this). Configurations are not in it, so that they can be edited; their readers are strict.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
 PathLike = str | os.PathLike[str]
+MANIFEST = "manifest.json"
+SKIP_CHECKSUMS = "RAWDREAM_SKIP_CHECKSUMS"
 
 
 def fsync_folder(path: PathLike) -> None:
@@ -90,6 +95,61 @@ def sha256_file(path: PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@contextlib.contextmanager
+def sealed_folder(folder: PathLike) -> Iterator[None]:
+    """Create ``folder``; after the body has saved a model there, write the manifest of its safetensors files.
+
+    The old manifest is removed first: a process killed in between leaves a folder without checksums, not a wrong one.
+    """
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    (target / MANIFEST).unlink(missing_ok=True)
+    yield
+    weights = sorted(target.glob("*.safetensors"))
+    atomic_write_json(target / MANIFEST, {"sha256": {path.name: sha256_file(path) for path in weights}})
+
+
+def check_sha256(path: PathLike) -> None:
+    """Raise ``CheckpointError`` when a file is not the one listed in the manifest of its folder or of the two above.
+
+    Files that no manifest lists, such as those of earlier versions, are accepted.
+    """
+    if os.environ.get(SKIP_CHECKSUMS, "0") not in ("", "0"):
+        return
+    file = Path(path).absolute()
+    for folder in list(file.parents)[:3]:
+        manifest = folder / MANIFEST
+        if not manifest.is_file():
+            continue
+        try:
+            listed = read_json(manifest).get("sha256")
+        except CheckpointError:
+            if folder == file.parent:
+                raise
+            continue  # not ours
+        digest = listed.get(file.relative_to(folder).as_posix()) if isinstance(listed, dict) else None
+        if digest is None:
+            continue
+        if digest != sha256_file(file):
+            raise CheckpointError(
+                f"{path} is altered or damaged: its SHA-256 is not the one in {manifest}. Restore it from a copy, or set "
+                f"{SKIP_CHECKSUMS}=1 to load it as it is."
+            )
+        return
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Hex SHA-256 of names, types, shapes and values."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        values = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def serialize_safetensors(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, *, where: PathLike = "the checkpoint"
 ) -> bytes:
@@ -132,6 +192,7 @@ def load_tensors(path: PathLike) -> dict[str, Tensor]:
     if Path(path).suffix not in {".pth", ".pt", ".ckpt", ".bin"}:
         return _read_safetensors(path)
     _require(path)
+    check_sha256(path)
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes the reader fail in every way there is
@@ -201,6 +262,7 @@ def _read_safetensors(path: PathLike) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     _require(path)
+    check_sha256(path)
     try:
         tensors: dict[str, Tensor] = load_file(os.fspath(path))
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:

@@ -10,15 +10,17 @@ Saved models carry a ``manifest.json`` with the SHA-256 of their weights, which 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from rawdream_env.errors import CheckpointError, RawDreamError
+from rawdream_env.errors import CheckpointError, InvalidOptionError, RawDreamError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,6 +38,45 @@ def fsync_folder(path: PathLike) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def lock_file(path: PathLike) -> IO[str]:
+    """Lock a file, created if missing, until the returned object is closed or the process ends; ``BlockingIOError`` when
+    it is locked already, by another process or by this one.
+    """
+    lock = open(path, "a", encoding="utf-8")  # noqa: SIM115 - held by the caller
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        lock.close()
+        raise
+    return lock
+
+
+def remove_litter(folder: PathLike) -> None:
+    """Remove the temporary files that killed writers left in a folder and below. The caller must hold its lock."""
+    for path in Path(folder).rglob(".*.tmp"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def check_output(path: PathLike) -> None:
+    """Raise ``InvalidOptionError`` when the folder of a result could not be written. Leaves no trace of the attempt."""
+    folder = Path(path).absolute()
+    existing = next(entry for entry in (folder, *folder.parents) if entry.exists())
+    probe = existing / f".{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    try:
+        try:
+            write_bytes_synced(probe, b"0")
+        finally:
+            with contextlib.suppress(OSError):
+                probe.unlink()
+    except OSError as error:
+        raise InvalidOptionError(
+            f"cannot write to the output folder {path}: {existing}: {error.strerror}. Give another folder."
+        ) from error
 
 
 def write_bytes_synced(path: PathLike, data: bytes) -> None:
@@ -221,11 +262,11 @@ def load_weights(module: Module, path: PathLike, config: str = "config.json") ->
 def check_weights(
     tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: PathLike, config: str = "config.json"
 ) -> None:
-    """Raise one ``CheckpointError`` naming every tensor that is missing, unknown, not finite, of another shape than
-    ``config`` asks for, or of a type that is no floating-point number where one is wanted.
+    """Raise one ``CheckpointError`` naming the tensors (at most 8) that are missing, unknown, not finite, of another shape
+    than ``config`` asks for, or of a type that is no floating-point number where one is wanted.
     """
     problems = [f"{name} is missing" for name in wanted.keys() - tensors.keys()]
-    problems += [f"{name} is unknown" for name in tensors.keys() - wanted.keys()]
+    problems += [f"{printable(name)} is unknown" for name in tensors.keys() - wanted.keys()]
     for name in wanted.keys() & tensors.keys():
         ours, theirs = wanted[name], tensors[name]
         if ours.shape != theirs.shape:
@@ -235,10 +276,16 @@ def check_weights(
         if bad := _non_finite(theirs):
             problems.append(f"{name} holds {bad} non-finite of {theirs.numel()} values")
     if problems:
+        shown = "; ".join(sorted(problems)[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise CheckpointError(
-            f"{where} does not fit its {config}, {len(problems)} problems: {'; '.join(sorted(problems))}. "
-            "Use the file that was saved with it."
+            f"{where} does not fit its {config}, {len(problems)} problems: {shown}. Use the file that was saved with it."
         )
+
+
+def printable(name: str) -> str:
+    """A name from a file, safe to print: characters that would control a terminal are escaped, long names are cut."""
+    shown = name if name.isprintable() else repr(name)[1:-1]
+    return shown if len(shown) <= 100 else f"{shown[:97]}..."
 
 
 def load_safetensors_metadata(path: PathLike) -> dict[str, str]:
@@ -284,6 +331,6 @@ def _refuse_non_finite(tensors: Iterable[tuple[str, Tensor]], what: str) -> None
     for name, tensor in tensors:
         if bad := _non_finite(tensor):
             raise CheckpointError(
-                f"{what}: tensor {name!r} holds {bad} non-finite of {tensor.numel()} values. "
+                f"{what}: tensor '{printable(name)}' holds {bad} non-finite of {tensor.numel()} values. "
                 "The training diverged or the file was altered; use an earlier checkpoint."
             )

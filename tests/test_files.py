@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from rawdream_env import files
-from rawdream_env.errors import CheckpointError
+from rawdream_env.errors import CheckpointError, InvalidOptionError
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -232,3 +232,50 @@ def test_a_flipped_bit_in_a_start_pack_is_refused(tmp_path: Path) -> None:
     flip_a_value(tmp_path / "a.safetensors")
     with pytest.raises(CheckpointError, match=r"a.safetensors is damaged: its tensors do not match its SHA-256"):
         PackStarts(tmp_path / "a.safetensors")
+
+
+def test_names_from_a_file_cannot_control_the_terminal(tmp_path: Path) -> None:
+    wanted = {"weight": torch.zeros(2)}
+    named = {"\x1b[2J\x1b]0;owned\x07": torch.zeros(1), "a\nb" * 10_000: torch.zeros(1), **wanted}
+    with pytest.raises(CheckpointError) as caught:
+        files.check_weights(named, wanted, tmp_path)
+    message = str(caught.value)
+    assert message.isprintable() and len(message) < 500 and r"\x1b[2J\x1b]0;owned\x07 is unknown" in message
+    with pytest.raises(CheckpointError, match=r"tensor '.x1b.K' holds 1 non-finite") as caught:
+        files.save_safetensors(tmp_path / "a", {"\x1b[K": torch.tensor([float("nan")])})
+    assert str(caught.value).isprintable()
+
+
+def test_an_output_folder_that_cannot_be_written_is_known_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files.check_output(tmp_path / "new" / "folder")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(InvalidOptionError, match=r"output folder .*file/out: .*Not a directory. Give another folder"):
+        files.check_output(tmp_path / "file" / "out")
+
+    def full(*args: Any) -> int:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(InvalidOptionError, match="Disk quota exceeded"):
+        files.check_output(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_every_evaluation_checks_its_output_folder_first(tmp_path: Path) -> None:
+    from rawdream_env.evaluation.judges.evaluate import EvaluateJudgeConfig, evaluate_judge
+    from rawdream_env.evaluation.side_by_side.evaluate import EvaluateConfig, evaluate
+    from rawdream_env.evaluation.world_model.evaluate import EvaluateWorldModelConfig, evaluate_world_model
+
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "out"
+    calls: list[Callable[[], Any]] = [
+        lambda: evaluate(EvaluateConfig(policies=("a=missing",), out=out)),
+        lambda: evaluate_judge(EvaluateJudgeConfig(judge="missing", out=str(out))),
+        lambda: evaluate_world_model(EvaluateWorldModelConfig(data=("missing",), world_model="missing", out=str(out))),
+    ]
+    for call in calls:
+        with pytest.raises(InvalidOptionError, match="cannot write to the output folder"):
+            call()

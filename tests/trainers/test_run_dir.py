@@ -91,8 +91,33 @@ def test_another_process_is_kept_out(tmp_path: Path) -> None:
     code = "import sys; from rawdream_env.trainers.common.run_dir import RunDir; RunDir(sys.argv[1], {}, tensorboard=False)"
     with make(tmp_path, {}):
         result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
-        assert result.returncode == 1 and "in use by another process" in result.stderr
+        assert result.returncode == 1 and "in use by another run" in result.stderr
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+
+
+def test_a_second_run_in_the_same_process_is_kept_out(tmp_path: Path) -> None:
+    with make(tmp_path):
+        for _ in range(2):  # a refused attempt does not give the lock away
+            with pytest.raises(RunDirError, match="in use by another run"):
+                make(tmp_path)
+    make(tmp_path).close()
+    with pytest.raises(RunDirError, match="another configuration"):
+        make(tmp_path, {"lr": 0.2})
+    make(tmp_path).close()
+
+
+def test_temporary_files_of_killed_writers_are_removed(tmp_path: Path) -> None:
+    litter = [
+        tmp_path / ".config.json.1.ab.tmp",
+        tmp_path / "policy" / ".model.safetensors.7.cd.tmp",
+        tmp_path / ".p.x.tmp",
+    ]
+    (tmp_path / "policy").mkdir()
+    litter[2].mkdir()
+    for path in (*litter[:2], litter[2] / "part", tmp_path / "policy" / "model.tmp"):
+        path.write_bytes(b"half")
+    make(tmp_path).close()
+    assert not any(path.exists() for path in litter) and (tmp_path / "policy" / "model.tmp").exists()
 
 
 def test_logs_hold_plain_json(tmp_path: Path) -> None:

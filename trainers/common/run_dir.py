@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import fcntl
 import json
 import logging
 import math
@@ -50,7 +49,7 @@ class RunDir:
     already holds a run is refused. ``may_change``: top-level configuration keys that may differ on resume (such as the
     number of steps); the stored configuration is then brought up to date. ``keep``: how many checkpoints to keep.
 
-    Raises ``RunDirError`` when the folder holds another configuration, is in use by another process or unwritable.
+    Raises ``RunDirError`` when the folder holds another configuration, is in use by another run, or unwritable.
     """
 
     def __init__(
@@ -73,8 +72,13 @@ class RunDir:
         try:
             self._checkpoints = CheckpointFolder(self.path / "checkpoints", keep)
             self._lock = self._take_lock()
-            self._settle_config(resume, may_change)
-            self._checkpoints.tidy()
+            try:
+                self._settle_config(resume, may_change)
+                self._checkpoints.tidy()
+                files.remove_litter(self.path)
+            except BaseException:
+                self._lock.close()
+                raise
         except OSError as error:
             raise RunDirError(f"Cannot use the run directory {self.path}: {error}.") from error
 
@@ -195,15 +199,12 @@ class RunDir:
         return {name: _size(self.path / name) for name in _LOGS}
 
     def _take_lock(self) -> Any:
-        lock = open(self.path / ".lock", "a")  # noqa: SIM115 - held until close
         try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go when the process dies
-        except OSError as error:
-            lock.close()
+            return files.lock_file(self.path / ".lock")
+        except BlockingIOError as error:
             raise RunDirError(
-                f"The run directory {self.path} is in use by another process. Wait for it, or choose another folder."
+                f"The run directory {self.path} is in use by another run. Wait for it, or choose another folder."
             ) from error
-        return lock
 
     def _settle_config(self, resume: bool, may_change: Collection[str]) -> None:
         stored_path = self.path / "config.json"

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rawdream_env.files import atomic_write_json, load_module, save_safetensors
+from rawdream_env.files import atomic_write_json, load_module, save_safetensors, sealed_folder
 from rawdream_env.judges.base import (
     Timer,
     check_pairs,
@@ -117,11 +117,11 @@ class EmbeddedJudge:
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write ``config.json`` and ``model.safetensors`` (each atomically) and return the folder."""
         path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.contiguous().cpu() for name, tensor in self.network.state_dict().items()}
-        save_safetensors(path / "model.safetensors", tensors, {"kind": KIND, "format": str(FORMAT)})
         config = {"kind": KIND, "format": FORMAT, "model": asdict(self.network.config), "metadata": self.metadata}
-        atomic_write_json(path / "config.json", config)
+        with sealed_folder(path):
+            save_safetensors(path / "model.safetensors", tensors, {"kind": KIND, "format": str(FORMAT)})
+            atomic_write_json(path / "config.json", config)
         return path
 
     @classmethod

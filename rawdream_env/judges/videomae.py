@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from rawdream_env.errors import CheckpointError
-from rawdream_env.files import atomic_write_json, load_module, save_safetensors
+from rawdream_env.files import atomic_write_json, load_module, save_safetensors, sealed_folder
 from rawdream_env.judges.base import (
     Timer,
     check_pairs,
@@ -241,12 +241,13 @@ class VideoMAEJudge:
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write ``config.json`` and ``model.safetensors`` (each atomically) and return the folder."""
         path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        save_safetensors(path / "model.safetensors", self.network.state_dict(), {"kind": KIND, "format": str(FORMAT)})
         model = {**asdict(self.network.config), "threshold": self.threshold}
-        atomic_write_json(
-            path / "config.json", {"kind": KIND, "format": FORMAT, "model": model, "metadata": self.metadata}
-        )
+        config = {"kind": KIND, "format": FORMAT, "model": model, "metadata": self.metadata}
+        with sealed_folder(path):
+            save_safetensors(
+                path / "model.safetensors", self.network.state_dict(), {"kind": KIND, "format": str(FORMAT)}
+            )
+            atomic_write_json(path / "config.json", config)
         return path
 
     @classmethod

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rawdream_env.errors import CheckpointError, InvalidOptionError
-from rawdream_env.files import atomic_write_json, load_module, read_json, save_safetensors
+from rawdream_env.files import atomic_write_json, load_module, read_json, save_safetensors, sealed_folder
 from rawdream_env.world_models.autoencoders import AutoencoderConfig, FrameCodec, PackedFrameAutoencoder
 from rawdream_env.world_models.pretrained import dataclass_from_json
 from rawdream_env.world_models.wan.chunk import ContextCache
@@ -37,10 +37,10 @@ def save_codec(codec: FrameCodec, folder: Path, *, half: bool = False) -> None:
         return
     assert isinstance(codec, PackedFrameAutoencoder)
     target = folder / "autoencoder"
-    target.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.detach().cpu().contiguous() for k, v in codec.state_dict().items()}
-    save_safetensors(target / "model.safetensors", {k: v.half() if half else v for k, v in tensors.items()}, {})
-    atomic_write_json(target / "config.json", asdict(codec.config))
+    with sealed_folder(target):
+        save_safetensors(target / "model.safetensors", {k: v.half() if half else v for k, v in tensors.items()}, {})
+        atomic_write_json(target / "config.json", asdict(codec.config))
 
 
 def read_codec(folder: Path, latent_size: int, *, tiny: bool = False) -> FrameCodec:

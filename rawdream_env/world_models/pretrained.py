@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rawdream_env.errors import CheckpointError
-from rawdream_env.files import check_weights, fsync_folder, load_tensors, read_json
+from rawdream_env.files import check_weights, fsync_folder, load_tensors, read_json, sealed_folder
 from rawdream_env.resolve import hub_folder, is_hub_id
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -137,17 +137,18 @@ def write_pretrained(model: Any, folder: Path, *, half: bool = False, max_shard_
             filename_pattern=Path(WEIGHTS).stem + "{suffix}.safetensors",
             max_shard_size=max_shard_size,
         )
-        (temporary / "config.json").write_text(model.to_json_string())
+        (temporary / "config.json").write_text(model.to_json_string(), encoding="utf-8")
         fresh = sorted(temporary.iterdir(), key=lambda path: path.name == "config.json")
-        for path in fresh:
-            path.chmod(0o666 & ~_umask())
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(path, folder / path.name)
-        for stale in folder.glob(f"{Path(WEIGHTS).stem}*"):
-            if stale.name not in {path.name for path in fresh}:
-                stale.unlink()
-        fsync_folder(folder)
+        with sealed_folder(folder):
+            for path in fresh:
+                path.chmod(0o666 & ~_umask())
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+                os.replace(path, folder / path.name)
+            for stale in folder.glob(f"{Path(WEIGHTS).stem}*"):
+                if stale.name not in {path.name for path in fresh}:
+                    stale.unlink()
+            fsync_folder(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -596,6 +597,30 @@ def test_a_failure_between_updates_loses_no_finished_step(tmp_path: Path) -> Non
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000003"]
     unbroken = train(tmp_path / "unbroken", steps=6)
     assert torch.equal(weights(train(tmp_path, steps=6, save_every=100)), weights(unbroken))
+
+
+def test_a_step_whose_log_line_is_refused_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk takes half of the third line, then none of it; the run after that writes what an unbroken one writes."""
+    real, half = os.write, list[int]()
+
+    def write(descriptor: int, data: Any) -> int:
+        if bytes(data[:10]) == b'{"step": 3' and not half:
+            half.append(real(descriptor, bytes(data[: len(data) // 2])))
+            return half[0]
+        if half:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(descriptor, data)
+
+    unbroken = train(tmp_path / "unbroken", steps=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", write)
+        with pytest.raises(RunDirError, match=r"metrics.jsonl.*No space left"):
+            train(tmp_path / "run", steps=4, save_every=2)
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000002"]
+    resumed = train(tmp_path / "run", steps=4, save_every=2)
+    assert torch.equal(weights(resumed), weights(unbroken))
+    logs = [(tmp_path / run / "metrics.jsonl").read_bytes() for run in ("run", "unbroken")]
+    assert logs[0] == logs[1]
 
 
 def test_it_runs_outside_the_main_thread(tmp_path: Path) -> None:

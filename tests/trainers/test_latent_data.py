@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rawdream_env import files
 from rawdream_env.data import schema
 from rawdream_env.data.lerobot import LeRobotReader, LeRobotWriter
 from rawdream_env.data.video import encode_video
 from rawdream_env.errors import DatasetError
-from rawdream_env.trainers.world_model import latent_cache
 from rawdream_env.trainers.world_model.latent_cache import CacheConfig, cache_latents, codec_fingerprint
 from rawdream_env.trainers.world_model.latent_dataset import LatentDataset
 from rawdream_env.trainers.world_model.mixture import Mixture, MixtureEntry, normalise_actions
@@ -169,12 +169,8 @@ class TestCache:
         with pytest.raises(DatasetError, match="shard-00000.safetensors is missing or damaged"):
             LatentDataset(tmp_path, verify=False).still(0, 0)
 
-    def test_one_writer_at_a_time_and_fingerprints(self, cached, monkeypatch) -> None:
-        def refuse(*_):
-            raise OSError("locked")
-
-        monkeypatch.setattr(latent_cache.fcntl, "lockf", refuse)
-        with pytest.raises(DatasetError, match="being written by another process"):
+    def test_one_writer_at_a_time_and_fingerprints(self, cached) -> None:
+        with files.lock_file(cached[0] / "a" / ".lock"), pytest.raises(DatasetError, match="being written by another"):
             cache_latents(cached[1], MeanCodec(), cached[0] / "a", CONFIG)
         assert codec_fingerprint(MeanCodec()) == codec_fingerprint(MeanCodec()) != codec_fingerprint(MeanCodec(2.0))
         with pytest.raises(TypeError, match="fingerprint"):

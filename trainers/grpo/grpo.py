@@ -168,10 +168,10 @@ def _train(
             rolled_out = time.perf_counter()
             whole = False
             metrics = update(config, learner, rollouts, step)
-            step, whole = step + 1, True
-            run.log(step, **rollouts.metrics(), **metrics)
+            run.log(step + 1, **rollouts.metrics(), **metrics)
             replayed = replayed_chunks(env) - replayed
-            run.log_timings(step, **timings(rollouts, env, replayed, begun, rolled_out), **judge_gap(env))
+            run.log_timings(step + 1, **timings(rollouts, env, replayed, begun, rolled_out), **judge_gap(env))
+            step, whole = step + 1, True  # a step without its log lines must not be saved
             bar.update()
             if step % config.save_every == 0:
                 learner.save(run, step)

@@ -9,7 +9,6 @@ window, C h w latent, H W frame, A action dims, P state dims.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import time
@@ -30,7 +29,7 @@ from tqdm import tqdm
 from rawdream_env.data import schema
 from rawdream_env.data.reader import Episode, LeRobotReader
 from rawdream_env.errors import DatasetError
-from rawdream_env.files import atomic_write_bytes, atomic_write_json, serialize_safetensors
+from rawdream_env.files import atomic_write_bytes, atomic_write_json, lock_file, remove_litter, serialize_safetensors
 from rawdream_env.trainers.common.run_dir import to_json
 from rawdream_env.trainers.world_model.latent_dataset import FORMAT, INDEX, read_index, verify_shard
 from rawdream_env.world_models.autoencoders import FRAMES_PER_LATENT
@@ -181,8 +180,7 @@ def check_identity(folder: Path, index: dict[str, Any], identity: dict[str, Any]
 
 def _begin(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """The index to resume from, or a new one."""
-    for left_over in folder.glob(".*.tmp"):  # from a killed process: this process holds the lock
-        left_over.unlink()
+    remove_litter(folder)
     if not (folder / INDEX).exists():
         return identity | {"complete": False, "skipped": [], "shards": []}
     index = read_index(folder)
@@ -210,11 +208,11 @@ def _wait(folder: Path, identity: dict[str, Any], patience_s: float) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    with (folder / ".lock").open("a") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends
-        except OSError as error:
-            raise DatasetError(f"{folder} is being written by another process. Wait for it, or set rank=1.") from error
+    try:
+        lock = lock_file(folder / ".lock")
+    except BlockingIOError as error:
+        raise DatasetError(f"{folder} is being written by another process. Wait for it, or give rank=1.") from error
+    with lock:
         yield
 
 

@@ -44,6 +44,7 @@ from rawdream_env.evaluation.side_by_side.aggregate import Scores, aggregate
 from rawdream_env.evaluation.side_by_side.records import Clip, Clips, EpisodeRecord, SideBySide
 from rawdream_env.evaluation.side_by_side.report import write_report
 from rawdream_env.evaluation.world_model.fidelity import compare_episode
+from rawdream_env.files import check_output
 from rawdream_env.judges.base import ask
 from rawdream_env.policies import load_policy
 from rawdream_env.robots import find_robot
@@ -149,6 +150,8 @@ def evaluate(
         InvalidOptionError: options or environments that do not fit.
     """
     named = parse_policies(config.policies) if policies is None else {}
+    if config.out is not None:
+        check_output(config.out)
     actors = policies or {name: load_policy(folder, device=config.device) for name, folder in named.items()}
     records: list[EpisodeRecord] = []
     scores: dict[str, dict[str, list[Scores]]] = {}

@@ -111,10 +111,11 @@ def evaluate_world_model(
         DatasetError: a data folder is damaged, or its frames are not the world model's.
     """
     from rawdream_env.evaluation.world_model.report import render
-    from rawdream_env.files import atomic_write_bytes, atomic_write_json, atomic_write_text
+    from rawdream_env.files import atomic_write_bytes, atomic_write_json, atomic_write_text, check_output
 
     _check(config)
     folder = Path(config.out)
+    check_output(folder)
     if frame_features is None and config.lpips:
         from rawdream_env.evaluation.world_model.lpips import LpipsAlex
 
@@ -134,7 +135,7 @@ def evaluate_world_model(
             approximations=config.approximations,
         )
     episodes, notes = _read(config, world_model)
-    folder.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written is known before the work
+    folder.mkdir(parents=True, exist_ok=True)
     fidelity = evaluate_fidelity(
         world_model,
         episodes,

@@ -27,7 +27,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rawdream_env.errors import CheckpointError, InvalidOptionError
-from rawdream_env.files import atomic_write_json, check_weights, load_tensors, read_json, save_safetensors
+from rawdream_env.files import (
+    atomic_write_json,
+    check_weights,
+    load_tensors,
+    read_json,
+    save_safetensors,
+    sealed_folder,
+)
 from rawdream_env.world_models.autoencoders import DecoderState, check_frames, check_latents
 from rawdream_env.world_models.pretrained import WEIGHTS, read_folder
 
@@ -155,9 +162,9 @@ class WanVAE(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write diffusers' layout to ``folder`` (created); ``AutoencoderKLWan.from_pretrained`` reads it too."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_safetensors(folder / WEIGHTS, self.vae.state_dict(), {"format": "pt"})
-        atomic_write_json(folder / "config.json", json.loads(self.vae.to_json_string()))
+        with sealed_folder(folder):
+            save_safetensors(folder / WEIGHTS, self.vae.state_dict(), {"format": "pt"})
+            atomic_write_json(folder / "config.json", json.loads(self.vae.to_json_string()))
 
     def _encode(self, frames: Tensor) -> Tensor:
         """uint8 (N, F, H, W, 3) -> normalised latents fp32 (N, 1 + (F - 1) / 4, C, h, w)."""

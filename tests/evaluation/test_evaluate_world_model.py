@@ -113,7 +113,10 @@ def test_little_more_than_noise_is_not_listening() -> None:
     heard = {"change": 3.0, "ratio": {**ratio, "low": 1.1}}
     assert action_sensitivity_warning({"n": 5, "swapped": heard, "zeroed": heard}) == ""
     said = action_sensitivity_warning({"n": 5, "swapped": heard, "zeroed": {"change": 3.0, "ratio": ratio}})
-    assert "no motion at all" in said and "1.20 times" in said and "n=5" in said
+    assert "no motion at all" in said and "1.20 times" in said and "[0.90, 1.60], n=5" in said
+    equal = {"value": 0.5, "low": None, "high": None, "n": 5}  # every resample gives the same ratio
+    said = action_sensitivity_warning({"n": 5, "swapped": {"change": 3.0, "ratio": equal}, "zeroed": heard})
+    assert "0.50 times" in said and "[no interval], n=5" in said
 
 
 class ToyVideoFeatures:

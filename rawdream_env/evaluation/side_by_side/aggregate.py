@@ -59,6 +59,7 @@ def aggregate(
         policies.append(entry)
     config = dict(config or {})
     return {
+        "conclusions": conclusions(policies),
         "policies": policies,
         "reference": names[0] if names else None,
         "ranking": rank_policies(records) if len(names) > 1 else None,
@@ -135,8 +136,30 @@ def verification(dreams: Sequence[EpisodeRecord], at_end: bool) -> dict[str, Any
     }
 
 
+def conclusions(policies: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One sentence per policy with a gain: whether it improved, which only the simulator can confirm."""
+    sentences = []
+    for entry in policies:
+        gains = entry.get("gain")
+        if gains is None:
+            continue
+        dream, simulator = gains["dream"], gains["simulator"]
+        if simulator["low"] is None:
+            verdict = "was not measured in the simulator: nothing can be concluded."
+        elif simulator["low"] > 0:
+            verdict = "really got better: the simulator confirms it."
+        elif simulator["high"] >= 0:
+            verdict = "shows no clear change in the simulator; more starts narrow the interval."
+        elif dream["low"] is not None and dream["low"] > 0:
+            verdict = "got better in the dream and worse in the simulator: it learned where the dream is wrong."
+        else:
+            verdict = "really got worse."
+        sentences.append(f"{entry['name']!r} {verdict}")
+    return sentences
+
+
 def gain(before: Sequence[EpisodeRecord], after: Sequence[EpisodeRecord]) -> dict[str, Any]:
-    """Difference of success rates on the same starts, paired bootstrap over starts; simulator and dream apart."""
+    """Difference of success rates on the same starts with a paired interval; simulator and dream apart."""
     known = {(r.task, r.index): r for r in before}
     pairs = [(known[r.task, r.index], r) for r in after]
     both = [(a, b) for a, b in pairs if a.dream >= 0 and b.dream >= 0]

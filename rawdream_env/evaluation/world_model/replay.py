@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from rawdream_env.data.recorded import Recording
 from rawdream_env.errors import DatasetError
+from rawdream_env.evaluation.reporting.numbers import estimate_text
 from rawdream_env.seeding import NoiseKey
 from rawdream_env.statistics import bootstrap_ratio
 from rawdream_env.types import Float32Array, UInt8Array, WorldModel
@@ -162,9 +163,7 @@ def action_sensitivity(
 
 
 def action_sensitivity_warning(sensitivity: Mapping[str, Any]) -> str:
-    """One sentence when the world model cannot be seen to listen to its actions (see :func:`action_sensitivity`), else
-    the empty string.
-    """
+    """One sentence when the actions have no clear effect on the frames (see :func:`action_sensitivity`), else ""."""
     kinds = {"swapped": "another episode's actions", "zeroed": "no motion at all"}
     for name, said in kinds.items():
         change, ratio = sensitivity[name]["change"], sensitivity[name]["ratio"]
@@ -173,10 +172,9 @@ def action_sensitivity_warning(sensitivity: Mapping[str, Any]) -> str:
                 f"The world model ignores its actions: given {said}, it imagines exactly the same frames "
                 f"(n={sensitivity['n']})."
             )
-        if ratio is not None and ratio["low"] is not None and ratio["low"] <= 1.0:
+        if ratio is not None and (ratio["value"] if ratio["low"] is None else ratio["low"]) <= 1.0:
             return (
-                f"The world model cannot be seen to listen to its actions: given {said}, its frames change "
-                f"{ratio['value']:.2f} times as much as with fresh noise [{ratio['low']:.2f}, {ratio['high']:.2f}], "
-                f"n={ratio['n']}, where well above 1 is needed."
+                f"The actions have no clear effect: given {said}, the frames change {ratio['value']:.2f} times as much "
+                f"as with fresh noise ({estimate_text(ratio)}), where well above 1 is needed."
             )
     return ""

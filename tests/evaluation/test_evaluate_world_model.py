@@ -174,7 +174,7 @@ def test_the_command_writes_its_files(play: Path, tmp_path: Path) -> None:
     assert "FVD, 16-frame clips (lower is better)" in first.table()
     again = evaluate_world_model(config, progress=False)  # in the same folder, without extractors
     assert again.report["horizon"][0]["dream"]["psnr"] == first.report["horizon"][0]["dream"]["psnr"]
-    assert "LPIPS, whole picture" in again.table() and "not measured" in again.table()
+    assert "LPIPS, whole image" in again.table() and "not measured" in again.table()
     assert sum("is not measured" in note and "--" in note for note in again.report["notes"]) == 2
 
 
@@ -201,7 +201,7 @@ def test_recordings_of_another_size_are_resized_and_it_is_said(play: Path, tmp_p
         data=(str(play),), out=str(tmp_path), episodes=1, horizon=8, sensitivity_episodes=0
     )
     report = evaluate_world_model(config, world_model=NullWorldModel((32, 32, 3)), progress=False).report
-    assert any("frames of (64, 64, 3), resized here to (32, 32, 3)" in note for note in report["notes"])
+    assert any("frames of shape (64, 64, 3); they are resized to (32, 32, 3)" in note for note in report["notes"])
 
 
 def test_mistakes_are_found_before_the_work(play: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from rawdream_env.evaluation.reporting.numbers import rate_text
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """Success rates, a line per policy and task, dream beside simulator; then the gains and what they mean."""
+    """Success rates per policy and task in the dream and the simulator, then the gains and the conclusions."""
     lines = [("policy", "task", "dream", "simulator")]
     for entry in report["policies"]:
         parts = {"all tasks": entry["all"], **entry["tasks"]}

@@ -39,8 +39,8 @@ CLIP_FRAMES = 16
 
 HOW_TO_GET = (
     "FVD is not measured: download i3d_torchscript.pt (I3D trained on Kinetics-400, published with "
-    "universome/fvd-comparison on GitHub, about 50 MB) and name it with --fvd FILE; TorchScript is code, so name only a "
-    "file you trust."
+    "universome/fvd-comparison on GitHub, about 50 MB) and pass it with --fvd FILE. A TorchScript file contains code; "
+    "use one you trust."
 )
 
 _JACKKNIFE_GROUPS = 20

@@ -60,6 +60,9 @@ def usage(noun: str = "") -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand and return the exit code (listed in the module docstring)."""
+    # torch reads this when it is imported, later. Spinning OpenMP threads slow a step down many times while another program
+    # uses the cores (benchmarks/busy_neighbour.py).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     words = [word for word in given if word != "--debug"]

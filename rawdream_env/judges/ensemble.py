@@ -17,6 +17,7 @@ from rawdream_env.errors import InvalidOptionError, JudgeError
 from rawdream_env.judges.base import ask, check_pairs, invalid, is_scanning
 from rawdream_env.judges.overlap import is_remote
 from rawdream_env.judges.verdict import combine_votes
+from rawdream_env.statistics import paired_interval
 from rawdream_env.types import Judge, Outcome, SupportsClose, Verdict, Video
 
 RULES = ("all", "any", "majority")
@@ -90,13 +91,10 @@ class JudgeGap:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % interval of a paired difference (Agresti and Min 2005: Wald with half a count added to each cell)."""
+        """95 % interval of the gap, see :func:`rawdream_env.statistics.paired_interval`."""
         if not self.n:
             return math.nan, math.nan
-        b, c, n = self.only_rewarding + 0.5, self.only_held_out + 0.5, self.n + 2
-        centre = (b - c) / n
-        half = 1.959964 * math.sqrt(max(0.0, (b + c) / n - centre**2) / n)
-        return max(-1.0, centre - half), min(1.0, centre + half)
+        return paired_interval(self.only_rewarding, self.only_held_out, self.n)
 
     def as_dict(self) -> dict[str, float]:
         """Rates, gap and interval for logs; only ``judge_gap_n`` while n is 0."""

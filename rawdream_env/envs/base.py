@@ -6,7 +6,9 @@ of actions, infos, rendering and life cycle are here, once, so that all backends
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -55,8 +57,10 @@ class ChunkResult:
 
 
 class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
-    """Base of the vector environments; subclasses give ``_begin``, ``_advance`` and, if needed, ``_finish``,
-    ``_record_verdicts`` and ``close_extras``.
+    """Base of the vector environments; subclasses define ``_begin``, ``_advance`` and, if needed, ``_save``, ``_restore``,
+    ``_finish``, ``_record_verdicts`` and ``close_extras``.
+
+    A step or a reset happens wholly or not at all: after any error the environment is as it was.
 
     ## Spaces
     ``single_action_space`` is ``Box(-1, 1, (chunk_len, 7), float32)``: per control step end-effector delta xyz, delta
@@ -98,6 +102,20 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
     """Name of the robot (``rawdream_env.robots``); empty where it is not known."""
     tasks: tuple[tuple[str, str], ...] = ()
     """(name, instruction) of every task, in the order of the task ids; empty where they are not known."""
+    _CHANGES: ClassVar[tuple[str, ...]] = (
+        "_phase",
+        "_elapsed",
+        "_terminated",
+        "_truncated",
+        "_succeeded",
+        "_judged",
+        "_images",
+        "_row_seeds",
+        "_episodes",
+        "_starts",
+        "_np_random_seed",
+    )
+    """Attributes that a step or a reset changes."""
     _ROW_ATTRIBUTES: ClassVar[tuple[str, ...]] = ("task_description", "task_id", "elapsed_steps", "row_seeds")
 
     def __init__(
@@ -160,11 +178,36 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
         raise NotImplementedError
 
     def _advance(self, rows: Rows, actions: Float32Array, last: NDArray[np.bool_]) -> ChunkResult:
-        """Carry out ``actions`` (n, K, A) on ``rows``; ``last`` (n,) marks rows at their horizon.
-
-        Should it raise, it must leave the environment as it was, so that the same step can be tried again.
-        """
+        """Carry out ``actions`` (n, K, A) on ``rows``; ``last`` (n,) marks rows at their horizon."""
         raise NotImplementedError
+
+    def _save(self) -> dict[str, Any]:
+        """What ``_restore`` needs to undo a step or a reset. A subclass adds what its hooks change.
+
+        Arrays and lists are copied here; anything else must be replaced by the hooks, not changed in place.
+        """
+        saved = {name: getattr(self, name) for name in self._CHANGES}
+        saved = {name: value.copy() if isinstance(value, np.ndarray | list) else value for name, value in saved.items()}
+        saved["_np_random"] = deepcopy(self._np_random)
+        saved["reflector"] = None if self.reflector is None else self.reflector.save()
+        return saved
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        """Undo what happened since ``_save``."""
+        for name in (*self._CHANGES, "_np_random"):
+            setattr(self, name, saved[name])
+        if self.reflector is not None:
+            self.reflector.restore(saved["reflector"])
+
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Undo the steps and resets inside when anything is raised there, Ctrl-C included."""
+        saved = self._save()
+        try:
+            yield
+        except BaseException:
+            self._restore(saved)
+            raise
 
     # ---- the Gymnasium interface -------------------------------------------------------------------------------
 
@@ -199,9 +242,10 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
         never = np.flatnonzero((self._phase == _UNSTARTED) & ~mask)
         if len(never):
             raise ResetNeededError(f"env {never[0]} was never reset; call reset() without reset_mask first.")
-        super().reset(seed=next((s for s in seeds if s is not None), None))
         rows = np.flatnonzero(mask)
-        self._restart(rows, seeds, given, judged=bool(chosen.get("judge", True)))
+        with self.all_or_nothing():
+            super().reset(seed=next((s for s in seeds if s is not None), None))
+            self._restart(rows, seeds, given, judged=bool(chosen.get("judge", True)))
         infos: Infos = {}
         self._put_reset_info(infos, rows)
         return self._observe(self._images), infos
@@ -211,8 +255,8 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
 
         Raises:
             InvalidActionError: wrong shape or dtype, NaN, infinite or out-of-range values. ResetNeededError: before
-                ``reset``, or (Disabled) when every episode is over. ClosedEnvironmentError: closed. Whatever is raised
-                before a row advanced leaves the environment as it was.
+                ``reset``, or (Disabled) when every episode is over. ClosedEnvironmentError: closed. After any error, Ctrl-C
+                included, the environment is as it was before the call.
         """
         self._require_open("step")
         if (self._phase == _UNSTARTED).any():
@@ -229,15 +273,16 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
         batch = check_actions(actions, shape, rows)
         infos: Infos = {}
         rewards = np.zeros(self.num_envs, dtype=np.float64)
-        if len(rows):
-            self._step_rows(rows, batch, rewards, infos)
-        terminations, truncations = self._terminated.copy(), self._truncated.copy()
-        if len(waiting) and not disabled:
-            self._restart(waiting)
-            self._put_reset_info(infos, waiting)
-            terminations[waiting] = truncations[waiting] = False
-        if self.autoreset_mode == AutoresetMode.SAME_STEP:
-            self._restart_finished(infos)
+        with self.all_or_nothing():
+            if len(rows):
+                self._step_rows(rows, batch, rewards, infos)
+            terminations, truncations = self._terminated.copy(), self._truncated.copy()
+            if len(waiting) and not disabled:
+                self._restart(waiting)
+                self._put_reset_info(infos, waiting)
+                terminations[waiting] = truncations[waiting] = False
+            if self.autoreset_mode == AutoresetMode.SAME_STEP:
+                self._restart_finished(infos)
         return self._observe(self._images), rewards, terminations, truncations, infos
 
     def attach_reflector(self, reflector: Reflector) -> None:
@@ -376,7 +421,6 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
         if self.reflector is not None:
             put(infos, self.num_envs, "env_verdict", rows, result.verdict)
             result, terminated, over, rewards[rows] = self._reflect(self.reflector, rows, result, terminated, over)
-        # Everything that may raise is behind us: from here on the step has happened.
         self._elapsed[rows] += 1
         self._succeeded[rows] |= success
         self._images[rows] = result.frames[:, -1]

@@ -56,13 +56,15 @@ class DreamVectorEnv(ChunkVectorEnv):
     The judge sees the episode's whole video, start frame first: once at the horizon (``judge_every="episode"``), or
     after every chunk (``"chunk"``: the episode ends at the first success). An INVALID verdict (outage, unreadable
     reply, frames that are not finite) gives reward 0, ``verdict`` -1 and ``valid`` False; at the horizon it truncates.
-    Frames that are not finite are never shown to the judge and truncate at once. A judge that raises leaves the
-    environment as it was: the same step can be tried again.
+    Frames that are not finite are never shown to the judge and truncate at once. When a
+    judge raises, the environment is as it was before the step, which can be tried again.
 
     Raises on construction:
         InvalidOptionError: an option is unknown or does not fit the others.
         CheckpointError: world model, judge or start pack is missing or damaged.
     """
+
+    _CHANGES = (*ChunkVectorEnv._CHANGES, "_state", "_current", "_finished")
 
     def __init__(
         self,

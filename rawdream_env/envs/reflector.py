@@ -158,6 +158,14 @@ class Reflector:
             np.array(chances, np.float64),
         )
 
+    def save(self) -> dict[int, tuple[Reflection, Start, list[UInt8Array]]]:
+        """The episodes so far, for ``restore``."""
+        return {row: (replace(rule), start, list(frames)) for row, (rule, start, frames) in self._episodes.items()}
+
+    def restore(self, saved: dict[int, tuple[Reflection, Start, list[UInt8Array]]]) -> None:
+        """Go back to saved episodes."""
+        self._episodes = saved
+
     def close(self) -> None:
         """Close the judge if it was loaded here."""
         close = getattr(self._judge, "close", None)

@@ -49,7 +49,9 @@ class PiperSimVectorEnv(ChunkVectorEnv):
     pass ``options={"starts": [...]}``; each needs its ``seed`` and a ``task_id`` of the four tasks.
 
     Raises on construction:
-        InvalidOptionError: an option is out of its range. RendererError: no working OpenGL renderer.
+        InvalidOptionError: an option is out of its range.
+    Raises at the first reset:
+        RendererError: no working OpenGL renderer.
     """
 
     robot = "piper"
@@ -145,6 +147,13 @@ class PiperSimVectorEnv(ChunkVectorEnv):
         verdict = np.where(told, success, -1).astype(np.int8)
         nothing = np.zeros(len(rows), dtype=np.bool_)
         return ChunkResult(np.asarray(step.frames), verdict, ~nothing, nothing)
+
+    def _save(self) -> dict[str, Any]:
+        return {**super()._save(), "workers": self._workers.mark()}
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        super()._restore(saved)
+        self._workers.take_back(saved["workers"])
 
     def close_extras(self, **kwargs: Any) -> None:
         """Stop the simulators and their processes."""

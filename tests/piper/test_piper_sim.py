@@ -189,7 +189,7 @@ def test_options_are_checked(blind: PiperTwin) -> None:
 
 
 def test_missing_opengl_says_what_to_install() -> None:
-    code = "from rawdream_env.piper.twin import PiperTwin\nPiperTwin(render=False).reset(0)\nPiperTwin()"
+    code = "from rawdream_env.piper.twin import PiperTwin\nPiperTwin(render=False).reset(0)\nPiperTwin().reset(0)"
     env = {**os.environ, "MUJOCO_GL": "glfw", "DISPLAY": ""}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
     assert done.returncode != 0

@@ -73,8 +73,8 @@ def follow_parent(from_main_thread: bool = False) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def stop_pool(pool: ProcessPoolExecutor, grace_s: float = _GRACE_S) -> None:
-    """Shut a pool down: its processes have ``grace_s`` to finish the pieces under way, then they are killed.
+def stop_pool(pool: ProcessPoolExecutor) -> None:
+    """Shut a pool down: its processes have ten seconds to finish the pieces under way, then they are killed.
 
     ``ProcessPoolExecutor.shutdown`` alone waits without limit for a process that is stopped or stuck.
     """
@@ -83,7 +83,7 @@ def stop_pool(pool: ProcessPoolExecutor, grace_s: float = _GRACE_S) -> None:
     try:
         pool.shutdown(wait=False, cancel_futures=True)
         if manager is not None:
-            manager.join(grace_s)
+            manager.join(_GRACE_S)
     finally:
         for process in processes:
             if process.is_alive():

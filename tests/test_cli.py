@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import subprocess
 import sys
 import time
@@ -297,3 +298,10 @@ def test_whole_recipe_in_small(tmp_path, capsys):
         assert words in card
     assert cli.main(["models", "train", "--preset", "smoke", "--out", str(tmp_path), "--seed", "1"]) == 2
     assert "made with other settings" in capsys.readouterr().err
+
+
+def test_threads_do_not_spin_unless_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert cli.main(["--version"]) == 0 and os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert cli.main(["--version"]) == 0 and os.environ["OMP_WAIT_POLICY"] == "ACTIVE"

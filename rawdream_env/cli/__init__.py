@@ -60,6 +60,9 @@ def usage(noun: str = "") -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand and return the exit code (see the module's text)."""
+    # Read when torch is loaded, which has not happened yet. OpenMP's threads spin while they wait for each other; with
+    # another program on the cores, a step then takes many times as long (benchmarks/busy_neighbour.py).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     words = [word for word in given if word != "--debug"]

@@ -119,6 +119,7 @@ class EpisodeRunner:
         temperature: of the policy's sampling; 0 is greedy.
         judged: False leaves episodes unjudged (``verdict`` INVALID, ``valid`` where the environment vouches for the
             frames) and keeps their frames, for callers that judge them later (``judging.AsyncJudging``).
+        keep_frames: keep the frames that the environment returns.
 
     Raises:
         InvalidOptionError: another autoreset mode.
@@ -131,11 +132,13 @@ class EpisodeRunner:
         *,
         temperature: float = 0.0,
         judged: bool = True,
+        keep_frames: bool = True,
     ) -> None:
         mode = getattr(env, "autoreset_mode", None) or env.metadata.get("autoreset_mode")
         if mode != AutoresetMode.DISABLED:
             raise InvalidOptionError(f"episodes run with autoreset_mode='Disabled', but the environment has {mode}.")
-        self.env, self.policy, self.temperature, self.judged = env, policy, temperature, judged
+        self.env, self.policy, self.temperature = env, policy, temperature
+        self.judged, self.keep_frames = judged, keep_frames
         self._rows: list[_Running | None] = [None] * env.num_envs
         self._images: UInt8Array | None = None
         self._begun = 0
@@ -200,7 +203,7 @@ class EpisodeRunner:
             episode.actions.append(actions[row])
             episode.reward += float(rewards[row])
             episode.verdicts.append(int(infos["verdict"][row]))
-            if "frames" in infos:
+            if self.keep_frames and "frames" in infos:
                 episode.frames.append(np.asarray(infos["frames"][row]).copy())
             given = episode.request.actions
             used_up = given is not None and len(episode.actions) == len(given)

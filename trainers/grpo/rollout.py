@@ -244,7 +244,9 @@ class GroupCollector:
         if wanted and possible:
             wrapper = env if isinstance(env, DualNoiseVerification) else None
             self._judging = AsyncJudging(env, wrapper.verifier if wrapper else None)
-        self._runner = EpisodeRunner(env, policy, temperature=temperature, judged=self._judging is None)
+        self._runner = EpisodeRunner(
+            env, policy, temperature=temperature, judged=self._judging is None, keep_frames=False
+        )
 
     def close(self) -> None:
         """End the threads that wait for verdicts."""

@@ -96,7 +96,8 @@ def parse_seeds(seed: Any, num_envs: int) -> list[int | None]:
     if isinstance(seed, int | np.integer):
         first = parse_positive_int("seed", seed, minimum=0)
         return [first + row for row in range(num_envs)]
-    if isinstance(seed, str | bytes | Mapping) or not hasattr(seed, "__len__"):
+    unsized = not hasattr(seed, "__len__") or getattr(seed, "shape", None) == ()  # an array or tensor of no dimension
+    if unsized or isinstance(seed, str | bytes | Mapping):
         raise InvalidOptionError(f"seed={seed!r} must be None, an integer, or a sequence of {num_envs} of them.")
     if len(seed) != num_envs:
         raise InvalidOptionError(f"seed has {len(seed)} entries, but there are {num_envs} environments; give one each.")

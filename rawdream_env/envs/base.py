@@ -23,6 +23,7 @@ from rawdream_env.config import (
     check_reset_options,
     parse_autoreset_mode,
     parse_choice,
+    parse_device,
     parse_positive_int,
     parse_reset_mask,
     parse_seeds,
@@ -147,7 +148,7 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
         self.autoreset_mode = parse_autoreset_mode(autoreset_mode)
         self.output = parse_choice("output", output, ("numpy", "torch"))
         self.render_mode = parse_choice("render_mode", render_mode, (None, "rgb_array", "rgb_tiles"))
-        self.device = str(device)
+        self.device = parse_device(device)
         self.return_frames = bool(return_frames)
         self.end_on_success = bool(end_on_success)
         self.reflector: Reflector | None = None

@@ -224,7 +224,7 @@ def _instruction(data: Any, path: Path, task: str) -> str:
         found = "".join(words).strip()  # a string, or in some files a list of letters
     except TypeError as error:
         raise DatasetError(
-            f"{path}: language_instruction in problem_info is a {type(words).__name__}, expected text."
+            f"{path}: language_instruction in problem_info has type {type(words).__name__}, expected text."
         ) from error
     if not found and path.stem.endswith("_demo"):  # LIBERO: KITCHEN_SCENE3_turn_on_the_stove_demo.hdf5
         found = re.sub(r"^[A-Z_]+_SCENE\d+_", "", path.stem.removesuffix("_demo")).replace("_", " ")

@@ -1,7 +1,7 @@
-"""The vector environment every backend shares: one step is one action chunk.
+"""The vector environment that all backends share: one step is one action chunk.
 
 Dream, simulator and arm differ only in two hooks, ``_begin`` and ``_advance``. Seeds, autoreset, partial reset, checks
-of actions, infos, rendering and life cycle are here, once, so that all backends agree on them.
+of actions, infos, rendering and closing are implemented here, so that all backends agree on them.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ _UNSTARTED, _RUNNING, _OVER = 0, 1, 2
 
 @dataclass(frozen=True)
 class ChunkResult:
-    """What one chunk brought for n rows.
+    """The result of one chunk for n rows.
 
     ``frames`` uint8 (n, K, H, W, 3), or the last one alone, (n, 1, H, W, 3), where ``return_frames`` is off;
-    ``verdict`` int8 (n,): 1 success, 0 failure, -1 no statement or invalid; ``valid`` bool (n,): False where the judge
-    failed or the imagination broke down; ``ends`` bool (n,): the episode cannot go on whatever the horizon;
-    ``probability`` float64 (n,) of success, NaN where unknown, None when nobody gives one.
+    ``verdict`` int8 (n,): 1 success, 0 failure, -1 no verdict or invalid; ``valid`` bool (n,): False where the judge
+    failed or the frames are not finite; ``ends`` bool (n,): the episode ends before its horizon;
+    ``probability`` float64 (n,) of success, NaN where unknown, or None without probabilities.
     """
 
     frames: UInt8Array
@@ -67,14 +67,14 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
     ``single_action_space`` is ``Box(-1, 1, (chunk_len, 7), float32)``: per control step end-effector delta xyz, delta
     rotation, gripper (-1 open, +1 close). ``single_observation_space`` is
     ``Dict(image=Box(0, 255, (H, W, 3), uint8))``, the chunk's last frame. With ``output="torch"`` observations are
-    torch tensors on ``device``; all else stays numpy.
+    torch tensors on ``device``; everything else is numpy.
 
     ## Rewards and ends
     1.0 (float64) at the step where success is established, which also terminates; 0.0 otherwise. Truncated at
-    ``max_episode_steps`` chunks, and at once when the episode turned out invalid. With ``end_on_success=False`` episodes
-    go on to their horizon, so that a video shows whether a success lasts: the reward of 1.0 stays at the first success,
+    ``max_episode_steps`` chunks, and at once when the episode is invalid. With ``end_on_success=False`` episodes
+    continue to their horizon, so that a video shows whether a success lasts: the reward of 1.0 stays at the first success,
     ``terminations`` at the horizon says whether it holds there. With a ``reflector`` the rewards are its own, and it
-    terminates the episodes it takes for finished (:mod:`rawdream_env.envs.reflector`).
+    terminates the episodes that it judges finished (:mod:`rawdream_env.envs.reflector`).
 
     ## Infos
     Arrays with ``_key`` masks: ``instruction`` (object), ``task_id`` (int64), ``is_success`` (bool), ``verdict`` (int8:
@@ -89,7 +89,7 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
     ``reset(options={"reset_mask": mask})``; stepping when all rows are over raises ``ResetNeededError``.
 
     ## Seeds
-    ``reset(seed=s)`` gives row i the seed s + i; a list gives one per row, None meaning "go on". Episode e of a row is
+    ``reset(seed=s)`` gives row i the seed s + i; a list gives one per row, None meaning "continue". Episode e of a row is
     a function of the row's seed, e and the actions; never of ``num_envs`` or of other rows. Resetting without a seed
     begins the row's next episode.
     """
@@ -136,7 +136,7 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
         end_on_success: bool = True,
         reflector: Mapping[str, Any] | Reflector | None = None,
     ) -> None:
-        """Set the spaces up; ``frame_shape`` (H, W, 3), ``max_episode_steps`` in chunks, ``fps`` in Hz. ``reflector``: a
+        """Set up the spaces; ``frame_shape`` (H, W, 3), ``max_episode_steps`` in chunks, ``fps`` in Hz. ``reflector``: a
         ``Reflector`` or its options.
 
         Raises:
@@ -220,7 +220,7 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
         Args:
             seed: None, an integer (row i gets seed + i) or one per row; see the class docstring.
             options: ``reset_mask``: boolean (num_envs,) array, reset only these rows. ``starts``: a ``Start`` or None
-                per row, to begin from. ``seed``: the same as the argument, for wrappers that pass integers only.
+                per row, to begin from. ``seed``: the same as the argument, for wrappers that only pass integers.
                 ``judge``: False leaves the episodes that begin here unjudged (``verdict`` -1 at their end), for callers who
                 judge the videos themselves.
 
@@ -287,16 +287,16 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
         return self._observe(self._images), rewards, terminations, truncations, infos
 
     def attach_reflector(self, reflector: Reflector) -> None:
-        """Let ``reflector`` give the rewards and predict the ends from now on. Call ``reset()`` afterwards.
+        """Use ``reflector`` for rewards and predicted ends from now on. Call ``reset()`` afterwards.
 
         Raises:
             InvalidOptionError: there is one already, or ``return_frames`` is off (its judge is shown every frame).
         """
         if self.reflector is not None:
-            raise InvalidOptionError("this environment has a reflector already; make another environment.")
+            raise InvalidOptionError("this environment already has a reflector; create another environment.")
         if not self.return_frames:
             raise InvalidOptionError(
-                "a reflector shows its judge every frame: make the environment with return_frames=True."
+                "a reflector shows its judge every frame: create the environment with return_frames=True."
             )
         self.reflector = reflector
         self._phase[:] = _UNSTARTED
@@ -313,7 +313,7 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
             raise ResetNeededError("render() was called before reset(); call reset() first.")
         return tuple(self._images.copy()) if self.render_mode == "rgb_array" else tile(self._images)
 
-    # ---- looking inside ----------------------------------------------------------------------------------------
+    # ---- inspection -------------------------------------------------------------------------------------------
 
     @property
     def task_description(self) -> tuple[str, ...]:
@@ -349,7 +349,7 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
         return start
 
     def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """Attribute or method ``name``, one value per row; what belongs to no single row is repeated."""
+        """Attribute or method ``name``, one value per row; values that do not belong to one row are repeated."""
         value = getattr(self, name)
         if name in self._ROW_ATTRIBUTES:
             return tuple(value)
@@ -376,11 +376,11 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
             values = values[0]
         setattr(self, name, values)
 
-    # ---- inner workings ----------------------------------------------------------------------------------------
+    # ---- internals --------------------------------------------------------------------------------------------
 
     def _require_open(self, what: str) -> None:
         if self.closed:
-            raise ClosedEnvironmentError(f"{what}() was called on a closed environment; make a new one.")
+            raise ClosedEnvironmentError(f"{what}() was called on a closed environment; create a new one.")
 
     def _restart(
         self,
@@ -390,7 +390,7 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
         *,
         judged: bool = True,
     ) -> None:
-        """Begin the next episode of ``rows``; counters move only when that worked."""
+        """Begin the next episode of ``rows``."""
         keys: list[NoiseKey] = []
         base: int | None = None
         for row in rows:
@@ -444,22 +444,22 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
         terminated: NDArray[np.bool_],
         over: NDArray[np.bool_],
     ) -> tuple[ChunkResult, NDArray[np.bool_], NDArray[np.bool_], NDArray[np.float64]]:
-        """The chunk as the reflector sees it: its verdict at an episode's end, its rewards, and the ends it predicts."""
-        said = reflector.reflect(rows.tolist(), result.frames, result.valid, self.fps)
-        outcomes = np.array([verdict.outcome for verdict in said.verdicts], np.int8)
-        terminated, over = terminated | said.done, over | said.done
+        """The result with the reflector's verdicts at episode ends, its rewards and its predicted ends."""
+        answer = reflector.reflect(rows.tolist(), result.frames, result.valid, self.fps)
+        outcomes = np.array([verdict.outcome for verdict in answer.verdicts], np.int8)
+        terminated, over = terminated | answer.done, over | answer.done
         self._record_verdicts(
-            rows[over], [verdict for verdict, ended in zip(said.verdicts, over, strict=True) if ended]
+            rows[over], [verdict for verdict, ended in zip(answer.verdicts, over, strict=True) if ended]
         )
         verdict = np.where(over, outcomes, -1).astype(np.int8)
-        seen = replace(result, verdict=verdict, valid=outcomes >= 0, probability=said.probability)
-        return seen, terminated, over, said.rewards
+        seen = replace(result, verdict=verdict, valid=outcomes >= 0, probability=answer.probability)
+        return seen, terminated, over, answer.rewards
 
     def _finish(self, rows: Rows) -> None:
         """Hook: the episodes of ``rows`` are over."""
 
     def _record_verdicts(self, rows: Rows, verdicts: Sequence[Verdict]) -> None:
-        """Hook: the reflector's ``verdicts`` are those of the episodes of ``rows``."""
+        """Hook: record the reflector's ``verdicts`` for the episodes of ``rows``."""
 
     def _put_info(self, infos: Infos, rows: Rows, verdict: NDArray[np.int8], valid: NDArray[np.bool_]) -> None:
         starts = [self.start_of(row) for row in rows.tolist()]

@@ -73,7 +73,7 @@ class PiperRenderer:
             RendererError: no OpenGL on this machine, or it was opened before this process was forked.
         """
         if self._closed:
-            raise RendererError("the renderer is closed; make a new PiperTwin or PiperWorkers.")
+            raise RendererError("the renderer is closed; create a new PiperTwin or PiperWorkers.")
         if not hasattr(self._contexts, "renderer"):
             self._contexts.renderer = self._open()
         renderer = self._contexts.renderer

@@ -1,6 +1,6 @@
-"""MuJoCo twin of the Piper tabletop: what really happens when the arm follows its commands.
+"""MuJoCo simulation of the Piper tabletop.
 
-10 Hz control, 4 ms physics. An action moves a commanded tool pose (``piper_geometry.integrate_action``), closed-form
+10 Hz control, 4 ms physics. An action moves a commanded tool pose (``geometry.integrate_action``), closed-form
 inverse kinematics turns it into joint targets and position servos follow, so the arm lags the command by about 7 mm.
 """
 
@@ -46,7 +46,7 @@ def _numbers(action: Any) -> FloatArray:
 
 @dataclass(frozen=True)
 class TwinState:
-    """Everything that an episode's future depends on, apart from the actions to come."""
+    """The complete state of an episode: with equal actions, equal states have equal futures."""
 
     physics: FloatArray
     warnings: int
@@ -57,7 +57,7 @@ class TwinState:
 
 
 class PiperTwin:
-    """The tabletop as it would really be: seven objects of which an episode shows two to four.
+    """The simulated tabletop: seven objects, of which an episode shows two to four.
 
     Args:
         image_size: side of the square picture in pixels.
@@ -207,7 +207,9 @@ class PiperTwin:
     def frame(self) -> UInt8Array:
         """What the camera sees now, uint8 (H, W, 3)."""
         if self._renderer is None:
-            raise RendererError("this PiperTwin was made with render=False; make one with render=True to see frames.")
+            raise RendererError(
+                "this PiperTwin was created with render=False; create one with render=True to draw frames."
+            )
         return self._renderer.draw(self.data)
 
     def proprio(self) -> Float32Array:
@@ -245,11 +247,11 @@ class PiperTwin:
         return bool(self.relations()[relation_index(goal.relation)])
 
     def close(self) -> None:
-        """Free the renderer; again is harmless."""
+        """Free the renderer. Closing again does nothing."""
         if self._renderer is not None and self._owns_renderer:
             self._renderer.close()
 
-    # --- its state ---------------------------------------------------------------------------------------------------
+    # --- state -------------------------------------------------------------------------------------------------------
     def state(self) -> TwinState:
         """The state now; ``restore`` takes it, in this twin or another."""
         physics = np.empty(mujoco.mj_stateSize(self.model, _WHOLE_STATE))
@@ -258,7 +260,7 @@ class PiperTwin:
         return TwinState(physics, warnings, self.present, self.task, self.pose.copy(), self._joints.copy())
 
     def restore(self, state: TwinState) -> None:
-        """Go on exactly from ``state``: the same frames and the same future, bit by bit."""
+        """Continue from ``state``; frames and later states are bit-identical."""
         self.present, self.task = state.present, state.task
         self.pose, self._joints = state.pose.copy(), state.joints.copy()
         mujoco.mj_resetData(self.model, self.data)

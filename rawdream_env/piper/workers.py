@@ -1,4 +1,4 @@
-"""Many twins behind one batched interface, in this process or spread over worker processes.
+"""Batched Piper simulation, in this process or in worker processes.
 
 Row i is the same whatever the number of workers: an episode depends only on its seed, task and actions. Each process
 draws all its rows with one renderer.
@@ -40,9 +40,9 @@ _SLICES = 60
 
 @dataclass(frozen=True)
 class PiperStep:
-    """What one chunk led to, for n rows.
+    """The result of one chunk for n rows.
 
-    ``frames`` uint8 (n, K, H, W, 3), or (n, 1, H, W, 3) when only the last was asked for; ``success`` bool (n,):
+    ``frames`` uint8 (n, K, H, W, 3), or (n, 1, H, W, 3) for the last one alone; ``success`` bool (n,):
     the task's relation holds at the end of the chunk; ``proprio`` float32 (n, 7); ``relations`` bool (n, R).
     """
 
@@ -82,7 +82,7 @@ class PiperWorkers:
 
     Args:
         num_envs: number of rows.
-        num_workers: 0 keeps them in this process; otherwise rows are dealt out to that many processes (spawned, so a
+        num_workers: 0 simulates in this process; otherwise the rows are split among that many processes (spawned, so a
             script needs the usual ``if __name__ == "__main__"`` guard).
         image_size: side of the frames in pixels.
         layout: "narrow" or "wide" (see ``PiperTwin.reset``).
@@ -146,7 +146,9 @@ class PiperWorkers:
         """Begin an episode in each of n rows (task None: free play); returns first frames uint8 (n, H, W, 3)."""
         rows = self._check_rows(rows)
         if not len(rows) == len(seeds) == len(tasks):
-            raise InvalidOptionError(f"{len(rows)} rows but {len(seeds)} seeds and {len(tasks)} tasks; give one each.")
+            raise InvalidOptionError(
+                f"{len(rows)} rows but {len(seeds)} seeds and {len(tasks)} tasks; pass one of each per row."
+            )
         for task in tasks:
             if task is not None:
                 find_task(task)
@@ -228,10 +230,10 @@ class PiperWorkers:
 
     def _check_rows(self, rows: Sequence[int]) -> list[int]:
         if self._closed:
-            raise ClosedEnvironmentError("these PiperWorkers are closed; make new ones.")
+            raise ClosedEnvironmentError("these PiperWorkers are closed; create new ones.")
         out = [int(row) for row in rows]
         if not out or len(set(out)) != len(out) or min(out) < 0 or max(out) >= self.num_envs:
-            raise InvalidOptionError(f"rows {out} must be different numbers in 0..{self.num_envs - 1}.")
+            raise InvalidOptionError(f"rows {out} must be distinct numbers from 0 to {self.num_envs - 1}.")
         return out
 
     def _call(self, name: str, rows: list[int], *args: Any) -> list[Any]:
@@ -303,5 +305,5 @@ class PiperWorkers:
         self.close()
         return SimulatorError(
             f"simulator worker {worker} (rows {self._rows_of(worker)}, exit code {code}) {what}, so all workers were "
-            "closed. Make a new environment" + (", with fewer workers if memory ran out." if code == -9 else ".")
+            "closed. Create a new environment" + (", with fewer workers if memory ran out." if code == -9 else ".")
         )

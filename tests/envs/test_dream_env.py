@@ -361,7 +361,7 @@ def test_replay_refuses_what_does_not_fit():
     small = Start(np.zeros((32, 32, 3), np.uint8), "x", proprio=np.zeros(7, np.float32))
     with pytest.raises(InvalidOptionError, match=r"\(32, 32, 3\)"):
         env.replay([type(good)(small, good.noise_key, good.actions)])
-    with pytest.raises(InvalidOptionError, match="Trajectory is needed"):
+    with pytest.raises(InvalidOptionError, match="expected a Trajectory"):
         env.replay([None])
     with pytest.raises(InvalidOptionError, match="which='last'"):
         env.trajectories(which="last")
@@ -386,7 +386,7 @@ def test_actions_are_checked_and_named():
     good = actions_for(env)
     for change, message in [
         (lambda a: a[0], r"shape \(8, 7\)"),
-        (lambda a: a[:1], r"\(4, 8, 7\) is needed"),
+        (lambda a: a[:1], r"expected \(num_envs, chunk_len, action_dim\) = \(4, 8, 7\)"),
         (lambda a: a.astype(complex), "complex"),
         (lambda a: a.astype(str), "dtype <U"),
         (lambda a: None, r"shape \(\)"),
@@ -439,8 +439,8 @@ def test_dead_rows_actions_are_not_looked_at():
         ({"starts": "nowhere"}, "nowhere"),
         ({"starts": []}, "empty"),
         ({"starts": 5}, "int"),
-        ({"judge": 5}, "int is no judge"),
-        ({"world_model": object()}, "without start, imagine"),
+        ({"judge": 5}, "int is not a judge: it lacks"),
+        ({"world_model": object()}, "it lacks start, imagine"),
         ({"world_model": NullWorldModel(), "num_inference_steps": 3}, "num_inference_steps"),
     ],
 )
@@ -458,9 +458,9 @@ def test_bad_options_are_named(kwargs, message):
         ([1, 2], None, "2 entries"),
         (None, {"reset_masks": None}, "reset_masks"),
         (None, {"reset_mask": [1, 0, 0, 0]}, "boolean"),
-        (None, {"reset_mask": np.zeros(4, bool)}, "False everywhere"),
+        (None, {"reset_mask": np.zeros(4, bool)}, "False for every row"),
         (None, {"starts": [None]}, "4 entries"),
-        (None, {"starts": [3, None, None, None]}, r"\[0\] is a int"),
+        (None, {"starts": [3, None, None, None]}, r"\[0\] has type int, expected a Start"),
         (3, {"seed": 3}, "once"),
         (None, [], "dict"),
     ],
@@ -565,7 +565,7 @@ def test_wrong_models_and_judges_are_named():
             state, frames = super().imagine(state, actions)
             return state, frames[:, :4]
 
-    with pytest.raises(RawDreamError, match=r"\(4, 4, 64, 64, 3\); \(4, 8, 64, 64, 3\)"):
+    with pytest.raises(RawDreamError, match=r"\(4, 4, 64, 64, 3\), expected \(4, 8, 64, 64, 3\)"):
         run(dream(world_model=Short()), 1)
     with pytest.raises(RawDreamError, match="0 verdicts for 4 videos"):
         run(dream(judge=lambda videos, instructions: []), 3)

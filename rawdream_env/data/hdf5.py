@@ -39,7 +39,7 @@ import numpy as np
 from rawdream_env.data import schema
 from rawdream_env.data.images import resize_frames
 from rawdream_env.data.lerobot import EpisodeData
-from rawdream_env.errors import DatasetError, MissingDependencyError
+from rawdream_env.errors import DatasetError, MissingDependencyError, shorten
 from rawdream_env.types import UInt8Array
 
 Flip = Literal["auto", "none", "vertical", "rotate180"]
@@ -270,7 +270,11 @@ def _timing(group: Any) -> Recorded | None:
 def _instruction(data: Any, group: Any, path: Path, task: str) -> str:
     """The instruction of a demonstration: its own, its file's, the one in the file name, or ``task``."""
     found = _json(group, path, "ep_meta").get("lang") or _json(data, path, "problem_info").get("language_instruction")
-    found = "".join(map(str, found)).strip() if isinstance(found, str | list) else ""  # some files: a list of letters
+    if not isinstance(found or "", str | list):
+        raise DatasetError(
+            f"{path}: language_instruction in problem_info has type {type(found).__name__}, expected text."
+        )
+    found = "".join(map(str, found or "")).strip()  # a string, or in some files a list of letters
     if not found and path.stem.endswith("_demo"):  # LIBERO: KITCHEN_SCENE3_turn_on_the_stove_demo.hdf5
         found = re.sub(r"^[A-Z_]+_SCENE\d+_", "", path.stem.removesuffix("_demo")).replace("_", " ")
     if not (found or task):
@@ -281,10 +285,12 @@ def _instruction(data: Any, group: Any, path: Path, task: str) -> str:
 def _fps(data: Any) -> float:
     path = Path(data.file.filename)
     arguments = _json(data, path, "env_args").get("env_kwargs")
-    fps = (arguments.get("control_freq") if isinstance(arguments, dict) else None) or DEFAULT_FPS
-    if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps <= schema.MAX_FPS:
-        raise DatasetError(f"{path}: env_args has control_freq {fps!r:.40}, expected Hz in (0, {schema.MAX_FPS}].")
-    return float(fps)
+    rate = (arguments.get("control_freq") if isinstance(arguments, dict) else None) or DEFAULT_FPS
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate <= schema.MAX_FPS:
+        raise DatasetError(
+            f"{path}: control_freq in env_args is {shorten(rate)}, expected a positive number (Hz) up to {schema.MAX_FPS}."
+        )
+    return float(rate)
 
 
 def _json(group: Any, path: Path, name: str) -> dict[str, Any]:

@@ -61,7 +61,7 @@ _EXPERTS = (("transformer", "transformer_2"), ("high_noise_model", "low_noise_mo
 
 
 def _added(name: str) -> bool:
-    """Whether a tensor belongs to the action path or the prompt, which Wan lacks."""
+    """Whether a tensor is one that Wan does not have."""
     return name.startswith(("condition_embedder.action_", "prompt_"))
 
 
@@ -113,7 +113,7 @@ def build_transformer(tensors: Tensors, config: WanConfig, where: str | Path) ->
 
 
 def _new_tensors(config: WanConfig) -> dict[str, Tensor]:
-    """The tensors that Wan lacks: the action path, random except for its last layer, which is zero, and a zero prompt."""
+    """Tensors that Wan does not have: the action path, random except for its last layer, which is zero, and a zero prompt."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         small = WanWorldModelTransformer(replace(config, num_layers=0))
@@ -195,8 +195,8 @@ def read_wan_transformer(
 ) -> WanWorldModelTransformer:
     """Wan's transformer as a world model, from a diffusers folder, a folder of Wan's release or one file.
 
-    ``latent_size``: rows and columns of a latent frame (pixels / 8). ``prompt`` (L, text_dim): the text embedding that the
-    model always sees; all zero when None. A folder with the two experts of Wan 2.2 is a ``CheckpointError``.
+    ``latent_size``: rows and columns of a latent frame (pixels / 8). ``prompt`` (L, text_dim): the fixed text embedding
+    of the model; all zero when None. A folder with the two experts of Wan 2.2 is a ``CheckpointError``.
     """
     base = wan_config("wan2.1-1.3b") if base is None else base
     path = Path(source)
@@ -261,15 +261,15 @@ class ConvertWanConfig:
     src: Annotated[str, Positional]
     """Folder of Wan2.1-T2V-1.3B in diffusers' layout or of Wan's own release, or the file of its transformer."""
     out: str
-    """Folder of the world model to write; it must not hold a model yet."""
+    """Folder to write the world model to; must not contain one."""
     vae: str = ""
-    """Folder or file of the VAE, if it is not at its usual place in SRC (vae/ or Wan2.1_VAE.pth)."""
+    """Folder or file of the VAE; by default vae/ or Wan2.1_VAE.pth in SRC."""
     image_size: int = 256
     """Height and width of the frames in pixels; a multiple of 16."""
     prompt: Literal["zero", "empty"] = "zero"
-    """The prompt that the model always sees: all zero, or Wan's empty prompt, which needs SRC/text_encoder."""
+    """The fixed prompt of the model: all zero, or Wan's empty prompt, which needs SRC/text_encoder."""
     fps: float = 10.0
-    """Frames per second of the robot data that the model is trained on."""
+    """Frames per second of the training data."""
 
 
 def convert_wan(config: ConvertWanConfig) -> Path:
@@ -293,4 +293,4 @@ def _find_vae(source: Path) -> Path:
     for place in (folder / "vae", folder / "Wan2.1_VAE.pth", folder / "Wan2.1_VAE.safetensors"):
         if place.exists():
             return place
-    raise CheckpointError(f"there is neither vae/ nor Wan2.1_VAE.pth in {folder}; set --vae to its path.")
+    raise CheckpointError(f"there is neither vae/ nor Wan2.1_VAE.pth in {folder}; give the VAE's path with --vae.")

@@ -21,6 +21,7 @@ from rawdream_env.data.video import encode_video
 from rawdream_env.errors import DatasetError
 from rawdream_env.trainers.world_model.latent_cache import CacheConfig, cache_latents, codec_fingerprint
 from rawdream_env.trainers.world_model.latent_dataset import LatentDataset
+from rawdream_env.trainers.world_model.latent_windows import DataEntry
 from rawdream_env.trainers.world_model.mixture import Mixture, MixtureEntry, normalise_actions
 from rawdream_env.world_models.autoencoders import AutoencoderConfig, PackedFrameAutoencoder
 
@@ -376,3 +377,10 @@ def test_public_folders_can_be_read_and_cached(tmp_path: Path, storage: str) -> 
     dataset = LatentDataset(cache_latents(reader, MeanCodec(), tmp_path / "cache", CONFIG))
     batch = Mixture([MixtureEntry(str(dataset.folder))]).draw(np.random.default_rng(0), 3, 1)
     assert (dataset.chunks.tolist(), batch.poses.shape, batch.actions.shape) == ([1, 2], (3, 3, 4, 0), (3, 3, 4, 10))
+
+
+def test_actions_in_other_units_need_a_named_embodiment(tmp_path: Path) -> None:
+    actions = write_data(tmp_path, scale=10, lengths=(16,)).episode(0).actions
+    np.testing.assert_array_equal(DataEntry.parse(f"{tmp_path},embodiment=widow").reader().episode(0).actions, actions)
+    with pytest.raises(DatasetError, match=r"episode 0: actions reach 9\.\d+, but delta actions lie in \[-1, 1\]"):
+        DataEntry.parse(str(tmp_path)).reader().episode(0)

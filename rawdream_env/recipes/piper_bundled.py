@@ -1,21 +1,20 @@
-"""Make the bundled models from scratch with one command: world model, judge, policy, starts, numbers, model card.
+"""Train the bundled models from scratch with one command: world model, judge, policy, starts, measurements, model card.
 
-    rawdream models train --preset cpu     hours on 2 cores; the model card says how many
+    rawdream models train --preset cpu     hours on 2 cores (the model card lists them)
     rawdream models train --preset gpu     the same recipe with more data and more steps, on a CUDA device
 
-The stages, in order: collect play -> pre-train the policy on it -> let that policy act on instructions that are no
-task's -> train the world model on play and these rollouts -> imagine clips of other play -> train the judge on
-all of it -> collect 3 demonstrations per task -> fine-tune the policy on them -> render the starts -> put the checkpoints
-together -> measure everything -> write the model card. Nothing but the three demonstrations per task and the final
-measurement knows of the four tasks (paper section 3: task-agnostic).
+The stages, in order: collect play -> pre-train the policy on it -> collect rollouts of that policy on instructions of no
+task -> train the world model on play and rollouts -> imagine clips of other play -> train the judge on play, rollouts and
+clips -> collect 3 demonstrations per task -> fine-tune the policy on them -> render the starts -> assemble the checkpoints
+-> measure -> write the model card. Only the three demonstrations per task and the final measurement use the four tasks
+(paper section 3: task-agnostic).
 
-Why rollouts of the pre-trained policy: reinforcement learning drives the dream with sampled action tokens, which jitter
-as scripted play never does, and a world model is only as good as its data are near (paper section 4 has tele-operated
-play beside its policies).
+Rollouts of the pre-trained policy are part of the data because reinforcement learning drives the world model with sampled
+action tokens, which are noisier than scripted play (the paper's section 4 uses tele-operated play beside policy rollouts).
 
-Each stage leaves a marker in ``out/stages`` when it is complete, with its settings and the hours it took, and is
-skipped from then on; an interrupted stage resumes from its trainer's last checkpoint. A marker made with other settings,
-here or in a stage this one builds on, stops the command: give another ``out``, or delete the marker and the folder.
+A complete stage writes a marker into ``out/stages`` with its settings and the hours it took, and is skipped when the command
+is rerun; an interrupted stage resumes from its trainer's last checkpoint. When the settings of a marker, or of a stage it
+needs, differ, the command stops: choose another ``out``, or delete the marker and the stage's folder.
 """
 
 from __future__ import annotations
@@ -59,24 +58,24 @@ class EmbeddedConfig:
     out: Path = Path("runs/embedded")
     """Folder for data, runs and, in ``assets``, the finished models. Rerun the same command to resume."""
     preset: Literal["cpu", "gpu", "smoke"] = "cpu"
-    """How much data and training. smoke: a little of everything, to see that it runs; its models are useless."""
+    """Amount of data and training. smoke: a minimal run that tests the recipe; its models are useless."""
     device: str = ""
     """Torch device; empty: cuda for the gpu preset, else cpu."""
     workers: int = 2
     """Simulator processes."""
     seed: int = 0
-    """Names every random draw."""
+    """Seed of every random draw."""
     until: str = ""
     """Stop after this stage."""
     install: bool = False
-    """Copy the finished models over those of the installed package."""
+    """Replace the models of the installed package by the finished ones."""
     progress: bool = True
     """Show progress bars."""
 
 
 @dataclass(frozen=True)
 class EmbeddedResult:
-    """``assets``: the folder of the models (None when ``until`` ended earlier); ``hours`` per stage."""
+    """``assets``: the folder of the models (None when ``until`` stopped earlier); ``hours``: hours of each stage."""
 
     assets: Path | None
     hours: dict[str, float]
@@ -91,7 +90,7 @@ def train_embedded(config: EmbeddedConfig) -> EmbeddedResult:
     """Run the stages that are not complete yet.
 
     Raises:
-        InvalidOptionError: no such stage, or no such device.
+        InvalidOptionError: unknown stage, or no such device.
         RunDirError: ``out`` holds stages made with other settings.
     """
     device = config.device or ("cuda" if config.preset == "gpu" else "cpu")
@@ -119,7 +118,7 @@ def recipe(config: EmbeddedConfig, scale: Scale) -> list[Stage]:
 
 
 class Paths:
-    """Where everything lies under ``out``."""
+    """Folders under ``out``."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
@@ -156,7 +155,7 @@ def _play_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[Sta
         return replace(source, tasks=OTHER_RELATIONS, action_noise=0.1)
 
     pretrain = _pretrain(config, scale, paths)
-    # Other seeds, other scenes: what the world model is tested on, and imagines for the judge, it has not seen.
+    # Different seeds give different scenes: the world model is tested, and imagines clips, on scenes it was not trained on.
     return [
         _collect_stage("play", play(paths.play, scale.play, config.seed)),
         _collect_stage("other_play", play(paths.other_play, scale.other_play, config.seed + 1)),
@@ -316,7 +315,7 @@ def _finish_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[S
 
 
 def measure(config: EmbeddedConfig, scale: Scale, paths: Paths) -> dict[str, Any]:
-    """World model on held-out play; policy in dream and simulator, with the judge's errors; judge on held-out clips."""
+    """Measure the world model on held-out play, the policy in dream and simulator, and the judge on held-out clips."""
     model = read_world_model(paths.assets / "world_model").to(config.device)
     reader = LeRobotReader(paths.held_out)
     fidelity = evaluate_fidelity(model, episodes_from_dataset(reader), progress=config.progress)
@@ -344,14 +343,14 @@ def measure(config: EmbeddedConfig, scale: Scale, paths: Paths) -> dict[str, Any
 
 
 def _forget_folders(path: Path) -> None:
-    """Keep only the names of the data folders in a checkpoint that will be passed on."""
+    """Keep only the names of the data folders in a checkpoint that is published."""
     content = json.loads(path.read_text(encoding="utf-8"))
     content["metadata"]["data"] = [Path(folder).name for folder in content["metadata"].get("data", [])]
     atomic_write_json(path, content)
 
 
 def _settings(config: Any) -> dict[str, Any]:
-    """What a stage depends on: its configuration without folders, which ``needs`` covers, and without the progress bar."""
+    """The settings of a stage: its configuration without folders (covered by ``needs``) and without the progress bar."""
     left_out = ("data", "out", "run_dir", "robot", "world_model", "imagined", "init", "replay", "progress")
     return {key: value for key, value in asdict(config).items() if key not in left_out}
 

@@ -16,9 +16,9 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from rawdream_env.errors import CheckpointError, InvalidOptionError, RawDreamError
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
 PathLike = str | os.PathLike[str]
+M = TypeVar("M", bound="Module")
 MANIFEST = "manifest.json"
 SKIP_CHECKSUMS = "RAWDREAM_SKIP_CHECKSUMS"
 
@@ -251,14 +252,24 @@ def load_tensors(path: PathLike) -> dict[str, Tensor]:
     return tensors
 
 
-def load_weights(module: Module, path: PathLike, config: str = "config.json") -> None:
-    """Load all tensors of ``path`` into ``module``, in the module's precision, or none.
+def load_module(build: Callable[[], M], path: PathLike, config: str = "config.json") -> M:
+    """``build()`` with all tensors of ``path``, or neither: names and shapes are compared on the meta device first, so that
+    sizes that the file does not have allocate nothing.
 
-    Raises ``CheckpointError`` as ``check_weights``.
+    Raises ``CheckpointError`` as ``check_weights``, and when ``build`` refuses its sizes.
     """
-    tensors, wanted = _read_safetensors(path), module.state_dict()
+    import torch
+
+    tensors = _read_safetensors(path)
+    try:
+        with torch.device("meta"):
+            wanted = build().state_dict()
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:  # of sizes that no layer can have
+        raise CheckpointError(f"{config} of {path} has impossible sizes ({error}); restore it from a copy.") from error
     check_weights(tensors, wanted, path, config)
+    module = build()
     module.load_state_dict({name: tensor.to(wanted[name].dtype) for name, tensor in tensors.items()})
+    return module
 
 
 def check_weights(

@@ -220,10 +220,11 @@ def test_demo_trains_compares_and_leaves_page_and_film(tmp_path, tiny_policy, ca
         ((0.1, 0.3), (0.05, 0.2), "the simulator confirms it"),
         ((0.1, 0.3), (-0.4, -0.1), "it learned where the dream is wrong"),
         ((-0.3, -0.1), (-0.4, -0.1), "really got worse"),
-        ((0.1, 0.3), (-0.1, 0.2), "neither gained nor lost clearly"),
+        ((0.1, 0.3), (-0.1, 0.2), "shows no clear change in the simulator"),
     ],
 )
 def test_table_says_what_the_gains_mean(dream, simulator, said):
+    from rawdream_env.evaluation.side_by_side.aggregate import conclusions
     from rawdream_env.evaluation.side_by_side.table import table
 
     def gain(ends):
@@ -233,7 +234,8 @@ def test_table_says_what_the_gains_mean(dream, simulator, said):
     part = {"dream": rate, "simulator": {**rate, "value": None, "n": 0}}
     before = {"name": "before", "all": part, "tasks": {"stack_block": part}}
     after = {**before, "name": "after", "gain": {"dream": gain(dream), "simulator": gain(simulator)}}
-    text = table({"policies": [before, after], "reference": "before"})
+    policies = [before, after]
+    text = table({"policies": policies, "reference": "before", "conclusions": conclusions(policies)})
     assert said in text.splitlines()[-1]
     assert "50.0 % [20.0, 80.0], n=10" in text and "not measured, n=0" in text
     assert f"dream: {50 * sum(dream):+.1f} points [{100 * dream[0]:+.1f}, {100 * dream[1]:+.1f}], n=50 starts" in text
@@ -315,3 +317,10 @@ def test_whole_recipe_in_small(tmp_path, capsys):
         assert words in card
     assert cli.main(["models", "train", "--preset", "smoke", "--out", str(tmp_path), "--seed", "1"]) == 2
     assert "made with other settings" in capsys.readouterr().err
+
+
+def test_threads_do_not_spin_unless_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert cli.main(["--version"]) == 0 and os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert cli.main(["--version"]) == 0 and os.environ["OMP_WAIT_POLICY"] == "ACTIVE"

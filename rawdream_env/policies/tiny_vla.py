@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from rawdream_env import text
 from rawdream_env.errors import CheckpointError, InvalidOptionError
-from rawdream_env.files import atomic_write_json, load_weights, read_json, save_safetensors, sealed_folder
+from rawdream_env.files import atomic_write_json, load_module, read_json, save_safetensors, sealed_folder
 from rawdream_env.policies.action_tokens import NUM_TOKENS
 from rawdream_env.policies.base import TokenPolicy
 from rawdream_env.types import ACTION_DIM
@@ -262,8 +262,7 @@ class TinyVLA(TokenPolicy):
         """Load a folder written by ``save_pretrained``; names, shapes and finiteness are checked (``CheckpointError``)."""
         path = Path(folder)
         config = _read_config(path / "config.json")
-        policy = cls(config)
-        load_weights(policy, path / "model.safetensors")
+        policy = load_module(lambda: cls(config), path / "model.safetensors")
         return policy.to(device).eval()
 
 

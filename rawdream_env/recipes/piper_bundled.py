@@ -1,20 +1,20 @@
-"""Train the bundled models from scratch with one command: world model, judge, policy, starts, measurements, model card.
+"""Train the bundled models from scratch with one command: world model, judge, policy, starts, numbers, model card.
 
-    rawdream models train --preset cpu     hours on 2 cores (the model card lists them)
+    rawdream models train --preset cpu     takes hours on 2 cores; the model card lists them
     rawdream models train --preset gpu     the same recipe with more data and more steps, on a CUDA device
 
-The stages, in order: collect play -> pre-train the policy on it -> collect rollouts of that policy on instructions of no
-task -> train the world model on play and rollouts -> imagine clips of other play -> train the judge on play, rollouts and
-clips -> collect 3 demonstrations per task -> fine-tune the policy on them -> render the starts -> assemble the checkpoints
--> measure -> write the model card. Only the three demonstrations per task and the final measurement use the four tasks
-(paper section 3: task-agnostic).
+The stages, in order: collect play -> pre-train the policy on it -> run that policy on instructions that are not
+tasks -> train the world model on play and these rollouts -> imagine clips of other play -> train the judge on
+all of it -> collect 3 demonstrations per task -> fine-tune the policy on them -> render the starts -> copy the checkpoints
+-> evaluate everything -> write the model card. Only the three demonstrations per task and the final evaluation use the
+four tasks (paper section 3: task-agnostic).
 
-Rollouts of the pre-trained policy are part of the data because reinforcement learning drives the world model with sampled
-action tokens, which are noisier than scripted play (the paper's section 4 uses tele-operated play beside policy rollouts).
+Rollouts of the pre-trained policy are training data because RL acts in the dream with sampled action tokens, which jitter
+unlike scripted play, and a world model is only accurate near its data.
 
-A complete stage writes a marker into ``out/stages`` with its settings and the hours it took, and is skipped when the command
-is rerun; an interrupted stage resumes from its trainer's last checkpoint. When the settings of a marker, or of a stage it
-needs, differ, the command stops: choose another ``out``, or delete the marker and the stage's folder.
+A complete stage writes a marker to ``out/stages`` with its settings and duration, and is skipped from then on. An
+interrupted stage resumes from its trainer's last checkpoint. A marker with other settings, of this stage or of one that it
+depends on, stops the command: choose another ``out``, or delete the marker and the folder.
 """
 
 from __future__ import annotations
@@ -58,17 +58,17 @@ class EmbeddedConfig:
     out: Path = Path("runs/embedded")
     """Folder for data, runs and, in ``assets``, the finished models. Rerun the same command to resume."""
     preset: Literal["cpu", "gpu", "smoke"] = "cpu"
-    """Amount of data and training. smoke: a minimal run that tests the recipe; its models are useless."""
+    """Amount of data and training. smoke: a quick test of all stages; its models are useless."""
     device: str = ""
-    """Torch device; empty: cuda for the gpu preset, else cpu."""
+    """Torch device; default: cuda for the gpu preset, else cpu."""
     workers: int = 2
-    """Simulator processes."""
+    """Simulator processes; 0: none besides this one, -1: one per core."""
     seed: int = 0
-    """Seed of every random draw."""
+    """Seed of all random draws."""
     until: str = ""
-    """Stop after this stage."""
+    """Stop after this stage; default: run all."""
     install: bool = False
-    """Replace the models of the installed package by the finished ones."""
+    """Replace the models of the installed package with the finished ones."""
     progress: bool = True
     """Show progress bars."""
 

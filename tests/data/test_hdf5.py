@@ -162,6 +162,18 @@ def _spoil_json(data):
     data.attrs["env_args"] = "{"
 
 
+def _spoil_instruction(data):
+    data.attrs["problem_info"] = json.dumps({"language_instruction": 5})
+
+
+def _spoil_no_instruction(data):
+    data.attrs["problem_info"] = json.dumps({"language_instruction": None})
+
+
+def _spoil_rate(data):
+    data.attrs["env_args"] = json.dumps({"env_kwargs": {"control_freq": "fast"}})
+
+
 def _spoil_demos(data):
     for name in list(data):
         del data[name]
@@ -183,6 +195,9 @@ def _spoil_demos(data):
         (_spoil_state, r"b\.hdf5, /data/demo_1: no end-effector pose; obs holds \['agentview_rgb', 'ee_ori'"),
         (_spoil_camera, r"obs/agentview_rgb is float32 \(7, 16, 16, 3\), not uint8"),
         (_spoil_json, r"b\.hdf5: attribute env_args is no JSON"),
+        (_spoil_instruction, r"b\.hdf5: language_instruction in problem_info has type int, expected text"),
+        (_spoil_no_instruction, r"b\.hdf5 holds no instruction \(problem_info\): give one with --task"),
+        (_spoil_rate, r"b\.hdf5: control_freq in env_args is 'fast', expected a positive number"),
         (_spoil_demos, r"holds no demo_0, demo_1"),
     ],
 )

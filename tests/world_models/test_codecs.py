@@ -274,6 +274,8 @@ def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
         ({"latents_std": [0.0] * 16}, "the second above 0"),
         ({"latents_mean": None}, "latents_mean None"),
         ({"base_dim": "wide"}, "describes no Wan VAE"),
+        ({"base_dim": 10**9}, "describes no Wan VAE: base_dim is 1000000000, expected 1 to 1024"),
+        ({"num_res_blocks": 10**9}, "not the VAE of Wan 2.1: .*num_res_blocks"),  # before it is built
     ]:
         path.write_text(json.dumps({**good, **change}))
         refused(tmp_path, message)

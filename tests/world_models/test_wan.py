@@ -343,7 +343,7 @@ def test_convert_wan_says_what_is_wrong(wan_release: Path, tmp_path: Path, capsy
         return capsys.readouterr().err
 
     nothing, target = str(tmp_path / "nothing"), str(tmp_path / "wm")
-    assert "say where the VAE is with --vae" in says(nothing, target)
+    assert "give the VAE's path with --vae" in says(nothing, target)
     assert "image_size must be a multiple of 16" in says(str(wan_release), target, "--image-size", "100")
     vae = str(wan_release / "vae")
     assert "neither a folder nor a file" in says(nothing, target, "--vae", vae, "--image-size", "64")

@@ -5,9 +5,23 @@ Errors that a user can cause also derive from ``ValueError`` or ``RuntimeError``
 
 from __future__ import annotations
 
+MAX_MESSAGE = 600
+"""Characters of an error's message: about three lines of a terminal and a path."""
+
 
 class RawDreamError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base of every error this package raises on purpose.
+
+    Messages quote foreign files. ``str`` replaces control characters and shortens the middle, so that what happened and
+    what to do next stay readable; ``args`` has the whole text.
+    """
+
+    def __str__(self) -> str:
+        """The message, printable and at most about ``MAX_MESSAGE`` long."""
+        text = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in super().__str__())
+        if len(text) <= MAX_MESSAGE:
+            return text
+        return f"{text[: MAX_MESSAGE - 200]} ... {text[-190:]}"
 
 
 class InvalidActionError(RawDreamError, ValueError):

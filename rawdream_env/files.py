@@ -31,6 +31,8 @@ PathLike = str | os.PathLike[str]
 M = TypeVar("M", bound="Module")
 MANIFEST = "manifest.json"
 SKIP_CHECKSUMS = "RAWDREAM_SKIP_CHECKSUMS"
+MAX_JSON_BYTES = 64 * 2**20
+"""Largest JSON file that is read."""
 
 
 def require_regular(path: PathLike) -> None:
@@ -123,13 +125,20 @@ def atomic_write_json(path: PathLike, value: Any) -> None:
     atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def read_text(path: PathLike) -> str:
+    """The UTF-8 text of a small file; ``OSError`` for a named pipe or a file of more than ``MAX_JSON_BYTES``."""
+    require_regular(path)
+    if (size := os.stat(path).st_size) > MAX_JSON_BYTES:
+        raise OSError(f"{path} has {size} bytes, expected at most {MAX_JSON_BYTES}")
+    return Path(path).read_text(encoding="utf-8")
+
+
 def read_json(
     path: PathLike, advice: str = "check the path, or copy the file again", error: type[RawDreamError] = CheckpointError
 ) -> dict[str, Any]:
     """The JSON object in a file. Raises ``error``, ending with ``advice``, when it is missing or holds anything else."""
     try:
-        require_regular(path)
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(read_text(path))
     except FileNotFoundError as reason:
         raise error(f"{path} is missing; {advice}.") from reason
     except (OSError, ValueError, RecursionError) as reason:  # RecursionError: deep nesting

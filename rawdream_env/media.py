@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
@@ -30,6 +31,19 @@ from rawdream_env.types import UInt8Array
 CODEC = "libx264"
 MAX_BYTES = 4 * 2**30
 """Limit on the frames of one file: half a million of 64x64 pixels, or eleven minutes of 640x480 at 10 Hz."""
+
+
+MAX_PIXELS = 2**26
+"""Limit on one still picture: 8192x8192."""
+_OPEN: dict[str, Any] = {
+    "options": {
+        "format_whitelist": "mov,matroska,webm,avi,gif,mpegts,mpeg,mpegvideo,flv,ogg,asf,apng,h264,hevc,ivf,m4v",
+        "protocol_whitelist": "file",
+    }
+}
+"""FFmpeg also reads playlists, which name other files and addresses; only files that hold their own frames are opened."""
+_PICTURES = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""Pillow also reads PostScript, which it passes to another program."""
 
 
 def has_h264() -> bool:
@@ -108,7 +122,7 @@ def frames_at(path: Path, times: Sequence[float] | NDArray[np.float64], toleranc
     reformatter = VideoReformatter()
     try:
         require_regular(path)
-        with av.open(str(path)) as container:
+        with av.open(str(path), **_OPEN) as container:
             stream = container.streams.video[0]
             stream.thread_type = "NONE"
             if times[0] > 0 and stream.time_base is not None:
@@ -148,9 +162,9 @@ def read_video(path: Path) -> tuple[UInt8Array, float]:
     size = 0
     try:
         require_regular(path)
-        with av.open(str(path)) as container:
+        with av.open(str(path), **_OPEN) as container:
             rotation = next(iter(container.decode(video=0))).rotation
-        with iio.imopen(path, "r", plugin="pyav") as file:
+        with iio.imopen(path, "r", plugin="pyav", **_OPEN) as file:
             rate = float(file.metadata().get("fps") or 0.0)
             for frame in file.iter(format="rgb24"):
                 frames.append(np.asarray(frame, np.uint8))
@@ -206,5 +220,16 @@ def read_picture(source: Path | BinaryIO) -> UInt8Array:
     Raises:
         OSError, ValueError: the file is missing, or no picture.
     """
-    with Image.open(source) as picture:
-        return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"), dtype=np.uint8)
+    with open_picture(source) as picture:
+        return np.asarray(picture, dtype=np.uint8)
+
+
+@contextmanager
+def open_picture(source: Path | BinaryIO) -> Iterator[Image.Image]:
+    """A picture in RGB and upright; errors as ``read_picture``."""
+    if isinstance(source, Path):
+        require_regular(source)
+    with Image.open(source, formats=_PICTURES) as picture:
+        if picture.width * picture.height > MAX_PIXELS:
+            raise ValueError(f"{picture.width}x{picture.height} pixels, expected at most {MAX_PIXELS}")
+        yield ImageOps.exif_transpose(picture).convert("RGB")

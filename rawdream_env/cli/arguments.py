@@ -19,6 +19,7 @@ from typing import Any, get_args, get_type_hints
 from rawdream_env.cli.commands import Command
 from rawdream_env.config import parse_device, parse_dtype, parse_workers
 from rawdream_env.errors import InvalidOptionError
+from rawdream_env.files import read_text
 
 
 def parse(name: str, command: Command, words: Sequence[str]) -> tuple[Any, list[str]]:
@@ -118,7 +119,7 @@ def words_of_file(path: Path, kind: type, command: Command) -> tuple[list[str], 
     import yaml
 
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
         values = yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise InvalidOptionError(f"--config {path} cannot be read ({' '.join(str(error).split())}).") from error

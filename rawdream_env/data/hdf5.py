@@ -35,17 +35,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rawdream_env.data import schema
 from rawdream_env.data.images import resize_frames
 from rawdream_env.data.lerobot import EpisodeData
-from rawdream_env.errors import DatasetError, MissingDependencyError, shorten
+from rawdream_env.errors import DatasetError, MissingDependencyError, RawDreamError, shorten
+from rawdream_env.files import require_regular
 from rawdream_env.types import UInt8Array
 
 Flip = Literal["auto", "none", "vertical", "rotate180"]
 Recorded = Literal["before", "after"]
 Timing = Literal["auto", "before", "after"]
 
+MAX_BYTES = 2**31
+"""Largest size of one array of a demonstration."""
 DEFAULT_FPS = 20.0
 """Control frequency of LIBERO and robomimic, for files that do not state it."""
 _STATES = (
@@ -93,9 +97,12 @@ def open_hdf5(path: Path) -> Iterator[Any]:
             "reading HDF5 demonstrations needs h5py, which is not installed: pip install 'rawdream-env[hdf5]'."
         ) from error
     try:
+        require_regular(path)
         with h5py.File(path, "r") as file:
             yield file
-    except (OSError, KeyError, RuntimeError, TypeError, AttributeError) as error:  # h5py, where a kind is unexpected
+    except RawDreamError:
+        raise
+    except (OSError, LookupError, ValueError, RuntimeError, TypeError, AttributeError) as error:  # unexpected kinds
         raise DatasetError(
             f"{path} is missing, damaged or no HDF5 file ({type(error).__name__}: {error}). Download it again."
         ) from error
@@ -128,12 +135,12 @@ def list_demos(
     with open_hdf5(path) as file:
         if "data" not in file:
             raise DatasetError(f"{path} has no group 'data' but {sorted(file)}: it is no LIBERO or robomimic file.")
-        data = file["data"]
+        data = _own(file, "data")
         names = sorted((n for n in data if re.fullmatch(r"demo_\d+", n)), key=lambda n: int(n[5:]))
         if not names:
             raise DatasetError(f"{path}: 'data' holds no demo_0, demo_1, ... but {sorted(data)[:5]}.")
         fps = _fps(data)
-        groups = {f"{label}:{name}": data[name] for name in names if f"{label}:{name}" not in skip}
+        groups = {f"{label}:{name}": _own(data, name) for name in names if f"{label}:{name}" not in skip}
         tasks = {name: _instruction(data, group, path, task) for name, group in groups.items()}
         demos = [
             _describe(group, path, name, camera, tasks[name], fps, "before" if timing == "auto" else timing)
@@ -150,7 +157,9 @@ def _describe(group: Any, path: Path, label: str, camera: str, task: str, fps: f
     missing = [key for key in ("actions", "obs") if key not in group]
     if missing:
         raise DatasetError(f"{path}, {group.name}: lacks {missing}; it holds {sorted(group)}. {advice}")
-    obs = group["obs"]
+    obs = _own(group, "obs")
+    for name in obs:
+        _own(obs, name)
     found = [name for name in (camera, f"{camera}_rgb", f"{camera}_image") if name in obs]
     pictures = sorted(name for name in obs if obs[name].ndim == 4)
     if not found:
@@ -196,9 +205,9 @@ def read_demo(demo: Demo, *, image_size: int | None = 256, flip: Flip = "auto", 
         group = file[demo.name]
         obs = group["obs"]
         parts = next(parts for parts in _STATES if all(part in obs for part in parts))
-        actions = np.asarray(group["actions"], dtype=np.float32)
-        state = np.concatenate([np.asarray(obs[p], np.float32).reshape(len(actions), -1) for p in parts], axis=1)
-        frames = turn(np.asarray(obs[demo.camera]), _flip(file["data"], demo.camera) if flip == "auto" else flip)
+        actions = _values(group, "actions", np.float32)
+        state = np.concatenate([_values(obs, p, np.float32).reshape(len(actions), -1) for p in parts], axis=1)
+        frames = turn(_values(obs, demo.camera, np.uint8), _flip(file["data"], demo.camera) if flip == "auto" else flip)
         after = (demo.timing if timing == "auto" else timing) == "after"
     for name, values in (("actions", actions), ("the state", state)):
         bad = np.flatnonzero(~np.isfinite(values).all(1))
@@ -212,6 +221,30 @@ def read_demo(demo: Demo, *, image_size: int | None = 256, flip: Flip = "auto", 
         frames = resize_frames(frames, (image_size, image_size))
     kept = actions[1:] if after else actions[:-1]
     return EpisodeData(np.ascontiguousarray(frames), np.clip(kept, -1, 1), state, demo.task)
+
+
+def _own(group: Any, name: str) -> Any:
+    """A member of a group, which is not a link to another file."""
+    link = group.get(name, getlink=True)
+    if hasattr(link, "filename"):
+        raise DatasetError(
+            f"{group.file.filename}: {group.name}/{name} is a link to {link.filename}. Copy it into this file (h5repack)."
+        )
+    return group[name]
+
+
+def _values(group: Any, name: str, dtype: Any) -> NDArray[Any]:
+    """A data set as an array. Refuses values in other files, and sizes that no demonstration has."""
+    data = _own(group, name)
+    where = f"{group.file.filename}, {group.name}/{name}"
+    if data.file != group.file or data.external or data.is_virtual:
+        raise DatasetError(f"{where}: its values are in another file. Copy them into this one (h5repack).")
+    if data.size * max(data.dtype.itemsize, np.dtype(dtype).itemsize) > MAX_BYTES:
+        raise DatasetError(
+            f"{where}: shape {data.shape} of {data.dtype} needs more than {MAX_BYTES >> 20} MiB. Cut the demonstration "
+            "into shorter ones."
+        )
+    return np.asarray(data[()], dtype)
 
 
 def turn(frames: UInt8Array, flip: Flip) -> UInt8Array:
@@ -248,10 +281,10 @@ def _timing(group: Any) -> Recorded | None:
 
     A robot with a mobile base has the joints of its base in front of those of the arm, so the arm's are searched for.
     """
-    joints = next((np.asarray(group["obs"][name], np.float64) for name in _JOINTS if name in group["obs"]), None)
+    joints = next((_values(group["obs"], name, np.float64) for name in _JOINTS if name in group["obs"]), None)
     if joints is None or joints.ndim != 2 or "states" not in group or group["states"].ndim != 2:
         return None
-    states = np.asarray(group["states"], np.float64)
+    states = _values(group, "states", np.float64)
     if len(states) != len(joints):
         return None
     width = joints.shape[1]

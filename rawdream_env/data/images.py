@@ -14,7 +14,6 @@ from PIL import Image
 
 from rawdream_env.data.metadata import inside
 from rawdream_env.errors import DatasetError, shorten
-from rawdream_env.files import require_regular
 from rawdream_env.media import read_picture
 from rawdream_env.types import UInt8Array
 
@@ -50,8 +49,6 @@ def decode_pictures(column: pa.ChunkedArray, root: Path) -> UInt8Array:
             raise DatasetError(f"{root}: the picture of row {row} is {shorten(cell)}, expected bytes or a path.")
         source = io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else inside(root, cell["path"])
         try:
-            if isinstance(source, Path):
-                require_regular(source)
             pictures.append(read_picture(source))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # as Pillow's formats do
             raise DatasetError(

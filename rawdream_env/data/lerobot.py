@@ -9,7 +9,8 @@ Shape letters: N actions in an episode (N + 1 frames), F rows, H W image size, A
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ from numpy.typing import NDArray
 from rawdream_env.data import schema
 from rawdream_env.data.reader import Episode, EpisodeArrays, LeRobotReader
 from rawdream_env.data.video import PIX_FMT, encode_video
-from rawdream_env.errors import DatasetError
+from rawdream_env.errors import DatasetError, RawDreamError, shorten
 from rawdream_env.files import atomic_write_bytes, atomic_write_json
 from rawdream_env.types import Float32Array, UInt8Array
 
+MAX_TASKS = 1_000_000
+"""Largest number of tasks of a data set that is resumed."""
 __all__ = ["Episode", "EpisodeArrays", "EpisodeData", "LeRobotReader", "LeRobotWriter", "ShardWriter"]
 
 
@@ -201,9 +204,11 @@ class ShardWriter:
             shards.append(len(shards))
         if not shards:
             return 0
-        episodes = pa.concat_tables([schema.read_parquet(self.path(schema.EPISODES_PATH, s)) for s in shards])
+        with _intact(self.root):
+            episodes = pa.concat_tables([schema.read_parquet(self.path(schema.EPISODES_PATH, s)) for s in shards])
+            stats = schema.stats_to_json(self._stats(shards, episodes))
         self._replace(self.root / schema.TASKS_PATH, schema.parquet_bytes(schema.tasks_table(tasks)))
-        atomic_write_json(self.root / schema.STATS_PATH, schema.stats_to_json(self._stats(shards, episodes)))
+        atomic_write_json(self.root / schema.STATS_PATH, stats)
         video = schema.video_feature(self.image_shape, self.fps, "h264", PIX_FMT)
         info = {
             "codebase_version": schema.CODEBASE_VERSION,
@@ -274,16 +279,19 @@ class LeRobotWriter:
         self._resume()
 
     def _resume(self) -> None:
-        self._check_info()
-        present = self.shards.shard_episodes()
-        while self._next_shard in present:
-            rows = schema.read_parquet(self.shards.path(schema.EPISODES_PATH, self._next_shard))
-            self.num_episodes += len(rows)
-            self.num_rows += sum(rows["length"].to_pylist())
-            data = schema.read_parquet(self.shards.path(schema.DATA_PATH, self._next_shard))
-            check_columns(self.shards, data)
-            self._recover_tasks(data, rows)
-            self._next_shard += 1
+        with _intact(self.shards.root):
+            self._check_info()
+            present = self.shards.shard_episodes()
+            while self._next_shard in present:
+                rows = schema.read_parquet(self.shards.path(schema.EPISODES_PATH, self._next_shard))
+                data = schema.read_parquet(self.shards.path(schema.DATA_PATH, self._next_shard))
+                if sum(rows["length"].to_pylist()) != len(data):
+                    raise ValueError(f"shard {self._next_shard} has {len(data)} rows, its episode table another number")
+                check_columns(self.shards, data)
+                self._recover_tasks(data, rows)
+                self.num_episodes += len(rows)
+                self.num_rows += len(data)
+                self._next_shard += 1
 
     def _check_info(self) -> None:
         """Refuse a folder of another frame rate or image size."""
@@ -303,6 +311,8 @@ class LeRobotWriter:
         by_episode = dict(zip(data["episode_index"].to_pylist(), data["task_index"].to_pylist(), strict=True))
         for episode, names in zip(rows["episode_index"].to_pylist(), rows["tasks"].to_pylist(), strict=True):
             index = by_episode[episode]
+            if type(index) is not int or not 0 <= index < MAX_TASKS or not isinstance(names[0], str):
+                raise ValueError(f"episode {episode} has task_index {index!r:.40} and task {names[0]!r:.40}")
             self.tasks += [""] * (index + 1 - len(self.tasks))
             self.tasks[index] = names[0]
 
@@ -340,6 +350,21 @@ class LeRobotWriter:
         """Write the buffered episodes and the metadata; more episodes may be added afterwards."""
         self._flush()
         self.shards.finalize(self.tasks, robot_type=self.robot_type)
+
+
+@contextmanager
+def _intact(root: Path) -> Iterator[None]:
+    """Any error of files that a writer did not write becomes a ``DatasetError``."""
+    try:
+        yield
+    except RawDreamError:
+        raise
+    except (pa.ArrowException, LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        reason = shorten(" ".join(str(error).split()))
+        raise DatasetError(
+            f"{root} cannot be continued: a file is altered or damaged ({type(error).__name__}: {reason}). Restore it from a "
+            "copy, or collect into another folder."
+        ) from error
 
 
 def check_columns(writer: ShardWriter, data: pa.Table) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rawdream_env.config import parse_device, parse_dtype
 from rawdream_env.errors import CheckpointError, InvalidOptionError
-from rawdream_env.files import read_json
+from rawdream_env.files import read_json, read_text
 from rawdream_env.resolve import EMBEDDED, bundled_folder, resolve
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _load_vlm(spec: str | Mapping[str, Any], device: str, dtype: str | None) -> 
 def _options(path: Path) -> Mapping[str, Any]:
     """A judge's options from a JSON file."""
     try:
-        options = json.loads(path.read_text(encoding="utf-8"))
+        options = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise InvalidOptionError(f"the judge's options {path} cannot be read ({error})") from error
     if not isinstance(options, dict):

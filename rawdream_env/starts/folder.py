@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from rawdream_env.errors import DatasetError, shorten
-from rawdream_env.files import read_json, require_regular
+from rawdream_env.files import read_json
+from rawdream_env.media import open_picture
 from rawdream_env.seeding import NoiseKey
 from rawdream_env.starts.base import TaskLike
 from rawdream_env.starts.memory import ListStarts
@@ -82,10 +83,8 @@ def load_image(path: Path, frame_shape: tuple[int, int, int]) -> UInt8Array:
 
     height, width, _ = frame_shape
     try:
-        require_regular(path)
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-            fitted = ImageOps.fit(upright, (width, height), Image.Resampling.BOX)
+        with open_picture(path) as image:
+            fitted = ImageOps.fit(image, (width, height), Image.Resampling.BOX)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DatasetError(f"{path} cannot be read as an image ({error}).") from error
     return np.array(fitted, dtype=np.uint8)

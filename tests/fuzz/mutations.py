@@ -81,7 +81,10 @@ def _bytes(path: Path, rng: random.Random, decoy: Path) -> str:
         content += rng.randbytes(rng.choice((1, 100, 10_000)))
     elif kind == "shuffle":
         other = rng.randrange(len(content)) if content else 0
-        content[where : where + 32], content[other : other + 32] = content[other : other + 32], content[where : where + 32]
+        content[where : where + 32], content[other : other + 32] = (
+            content[other : other + 32],
+            content[where : where + 32],
+        )
     elif kind == "empty":
         content = bytearray()
     path.write_bytes(content)
@@ -91,7 +94,9 @@ def _bytes(path: Path, rng: random.Random, decoy: Path) -> str:
 
 
 def _file_system(path: Path, rng: random.Random, decoy: Path) -> str:
-    kind = rng.choice(("missing", "folder", "fifo", "link", "dangling", "loop", "swap", "device", "folder link", "no folder"))
+    kind = rng.choice(
+        ("missing", "folder", "fifo", "link", "dangling", "loop", "swap", "device", "folder link", "no folder")
+    )
     content = path.read_bytes()
     if kind == "no folder":
         shutil.rmtree(path.parent) if path.parent.name not in ("case",) else path.unlink()
@@ -188,7 +193,9 @@ def _json(path: Path, rng: random.Random, decoy: Path) -> str:
         path.write_text(rng.choice(("[" * deep + "]" * deep, '{"a":' * deep + "1" + "}" * deep)))
         return "deep"
     if kind < 0.1:
-        path.write_bytes(rng.choice((b"\xff\xfe{}", b"\xef\xbb\xbf" + text.encode(), b"{} {}", b"{'a': 1}", text.encode("utf-16"))))
+        path.write_bytes(
+            rng.choice((b"\xff\xfe{}", b"\xef\xbb\xbf" + text.encode(), b"{} {}", b"{'a': 1}", text.encode("utf-16")))
+        )
         return "encoding"
     if kind < 0.13:
         path.write_text(text.rstrip().rstrip("}") + ', "x": ' + "9" * 5000 + "}")
@@ -206,7 +213,9 @@ def _json(path: Path, rng: random.Random, decoy: Path) -> str:
 
 def _jsonl(path: Path, rng: random.Random, decoy: Path) -> str:
     lines = path.read_bytes().split(b"\n")
-    lines[rng.randrange(len(lines))] = rng.choice((b"null", b"[]", b"{", b"\xff", b"9" * 5000, b"[" * 100_000, b'"x"', b"\x00" * 10))
+    lines[rng.randrange(len(lines))] = rng.choice(
+        (b"null", b"[]", b"{", b"\xff", b"9" * 5000, b"[" * 100_000, b'"x"', b"\x00" * 10)
+    )
     path.write_bytes(b"\n".join(lines))
     return "line"
 
@@ -227,14 +236,20 @@ def _safetensors(path: Path, rng: random.Random, decoy: Path) -> str:
     if not names:
         return "no tensors"
     name = rng.choice(names)
-    kind = rng.choice(("nan", "nan", "shape", "huge", "dtype", "rename", "remove", "length", "tree", "tree", "metadata", "refit"))
+    kind = rng.choice(
+        ("nan", "nan", "shape", "huge", "dtype", "rename", "remove", "length", "tree", "tree", "metadata", "refit")
+    )
     said = kind
     if kind == "nan":
         begin, end = header[name]["data_offsets"]
         if end - begin >= 8:
-            body[begin : begin + 8] = rng.choice((b"\x00\x00\xc0\x7f" * 2, b"\x00\x7e" * 4, b"\xff" * 8, b"\x00\x00\x80\x7f" * 2))
+            body[begin : begin + 8] = rng.choice(
+                (b"\x00\x00\xc0\x7f" * 2, b"\x00\x7e" * 4, b"\xff" * 8, b"\x00\x00\x80\x7f" * 2)
+            )
     elif kind == "shape":
-        header[name]["shape"] = rng.choice(([], [0], [1], [-1], header[name]["shape"][::-1], [1, *header[name]["shape"]]))
+        header[name]["shape"] = rng.choice(
+            ([], [0], [1], [-1], header[name]["shape"][::-1], [1, *header[name]["shape"]])
+        )
     elif kind == "huge":
         header[name]["shape"] = [10**9, 10**9]
         if rng.random() < 0.5:
@@ -255,7 +270,11 @@ def _safetensors(path: Path, rng: random.Random, decoy: Path) -> str:
         header["__metadata__"], said = change_tree(header.get("__metadata__", {"format": "pt"}), rng, decoy)
         if rng.random() < 0.5 and isinstance(header["__metadata__"], dict):
             keys = sorted(header["__metadata__"])
-            texts = [v for v in VALUES if isinstance(v, str)] + [json.dumps(v) for v in VALUES[:18]] + ["[" * 100_000, '[{"name": 1}]']
+            texts = (
+                [v for v in VALUES if isinstance(v, str)]
+                + [json.dumps(v) for v in VALUES[:18]]
+                + ["[" * 100_000, '[{"name": 1}]']
+            )
             header["__metadata__"] = {k: str(header["__metadata__"][k]) for k in keys}
             if keys:
                 header["__metadata__"][rng.choice(keys)] = rng.choice(texts)
@@ -268,7 +287,9 @@ def _safetensors(path: Path, rng: random.Random, decoy: Path) -> str:
             if n == name:
                 shape = rng.choice(([1], [0], [2, 3], [1, 1, 1, 1, 1], [3000], [0, 10**9]))
                 count = int(np.prod(shape))
-                code, width = rng.choice((("F32", 4), ("F64", 8), ("I64", 8), ("U8", 1), ("BOOL", 1), ("F16", 2), ("F8_E4M3", 1)))
+                code, width = rng.choice(
+                    (("F32", 4), ("F64", 8), ("I64", 8), ("U8", 1), ("BOOL", 1), ("F16", 2), ("F8_E4M3", 1))
+                )
                 header[n] |= {"dtype": code, "shape": shape}
                 data = bytes(count * width)
             header[n]["data_offsets"] = [at, at + len(data)]
@@ -296,16 +317,36 @@ def _parquet(path: Path, rng: random.Random, decoy: Path) -> str:
     at = rng.randrange(table.num_columns)
     name, rows = table.column_names[at], len(table)
     keys = ["episode_index", "task_index", "length", "tasks", "timestamp", "action", "observation.image"]
-    if rng.random() < 0.6 and (found := [k for k in table.column_names if k in keys or k.endswith(("_index", "timestamp"))]):
+    if rng.random() < 0.6 and (
+        found := [k for k in table.column_names if k in keys or k.endswith(("_index", "timestamp"))]
+    ):
         name = rng.choice(found)
         at = table.column_names.index(name)
-    kind = rng.choice(("value", "value", "value", "null", "type", "remove", "twice", "rows", "empty", "order", "nest", "many", "picture"))
+    kind = rng.choice(
+        (
+            "value",
+            "value",
+            "value",
+            "null",
+            "type",
+            "remove",
+            "twice",
+            "rows",
+            "empty",
+            "order",
+            "nest",
+            "many",
+            "picture",
+        )
+    )
     column = table.column(at).to_pylist()
     row = rng.randrange(rows) if rows else 0
     if kind == "value" and rows:
         new = value(rng, decoy)
         if rng.random() < 0.5:
-            new = rng.choice((-1, 0, 1, 2, 10**6, 10**12, 2**62, 2**63, -(2**63), 0.5, float("nan"), float("inf"), -1e300, 1e-300))
+            new = rng.choice(
+                (-1, 0, 1, 2, 10**6, 10**12, 2**62, 2**63, -(2**63), 0.5, float("nan"), float("inf"), -1e300, 1e-300)
+            )
         column = [new] * rows if rng.random() < 0.4 else [new if i == row else v for i, v in enumerate(column)]
     elif kind == "null" and rows:
         column = [None if rng.random() < 0.5 or i == row else v for i, v in enumerate(column)]
@@ -366,10 +407,28 @@ def _hdf5(path: Path, rng: random.Random, decoy: Path) -> str:
                 if rng.random() < 0.5 and isinstance(owner[key], str) and owner[key].startswith("{"):
                     new = json.dumps(change_tree(json.loads(owner[key]), rng, decoy)[0])
                 elif rng.random() < 0.2:
-                    new = rng.choice((np.zeros(3), np.array([b"x", b"y"]), "[" * 50_000, h5py.Empty("f"), np.bytes_(b"\xff")))
+                    new = rng.choice(
+                        (np.zeros(3), np.array([b"x", b"y"]), "[" * 50_000, h5py.Empty("f"), np.bytes_(b"\xff"))
+                    )
                 owner[key] = new
                 return f"{name}@{key} = {new!r:.60}"
-            kind = rng.choice(("remove", "shape", "shape", "type", "huge", "huge", "external", "storage", "soft", "group", "rename", "nan", "virtual"))
+            kind = rng.choice(
+                (
+                    "remove",
+                    "shape",
+                    "shape",
+                    "type",
+                    "huge",
+                    "huge",
+                    "external",
+                    "storage",
+                    "soft",
+                    "group",
+                    "rename",
+                    "nan",
+                    "virtual",
+                )
+            )
             old = file[name]
             data = old[()] if isinstance(old, h5py.Dataset) else np.zeros((6, 7))
             if kind == "rename":
@@ -377,7 +436,17 @@ def _hdf5(path: Path, rng: random.Random, decoy: Path) -> str:
                 return f"{name}: rename"
             del file[name]
             if kind == "shape":
-                file[name] = rng.choice((data[:-1], data[:1], data[None], data.reshape(-1), np.zeros(()), data[:0], np.stack([data, data], -1)))
+                file[name] = rng.choice(
+                    (
+                        data[:-1],
+                        data[:1],
+                        data[None],
+                        data.reshape(-1),
+                        np.zeros(()),
+                        data[:0],
+                        np.stack([data, data], -1),
+                    )
+                )
             elif kind == "type":
                 file[name] = rng.choice((np.array(["a"] * 6, dtype=object), data.astype(np.complex64), data > 0, data.astype(">i8"), "text",
                                          np.zeros(6, dtype=[("a", "f4"), ("b", "i4")])))  # fmt: skip
@@ -388,7 +457,9 @@ def _hdf5(path: Path, rng: random.Random, decoy: Path) -> str:
             elif kind == "external":
                 file[name] = h5py.ExternalLink(str(decoy / "demos.hdf5"), rng.choice((name, "/")))
             elif kind == "storage":
-                file.create_dataset(name, data.shape, dtype=data.dtype, external=[(str(decoy / "secret"), 0, max(data.nbytes, 1))])
+                file.create_dataset(
+                    name, data.shape, dtype=data.dtype, external=[(str(decoy / "secret"), 0, max(data.nbytes, 1))]
+                )
             elif kind == "soft":
                 file[name] = h5py.SoftLink(rng.choice((f"/{name}", "/data", "/nothing", "/")))
             elif kind == "group":
@@ -410,7 +481,24 @@ def _hdf5(path: Path, rng: random.Random, decoy: Path) -> str:
 
 
 def _video(path: Path, rng: random.Random, decoy: Path) -> str:
-    kind = rng.choice(("rate", "few", "one", "size", "large", "gif", "png", "text", "playlist", "concat", "tiny rate", "many", "sdp", "subtitle"))
+    kind = rng.choice(
+        (
+            "rate",
+            "few",
+            "one",
+            "size",
+            "large",
+            "gif",
+            "png",
+            "text",
+            "playlist",
+            "concat",
+            "tiny rate",
+            "many",
+            "sdp",
+            "subtitle",
+        )
+    )
     frames = np.random.default_rng(0).integers(0, 256, (35, 16, 16, 3), dtype=np.uint8)
     if kind in ("rate", "tiny rate"):
         content = media.encode_video([frames], rng.choice((1, 5, 15, 30, 1000)) if kind == "rate" else 0.01)
@@ -429,7 +517,14 @@ def _video(path: Path, rng: random.Random, decoy: Path) -> str:
     elif kind == "png":
         content = media.encode_picture(frames[0])
     elif kind == "playlist":
-        other = rng.choice((f"file://{decoy}/episode.mp4", str(decoy / "episode.mp4"), "http://127.0.0.1:9/x.ts", "../decoy/episode.mp4"))
+        other = rng.choice(
+            (
+                f"file://{decoy}/episode.mp4",
+                str(decoy / "episode.mp4"),
+                "http://127.0.0.1:9/x.ts",
+                "../decoy/episode.mp4",
+            )
+        )
         content = f"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n{other}\n#EXT-X-ENDLIST\n".encode()
     elif kind == "concat":
         content = f"ffconcat version 1.0\nfile {rng.choice((str(decoy / 'episode.mp4'), '../decoy/episode.mp4', 'episode.mp4', 'info.json'))}\n".encode()
@@ -448,6 +543,8 @@ def _picture(path: Path, rng: random.Random, decoy: Path) -> str:
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpage\n"
     gif = media.encode_gif(np.zeros((3, 8, 8, 3), np.uint8), 10)
     ppm = b"P6 60000 60000 255\n"
-    content, said = rng.choice(((big, "large"), (eps, "eps"), (gif, "gif"), (ppm, "ppm"), (b"BM" + bytes(60), "bmp"), (b"<svg/>", "svg")))
+    content, said = rng.choice(
+        ((big, "large"), (eps, "eps"), (gif, "gif"), (ppm, "ppm"), (b"BM" + bytes(60), "bmp"), (b"<svg/>", "svg"))
+    )
     path.write_bytes(content)
     return said

@@ -341,7 +341,11 @@ KINDS: dict[str, tuple[str, Callable[[Path], None], float]] = {
     "wan": ("wan", open_world_model, 3),
     "release": ("release", open_release, 2),
     "release file": ("release", open_release_file, 1),
-    "release cli": ("release", through_cli("world-model", "convert", "ROOT", "--out", "ROOT/out", "--image-size", "32"), 0.5),
+    "release cli": (
+        "release",
+        through_cli("world-model", "convert", "ROOT", "--out", "ROOT/out", "--image-size", "32"),
+        0.5,
+    ),
     "judge": ("judge", open_judge, 3),
     "videomae": ("videomae", open_judge, 2),
     "policy": ("policy", open_policy, 3),

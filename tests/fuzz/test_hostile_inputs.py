@@ -94,4 +94,6 @@ def test_hostile_inputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
             print(f"\n{kind:<13}", {name: n for (k, name), n in sorted(outcomes.items()) if k == kind}, end="")
         print(f"\n{len(results)} hostile inputs, {len(faults)} faults")
     assert len(results) == CASES
-    assert not faults, "\n".join(f"{f['number']} ({f['kind']}, {f.get('mutation')}): {f['faults']}" for f in faults[:20])
+    assert not faults, "\n".join(
+        f"{f['number']} ({f['kind']}, {f.get('mutation')}): {f['faults']}" for f in faults[:20]
+    )

@@ -22,7 +22,18 @@ from typing import Any
 
 BASE = Path(sys.argv[2]).resolve() / str(os.getpid())
 REPOSITORY = Path(__file__).resolve().parents[2]
-ALLOWED = ("/proc", "/dev", "/sys", "/usr", "/lib", "/etc/localtime", "/etc/mime.types", sys.prefix, sys.base_prefix, *sys.path[1:])
+ALLOWED = (
+    "/proc",
+    "/dev",
+    "/sys",
+    "/usr",
+    "/lib",
+    "/etc/localtime",
+    "/etc/mime.types",
+    sys.prefix,
+    sys.base_prefix,
+    *sys.path[1:],
+)
 GIB = 1 << 30
 MAX_CHARS, MAX_LINES = 600, 3
 
@@ -31,7 +42,15 @@ _outside: list[str] = []
 
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
-    if _armed is None or event not in ("open", "os.listdir", "os.scandir", "socket.connect", "subprocess.Popen", "os.remove", "os.rename"):
+    if _armed is None or event not in (
+        "open",
+        "os.listdir",
+        "os.scandir",
+        "socket.connect",
+        "subprocess.Popen",
+        "os.remove",
+        "os.rename",
+    ):
         return
     if event in ("socket.connect", "subprocess.Popen"):
         _outside.append(f"{event} {arguments[:2]!r:.200}")
@@ -90,12 +109,16 @@ def run(number: int, seeds: Path) -> dict[str, Any]:
             result["outcome"], result["said"] = type(error).__name__, said
             if len(said) > MAX_CHARS or said.count("\n") >= MAX_LINES:
                 faults.append(f"message of {len(said)} characters, {said.count(chr(10)) + 1} lines: {said[:200]!r}...")
-            if any(ord(c) < 32 and c != "\n" or ord(c) == 127 for c in said):
+            if any((ord(c) < 32 and c != "\n") or ord(c) == 127 for c in said):
                 faults.append(f"control characters in {said!r:.300}")
         except BaseException as error:
             result["outcome"] = "fault"
             frames = traceback.extract_tb(error.__traceback__)
-            ours = [f"{Path(f.filename).name}:{f.lineno}" for f in frames if "/rawdream_env/" in f.filename or "/trainers/" in f.filename]
+            ours = [
+                f"{Path(f.filename).name}:{f.lineno}"
+                for f in frames
+                if "/rawdream_env/" in f.filename or "/trainers/" in f.filename
+            ]
             faults.append(f"{type(error).__name__}: {str(error)[:300]} at {' '.join(ours[-3:])}")
             result["traceback"] = traceback.format_exc()[-3000:]
         finally:
@@ -103,7 +126,9 @@ def run(number: int, seeds: Path) -> dict[str, Any]:
         if (growth := _status("VmHWM") - before) > GIB:
             faults.append(f"memory grew by {growth / GIB:.2f} GiB")
         faults += [f"outside: {what}" for what in sorted(set(_outside))]
-        faults += [f"outside: read {path.name} of the decoy" for path in decoys if path.exists() and path.stat().st_atime != 1]
+        faults += [
+            f"outside: read {path.name} of the decoy" for path in decoys if path.exists() and path.stat().st_atime != 1
+        ]
     finally:
         _armed = None
         result["seconds"] = round(time.monotonic() - begun, 2)
@@ -124,7 +149,6 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
-    os.dup2(quiet, 2)
     sys.stdin.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     import seeds
 
@@ -142,6 +166,7 @@ def main() -> None:
     PIL.Image.init()
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     sys.addaudithook(_audit)
+    os.dup2(quiet, 2)
     answers.write("ready\n")
     answers.flush()
     for line in sys.stdin:

@@ -222,7 +222,7 @@ class RunDir:
         ]
         fatal = [key for key in differing if key not in may_change]
         if fatal:
-            lines = ", ".join(f"{key}: {_show(stored, key)} -> {_show(self.config, key)}" for key in fatal)
+            lines = ", ".join(f"{key}: {_show(stored, key)} -> {_show(self.config, key)}" for key in fatal[:10])
             raise RunDirError(
                 f"{self.path} holds a run with another configuration ({lines}; stored -> given). Use the stored values "
                 "to resume it, or choose another folder."

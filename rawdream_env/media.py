@@ -42,7 +42,7 @@ _OPEN: dict[str, Any] = {
     }
 }
 """FFmpeg also reads playlists, which name other files and addresses; only files that hold their own frames are opened."""
-_PICTURES = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+_PICTURES = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """Pillow also reads PostScript, which it passes to another program."""
 
 

@@ -234,6 +234,20 @@ def test_a_flipped_bit_in_a_start_pack_is_refused(tmp_path: Path) -> None:
         PackStarts(tmp_path / "a.safetensors")
 
 
+def test_a_message_is_short_and_printable_whatever_it_quotes() -> None:
+    error = CheckpointError(f"a.json has {'x' * 100_000}\x1b[31m; restore it from a copy.")
+    assert len(str(error)) < 600 and str(error).startswith("a.json has xxx")
+    assert str(error).endswith(r"x\x1b[31m; restore it from a copy.") and len(error.args[0]) > 100_000
+    assert str(CheckpointError("short\nand long")) == "short\nand long"
+
+
+def test_a_huge_file_is_not_read_as_json(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("{}")
+    os.truncate(tmp_path / "a.json", 2**31)
+    with pytest.raises(CheckpointError, match="has 2147483648 bytes, expected at most 67108864"):
+        files.read_json(tmp_path / "a.json")
+
+
 def test_names_from_a_file_cannot_control_the_terminal(tmp_path: Path) -> None:
     wanted = {"weight": torch.zeros(2)}
     named = {"\x1b[2J\x1b]0;owned\x07": torch.zeros(1), "a\nb" * 10_000: torch.zeros(1), **wanted}

@@ -103,6 +103,31 @@ def test_a_turned_video_is_read_upright(tmp_path: Path, turn: str, quarters: int
     np.testing.assert_array_equal(np.stack(list(media.frames_at(path, np.arange(5) / 10, 0.01))), expected)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{}\n#EXT-X-ENDLIST\n",
+        "ffconcat version 1.0\nfile {}\n",
+    ],
+)
+def test_a_playlist_does_not_open_other_files(tmp_path: Path, content: str) -> None:
+    (tmp_path / "other.mp4").write_bytes(media.encode_video([np.zeros((3, 16, 16, 3), np.uint8)], 10))
+    path = tmp_path / "list.mp4"
+    path.write_text(content.format("other.mp4"))
+    with pytest.raises(DatasetError, match=r"list\.mp4: cannot be read as a video"):
+        media.read_video(path)
+    with pytest.raises(DatasetError, match=r"list\.mp4: cannot be read as a video"):
+        list(media.frames_at(path, [0.0], 0.01))
+
+
+def test_pictures_of_unusual_formats_and_sizes_are_refused() -> None:
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpage\n"
+    with pytest.raises(OSError, match="cannot identify"):
+        media.read_picture(io.BytesIO(postscript))
+    with pytest.raises(ValueError, match="8193x8192 pixels, expected at most 67108864"):
+        media.read_picture(io.BytesIO(b"P6 8193 8192 255\n"))
+
+
 def test_a_turned_photo_is_read_upright(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: turn right to view

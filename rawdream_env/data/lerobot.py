@@ -373,7 +373,7 @@ def check_columns(writer: ShardWriter, data: pa.Table) -> None:
         width = int(np.prod(feature["shape"]))
         if name not in data.column_names:
             raise DatasetError(f"{writer.root}: its data lack the column {name}. Collect into another folder.")
-        found = schema.from_column(data[name].slice(0, 1), 1).shape[1]
+        found = schema.from_column(data[name].slice(0, 1), 1, f"{writer.root}: {name}").shape[1]
         if found != width:
             raise DatasetError(f"{writer.root}: {name} is {found} wide there and {width} here. Use another folder.")
 

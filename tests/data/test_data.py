@@ -195,6 +195,23 @@ class TestWriter:
         assert [reader.task(i) for i in range(5)] == [e.task for e in dataset[1]]
         np.testing.assert_array_equal(reader.episode(2).actions, dataset[1][2].actions)
 
+    @pytest.mark.parametrize(
+        ("table", "column", "value", "said"),
+        [
+            ("meta/episodes", "length", None, "TypeError"),
+            ("meta/episodes", "length", 10**12, "shard 1 has .* rows, its episode table another number"),
+            ("meta/episodes", "tasks", None, "TypeError"),
+            ("data", "task_index", 10**12, "has task_index 1000000000000 and task"),
+            ("data", "action", None, "action has 1 null values"),
+        ],
+    )
+    def test_damaged_shards_are_not_continued(self, broken: Path, table: str, column: str, value, said: str) -> None:
+        path = broken / table / "chunk-000/file-001.parquet"
+        rows = pq.read_table(path).to_pylist()
+        pq.write_table(pa.Table.from_pylist([{**row, column: value} for row in rows]), path)
+        with pytest.raises(DatasetError, match=said):
+            LeRobotWriter(broken, fps=10, image_shape=(64, 64, 3), features=FEATURES)
+
     def test_refuses_what_does_not_fit(self, broken: Path) -> None:
         writer = LeRobotWriter(broken, fps=10, image_shape=(64, 64, 3), features=FEATURES)
         good = fake_episode(0, 4)

@@ -277,6 +277,33 @@ def test_what_is_broken_is_named(config: ImportConfig, spoil, said: str) -> None
         assert len(LeRobotReader(config.out + "-rest")) == 8
 
 
+@pytest.mark.parametrize("kind", ["link", "storage", "virtual", "huge", "count"])
+def test_a_file_cannot_name_other_files_or_huge_arrays(tmp_path: Path, kind: str) -> None:
+    other, path = write_file(tmp_path / "other.hdf5"), write_file(tmp_path / "a.hdf5")
+    name = "data/demo_1/obs/ee_pos"
+    (tmp_path / "secret").write_bytes(bytes(4096))
+    said = "is a link to .*other.hdf5" if kind == "link" else "ee_pos: its values are in another file"
+    with h5py.File(path, "a") as file:
+        if kind == "count":
+            file["data/demo_1"].attrs["num_samples"] = "seven"
+            said = "ValueError: invalid literal"
+        else:
+            del file[name]
+        if kind == "link":
+            file[name] = h5py.ExternalLink(str(other), name)
+        elif kind == "storage":
+            file.create_dataset(name, (ROWS, 3), "f8", external=[(str(tmp_path / "secret"), 0, 4096)])
+        elif kind == "virtual":
+            layout = h5py.VirtualLayout((ROWS, 3), "f8")
+            layout[...] = h5py.VirtualSource(str(other), name, (ROWS, 3))
+            file.create_virtual_dataset(name, layout)
+        elif kind == "huge":
+            file.create_dataset(name, (ROWS, 10**9), "f4", chunks=True)
+            said = r"ee_pos: shape \(7, 1000000000\) of float32 needs more than 2048 MiB"
+    with pytest.raises(DatasetError, match=said):
+        read_demo(list_demos(path)[1])
+
+
 def test_damaged_absent_and_unfitting_files(config: ImportConfig, tmp_path: Path, monkeypatch) -> None:
     path = Path(config.src) / "b.hdf5"
     path.write_bytes(path.read_bytes()[:3000])

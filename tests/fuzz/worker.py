@@ -94,7 +94,7 @@ def run(number: int, seeds: Path) -> dict[str, Any]:
         decoys = [path for path in decoy.rglob("*") if path.is_file() and path.name != "linked"]
         for path in decoys:
             os.utime(path, (1, 2))
-        gc.collect()
+        gc.collect()  # short: what was there before the first case is frozen
         Path("/proc/self/clear_refs").write_text("5")
         before = _status("VmRSS")
         _outside.clear()
@@ -165,6 +165,8 @@ def main() -> None:
 
     PIL.Image.init()
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    gc.collect()
+    gc.freeze()
     sys.addaudithook(_audit)
     os.dup2(quiet, 2)
     answers.write("ready\n")

@@ -141,7 +141,9 @@ def frames_at(path: Path, times: Sequence[float] | NDArray[np.float64], toleranc
                     )
                 image = np.asarray(reformatter.reformat(best, format="rgb24").to_ndarray(), np.uint8)
                 yield turn_upright(image[None], best.rotation)[0]
-    except (av.error.FFmpegError, OSError, IndexError) as error:
+    except DatasetError:
+        raise
+    except (av.error.FFmpegError, OSError, IndexError, ValueError) as error:  # ValueError: text that is not UTF-8
         raise _unreadable(path, error) from error
 
 
@@ -176,7 +178,9 @@ def read_video(path: Path) -> tuple[UInt8Array, float]:
                     )
     except StopIteration:
         pass
-    except (av.error.FFmpegError, OSError, IndexError, ZeroDivisionError) as error:
+    except DatasetError:
+        raise
+    except (av.error.FFmpegError, OSError, IndexError, ValueError, ZeroDivisionError) as error:
         raise _unreadable(path, error) from error
     if not frames:
         raise DatasetError(f"{path} has no frames.")

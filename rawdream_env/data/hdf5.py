@@ -83,6 +83,10 @@ class Demo:
     """When the file records observations: "before" or "after" the action of the same row."""
 
 
+_HDF5_ERRORS = (OSError, LookupError, ValueError, ArithmeticError, RuntimeError, TypeError, AttributeError)
+"""What h5py and conversions of its values raise for damaged files and unexpected kinds."""
+
+
 @contextmanager
 def open_hdf5(path: Path) -> Iterator[Any]:
     """The open file; any error while it is read becomes a ``DatasetError`` that names the file.
@@ -102,7 +106,7 @@ def open_hdf5(path: Path) -> Iterator[Any]:
             yield file
     except RawDreamError:
         raise
-    except (OSError, LookupError, ValueError, RuntimeError, TypeError, AttributeError) as error:  # unexpected kinds
+    except _HDF5_ERRORS as error:
         raise DatasetError(
             f"{path} is missing, damaged or no HDF5 file ({type(error).__name__}: {error}). Download it again."
         ) from error
@@ -135,12 +139,12 @@ def list_demos(
     with open_hdf5(path) as file:
         if "data" not in file:
             raise DatasetError(f"{path} has no group 'data' but {sorted(file)}: it is no LIBERO or robomimic file.")
-        data = _own(file, "data")
+        data = _group(file, "data")
         names = sorted((n for n in data if re.fullmatch(r"demo_\d+", n)), key=lambda n: int(n[5:]))
         if not names:
             raise DatasetError(f"{path}: 'data' holds no demo_0, demo_1, ... but {sorted(data)[:5]}.")
         fps = _fps(data)
-        groups = {f"{label}:{name}": _own(data, name) for name in names if f"{label}:{name}" not in skip}
+        groups = {f"{label}:{name}": _group(data, name) for name in names if f"{label}:{name}" not in skip}
         tasks = {name: _instruction(data, group, path, task) for name, group in groups.items()}
         demos = [
             _describe(group, path, name, camera, tasks[name], fps, "before" if timing == "auto" else timing)
@@ -157,9 +161,7 @@ def _describe(group: Any, path: Path, label: str, camera: str, task: str, fps: f
     missing = [key for key in ("actions", "obs") if key not in group]
     if missing:
         raise DatasetError(f"{path}, {group.name}: lacks {missing}; it holds {sorted(group)}. {advice}")
-    obs = _own(group, "obs")
-    for name in obs:
-        _own(obs, name)
+    obs = _group(group, "obs")
     found = [name for name in (camera, f"{camera}_rgb", f"{camera}_image") if name in obs]
     pictures = sorted(name for name in obs if obs[name].ndim == 4)
     if not found:
@@ -221,6 +223,16 @@ def read_demo(demo: Demo, *, image_size: int | None = 256, flip: Flip = "auto", 
         frames = resize_frames(frames, (image_size, image_size))
     kept = actions[1:] if after else actions[:-1]
     return EpisodeData(np.ascontiguousarray(frames), np.clip(kept, -1, 1), state, demo.task)
+
+
+def _group(parent: Any, name: str) -> Any:
+    """A group of a group, without links to other files."""
+    group = _own(parent, name)
+    if not hasattr(group, "keys"):
+        raise DatasetError(f"{parent.file.filename}: {parent.name}/{name} is {shorten(group)}, expected a group.")
+    for member in group:
+        _own(group, member)
+    return group
 
 
 def _own(group: Any, name: str) -> Any:

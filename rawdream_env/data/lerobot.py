@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from rawdream_env.data import schema
@@ -190,7 +189,7 @@ class ShardWriter:
             shard = schema.CHUNKS_SIZE * int(path.parent.name[6:]) + int(path.stem[5:])
             complete = all(self.path(template, shard).is_file() for template in (schema.DATA_PATH, schema.VIDEO_PATH))
             if complete:
-                found[shard] = pq.read_metadata(path).num_rows
+                found[shard] = schema.count_rows(path)
         return found
 
     def finalize(self, tasks: Sequence[str], *, robot_type: str | None = None) -> int:

@@ -243,6 +243,14 @@ def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
         raise _unreadable(path, error) from error
 
 
+def count_rows(path: Path) -> int:
+    """The rows of a Parquet file, from its footer; errors as ``read_parquet``."""
+    try:
+        return int(_open_parquet(path).metadata.num_rows)
+    except _PARQUET_ERRORS as error:
+        raise _unreadable(path, error) from error
+
+
 def read_row_groups(path: Path, columns: Sequence[str], key: str, value: int) -> pa.Table:
     """Read the row groups of a Parquet file whose column ``key`` may hold ``value``; errors as ``read_parquet``."""
     try:
@@ -264,7 +272,10 @@ _PARQUET_ERRORS = (OSError, pa.ArrowException, ValueError, TypeError, OverflowEr
 
 def _open_parquet(path: Path) -> pq.ParquetFile:
     files.require_regular(path)
-    return pq.ParquetFile(path, page_checksum_verification=True)
+    file = pq.ParquetFile(path, page_checksum_verification=True)
+    if len(set(names := file.schema_arrow.names)) < len(names):
+        raise ValueError(f"two columns of {len(names)} have the same name")
+    return file
 
 
 def _unreadable(path: Path, error: Exception) -> DatasetError:

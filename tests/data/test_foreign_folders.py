@@ -141,6 +141,15 @@ class TestTasks:
             LeRobotReader(root)
 
 
+def test_two_columns_of_one_name_are_refused(root: Path) -> None:
+    for name in (DATA, EPISODES):
+        table = pq.read_table(root / name)
+        pq.write_table(table.append_column("episode_index", table["episode_index"]), root / name)
+        with pytest.raises(DatasetError, match=rf"{Path(name).name}.* two columns of \d+ have the same name"):
+            LeRobotReader(root).episode(0)
+        pq.write_table(table, root / name)
+
+
 def test_actions_outside_the_range_are_refused(root: Path) -> None:
     edit_table(root, DATA, lambda rows: [{**r, "action": [57.3 * a for a in r["action"]]} for r in rows])
     reader = LeRobotReader(root)

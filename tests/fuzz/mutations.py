@@ -117,7 +117,7 @@ def _file_system(path: Path, rng: random.Random, decoy: Path) -> str:
     elif kind == "device":
         path.symlink_to(rng.choice(("/dev/zero", "/dev/stdin", "/dev/null", "/proc/self/mem")))
     elif kind == "folder link":
-        path.symlink_to("/")
+        path.symlink_to(path.parent if path.suffix == ".hdf5" else "/")
     elif kind == "swap":
         others = [other for other in sorted(path.parent.rglob("*")) if other.is_file()]
         shutil.copy(rng.choice(others), path) if others else path.mkdir()
@@ -430,7 +430,7 @@ def _hdf5(path: Path, rng: random.Random, decoy: Path) -> str:
                 )
             )
             old = file[name]
-            data = old[()] if isinstance(old, h5py.Dataset) else np.zeros((6, 7))
+            data = old[()] if isinstance(old, h5py.Dataset) and old.size < 1_000_000 else np.zeros((6, 7))
             if kind == "rename":
                 file.move(name, f"{name}x")
                 return f"{name}: rename"

@@ -50,9 +50,11 @@ class Worker:
         line = self._answer(DEADLINE_S)
         if line:
             return dict(json.loads(line))
-        code = self.process.poll()
+        try:
+            fault = f"crash, exit code {self.process.wait(5)}"
+        except subprocess.TimeoutExpired:
+            fault = f"hang of {DEADLINE_S} s"
         self.close()
-        fault = f"hang of {DEADLINE_S} s" if code is None else f"crash, exit code {code}"
         return {"number": number, "kind": "?", "outcome": "fault", "faults": [fault]}
 
     def close(self) -> None:

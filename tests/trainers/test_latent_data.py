@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -176,6 +177,25 @@ class TestCache:
         assert codec_fingerprint(MeanCodec()) == codec_fingerprint(MeanCodec()) != codec_fingerprint(MeanCodec(2.0))
         with pytest.raises(TypeError, match="fingerprint"):
             codec_fingerprint(object())  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"shards": None}, {"latent_shape": [1, 2]}, {"latent_shape": "abc"}, {"chunk_len": -8}, {"chunk_len": 2.5},
+            {"action_dim": 10**20}, {"statistics": {"q01": ["x"], "q99": [1]}}, {"statistics": None},
+            {"file": "../a/shard-00000.safetensors"}, {"file": 3}, {"chunks": [-1]}, {"chunks": []}, {"episodes": None},
+        ],
+    )  # fmt: skip
+    def test_an_index_with_other_values_is_refused(self, cached, tmp_path: Path, change: dict) -> None:
+        folder = shutil.copytree(cached[0] / "a", tmp_path / "a")
+        index = json.loads((folder / "index.json").read_text())
+        if {"file", "chunks", "episodes"} & change.keys():
+            index["shards"][0] |= change
+        else:
+            index |= change
+        (folder / "index.json").write_text(json.dumps(index))
+        with pytest.raises(DatasetError, match=r"index\.json has values that no latent cache has"):
+            LatentDataset(folder)
 
     def test_the_embedded_autoencoder_fits(self, cached, tmp_path: Path) -> None:
         reader = LeRobotReader(cached[0] / "data-b", raw_actions=True)

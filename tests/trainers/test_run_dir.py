@@ -454,6 +454,15 @@ def test_optimiser_round_trip(tmp_path: Path) -> None:
         unpack_optimizer(wrong, checkpoint.tensors)
     with pytest.raises(CheckpointError, match="has 1 state entries"):
         unpack_optimizer(torch.optim.AdamW([torch.nn.Parameter(torch.ones(2, 3))]), checkpoint.tensors)
+    lost = {name: value for name, value in checkpoint.tensors.items() if "state.1.exp_avg_sq" not in name}
+    with pytest.raises(CheckpointError, match="lacks tensors of some parameters"):
+        unpack_optimizer(trained(0)[1], lost)
+
+
+def test_a_log_that_is_a_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    with RunDir(tmp_path, {"a": 1}) as run, pytest.raises(RunDirError, match=r"Cannot use the logs .*metrics\.jsonl"):
+        run.load_latest()
 
 
 def test_settings_stored_under_old_names_are_read(tmp_path: Path) -> None:

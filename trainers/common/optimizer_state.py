@@ -51,5 +51,10 @@ def unpack_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor], prefix
                 "the checkpoint belongs to another model."
             )
         state.setdefault(int(index), {})[name] = tensor.clone()
+    if len({frozenset(entry) for entry in state.values()}) > 1:
+        raise CheckpointError(
+            "The optimizer's state in the checkpoint lacks tensors of some parameters: the file was altered. Use an earlier "
+            "checkpoint."
+        )
     stored["state"] = state
     optimizer.load_state_dict(stored)

@@ -163,11 +163,14 @@ class RunDir:
         checkpoint = self._checkpoints.load_latest(self._lengths())
         self._unwritten.clear()
         self._close_logs()
-        for name, size in self._lengths().items():
-            length = 0 if checkpoint is None else checkpoint.logs[name]
-            if size > length:
-                os.truncate(self.path / name, length)
-            _blank_broken_lines(self.path / name)
+        try:
+            for name, size in self._lengths().items():
+                length = 0 if checkpoint is None else checkpoint.logs[name]
+                if size > length:
+                    os.truncate(self.path / name, length)
+                _blank_broken_lines(self.path / name)
+        except OSError as error:
+            raise RunDirError(f"Cannot use the logs in {self.path}: {error}. Restore them from a copy.") from error
         if checkpoint is not None:
             self._purge_step = checkpoint.step + 1
         return checkpoint

@@ -52,13 +52,44 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 def verify_shard(folder: Path, shard: dict[str, Any]) -> Path:
     """The path of a shard that matches the index; ``DatasetError`` when it is missing or damaged."""
-    path = folder / str(shard["file"])
+    path = folder / shard["file"]
     size = path.stat().st_size if path.is_file() else None
     if size != shard["bytes"] or sha256_file(path) != shard["sha256"]:
         size_is = f"{size} bytes instead of {shard['bytes']}" if size != shard["bytes"] else "another SHA-256"
         what = "is missing" if size is None else f"is damaged: {size_is}"
         raise DatasetError(f"{path} {what}. Copy it again, or delete it and {folder / INDEX} and cache the data again.")
     return path
+
+
+def _check_index(path: Path, index: dict[str, Any]) -> None:
+    """Refuse an index whose values have other types, or that names files outside of its folder."""
+
+    def whole(values: Any) -> bool:
+        return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**31 for value in values)
+
+    def fits(shard: Any) -> bool:
+        names = ("chunks", "episodes")
+        return (
+            isinstance(shard, dict)
+            and all(whole(shard.get(name)) for name in names)
+            and len(shard["chunks"]) == len(shard["episodes"]) > 0
+            and isinstance(shard.get("file"), str)
+            and Path(shard["file"]).name == shard["file"]
+            and {"bytes", "sha256"} <= shard.keys()
+        )
+
+    shards, shape = index.get("shards"), index.get("latent_shape")
+    sizes = [index.get(name) for name in ("chunk_len", "action_dim", "pose_dim")]
+    usable = isinstance(shards, list) and all(map(fits, shards)) and (shards or not index.get("complete"))
+    usable = usable and whole(shape) and len(shape) == 3 and whole([*sizes, index.get("window_chunks", 0)])
+    usable = usable and sizes[0] >= FRAMES_PER_LATENT and "focus" in index
+    try:
+        bounds = [np.asarray(index["statistics"][name], np.float64) for name in ("q01", "q99")]
+        usable = usable and all(bound.shape == (sizes[1],) and np.isfinite(bound).all() for bound in bounds)
+    except (LookupError, TypeError, ValueError, OverflowError):
+        usable = usable and not index.get("complete")
+    if not usable:
+        raise DatasetError(f"{path} has values that no latent cache has. Copy it again, or cache the data again.")
 
 
 @dataclass(frozen=True)
@@ -94,6 +125,7 @@ class LatentDataset:
     def __init__(self, folder: str | Path, *, verify: bool = True) -> None:
         self.folder, self.verify = Path(folder), verify
         self.index = read_index(self.folder)
+        _check_index(self.folder / INDEX, self.index)
         shards: list[dict[str, Any]] = self.index["shards"]
         if not self.index["complete"]:
             raise DatasetError(
@@ -149,7 +181,10 @@ class LatentDataset:
     def all_actions(self) -> Float32Array:
         """The raw actions of all episodes: (N, A)."""
         files = [self._file(number) for number in range(len(self.index["shards"]))]
-        return np.concatenate([file.get_tensor("actions").numpy() for file in files])
+        try:
+            return np.concatenate([file.get_tensor("actions").numpy() for file in files])
+        except (SafetensorError, ValueError, TypeError) as error:
+            raise DatasetError(f"{self.folder}: 'actions' cannot be read ({error}). Cache the data again.") from error
 
     def still(self, episode: int, boundary: int) -> Tensor:
         """The frame at chunk boundary 0 ... T of an episode, encoded as a picture: fp16 (C, h, w)."""
@@ -183,7 +218,16 @@ class LatentDataset:
         return int(self._before[episode]) * self.chunk_len + int(self._place[episode])
 
     def _rows(self, episode: int, name: str, begin: int, end: int) -> Tensor:
-        rows: Tensor = self._file(int(self._shard[episode])).get_slice(name)[begin:end]
+        try:
+            rows: Tensor = self._file(int(self._shard[episode])).get_slice(name)[begin:end]
+        except SafetensorError as error:
+            raise DatasetError(
+                f"{self.folder}: rows of {name!r} cannot be read ({error}). Cache the data again."
+            ) from error
+        if len(rows) != end - begin:
+            raise DatasetError(
+                f"{self.folder}: {name!r} has no rows {begin} to {end - 1} of episode {episode}. Cache the data again."
+            )
         return rows
 
     def _file(self, number: int) -> Any:

@@ -146,7 +146,7 @@ def parse_vlm_spec(spec: str | Mapping[str, Any]) -> VLMServerConfig | VLMLocalC
     """
     options = dict(spec) if isinstance(spec, Mapping) else _from_words(spec)
     kind = options.pop("kind", None)
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise InvalidOptionError(f"a judge given as JSON has kind={kind!r}; choose one of {', '.join(KINDS)}.")
     known = [field.name for field in dataclasses.fields(KINDS[kind])]
     for name in options:

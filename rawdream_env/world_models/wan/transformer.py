@@ -280,7 +280,7 @@ class WanWorldModelTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         dtype = kwargs.pop("torch_dtype", torch.float32)
         path = find_folder(folder, **kwargs)
         with torch.device("meta"):  # no memory and no random numbers for weights that are replaced below
-            model = cls.from_config(read_config(path, cls.__name__))
+            model = _from_config(cls, path)
         load_pretrained(model, path)
         model.to(dtype).eval()
         return model
@@ -291,3 +291,14 @@ class WanWorldModelTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         Files are replaced whole, the configuration last.
         """
         write_pretrained(self, Path(save_directory), half=half, **kwargs)
+
+
+def _from_config(cls: Any, folder: Path) -> Any:
+    """The model that a folder's configuration describes; ``CheckpointError`` for sizes that no layer can have."""
+    config = read_config(folder, cls.__name__)
+    try:
+        return cls.from_config(config)
+    except (ValueError, TypeError, ArithmeticError, RuntimeError, LookupError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{folder / 'config.json'} cannot be used: {error}; restore it from a copy.") from error

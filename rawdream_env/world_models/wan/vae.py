@@ -17,6 +17,7 @@ Shape letters: N rows, G latents of a chunk, C channels, H W frame size, h w lat
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -240,6 +241,8 @@ def _check_kind(config: Mapping[str, Any], where: str) -> None:
             f"{where} is not the VAE of Wan 2.1: {other}, expected { {name: wanted[name] for name in other} }. "
             "Use the VAE of Wan2.1-T2V-1.3B."
         )
+    if infinite := [name for name, value in config.items() if isinstance(value, float) and not math.isfinite(value)]:
+        raise CheckpointError(f"{where} describes no Wan VAE: {infinite[0]} is {config[infinite[0]]}; restore it.")
     for name in ("base_dim", "z_dim"):
         size = config.get(name, 16)
         if not isinstance(size, int) or not 1 <= size <= 1024:

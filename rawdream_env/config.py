@@ -1,7 +1,7 @@
-"""Parsing of the options every environment shares: strings and numbers in, checked values out.
+"""Validation of the options that all environments share.
 
-Environment keyword arguments are JSON (so that ``env.spec.to_json()`` works); everything here turns such a plain value
-into what the code wants and raises :class:`InvalidOptionError` with the value seen and the values allowed.
+Environment keyword arguments are JSON (so that ``env.spec.to_json()`` works); the functions here convert and check such
+plain values and raise :class:`InvalidOptionError` with the given value and the allowed ones.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rawdream_env.types import Start
 DTYPES = ("float32", "bfloat16", "float16")
 
 SeedLike = int | Sequence[int | None] | None
-"""None: go on; an integer s: row i gets s + i; a sequence: one entry per row, None meaning "go on"."""
+"""None: continue; an integer s: row i gets s + i; a sequence: one entry per row, None meaning "continue"."""
 
 RESET_OPTIONS = ("reset_mask", "starts", "seed", "judge")
 
@@ -52,7 +52,7 @@ def parse_positive_int(name: str, value: object, *, minimum: int = 1) -> int:
 
 
 def parse_device(device: Any) -> str:
-    """A torch device's name, when this machine has it: "cpu", "cuda", "cuda:1", "mps"."""
+    """The name of a torch device that this machine has: "cpu", "cuda", "cuda:1", "mps"."""
     name = str(device)
     if name == "cpu":
         return name
@@ -76,7 +76,7 @@ def parse_device(device: Any) -> str:
 
 
 def parse_dtype(dtype: Any) -> str | None:
-    """The name of a precision of weights, also of a ``torch.dtype``; None: as the checkpoint says."""
+    """The name of a precision, also from a ``torch.dtype``; None: the precision of the checkpoint."""
     name = None if dtype is None else str(dtype).removeprefix("torch.")
     return name if name is None else str(parse_choice("dtype", name, DTYPES))
 
@@ -96,10 +96,13 @@ def parse_seeds(seed: Any, num_envs: int) -> list[int | None]:
     if isinstance(seed, int | np.integer):
         first = parse_positive_int("seed", seed, minimum=0)
         return [first + row for row in range(num_envs)]
-    if isinstance(seed, str | bytes | Mapping) or not hasattr(seed, "__len__"):
+    unsized = not hasattr(seed, "__len__") or getattr(seed, "shape", None) == ()  # an array or tensor of no dimension
+    if unsized or isinstance(seed, str | bytes | Mapping):
         raise InvalidOptionError(f"seed={seed!r} must be None, an integer, or a sequence of {num_envs} of them.")
     if len(seed) != num_envs:
-        raise InvalidOptionError(f"seed has {len(seed)} entries, but there are {num_envs} environments; give one each.")
+        raise InvalidOptionError(
+            f"seed has {len(seed)} entries, but there are {num_envs} environments; pass one per environment."
+        )
     return [None if s is None else parse_positive_int(f"seed[{i}]", s, minimum=0) for i, s in enumerate(seed)]
 
 
@@ -117,7 +120,7 @@ def parse_reset_mask(mask: Any, num_envs: int) -> NDArray[np.bool_]:
             f"it must be a boolean array of shape ({num_envs},)."
         )
     if not array.any():
-        raise InvalidOptionError("options['reset_mask'] is False everywhere; name at least one row to reset.")
+        raise InvalidOptionError("options['reset_mask'] is False for every row; set at least one to True.")
     return array
 
 
@@ -133,13 +136,13 @@ def parse_starts_option(starts: Any, num_envs: int) -> list[Start | None]:
     for row, start in enumerate(starts):
         if start is not None and not isinstance(start, Start):
             raise InvalidOptionError(
-                f"options['starts'][{row}] is a {type(start).__name__}; a Start or None is needed."
+                f"options['starts'][{row}] has type {type(start).__name__}, expected a Start or None."
             )
     return list(starts)
 
 
 def check_reset_options(options: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """``options`` itself (or an empty mapping) after refusing keys that nobody reads."""
+    """``options`` itself (or an empty mapping) ; unknown keys are refused."""
     if options is None:
         return {}
     if not isinstance(options, Mapping):

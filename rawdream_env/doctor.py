@@ -23,7 +23,11 @@ from rawdream_env.files import sha256_file
 ASSETS = Path(__file__).resolve().parent / "assets"
 DEBIAN_PACKAGES = ("libegl1", "libgles2", "libosmesa6", "ffmpeg")
 _MARKS = {"ok": "ok     ", "note": "note   ", "broken": "BROKEN "}
-_RENDER = """
+_RENDER_S = 180
+# The alarm ends a renderer that hangs, even when this process is gone.
+_RENDER = f"""
+import signal
+getattr(signal, "alarm", id)({_RENDER_S})
 from rawdream_env.piper.twin import PiperTwin
 twin = PiperTwin(image_size=64)
 frame = twin.reset(0, task="stack_block")
@@ -132,9 +136,11 @@ def _renderer() -> Check:
     )
     backend = os.environ.get("MUJOCO_GL") or "chosen automatically"
     try:
-        done = subprocess.run([sys.executable, "-c", _RENDER], capture_output=True, text=True, timeout=180, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", _RENDER], capture_output=True, text=True, timeout=_RENDER_S, check=False
+        )
     except subprocess.TimeoutExpired:
-        return Check("renderer", "broken", f"no frame after 180 s (MUJOCO_GL {backend})", fix)
+        return Check("renderer", "broken", f"no frame after {_RENDER_S} s (MUJOCO_GL {backend})", fix)
     if done.returncode == 0:
         return Check("renderer", "ok", f"rendered a frame (MUJOCO_GL {backend})")
     last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]

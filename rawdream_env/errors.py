@@ -1,6 +1,6 @@
-"""Named errors. Each says what happened, with the numbers, and what to do next.
+"""Named errors. Each message states what happened, with the numbers, and what to do next.
 
-Errors a user can cause derive from ``ValueError`` or ``RuntimeError`` so that ordinary handlers see them.
+Errors that a user can cause also derive from ``ValueError`` or ``RuntimeError``, so that ordinary handlers catch them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class CheckpointError(RawDreamError, ValueError):
 
 
 class DatasetError(RawDreamError, ValueError):
-    """A data set folder is missing, damaged or lacks what is asked of it."""
+    """A data set folder is missing, damaged or incomplete."""
 
 
 class RendererError(RawDreamError, RuntimeError):
@@ -47,16 +47,16 @@ class MissingDependencyError(RawDreamError, ImportError):
 
 
 class RunDirError(RawDreamError, ValueError):
-    """A run directory cannot be resumed: other configuration, damaged or locked."""
+    """A run directory cannot be resumed: it has another configuration, is damaged or is locked."""
 
 
 class JudgeUnavailableError(RawDreamError, RuntimeError):
-    """The judge cannot be reached at all."""
+    """The judge cannot be reached."""
 
 
 class JudgeError(RawDreamError, TypeError):
-    """A judge returned something else than one verdict per video."""
+    """A judge did not return one verdict per video."""
 
 
 class NotEnoughMemoryError(RawDreamError, MemoryError):
-    """What was asked for does not fit into the memory that is free; nothing has been allocated."""
+    """A request does not fit into free memory; nothing has been allocated."""

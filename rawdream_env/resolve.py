@@ -1,4 +1,4 @@
-"""What a world model, a judge, a policy or a start source may be named by.
+"""How a world model, a judge, a policy or a start source is named.
 
 ======================  ============================================================================================
 ``"embedded"``          the bundled one
@@ -8,7 +8,7 @@ a folder                a checkpoint, as ``save_pretrained`` writes it; an exist
 an object               used as it is
 ======================  ============================================================================================
 
-``load_world_model``, ``load_judge``, ``load_policy`` and ``load_starts`` share this rule and add what only they know.
+``load_world_model``, ``load_judge``, ``load_policy`` and ``load_starts`` share these rules and add their own names.
 Only tensors, JSON and text are downloaded from the hub, never code. ``HF_HUB_OFFLINE=1`` allows no download.
 """
 
@@ -33,7 +33,7 @@ _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja")
 
 
 def bundled_folder(name: str) -> Path:
-    """The folder ``name`` of the models that ship with the package."""
+    """The folder ``name`` of the bundled models."""
     return Path(str(resources.files("rawdream_env.assets") / name))
 
 
@@ -43,8 +43,8 @@ def resolve(
     """The folder to load ``spec`` from (a ``Path``, which may not exist), or the object that it names.
 
     Args:
-        spec: see the module's text.
-        part: what is loaded, for messages: "policy".
+        spec: a name as described above, or an object.
+        part: the kind of object, for messages: "policy".
         protocol: what an object has to satisfy.
         bundled: the folder of "embedded".
         device: passed to a factory that takes it.
@@ -125,7 +125,9 @@ def _call(spec: str, module_name: str, name: str, options: dict[str, Any]) -> An
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     taken = {key: value for key, value in options.items() if takes_all or key in parameters}
     if refused := sorted(options.keys() - taken.keys() - {"device"}):
-        raise InvalidOptionError(f"{spec!r} takes no {', '.join(refused)}; add the argument, or leave the option out.")
+        raise InvalidOptionError(
+            f"{spec!r} does not accept {', '.join(refused)}; add the argument, or omit the option."
+        )
     needed = [
         key
         for key, parameter in parameters.items()
@@ -135,7 +137,8 @@ def _call(spec: str, module_name: str, name: str, options: dict[str, Any]) -> An
     ]
     if needed:
         raise InvalidOptionError(
-            f"{spec!r} needs {', '.join(needed)}; a factory is called with device= where it takes it, and nothing else."
+            f"{spec!r} needs {', '.join(needed)}; a factory is called with device= if it accepts it, and "
+            "with no other argument."
         )
     return factory(**taken)
 
@@ -147,8 +150,8 @@ def _require(thing: Any, name: str, part: str, protocol: type) -> Any:
     missing = [key for key in members if not hasattr(thing, key)]
     if missing:
         raise InvalidOptionError(
-            f"{name} is no {part} without {', '.join(missing)}; give an object that has them, a folder or 'embedded'."
+            f"{name} is not a {part}: it lacks {', '.join(missing)}. Pass an object that has them, a folder or 'embedded'."
         )
     if isinstance(thing, type):
-        raise InvalidOptionError(f"{thing.__name__} is a class, no {part}; give an instance of it, or 'module:class'.")
+        raise InvalidOptionError(f"{thing.__name__} is a class, not a {part}; pass an instance, or 'module:class'.")
     return thing

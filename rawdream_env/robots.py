@@ -2,7 +2,7 @@
 
 Generic code (world models, data, environments, evaluation, trainers) names no robot. It gets a name from a data set
 (``robot_type`` in ``info.json``), a checkpoint or an environment, and asks :func:`find_robot` for the part it needs.
-Parts are named as ``"module:attribute"`` and imported on first use, so registering a robot costs nothing.
+Parts are named as ``"module:attribute"`` and imported on first use, so registering a robot imports nothing.
 
 >>> robot = find_robot("piper")
 >>> robot.dream_env
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DEFAULT_ROBOT = "piper"
-"""The robot of checkpoints, data sets and options that name none."""
+"""The robot of checkpoints, data sets and options without a robot name."""
 ENTRY_POINTS = "rawdream.robots"
 """Entry-point group of installed packages that register robots: ``name = "module that calls register_robot"``."""
 
@@ -38,7 +38,7 @@ Part = Literal["kinematics", "goals", "episode_source", "sim_starts", "start_pac
 
 @dataclass(frozen=True)
 class Robot:
-    """A robot and its scene. Every part may be left out; what needs it then says so."""
+    """A robot and its scene. Every part is optional; code that needs a missing part raises an error."""
 
     name: str
     """What ``info.json`` of its data sets has as ``robot_type``."""
@@ -186,7 +186,7 @@ class GoalGrammar(Protocol):
 
     @property
     def place_relations(self) -> Sequence[str]:
-        """The first of them: what placing an object brings about. Clips gather around the moments these come true."""
+        """The first of them: relations that placing an object establishes. Clips are sampled around them."""
         ...
 
     @property

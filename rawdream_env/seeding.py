@@ -1,7 +1,7 @@
-"""Keyed noise: every random draw is named, so that any row, chunk or episode can be drawn again on its own.
+"""Keyed noise: every random draw has a key, so that any row, chunk or episode can be reproduced alone.
 
-Nothing in the package draws from a global generator. A ``NoiseKey`` is hashed with SplitMix64 into one 64-bit seed; the
-draw index 1 is the second draw of dual-noise verification (paper section 3.3).
+The package never draws from a global generator. A ``NoiseKey`` is hashed with SplitMix64 into one 64-bit seed; the
+draw index 1 is the second draw of dual-noise verification (paper section 3.2).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def mix(*parts: int) -> int:
 class NoiseKey:
     """Names one draw: ``seed`` of the env row, ``env`` row label, ``episode`` count, ``chunk`` index, ``draw`` index.
 
-    An environment sets ``env=0`` and gives each row its own ``seed``, so a row replays alone.
+    An environment sets ``env=0`` and gives each row its own ``seed``, so that a row can be replayed alone.
     """
 
     seed: int

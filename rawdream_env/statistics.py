@@ -1,10 +1,10 @@
-"""Small-sample statistics for success rates and gains, so that no number is reported without its interval.
+"""Small-sample statistics for success rates and gains, so that every number is reported with its interval.
 
 Only numpy and the standard library. What is here, and when to use it:
 
 - one success rate: :class:`Rate` (Wilson score interval);
 - before and after on the *same* episodes, seeds or tasks: :func:`paired_bootstrap`;
-- do two evaluations order policies alike: :func:`spearman`, :func:`kendall_tau`;
+- agreement of two evaluations on the order of policies: :func:`spearman`, :func:`kendall_tau`;
 - two binary raters of the same episodes: :class:`Confusion` (agreement, Cohen's kappa, precision, recall).
 
 No interval claims certainty. Where every unit is equal, resampling returns the same value each time: rates and paired
@@ -40,7 +40,7 @@ def _check_counts(successes: int, n: int) -> None:
 
 
 def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson score interval of a proportion, both ends in [0, 1]; (0, 1) when ``n`` is 0: nothing is known."""
+    """Wilson score interval of a proportion, both ends in [0, 1]; (0, 1) when ``n`` is 0."""
     _check_counts(successes, n)
     z = _z(confidence)
     if n == 0:
@@ -337,7 +337,7 @@ def cohen_kappa(confusion: Confusion, confidence: float = 0.95) -> Estimate:
     When only one of them is, kappa is 0 whatever the other says, and has no interval. Raters that agree always, or
     never, leave no large-sample error: the ends are then kappa at the ends of the Wilson interval of their agreement.
 
-    Kappa is agreement beyond chance: a judge that always says "failure" on a task that always fails agrees 100 % and
+    Kappa is agreement beyond chance: a judge that always answers "failure" on a task that always fails agrees 100 % and
     has no kappa, which is why both are reported.
     """
     n, z = confusion.n, _z(confidence)

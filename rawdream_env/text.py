@@ -28,7 +28,7 @@ _WORD = re.compile(r"[^\W_]+")
 
 
 def clean_instruction(instruction: str) -> str:
-    """Make outside text safe to log, prompt with and tokenize.
+    """Make external text safe for logs, prompts and tokenization.
 
     Control and formatting characters become spaces, runs of white space become one space, and the result is cut to
     ``MAX_INSTRUCTION_LENGTH`` characters. Case is kept.

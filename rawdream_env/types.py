@@ -1,4 +1,4 @@
-"""Shared value types, the three protocols everything plugs into, and what its parts may have besides.
+"""Shared value types, the protocols of world models, judges and policies, and their optional methods.
 
 Shape letters used across the package: B envs, G group, T chunks in an episode, K actions in a chunk, F frames,
 H W height and width, C channels, L tokens, D width, A action dimensions.
@@ -27,7 +27,7 @@ ACTION_DIM = 7
 
 
 class Outcome(IntEnum):
-    """What a judge concluded. INVALID never becomes a reward."""
+    """A judge's conclusion. INVALID never becomes a reward."""
 
     INVALID = -1
     FAILURE = 0
@@ -46,7 +46,7 @@ class Video:
 class Verdict:
     """A judge's answer about one video.
 
-    ``reason`` says why (always set for INVALID); ``probability`` is the success probability in [0, 1] where the judge
+    ``reason`` explains it (always set for INVALID); ``probability`` is the success probability in [0, 1] where the judge
     has one; ``votes`` are the individual outcomes where it samples several; ``latency_s`` in seconds.
     """
 
@@ -75,7 +75,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """All that is needed to imagine an episode again: start, noise identity and actions.
+    """What ``replay`` needs to imagine an episode again: start, noise key and actions.
 
     ``actions`` float32 (T, K, A) as executed; ``noise_key`` is the episode's key at chunk 0, draw 0.
     """
@@ -102,7 +102,7 @@ class WorldModel(Protocol):
     """Imagines what the camera sees after a chunk of actions.
 
     Optional: ``device`` (a ``torch.device``, where actions are expected; default the CPU), and
-    :class:`SupportsPrepare`. A state may have ``finite``, a bool tensor (B,): False where the imagination broke down, which
+    :class:`SupportsPrepare`. A state may have ``finite``, a bool tensor (B,): False where the frames are not finite, which
     makes the episode invalid.
     """
 
@@ -124,10 +124,10 @@ class WorldModel(Protocol):
 
 @runtime_checkable
 class Judge(Protocol):
-    """Says whether an instruction was carried out in a video.
+    """Decides whether an instruction is carried out in a video.
 
-    Optional: ``remote`` (bool, default False): the verdicts come from a server, so that waiting for them costs no
-    computation here; and :class:`SupportsClose`.
+    Optional: ``remote`` (bool, default False): the verdicts come from a server, so that calls may wait in
+    threads; and :class:`SupportsClose`.
     """
 
     def __call__(self, videos: Sequence[Video], instructions: Sequence[str]) -> list[Verdict]:
@@ -154,12 +154,12 @@ class Policy(Protocol):
         ...
 
 
-# What a part may have besides. Environments, trainers and evaluations ask with ``isinstance``.
+# Optional methods of a part. Environments, trainers and evaluations check for them with ``isinstance``.
 
 
 @runtime_checkable
 class SupportsPrepare(Protocol):
-    """A world model that is told how many episodes run at once before the first starts."""
+    """A world model that prepares for a number of parallel episodes before the first starts."""
 
     def prepare(self, num_envs: int) -> None:
         """Raise ``NotEnoughMemoryError`` when ``num_envs`` rows do not fit."""

@@ -113,6 +113,8 @@ def test_explain_knows_what_newcomers_meet():
     assert cli.explain(OSError(errno.ENOSPC, "No space left on device", "/x")).startswith(
         "no space left on the disk at /x"
     )
+    full = cli.explain(OSError(errno.EDQUOT, "Disk quota exceeded"))
+    assert full == "no space left in the disk quota; free space or write to another folder. Saved work is intact."
     assert cli.explain(FileNotFoundError(errno.ENOENT, "No such file", "a.txt")) == "No such file: a.txt."
     assert "rawdream doctor" in cli.explain(ImportError("cannot import name 'x'"))
     assert cli.explain(RendererError("no renderer")) == "no renderer"
@@ -120,6 +122,21 @@ def test_explain_knows_what_newcomers_meet():
         gym.make_vec("rawdream/PiperDreem-v0", num_envs=1)
     assert "PiperDream" in cli.explain(caught.value)
     assert cli.explain(AssertionError()) is None
+
+
+def test_output_that_the_locale_cannot_write_is_escaped():
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for words in (
+        ["world-model", "train", "--help"],
+        ["policy", "sft", "--run-dir", "/proc/\u2022", "--data", "/\u2022"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "rawdream_env", *words],
+            env={**os.environ, **plain},
+            capture_output=True,
+            check=False,
+        )
+        assert done.returncode in (0, 2) and b"Traceback" not in done.stderr and (done.stdout + done.stderr).isascii()
 
 
 def test_bench_passes_its_options_on(monkeypatch):

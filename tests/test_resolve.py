@@ -79,9 +79,9 @@ def test_every_loader_takes_the_bundled_part_a_factory_and_an_object(name: str, 
     made = load(f"own_parts:{name}")
     assert load(made) is made
     for wrong in (3, object()):
-        with pytest.raises(InvalidOptionError, match=rf"{type(wrong).__name__} is no {PARTS[name]} without "):
+        with pytest.raises(InvalidOptionError, match=rf"{type(wrong).__name__} is not a {PARTS[name]}: it lacks "):
             load(wrong)  # type: ignore[operator]
-    with pytest.raises(InvalidOptionError, match=rf"int of 'own_parts:wrong' is no {PARTS[name]} without "):
+    with pytest.raises(InvalidOptionError, match=rf"int of 'own_parts:wrong' is not a {PARTS[name]}: it lacks "):
         load("own_parts:wrong")
     with pytest.raises((InvalidOptionError, CheckpointError)):
         load("no/such/folder")
@@ -93,7 +93,7 @@ def test_a_factory_gets_the_options_it_takes(own: None) -> None:
     assert load_judge("own_parts:judge", dtype="bfloat16").made_with == {"device": "cpu", "dtype": "bfloat16"}  # type: ignore[attr-defined]
     assert load_policy("own_parts:Policy").device == "cpu"  # type: ignore[attr-defined]
     assert isinstance(load_starts("own_parts:ready"), NullStarts)  # an object of the module, not called
-    with pytest.raises(InvalidOptionError, match="takes no approximations"):
+    with pytest.raises(InvalidOptionError, match="does not accept approximations"):
         load_world_model("own_parts:world_model", approximations=["fp8"])
     with pytest.raises(InvalidOptionError, match="needs weights"):
         load_policy("own_parts:needy")

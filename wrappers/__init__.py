@@ -2,14 +2,14 @@
 
 | wrapper | what it does | needs |
 |---|---|---|
-| `DualNoiseVerification` | dreams every success again with fresh noise and flags what does not repeat | a dream |
+| `DualNoiseVerification` | imagines every success again with fresh noise and flags those that do not repeat | a dream |
 | `InstantReflector` | a reward at every chunk from a judge's probabilities, and an end when the task looks done | a judge |
 | `Record` | one gif or mp4 per episode: dream, second dream, actions, verdict | - |
 | `InstructionObservation` | puts the instruction into the observation | - |
 | `TorchIO` | torch tensors in and out | torch |
 | `SB3VecEnv` | a stable-baselines3 ``VecEnv`` | stable-baselines3 |
 
-Order matters in one place: `Record` goes outside `DualNoiseVerification` to see the second dream. Nothing heavy is
+The order matters once: `Record` goes outside `DualNoiseVerification` to see the second dream. Nothing heavy is
 imported until a name is used.
 """
 

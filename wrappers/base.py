@@ -1,4 +1,4 @@
-"""What every wrapper here shares: forwarding of the calls Gymnasium's ``VectorWrapper`` does not forward."""
+"""The base class of the wrappers: it forwards the calls that Gymnasium's ``VectorWrapper`` does not forward."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ForwardingVectorWrapper(VectorWrapper[Any, Any, Any, Any, Any]):
     has none of them.
 
     Raises:
-        InvalidOptionError: what is wrapped is not a vector environment.
+        InvalidOptionError: ``env`` is not a vector environment.
     """
 
     def __init__(self, env: AnyVectorEnv) -> None:
@@ -31,7 +31,7 @@ class ForwardingVectorWrapper(VectorWrapper[Any, Any, Any, Any, Any]):
             kind = "a single environment" if isinstance(env, gym.Env) else f"a {type(env).__name__}"
             raise InvalidOptionError(
                 f"{type(self).__name__} wraps vector environments, but this is {kind}. "
-                "Make it with gym.make_vec(id, num_envs=1) instead of gym.make(id)."
+                "Create it with gym.make_vec(id, num_envs=1) instead of gym.make(id)."
             )
         super().__init__(env)
 
@@ -91,7 +91,7 @@ def as_numpy(value: Any) -> NDArray[Any]:
 
 
 def episode_infos(infos: dict[str, Any], mode: AutoresetMode) -> dict[str, Any]:
-    """Where the infos of episodes that just ended are: ``final_info`` in SAME_STEP, the infos themselves otherwise."""
+    """Where the infos of episodes that have just ended are: ``final_info`` in SAME_STEP, the infos themselves otherwise."""
     if mode is AutoresetMode.SAME_STEP:
         final: dict[str, Any] = infos.get("final_info", {})
         return final

@@ -1,4 +1,4 @@
-"""Dual-noise verification: a success counts only when it is dreamt twice (RAW-Dream, section 3.2 and appendix A.2)."""
+"""Dual-noise verification: a success counts only when it repeats with fresh noise (RAW-Dream, section 3.2 and appendix A.2)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 class DualNoiseVerification(ForwardingVectorWrapper):
-    """Dreams every success a second time with independent noise and takes away what does not repeat.
+    """Imagines every success a second time with independent noise; a success that does not repeat loses its reward.
 
-    A world model sometimes hallucinates the outcome: the grasp that missed closes on an object after all. Physics does
+    A world model sometimes hallucinates the outcome: a grasp that misses closes on an object after all. Physics does
     not depend on the diffusion noise, a hallucination does. So when an episode ends judged a success, its recorded
     start and actions are imagined again with noise draw ``draw`` at every chunk, and the second video is judged too.
     Failures are not checked: the cost is 1 + p world-model work, p the share of successes. All episodes that end in one
@@ -31,7 +31,7 @@ class DualNoiseVerification(ForwardingVectorWrapper):
     ==============================  =======  ==============================================================
     ``verified``                    bool     the success repeated, or it was a failure, which needs no check
     ``flagged``                     bool     judged a success first, a failure the second time
-    ``second_verdict``              int8     1 success, 0 failure, -1 not replayed or not readable
+    ``second_verdict``              int8     1 success, 0 failure, -1 not replayed or INVALID
     ``replay_success_probability``  float64  of the second video; masked out where the judge gives none
     ==============================  =======  ==============================================================
 
@@ -77,7 +77,7 @@ class DualNoiseVerification(ForwardingVectorWrapper):
         return self.env.reset(seed=seed, options=options)
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        """Step; where an episode ends as a success, dream it again and judge the second video."""
+        """Step; where an episode ends as a success, imagine it again and judge the second video."""
         observations, rewards, terminations, truncations, infos = self.env.step(actions)
         self.last_replays = {}
         done = as_numpy(terminations).astype(bool) | as_numpy(truncations).astype(bool)

@@ -13,17 +13,17 @@ class InstantReflector(ForwardingVectorWrapper):
     """Asks a judge for a success probability after every chunk, on a dream and a simulator alike.
 
     *Reward*: the probability now minus the probability a chunk ago; before the first chunk it is ``initial``. So the
-    rewards of an episode sum to the final probability minus ``initial``, and nothing is gained by going back and forth.
+    rewards of an episode sum to the final probability minus ``initial``, and moving back and forth gains nothing.
     It replaces the environment's own reward.
 
-    *End*: an episode is terminated when the judge says for ``patience`` chunks in a row that the task is done, so that
-    a policy does not go on and spoil it. The environment's own ends stay.
+    *End*: an episode is terminated when the judge finds the task done in ``patience`` consecutive chunks, so that a
+    policy cannot undo its success. The environment's own ends remain.
 
     *INVALID*: a chunk whose verdict is INVALID (outage, unreadable, frames that are not finite) has reward 0, ``valid``
     False and no ``success_probability``; it ends nothing, and the next difference is to the last known probability.
 
-    In infos, ``verdict`` and ``is_success`` are the reflector's (in a step that ends an episode 1 when the judge says
-    done there, else 0 or -1; before that -1), ``success_probability`` (float64) is every chunk's, and ``env_verdict``
+    In infos, ``verdict`` and ``is_success`` are the reflector's (in a step that ends an episode 1 when the judge finds the
+    task done, else 0 or -1; before that -1), ``success_probability`` (float64) is every chunk's, and ``env_verdict``
     (int8) is what the environment's own ``verdict`` was: the truth in a simulator.
 
     The wrapper attaches a :class:`rawdream_env.envs.reflector.Reflector` to the environment it wraps;
@@ -36,7 +36,7 @@ class InstantReflector(ForwardingVectorWrapper):
         env: a vector environment of this package, in any autoreset mode, before its first reset.
         judge: a judge, its name or its folder; None: the environment's own.
         threshold: probability from which a task counts as done; None: the judge's own decision.
-        patience: number of chunks in a row that must say so.
+        patience: number of consecutive chunks that must count as done.
         initial: probability before the first chunk.
         last_frames: show the judge only this many frames (judges of short windows); None: all since the start.
 

@@ -13,7 +13,7 @@ from rawdream_env.errors import InvalidOptionError
 from rawdream_env.wrappers.base import AnyVectorEnv, ForwardingVectorWrapper
 
 MAX_LENGTH = 200
-"""Longest instruction in characters, the cap every instruction of this package is cut to."""
+"""Longest instruction in characters, the limit for every instruction of this package."""
 
 # ASCII, then the accented letters of European languages.
 CHARSET = string.ascii_letters + string.digits + string.punctuation + " " + "".join(map(chr, range(0xC0, 0x250)))
@@ -22,11 +22,11 @@ CHARSET = string.ascii_letters + string.digits + string.punctuation + " " + "".j
 class InstructionObservation(ForwardingVectorWrapper):
     """Adds ``"instruction"``, a `gymnasium.spaces.Text`, to the ``Dict`` observation.
 
-    For loops and trainers of your own that hand whole observations to a vision-language-action policy. Batched, it is a
+    For your own loops and trainers that pass whole observations to a vision-language-action policy. Batched, it is a
     tuple of num_envs strings, as Gymnasium batches ``Text``; with SAME_STEP autoreset the entries of ``final_obs`` get
     the instruction of the episode that ended.
 
-    stable-baselines3, skrl and TorchRL do **not** take text observations. With those, leave this wrapper off and read
+    stable-baselines3, skrl and TorchRL do **not** take text observations. With those, omit this wrapper and read
     ``infos["instruction"]`` or ``envs.call("task_description")``.
 
     Args:
@@ -47,7 +47,7 @@ class InstructionObservation(ForwardingVectorWrapper):
                 f"InstructionObservation needs a Dict observation space to add to, not {type(single).__name__}."
             )
         if "instruction" in single.spaces:
-            raise InvalidOptionError("The observation already has an 'instruction': wrap with it once.")
+            raise InvalidOptionError("The observation already has an 'instruction'; use the wrapper once.")
         self._text = spaces.Text(max_length, charset=charset)
         self.single_observation_space = spaces.Dict({**single.spaces, "instruction": self._text})
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)

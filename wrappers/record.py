@@ -1,4 +1,4 @@
-"""One video per episode: what was dreamt, what was done, what was asked, what the judge said."""
+"""One video per episode: frames, actions, instruction and verdict."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _WORD = {Outcome.SUCCESS: "success", Outcome.FAILURE: "failure", Outcome.INVALID
 
 @dataclass
 class _Episode:
-    """A recording under way. ``number`` is its place among the episodes started, over all rows."""
+    """A running recording. ``number`` counts the episodes started, over all rows."""
 
     number: int
     frames: list[UInt8Array]
@@ -49,8 +49,8 @@ class Record(ForwardingVectorWrapper):
     The environment should be made with ``return_frames=True``: then every control step is a frame. Otherwise only the
     last frame of each chunk is known; the film has one frame per chunk at an eighth (1 / K) of the speed in Hz.
 
-    Files are ``episode_000012_env3_success.gif``; numbering goes on after those in the folder. A file appears whole
-    or not at all. Episodes cut off by ``reset`` or ``close`` are not written.
+    Files are ``episode_000012_env3_success.gif``; numbering continues after the files in the folder. Files are written
+    atomically. Episodes cut off by ``reset`` or ``close`` are not written.
 
     Args:
         env: a vector environment whose observation is an image or has one under ``"image"``, uint8 (H, W, 3).
@@ -58,7 +58,7 @@ class Record(ForwardingVectorWrapper):
         fps: frames per second of the film; default: the environment's ``metadata["render_fps"]``, else 10.
         every: record episodes 0, every, 2 * every, ... in the order in which they start over all rows.
         format: "gif" or "mp4".
-        max_videos: stop after so many files; None for no limit.
+        max_videos: maximum number of files; None for no limit.
 
     Attributes:
         n_videos: files written so far.
@@ -199,7 +199,7 @@ def _text(infos: dict[str, Any], row: int) -> str:
 
 
 def _first_outcome(finals: dict[str, Any], row: int) -> str:
-    """The word for the episode's own verdict; a backend without a judge is taken at its ``is_success``."""
+    """The word for the episode's own verdict, or for ``is_success`` in a backend without verdicts."""
     if "verdict" in finals:
         return _WORD[Outcome(int(finals["verdict"][row]))]
     return "success" if "is_success" in finals and finals["is_success"][row] else "failure"

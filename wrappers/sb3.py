@@ -24,18 +24,18 @@ except ImportError as error:
 
 
 class SB3VecEnv(VecEnv):
-    """Trains any algorithm of stable-baselines3 in a dream or in its simulator: the id is the only change.
+    """A vector environment for the algorithms of stable-baselines3, in a dream or a simulator.
 
     ::
 
         envs = gym.make_vec("rawdream/PiperDream-v0", num_envs=4, autoreset_mode="SameStep")
         model = PPO("MultiInputPolicy", VecMonitor(SB3VecEnv(envs)))
 
-    What the two interfaces say differently is translated:
+    The wrapper translates between the two interfaces:
 
     - actions: stable-baselines3 sees the chunk flattened, ``Box(-1, 1, (K * A,))``, since some of its algorithms only
       take vectors;
-    - episode ends: ``dones`` is terminated or truncated, ``TimeLimit.truncated`` says which, the last observation is
+    - episode ends: ``dones`` is terminated or truncated, ``TimeLimit.truncated`` marks truncation, the last observation is
       ``terminal_observation``, the infos of that step are those of the episode that ended (``is_success`` with them),
       and the new episode's are in ``reset_infos``;
     - rewards are float32.
@@ -63,7 +63,7 @@ class SB3VecEnv(VecEnv):
             raise InvalidOptionError(f"SB3VecEnv flattens a Box action space, not {type(actions).__name__}.")
         if isinstance(observations, spaces.Dict) and "instruction" in observations.spaces:
             raise InvalidOptionError(
-                "stable-baselines3 takes no text observations: leave InstructionObservation off and read "
+                "stable-baselines3 takes no text observations: omit InstructionObservation and read "
                 "infos['instruction']."
             )
         self.env = env
@@ -77,7 +77,9 @@ class SB3VecEnv(VecEnv):
         kwargs: dict[str, Any] = {"seed": seeds} if len(seeds) == self.num_envs else {}
         if any(self._options):
             if any(options != self._options[0] for options in self._options):
-                raise InvalidOptionError("A vector environment has one set of reset options; give every row the same.")
+                raise InvalidOptionError(
+                    "A vector environment has one set of reset options; pass the same options for every row."
+                )
             kwargs["options"] = self._options[0]
         observations, infos = self.env.reset(**kwargs)
         self.reset_infos = [row_info(infos, row) for row in range(self.num_envs)]
@@ -148,7 +150,7 @@ class SB3VecEnv(VecEnv):
         return [values[row] for row in self._get_indices(indices)]
 
     def env_is_wrapped(self, wrapper_class: type[Any], indices: VecEnvIndices = None) -> list[bool]:
-        """Whether a vector wrapper of that class is in the chain; it holds for every row alike."""
+        """Whether a vector wrapper of that class is in the chain, for every row."""
         wrapped = any(isinstance(layer, wrapper_class) for layer in chain(self.env))
         return [wrapped for _ in self._get_indices(indices)]
 

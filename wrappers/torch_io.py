@@ -15,9 +15,9 @@ class TorchIO(ForwardingVectorWrapper):
 
     Only numeric leaves are converted: strings stay strings, and ``final_obs`` of SAME_STEP autoreset (an object array
     with one observation per ended row) gets its leaves converted too. Everything else in ``infos`` stays numpy, as
-    libraries expect. Gymnasium's own ``NumpyToTorch`` stumbles over both.
+    libraries expect. Gymnasium's own ``NumpyToTorch`` fails on both.
 
-    A dream made with ``output="torch"`` needs no wrapper; this one is for backends that compute in numpy.
+    A dream made with ``output="torch"`` needs no wrapper; use this one for backends that compute in numpy.
 
     Args:
         env: any vector environment.

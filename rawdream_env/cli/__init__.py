@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import io
 import logging
 import os
 import sys
@@ -29,6 +30,7 @@ from rawdream_env.errors import InvalidOptionError, JudgeUnavailableError, Missi
 __all__ = ["COMMANDS", "explain", "main", "run", "usage"]
 
 _HELP = ("-h", "--help", "help")
+_DISK_FULL = {errno.ENOSPC: "no space left on the disk", errno.EDQUOT: "no space left in the disk quota"}
 
 
 def usage(noun: str = "") -> str:
@@ -63,6 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # torch reads this when it is imported, later. Spinning OpenMP threads slow a step down many times while another program
     # uses the cores (benchmarks/busy_neighbour.py).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # text that the locale cannot write, as with LANG=C, is escaped
+            stream.reconfigure(errors="backslashreplace")
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     words = [word for word in given if word != "--debug"]
@@ -134,9 +139,9 @@ def explain(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, ImportError):
         return f"{error}. A package is missing or has the wrong version; `rawdream doctor` lists them."
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if isinstance(error, OSError) and error.errno in _DISK_FULL:
         where = f" at {error.filename}" if error.filename else ""
-        return f"no space left on the disk{where}; free space or write to another folder. Saved work is intact."
+        return f"{_DISK_FULL[error.errno]}{where}; free space or write to another folder. Saved work is intact."
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.strerror}: {error.filename}."
     gym_error = sys.modules.get("gymnasium.error")

@@ -26,6 +26,7 @@ Shape letters: T rows of a demonstration, N = T - 1 actions of an episode, H W i
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -218,8 +219,13 @@ def _timing(data: Any, group: Any) -> Timing:
 
 
 def _instruction(data: Any, path: Path, task: str) -> str:
-    words = _json(data, path, "problem_info").get("language_instruction", "")
-    found = "".join(words).strip()  # a string, or in some files a list of letters
+    words = _json(data, path, "problem_info").get("language_instruction") or ""  # null is no instruction
+    try:
+        found = "".join(words).strip()  # a string, or in some files a list of letters
+    except TypeError as error:
+        raise DatasetError(
+            f"{path}: language_instruction in problem_info has type {type(words).__name__}, expected text."
+        ) from error
     if not found and path.stem.endswith("_demo"):  # LIBERO: KITCHEN_SCENE3_turn_on_the_stove_demo.hdf5
         found = re.sub(r"^[A-Z_]+_SCENE\d+_", "", path.stem.removesuffix("_demo")).replace("_", " ")
     if not (found or task):
@@ -228,8 +234,12 @@ def _instruction(data: Any, path: Path, task: str) -> str:
 
 
 def _fps(data: Any) -> float:
-    arguments = _json(data, Path(data.file.filename), "env_args").get("env_kwargs") or {}
-    return float(arguments.get("control_freq") or DEFAULT_FPS)
+    path = Path(data.file.filename)
+    arguments = _json(data, path, "env_args").get("env_kwargs")
+    rate = (arguments.get("control_freq") if isinstance(arguments, dict) else None) or DEFAULT_FPS
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
+        raise DatasetError(f"{path}: control_freq in env_args is {rate!r}, expected a positive number (Hz).")
+    return float(rate)
 
 
 def _json(data: Any, path: Path, name: str) -> dict[str, Any]:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing as mp
-import os
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
 from multiprocessing.util import Finalize
 from typing import Any, Protocol
 
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "LP_NUM_THREADS")
+from rawdream_env.processes import follow_parent, in_main_thread, starting_children, stop_pool
 
 
 class Worker(Protocol):
@@ -43,7 +40,8 @@ def run_pieces(
     Raises:
         BrokenProcessPool: a process died. Other errors of a worker are raised as they are.
 
-    When the caller is interrupted or closes the iterator, workers return at their next look at ``stopped``.
+    When the caller is interrupted or closes the iterator, workers return the next time they check ``stopped``. A worker that
+    does not return within seconds is killed.
     """
     if not pieces:
         return
@@ -64,38 +62,37 @@ def _run_processes(
     pieces: Sequence[int], factory: WorkerFactory, workers: int, count: Callable[[int], Any]
 ) -> Iterator[int]:
     context = mp.get_context("spawn")  # a forked OpenGL context or thread pool does not work in the child
-    stop, ticks = context.Event(), context.Value("q", 0)
-    with _single_threaded_children():
-        pool = ProcessPoolExecutor(
-            max_workers=min(workers, len(pieces)),
-            mp_context=context,
-            initializer=_start_process,
-            initargs=(factory, stop, ticks),
-        )
-        try:
+    stop, ticks = context.RawValue("b", 0), context.Value("q", 0)  # no lock on stop: a killed worker might hold it
+    pool = ProcessPoolExecutor(
+        max_workers=min(workers, len(pieces)),
+        mp_context=context,
+        initializer=_start_process,
+        initargs=(factory, stop, ticks, in_main_thread()),
+    )
+    try:
+        with starting_children():
             running: set[Future[None]] = {pool.submit(_do_piece, piece) for piece in pieces}
-            finished = shown = 0
-            while running:
-                ready, running = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
-                now = ticks.value
-                count(now - shown)
-                shown = now
-                for future in ready:
-                    future.result()
-                    finished += 1
-                    yield finished
-        finally:
-            stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
+        finished = shown = 0
+        while running:
+            ready, running = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
+            now = ticks.get_obj().value  # without the lock, which a killed worker may hold
+            count(now - shown)
+            shown = now
+            for future in ready:
+                future.result()
+                finished += 1
+                yield finished
+    finally:
+        stop.value = 1
+        stop_pool(pool)
 
 
 # One per worker process, set by _start_process.
 _PROCESS: dict[str, Any] = {}
 
 
-def _start_process(factory: WorkerFactory, stop: Any, ticks: Any) -> None:
-    # The parent alone reacts to Ctrl-C: it asks the workers to stop at their next step.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _start_process(factory: WorkerFactory, stop: Any, ticks: Any, from_main_thread: bool) -> None:
+    follow_parent(from_main_thread)  # on Ctrl-C the parent asks its workers to stop at their next step
     _PROCESS.update(factory=factory, stop=stop, ticks=ticks)
 
 
@@ -108,19 +105,4 @@ def _do_piece(piece: int) -> None:
         with _PROCESS["ticks"].get_lock():
             _PROCESS["ticks"].value += 1
 
-    _PROCESS["worker"](piece, tick, _PROCESS["stop"].is_set)
-
-
-@contextmanager
-def _single_threaded_children() -> Iterator[None]:
-    """One thread a process, the software renderer's included: several workers already fill the cores."""
-    before = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
-    os.environ.update(dict.fromkeys(_THREAD_VARIABLES, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+    _PROCESS["worker"](piece, tick, lambda: bool(_PROCESS["stop"].value))

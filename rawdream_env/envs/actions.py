@@ -1,4 +1,4 @@
-"""Checks of action chunks before anything happens with them."""
+"""Validation of action chunks before a step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rawdream_env.errors import InvalidActionError
 from rawdream_env.types import Float32Array
 
 RANGE_TOLERANCE = 1e-3
-"""How far beyond [-1, 1] rounding (bfloat16 policies, un-normalisation) may push a value; it is clipped back."""
+"""Tolerated excess over [-1, 1] from rounding (bfloat16 policies, denormalization); such values are clipped."""
 
 
 def check_actions(actions: Any, shape: tuple[int, int, int], rows: NDArray[np.intp]) -> Float32Array:
@@ -19,11 +19,11 @@ def check_actions(actions: Any, shape: tuple[int, int, int], rows: NDArray[np.in
 
     Args:
         actions: array-like or torch tensor of ``shape`` (num_envs, K, A), of any real dtype.
-        shape: the wanted shape.
-        rows: the rows that will act; values of the others are not looked at.
+        shape: the expected shape.
+        rows: the rows that act; the values of other rows are not checked.
 
     Raises:
-        InvalidActionError: wrong shape or dtype, a value that is not finite, or one beyond [-1, 1]; the message names
+        InvalidActionError: wrong shape or dtype, a value that is not finite, or one outside [-1, 1]; the message names
             the environment, the action in the chunk, the dimension and the value.
     """
     if hasattr(actions, "detach"):  # a torch tensor; numpy has no bfloat16
@@ -35,7 +35,7 @@ def check_actions(actions: Any, shape: tuple[int, int, int], rows: NDArray[np.in
     if array.shape != shape:
         hint = " Add the batch dimension, actions[None]." if (1, *array.shape) == shape else ""
         raise InvalidActionError(
-            f"actions have shape {array.shape}, but (num_envs, chunk_len, action_dim) = {shape} is needed.{hint}"
+            f"actions have shape {array.shape}, expected (num_envs, chunk_len, action_dim) = {shape}.{hint}"
         )
     if array.dtype.kind not in "fiu":
         raise InvalidActionError(f"actions have dtype {array.dtype}; use float32.")

@@ -1,12 +1,14 @@
-"""The vector environment every backend shares: one step is one action chunk.
+"""The vector environment that all backends share: one step is one action chunk.
 
 Dream, simulator and arm differ only in two hooks, ``_begin`` and ``_advance``. Seeds, autoreset, partial reset, checks
-of actions, infos, rendering and life cycle are here, once, so that all backends agree on them.
+of actions, infos, rendering and closing are implemented here, so that all backends agree on them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -21,6 +23,7 @@ from rawdream_env.config import (
     check_reset_options,
     parse_autoreset_mode,
     parse_choice,
+    parse_device,
     parse_positive_int,
     parse_reset_mask,
     parse_seeds,
@@ -39,12 +42,12 @@ _UNSTARTED, _RUNNING, _OVER = 0, 1, 2
 
 @dataclass(frozen=True)
 class ChunkResult:
-    """What one chunk brought for n rows.
+    """The result of one chunk for n rows.
 
     ``frames`` uint8 (n, K, H, W, 3), or the last one alone, (n, 1, H, W, 3), where ``return_frames`` is off;
-    ``verdict`` int8 (n,): 1 success, 0 failure, -1 no statement or invalid; ``valid`` bool (n,): False where the judge
-    failed or the imagination broke down; ``ends`` bool (n,): the episode cannot go on whatever the horizon;
-    ``probability`` float64 (n,) of success, NaN where unknown, None when nobody gives one.
+    ``verdict`` int8 (n,): 1 success, 0 failure, -1 no verdict or invalid; ``valid`` bool (n,): False where the judge
+    failed or the frames are not finite; ``ends`` bool (n,): the episode ends before its horizon;
+    ``probability`` float64 (n,) of success, NaN where unknown, or None without probabilities.
     """
 
     frames: UInt8Array
@@ -55,21 +58,23 @@ class ChunkResult:
 
 
 class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
-    """Base of the vector environments; subclasses give ``_begin``, ``_advance`` and, if needed, ``_finish``,
-    ``_record_verdicts`` and ``close_extras``.
+    """Base of the vector environments; subclasses define ``_begin``, ``_advance`` and, if needed, ``_save``, ``_restore``,
+    ``_finish``, ``_record_verdicts`` and ``close_extras``.
+
+    A step or a reset happens wholly or not at all: after any error the environment is as it was.
 
     ## Spaces
     ``single_action_space`` is ``Box(-1, 1, (chunk_len, 7), float32)``: per control step end-effector delta xyz, delta
     rotation, gripper (-1 open, +1 close). ``single_observation_space`` is
     ``Dict(image=Box(0, 255, (H, W, 3), uint8))``, the chunk's last frame. With ``output="torch"`` observations are
-    torch tensors on ``device``; all else stays numpy.
+    torch tensors on ``device``; everything else is numpy.
 
     ## Rewards and ends
     1.0 (float64) at the step where success is established, which also terminates; 0.0 otherwise. Truncated at
-    ``max_episode_steps`` chunks, and at once when the episode turned out invalid. With ``end_on_success=False`` episodes
-    go on to their horizon, so that a video shows whether a success lasts: the reward of 1.0 stays at the first success,
+    ``max_episode_steps`` chunks, and at once when the episode is invalid. With ``end_on_success=False`` episodes
+    continue to their horizon, so that a video shows whether a success lasts: the reward of 1.0 stays at the first success,
     ``terminations`` at the horizon says whether it holds there. With a ``reflector`` the rewards are its own, and it
-    terminates the episodes it takes for finished (:mod:`rawdream_env.envs.reflector`).
+    terminates the episodes that it judges finished (:mod:`rawdream_env.envs.reflector`).
 
     ## Infos
     Arrays with ``_key`` masks: ``instruction`` (object), ``task_id`` (int64), ``is_success`` (bool), ``verdict`` (int8:
@@ -84,7 +89,7 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
     ``reset(options={"reset_mask": mask})``; stepping when all rows are over raises ``ResetNeededError``.
 
     ## Seeds
-    ``reset(seed=s)`` gives row i the seed s + i; a list gives one per row, None meaning "go on". Episode e of a row is
+    ``reset(seed=s)`` gives row i the seed s + i; a list gives one per row, None meaning "continue". Episode e of a row is
     a function of the row's seed, e and the actions; never of ``num_envs`` or of other rows. Resetting without a seed
     begins the row's next episode.
     """
@@ -98,6 +103,20 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
     """Name of the robot (``rawdream_env.robots``); empty where it is not known."""
     tasks: tuple[tuple[str, str], ...] = ()
     """(name, instruction) of every task, in the order of the task ids; empty where they are not known."""
+    _CHANGES: ClassVar[tuple[str, ...]] = (
+        "_phase",
+        "_elapsed",
+        "_terminated",
+        "_truncated",
+        "_succeeded",
+        "_judged",
+        "_images",
+        "_row_seeds",
+        "_episodes",
+        "_starts",
+        "_np_random_seed",
+    )
+    """Attributes that a step or a reset changes."""
     _ROW_ATTRIBUTES: ClassVar[tuple[str, ...]] = ("task_description", "task_id", "elapsed_steps", "row_seeds")
 
     def __init__(
@@ -117,7 +136,7 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
         end_on_success: bool = True,
         reflector: Mapping[str, Any] | Reflector | None = None,
     ) -> None:
-        """Set the spaces up; ``frame_shape`` (H, W, 3), ``max_episode_steps`` in chunks, ``fps`` in Hz. ``reflector``: a
+        """Set up the spaces; ``frame_shape`` (H, W, 3), ``max_episode_steps`` in chunks, ``fps`` in Hz. ``reflector``: a
         ``Reflector`` or its options.
 
         Raises:
@@ -129,7 +148,7 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
         self.autoreset_mode = parse_autoreset_mode(autoreset_mode)
         self.output = parse_choice("output", output, ("numpy", "torch"))
         self.render_mode = parse_choice("render_mode", render_mode, (None, "rgb_array", "rgb_tiles"))
-        self.device = str(device)
+        self.device = parse_device(device)
         self.return_frames = bool(return_frames)
         self.end_on_success = bool(end_on_success)
         self.reflector: Reflector | None = None
@@ -160,11 +179,36 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
         raise NotImplementedError
 
     def _advance(self, rows: Rows, actions: Float32Array, last: NDArray[np.bool_]) -> ChunkResult:
-        """Carry out ``actions`` (n, K, A) on ``rows``; ``last`` (n,) marks rows at their horizon.
-
-        Should it raise, it must leave the environment as it was, so that the same step can be tried again.
-        """
+        """Carry out ``actions`` (n, K, A) on ``rows``; ``last`` (n,) marks rows at their horizon."""
         raise NotImplementedError
+
+    def _save(self) -> dict[str, Any]:
+        """What ``_restore`` needs to undo a step or a reset. A subclass adds what its hooks change.
+
+        Arrays and lists are copied here; anything else must be replaced by the hooks, not changed in place.
+        """
+        saved = {name: getattr(self, name) for name in self._CHANGES}
+        saved = {name: value.copy() if isinstance(value, np.ndarray | list) else value for name, value in saved.items()}
+        saved["_np_random"] = deepcopy(self._np_random)
+        saved["reflector"] = None if self.reflector is None else self.reflector.save()
+        return saved
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        """Undo what happened since ``_save``."""
+        for name in (*self._CHANGES, "_np_random"):
+            setattr(self, name, saved[name])
+        if self.reflector is not None:
+            self.reflector.restore(saved["reflector"])
+
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Undo the steps and resets inside when anything is raised there, Ctrl-C included."""
+        saved = self._save()
+        try:
+            yield
+        except BaseException:
+            self._restore(saved)
+            raise
 
     # ---- the Gymnasium interface -------------------------------------------------------------------------------
 
@@ -176,7 +220,7 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
         Args:
             seed: None, an integer (row i gets seed + i) or one per row; see the class docstring.
             options: ``reset_mask``: boolean (num_envs,) array, reset only these rows. ``starts``: a ``Start`` or None
-                per row, to begin from. ``seed``: the same as the argument, for wrappers that pass integers only.
+                per row, to begin from. ``seed``: the same as the argument, for wrappers that only pass integers.
                 ``judge``: False leaves the episodes that begin here unjudged (``verdict`` -1 at their end), for callers who
                 judge the videos themselves.
 
@@ -199,9 +243,10 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
         never = np.flatnonzero((self._phase == _UNSTARTED) & ~mask)
         if len(never):
             raise ResetNeededError(f"env {never[0]} was never reset; call reset() without reset_mask first.")
-        super().reset(seed=next((s for s in seeds if s is not None), None))
         rows = np.flatnonzero(mask)
-        self._restart(rows, seeds, given, judged=bool(chosen.get("judge", True)))
+        with self.all_or_nothing():
+            super().reset(seed=next((s for s in seeds if s is not None), None))
+            self._restart(rows, seeds, given, judged=bool(chosen.get("judge", True)))
         infos: Infos = {}
         self._put_reset_info(infos, rows)
         return self._observe(self._images), infos
@@ -211,8 +256,8 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
 
         Raises:
             InvalidActionError: wrong shape or dtype, NaN, infinite or out-of-range values. ResetNeededError: before
-                ``reset``, or (Disabled) when every episode is over. ClosedEnvironmentError: closed. Whatever is raised
-                before a row advanced leaves the environment as it was.
+                ``reset``, or (Disabled) when every episode is over. ClosedEnvironmentError: closed. After any error, Ctrl-C
+                included, the environment is as it was before the call.
         """
         self._require_open("step")
         if (self._phase == _UNSTARTED).any():
@@ -229,28 +274,29 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
         batch = check_actions(actions, shape, rows)
         infos: Infos = {}
         rewards = np.zeros(self.num_envs, dtype=np.float64)
-        if len(rows):
-            self._step_rows(rows, batch, rewards, infos)
-        terminations, truncations = self._terminated.copy(), self._truncated.copy()
-        if len(waiting) and not disabled:
-            self._restart(waiting)
-            self._put_reset_info(infos, waiting)
-            terminations[waiting] = truncations[waiting] = False
-        if self.autoreset_mode == AutoresetMode.SAME_STEP:
-            self._restart_finished(infos)
+        with self.all_or_nothing():
+            if len(rows):
+                self._step_rows(rows, batch, rewards, infos)
+            terminations, truncations = self._terminated.copy(), self._truncated.copy()
+            if len(waiting) and not disabled:
+                self._restart(waiting)
+                self._put_reset_info(infos, waiting)
+                terminations[waiting] = truncations[waiting] = False
+            if self.autoreset_mode == AutoresetMode.SAME_STEP:
+                self._restart_finished(infos)
         return self._observe(self._images), rewards, terminations, truncations, infos
 
     def attach_reflector(self, reflector: Reflector) -> None:
-        """Let ``reflector`` give the rewards and predict the ends from now on. Call ``reset()`` afterwards.
+        """Use ``reflector`` for rewards and predicted ends from now on. Call ``reset()`` afterwards.
 
         Raises:
             InvalidOptionError: there is one already, or ``return_frames`` is off (its judge is shown every frame).
         """
         if self.reflector is not None:
-            raise InvalidOptionError("this environment has a reflector already; make another environment.")
+            raise InvalidOptionError("this environment already has a reflector; create another environment.")
         if not self.return_frames:
             raise InvalidOptionError(
-                "a reflector shows its judge every frame: make the environment with return_frames=True."
+                "a reflector shows its judge every frame: create the environment with return_frames=True."
             )
         self.reflector = reflector
         self._phase[:] = _UNSTARTED
@@ -267,7 +313,7 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
             raise ResetNeededError("render() was called before reset(); call reset() first.")
         return tuple(self._images.copy()) if self.render_mode == "rgb_array" else tile(self._images)
 
-    # ---- looking inside ----------------------------------------------------------------------------------------
+    # ---- inspection -------------------------------------------------------------------------------------------
 
     @property
     def task_description(self) -> tuple[str, ...]:
@@ -303,7 +349,7 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
         return start
 
     def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """Attribute or method ``name``, one value per row; what belongs to no single row is repeated."""
+        """Attribute or method ``name``, one value per row; values that do not belong to one row are repeated."""
         value = getattr(self, name)
         if name in self._ROW_ATTRIBUTES:
             return tuple(value)
@@ -330,11 +376,11 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
             values = values[0]
         setattr(self, name, values)
 
-    # ---- inner workings ----------------------------------------------------------------------------------------
+    # ---- internals --------------------------------------------------------------------------------------------
 
     def _require_open(self, what: str) -> None:
         if self.closed:
-            raise ClosedEnvironmentError(f"{what}() was called on a closed environment; make a new one.")
+            raise ClosedEnvironmentError(f"{what}() was called on a closed environment; create a new one.")
 
     def _restart(
         self,
@@ -344,7 +390,7 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
         *,
         judged: bool = True,
     ) -> None:
-        """Begin the next episode of ``rows``; counters move only when that worked."""
+        """Begin the next episode of ``rows``."""
         keys: list[NoiseKey] = []
         base: int | None = None
         for row in rows:
@@ -376,7 +422,6 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
         if self.reflector is not None:
             put(infos, self.num_envs, "env_verdict", rows, result.verdict)
             result, terminated, over, rewards[rows] = self._reflect(self.reflector, rows, result, terminated, over)
-        # Everything that may raise is behind us: from here on the step has happened.
         self._elapsed[rows] += 1
         self._succeeded[rows] |= success
         self._images[rows] = result.frames[:, -1]
@@ -399,22 +444,22 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
         terminated: NDArray[np.bool_],
         over: NDArray[np.bool_],
     ) -> tuple[ChunkResult, NDArray[np.bool_], NDArray[np.bool_], NDArray[np.float64]]:
-        """The chunk as the reflector sees it: its verdict at an episode's end, its rewards, and the ends it predicts."""
-        said = reflector.reflect(rows.tolist(), result.frames, result.valid, self.fps)
-        outcomes = np.array([verdict.outcome for verdict in said.verdicts], np.int8)
-        terminated, over = terminated | said.done, over | said.done
+        """The result with the reflector's verdicts at episode ends, its rewards and its predicted ends."""
+        answer = reflector.reflect(rows.tolist(), result.frames, result.valid, self.fps)
+        outcomes = np.array([verdict.outcome for verdict in answer.verdicts], np.int8)
+        terminated, over = terminated | answer.done, over | answer.done
         self._record_verdicts(
-            rows[over], [verdict for verdict, ended in zip(said.verdicts, over, strict=True) if ended]
+            rows[over], [verdict for verdict, ended in zip(answer.verdicts, over, strict=True) if ended]
         )
         verdict = np.where(over, outcomes, -1).astype(np.int8)
-        seen = replace(result, verdict=verdict, valid=outcomes >= 0, probability=said.probability)
-        return seen, terminated, over, said.rewards
+        seen = replace(result, verdict=verdict, valid=outcomes >= 0, probability=answer.probability)
+        return seen, terminated, over, answer.rewards
 
     def _finish(self, rows: Rows) -> None:
         """Hook: the episodes of ``rows`` are over."""
 
     def _record_verdicts(self, rows: Rows, verdicts: Sequence[Verdict]) -> None:
-        """Hook: the reflector's ``verdicts`` are those of the episodes of ``rows``."""
+        """Hook: record the reflector's ``verdicts`` for the episodes of ``rows``."""
 
     def _put_info(self, infos: Infos, rows: Rows, verdict: NDArray[np.int8], valid: NDArray[np.bool_]) -> None:
         starts = [self.start_of(row) for row in rows.tolist()]

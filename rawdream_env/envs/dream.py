@@ -1,4 +1,4 @@
-"""Episodes imagined by a world model and decided by a judge (paper sections 3.2 and 3.3)."""
+"""Episodes imagined by a world model and judged by a judge (paper section 3.2)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rawdream_env.envs.imagination import (
 from rawdream_env.envs.reflector import Reflector
 from rawdream_env.errors import InvalidActionError, InvalidOptionError
 from rawdream_env.judges import load_judge
-from rawdream_env.judges.base import ask
+from rawdream_env.judges.base import ask, is_scanning
 from rawdream_env.judges.ensemble import HoldOutJudge
 from rawdream_env.robots import DEFAULT_ROBOT
 from rawdream_env.seeding import NoiseKey
@@ -53,16 +53,19 @@ class DreamVectorEnv(ChunkVectorEnv):
     noise ``NoiseKey(seed=row's seed, env=0, episode=row's episode count, chunk=c, draw=0)``. Only running rows are
     passed to the world model; rows that are over leave the batch.
 
-    The judge sees the episode's whole video, start frame first: once at the horizon (``judge_every="episode"``), or
-    after every chunk (``"chunk"``: the episode ends at the first success). An INVALID verdict (outage, unreadable
-    reply, frames that are not finite) gives reward 0, ``verdict`` -1 and ``valid`` False; at the horizon it truncates.
-    Frames that are not finite are never shown to the judge and truncate at once. A judge that raises leaves the
-    environment as it was: the same step can be tried again.
+    The judge sees the episode's video so far, start frame first: once at the horizon (``judge_every="episode"``), or
+    after every chunk (``"chunk"``: the episode ends at the first success). "auto" is "chunk" for judges that scan a video
+    for its first success (``judge.scanning``: VideoMAE, Robometer), as in the paper, and "episode" for the others. An
+    INVALID verdict (outage, unreadable reply, frames that are not finite) gives reward 0, ``verdict`` -1 and ``valid``
+    False; at the horizon it truncates. Frames that are not finite are never shown to the judge and truncate at once. When
+    a judge raises, the environment is as it was before the step, which can be tried again.
 
     Raises on construction:
         InvalidOptionError: an option is unknown or does not fit the others.
         CheckpointError: world model, judge or start pack is missing or damaged.
     """
+
+    _CHANGES = (*ChunkVectorEnv._CHANGES, "_state", "_current", "_finished")
 
     def __init__(
         self,
@@ -77,7 +80,7 @@ class DreamVectorEnv(ChunkVectorEnv):
         layout: str = "narrow",
         max_episode_steps: int = 8,
         autoreset_mode: str | AutoresetMode = "NextStep",
-        judge_every: str = "episode",
+        judge_every: str = "auto",
         device: str = "cpu",
         dtype: str | None = None,
         output: str = "numpy",
@@ -90,39 +93,39 @@ class DreamVectorEnv(ChunkVectorEnv):
         reflector: Mapping[str, Any] | Reflector | None = None,
         micro_batch: int | None = None,
     ) -> None:
-        """Load the parts and set the spaces up.
+        """Load the parts and set up the spaces.
 
         Args:
             num_envs: number of rows.
             world_model: "embedded", "null" (random frames, for tests), a folder, or a ``WorldModel``.
             judge: "embedded", "scripted" (hash of the frames, for tests), "none", a folder, a vision-language model
                 ("vlm_server:http://host:8000/v1" or its options, see ``judges.vlm_config``), or a ``Judge``.
-            held_out_judge: a second judge, given like ``judge``, that watches the same videos and never rewards
-                (``judges.ensemble.HoldOutJudge``); None: no such judge.
+            held_out_judge: a second judge, given like ``judge``, that judges the same videos and never rewards
+                (``judges.ensemble.HoldOutJudge``); None: no second judge.
             starts: "pack", "sim", "null", a folder of images, a ``.safetensors`` pack, a list of ``Start``, or an
                 object with ``sample(key, task)``.
-            robot: whose "pack" and "sim" starts; empty: that of the world model, else the default robot.
-            task: name, instruction or id to keep to; None draws one per episode.
+            robot: the robot whose "pack" and "sim" starts are used; empty: that of the world model, else the default.
+            task: name, instruction or id of the task; None draws one per episode.
             layout: "narrow" or "wide": how far objects are scattered in "pack" and "sim" starts.
             max_episode_steps: horizon in chunks.
             autoreset_mode: "NextStep", "SameStep" or "Disabled".
-            judge_every: "episode" or "chunk".
-            device: where the world model and the judge run, and torch observations live.
-            dtype: of the world model's weights, e.g. "bfloat16"; None: as shipped.
+            judge_every: "auto", "episode" or "chunk".
+            device: device of the world model, the judge and torch observations.
+            dtype: precision of the world model's weights, such as "bfloat16"; None: as saved.
             output: "numpy" or "torch" observations.
             render_mode: None, "rgb_array" or "rgb_tiles".
             return_frames: put every chunk's frames into ``infos["frames"]``.
             num_inference_steps: denoising steps; None: the model's own.
-            approximations: opt-in shortcuts of the world model that cost accuracy: "rolling_cache", "tiny_decoder",
+            approximations: faster, less accurate variants of the world model: "rolling_cache", "tiny_decoder",
                 "fp8".
             micro_batch_size: rows the world model computes at once, to bound its memory (docs/world_model.md); 0: as many
                 as fit.
-            end_on_success: False lets episodes go on to their horizon.
+            end_on_success: False continues episodes to their horizon.
             reflector: options of a ``Reflector`` (rewards at every chunk, predicted ends), or one; None: none.
             micro_batch: deprecated name of ``micro_batch_size``.
         """
         if micro_batch is not None:
-            warnings.warn("micro_batch is called micro_batch_size now.", DeprecationWarning, stacklevel=2)
+            warnings.warn("micro_batch is deprecated; use micro_batch_size.", DeprecationWarning, stacklevel=2)
             micro_batch_size = micro_batch
         self.world_model = load_world_model(
             world_model,
@@ -135,11 +138,15 @@ class DreamVectorEnv(ChunkVectorEnv):
         self.judge = _named_judge(judge, device)
         if held_out_judge is not None:
             if self.judge is None:
-                raise InvalidOptionError("held_out_judge watches the judge of a dream, but this dream has no judge.")
+                raise InvalidOptionError(
+                    "held_out_judge needs a judge to compare with, but this environment has none; set judge."
+                )
             watching = _named_judge(held_out_judge, device)
             if watching is not None:
                 self.judge = HoldOutJudge(self.judge, watching)
-        self.judge_every = parse_choice("judge_every", judge_every, ("episode", "chunk"))
+        self.judge_every = parse_choice("judge_every", judge_every, ("auto", "episode", "chunk"))
+        if self.judge_every == "auto":
+            self.judge_every = "chunk" if is_scanning(self.judge) else "episode"
         self.layout = parse_choice("layout", layout, ("narrow", "wide"))
         self.task = task
         shape = self.world_model.frame_shape
@@ -186,7 +193,7 @@ class DreamVectorEnv(ChunkVectorEnv):
         return [None if e is None else e.trajectory(shape) for e in self._episodes_of(rows, which)]
 
     def videos(self, rows: Sequence[int] | None = None, *, which: str = "finished") -> list[Video | None]:
-        """What the judge saw, or would see: recorded frames of ``rows``, as in :meth:`trajectories`."""
+        """The videos that the judge is shown: recorded frames of ``rows``, as in :meth:`trajectories`."""
         return [None if e is None else e.video(self.fps) for e in self._episodes_of(rows, which)]
 
     def _episodes_of(self, rows: Sequence[int] | None, which: str) -> list[Episode | None]:
@@ -239,13 +246,15 @@ class DreamVectorEnv(ChunkVectorEnv):
 
     def _check_trajectory(self, index: int, trajectory: Trajectory) -> None:
         if not isinstance(trajectory, Trajectory):
-            raise InvalidOptionError(f"trajectories[{index}] is a {type(trajectory).__name__}; a Trajectory is needed.")
+            raise InvalidOptionError(
+                f"trajectories[{index}] has type {type(trajectory).__name__}, expected a Trajectory."
+            )
         shape, actions = self.single_action_space.shape, np.asarray(trajectory.actions)
         fits = actions.ndim == 3 and actions.shape[1:] == shape and actions.dtype.kind == "f"
         if not fits or not np.isfinite(actions).all():
             raise InvalidActionError(
                 f"trajectories[{index}].actions has shape {actions.shape} and dtype {actions.dtype}; "
-                f"finite float32 (T, {', '.join(map(str, shape or ()))}) is needed."
+                f"expected finite float32 (T, {', '.join(map(str, shape or ()))})."
             )
 
     def _imagine_again(self, trajectories: Sequence[Trajectory], draw: int) -> list[Episode]:
@@ -311,7 +320,7 @@ class DreamVectorEnv(ChunkVectorEnv):
             episode.verdict, episode.valid = verdict, verdict.outcome != Outcome.INVALID
 
     def _extended(self, row: int, actions: Float32Array, frames: UInt8Array, finite: bool) -> Episode:
-        """Row's episode with one chunk more; the recorded one stays as it is until the step is certain."""
+        """A copy of the row's episode with one more chunk; the recorded episode does not change."""
         old = self._current[row]
         assert old is not None
         new_frames = [*old.frames, frames.copy()] if finite else old.frames
@@ -344,7 +353,7 @@ class DreamVectorEnv(ChunkVectorEnv):
         return ChunkResult(frames, outcome, valid, broken, probability)
 
     def close_extras(self, **kwargs: Any) -> None:
-        """Let the state and the recordings go; close starts and judge where they can be closed."""
+        """Free the state and the recordings; close the starts and the judge."""
         self._state = None
         self._current = [None] * self.num_envs
         for part in (self.starts, self.judge, self.reflector):

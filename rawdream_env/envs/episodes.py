@@ -1,11 +1,11 @@
-"""The one loop that drives a policy: through a dream, a simulator or an arm, closed loop or with given actions.
+"""Rollouts of a policy in a dream, a simulator or on an arm, in closed loop or with given actions.
 
-:func:`run_episodes` is the whole interface for most callers::
+:func:`run_episodes` is the interface for most callers::
 
     for rollout in run_episodes(env, starts, policy, temperature=0.0):
         print(rollout.start.instruction, rollout.reward)
 
-Rows are refilled as soon as their episode is over (continuous batching), and finished episodes are handed out at once,
+Rows are refilled as soon as their episode is over (continuous batching), and finished episodes are yielded at once,
 so that memory does not grow with their number. The environment runs in DISABLED autoreset mode, so that no chunk is spent
 on an action that is ignored. It may be any Gymnasium vector environment that begins episodes from
 ``options={"reset_mask": ..., "starts": ...}`` with one seed per row and reports ``instruction``, ``verdict`` and ``valid``
@@ -41,7 +41,7 @@ class EpisodeRequest:
 
     ``start``: where it begins; None lets the environment draw one from ``seed``, the row's seed. ``key`` names the
     policy's sampling at chunk 0. ``actions`` (T, K, A) are carried out instead of asking the policy; T may be less than
-    the horizon. ``tag`` is handed back with the episode.
+    the horizon. ``tag`` is returned with the episode.
     """
 
     start: Start | None
@@ -55,7 +55,7 @@ class EpisodeRequest:
 class Rollout:
     """A finished episode; ``number`` counts the episodes of its runner in the order in which they began.
 
-    ``images`` uint8 (T, H, W, 3), what the policy saw before each chunk; ``actions`` float32 (T, K, A); ``tokens`` int64
+    ``images`` uint8 (T, H, W, 3), the policy's observation before each chunk; ``actions`` float32 (T, K, A); ``tokens`` int64
     and ``logprobs`` fp32 torch tensors (T, L) of the policy, None with given actions; ``frames`` uint8 (F, H, W, 3), the
     start first, None where the environment does not return them; ``verdicts`` int8 (T,), the environment's after each
     chunk. ``reward`` is summed over the episode; ``verdict``, ``valid``, ``verified`` and ``flagged`` are those of
@@ -96,7 +96,7 @@ class Rollout:
 
 @dataclass
 class _Running:
-    """An episode under way on a row."""
+    """A running episode of a row."""
 
     request: EpisodeRequest
     number: int
@@ -111,13 +111,13 @@ class _Running:
 
 
 class EpisodeRunner:
-    """Drives the rows of ``env``; for callers that decide while episodes run what comes next.
+    """Drives the rows of ``env``; for callers that choose the next episode while others run.
 
     Args:
         env: a vector environment in DISABLED autoreset mode, or wrappers around one.
-        policy: chooses the actions of episodes that are not given any; its parameters may change between steps.
+        policy: chooses the actions of episodes without given actions; its parameters may change between steps.
         temperature: of the policy's sampling; 0 is greedy.
-        judged: False leaves episodes unjudged (``verdict`` INVALID, ``valid`` where the environment vouches for the
+        judged: False leaves episodes unjudged (``verdict`` INVALID, ``valid`` where the environment reports valid
             frames) and keeps their frames, for callers that judge them later (``judging.AsyncJudging``).
         keep_frames: keep the frames that the environment returns.
 
@@ -144,7 +144,7 @@ class EpisodeRunner:
         self._begun = 0
 
     def __len__(self) -> int:
-        """Number of episodes under way."""
+        """Number of running episodes."""
         return sum(episode is not None for episode in self._rows)
 
     @property
@@ -153,7 +153,7 @@ class EpisodeRunner:
         return len(self._rows) - len(self)
 
     def clear(self) -> None:
-        """Drop the episodes under way."""
+        """Drop the running episodes."""
         self._rows = [None] * len(self._rows)
 
     def begin(self, requests: Sequence[EpisodeRequest]) -> list[Start]:
@@ -219,8 +219,8 @@ class EpisodeRunner:
                 raise InvalidOptionError("an episode has no actions and the runner has no policy; give one of them.")
         elif not len(request.actions) or request.actions.shape[1:] != wanted:
             raise InvalidActionError(
-                f"an episode's actions have shape {request.actions.shape}; (T, chunk_len, action_dim) = (T >= 1, "
-                f"{', '.join(map(str, wanted or ()))}) is needed."
+                f"an episode's actions have shape {request.actions.shape}, expected (T >= 1, chunk_len, action_dim) = (T, "
+                f"{', '.join(map(str, wanted or ()))})."
             )
 
     def _start_of(self, row: int, request: EpisodeRequest, infos: dict[str, Any]) -> Start:
@@ -295,8 +295,8 @@ class EpisodeRunner:
         # Without a verdict a reward of 0 means "not known", which must not become a failure.
         valid = bool(infos["valid"][row]) and (verdict != Outcome.INVALID or not self.judged)
         verified, flagged = (name in infos and bool(infos[name][row] & infos[f"_{name}"][row]) for name in _FLAGS)
-        told = trajectory.extra.get("verdict") if trajectory is not None and verdict == Outcome.INVALID else None
-        reason = told.reason if told is not None else ""
+        judged = trajectory.extra.get("verdict") if trajectory is not None and verdict == Outcome.INVALID else None
+        reason = judged.reason if judged is not None else ""
         return EpisodeResult(episode.reward, verdict, valid, verified, flagged, reason)
 
 

@@ -32,14 +32,14 @@ class Episode:
         return Video(np.concatenate(self.frames), fps)
 
     def trajectory(self, action_shape: tuple[int, int]) -> Trajectory:
-        """The episode as something to imagine again; ``extra`` has ``verdict`` (or None) and ``valid``."""
+        """The episode as a trajectory for ``replay``; ``extra`` has ``verdict`` (or None) and ``valid``."""
         actions = np.stack(self.actions) if self.actions else np.zeros((0, *action_shape), dtype=np.float32)
         return Trajectory(self.start, self.key, actions, {"verdict": self.verdict, "valid": self.valid})
 
 
 @dataclass(frozen=True)
 class Replay:
-    """An episode imagined again: ``frames`` uint8 (1 + T*K, H, W, 3) or None; ``verdict`` None when nobody judged."""
+    """A replayed episode: ``frames`` uint8 (1 + T*K, H, W, 3) or None; ``verdict`` None without a judge."""
 
     frames: UInt8Array | None
     verdict: Verdict | None
@@ -72,15 +72,15 @@ def begin_states(model: WorldModel, starts: Sequence[Start], keys: Sequence[Nois
 def imagine(model: WorldModel, state: Any, actions: Float32Array) -> tuple[Any, UInt8Array, NDArray[np.bool_]]:
     """One chunk: (next state, frames uint8 (n, K, H, W, 3), finite (n,)).
 
-    A row is not finite when the model returns floating frames with NaN or infinity, or says so by an attribute
-    ``finite`` (n,) of the next state. Finite floating frames are taken as 0 to 255.
+    A row is not finite when the model returns floating frames with NaN or infinity, or when the attribute
+    ``finite`` (n,) of the next state is False. Finite floating frames are taken as 0 to 255.
     """
     with torch.no_grad():
         state, frames = model.imagine(state, torch.from_numpy(actions))
     expected = (len(actions), model.chunk_len, *model.frame_shape)
     if not isinstance(frames, Tensor) or tuple(frames.shape) != expected:
         got = tuple(frames.shape) if hasattr(frames, "shape") else type(frames).__name__
-        raise RawDreamError(f"{type(model).__name__}.imagine returned frames {got}; {expected} is needed.")
+        raise RawDreamError(f"{type(model).__name__}.imagine returned frames {got}, expected {expected}.")
     finite = torch.ones(len(frames), dtype=torch.bool)
     flag = getattr(state, "finite", None)
     if isinstance(flag, Tensor):

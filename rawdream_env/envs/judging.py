@@ -1,10 +1,10 @@
-"""Judging behind the rollouts: finished episodes wait for their verdicts while the next ones are imagined.
+"""Asynchronous judging: finished episodes wait for their verdicts while the next ones are imagined.
 
-In a plain loop the world model and a remote judge take turns, and each stands still while the other works. Here the dream
-leaves its episodes unjudged (``reset(options={"judge": False})``), their videos go to the judge on threads, rows take the
-next episode at once, and what has arrived is looked at between two chunks. A success is then dreamt again (dual-noise
-verification, section 3.2) and its second video goes the same way. Nothing depends on when a verdict arrives: a verdict
-belongs to its episode, and dreams do not depend on what else is in a batch.
+In a synchronous loop the world model waits for a remote judge and the judge for the world model. Here the dream leaves its
+episodes unjudged (``reset(options={"judge": False})``), threads send their videos to the judge, rows begin the next episode
+at once, and verdicts that have arrived are collected between two chunks. A success is then imagined again (dual-noise
+verification, section 3.2) and its second video is judged in the same way. Results do not depend on when a verdict arrives:
+a verdict belongs to its episode, and an imagined episode does not depend on the rest of its batch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rawdream_env.types import Judge, Outcome, Trajectory, Verdict, Video
 
 @dataclass(frozen=True)
 class _Waiting:
-    """A rollout on its way to its result: the verdict it waits for is the second where ``first`` is known."""
+    """A rollout without its result yet. With ``first``, the first verdict, it waits for the second."""
 
     rollout: Rollout
     first: Verdict | None = None
@@ -34,7 +34,7 @@ class AsyncJudging:
 
     Args:
         env: the dream whose judge is asked, or wrappers around it.
-        verifier: dual-noise verification, or None: successes count as they are.
+        verifier: dual-noise verification, or None: successes are not verified.
         threads: maximum number of calls of the judge at once.
     """
 

@@ -1,7 +1,7 @@
 """Rewards at every chunk and a predicted end, from a judge's success probabilities (World-Env, arXiv 2509.24948).
 
-A :class:`Reflector` sits inside an environment: after every chunk it is shown the episodes that advanced and answers
-with verdicts, rewards and predicted ends. Autoreset, infos and recordings are the environment's own.
+A :class:`Reflector` sits inside an environment: after every chunk it judges the episodes that advanced and returns
+verdicts, rewards and predicted ends. Autoreset, infos and recordings are the environment's own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rawdream_env.types import Judge, Outcome, Start, UInt8Array, Verdict, Video
 
 @dataclass
 class Reflection:
-    """The rule for one episode: success probabilities in, rewards and the predicted end out.
+    """Turns the success probabilities of one episode into rewards and a predicted end.
 
     ``threshold`` None follows the judge's own decision. The rewards of an episode sum to its last known probability
     minus the initial ``probability``.
@@ -46,7 +46,7 @@ class Reflection:
 
 
 def is_done(verdict: Verdict, threshold: float | None) -> bool:
-    """Whether a verdict that is not INVALID says that the task is done."""
+    """Whether a verdict that is not INVALID means that the task is done."""
     if threshold is None or verdict.probability is None:
         return verdict.outcome == Outcome.SUCCESS
     return verdict.probability >= threshold
@@ -88,7 +88,7 @@ class Reflector:
     Args:
         judge: asked after every chunk about all frames since the start; its name, its folder, its options, or itself.
         threshold: probability from which a task counts as done; None: the judge's own decision.
-        patience: number of chunks in a row that must say so.
+        patience: number of consecutive chunks that must count as done.
         initial: probability before the first chunk.
         last_frames: show the judge only this many frames (judges of short windows); None: all since the start.
         device: where a judge that is loaded here runs.
@@ -108,7 +108,7 @@ class Reflector:
         device: str = "cpu",
     ) -> None:
         if judge is None or (isinstance(judge, str) and judge == "none"):
-            raise InvalidOptionError("The reflector has no judge to ask: give one, such as judge='embedded'.")
+            raise InvalidOptionError("a reflector needs a judge: pass one, such as judge='embedded'.")
         if threshold is not None and not 0.0 < threshold <= 1.0:
             raise InvalidOptionError(f"threshold={threshold} must be above 0 and at most 1, or None.")
         if patience < 1 or not 0.0 <= initial <= 1.0 or (last_frames is not None and last_frames < 2):
@@ -157,6 +157,14 @@ class Reflector:
             np.array([done for _, done in added], np.bool_),
             np.array(chances, np.float64),
         )
+
+    def save(self) -> dict[int, tuple[Reflection, Start, list[UInt8Array]]]:
+        """The episodes so far, for ``restore``."""
+        return {row: (replace(rule), start, list(frames)) for row, (rule, start, frames) in self._episodes.items()}
+
+    def restore(self, saved: dict[int, tuple[Reflection, Start, list[UInt8Array]]]) -> None:
+        """Go back to saved episodes."""
+        self._episodes = saved
 
     def close(self) -> None:
         """Close the judge if it was loaded here."""

@@ -1,7 +1,7 @@
 """Single environments: a vector environment of one row, seen through ``gymnasium.Env``.
 
-The horizon is the environment's own. ``gym.make`` keeps ``max_episode_steps`` to itself and would cut the episode with
-a ``TimeLimit`` before the judge has spoken, so through ``gym.make`` the horizon is set by ``horizon=`` (in chunks).
+The environment has its own horizon. ``gym.make`` does not pass ``max_episode_steps`` on: it adds a ``TimeLimit``, which would
+truncate the episode before it is judged. With ``gym.make``, set the horizon with ``horizon=`` (in chunks).
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ class SingleEnv(gym.Env[dict[str, Any], Any]):
                 raise InvalidActionError(f"the action cannot be read as an array: {error}") from error
         if tuple(action.shape) != self.action_space.shape:
             raise InvalidActionError(
-                f"the action has shape {tuple(action.shape)}, but (chunk_len, action_dim) = {self.action_space.shape} "
-                "is needed: one step is a whole chunk."
+                f"the action has shape {tuple(action.shape)}, expected (chunk_len, action_dim) = "
+                f"{self.action_space.shape}: one step is a whole chunk."
             )
         observation, rewards, terminations, truncations, infos = self.vector_env.step(action[None])
         image = {"image": observation["image"][0]}

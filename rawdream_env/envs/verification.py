@@ -23,11 +23,11 @@ from rawdream_env.errors import InvalidOptionError, JudgeUnavailableError
 from rawdream_env.types import Judge, Outcome, Trajectory, Verdict
 
 OnDisagree = Literal["mask", "zero"]
-"""What becomes of a flagged episode: "mask" makes it not valid (the paper), "zero" a valid failure."""
+"""The result of a flagged episode: "mask" makes it not valid (the paper), "zero" a valid failure."""
 
 
 class EpisodeResult(NamedTuple):
-    """What the verdicts about an episode amount to. ``verdict`` is the first one; ``reason`` explains INVALID."""
+    """The result of an episode. ``verdict`` is the first one; ``reason`` explains INVALID."""
 
     reward: float
     verdict: Outcome
@@ -65,7 +65,7 @@ def episode_result(first: Verdict, second: Verdict | None = None, on_disagree: O
 class DualNoiseStatistics:
     """Counts of a :class:`Verifier`.
 
-    ``n_episodes`` ended; ``n_success`` of them were judged successful in the first dream and so dreamt again;
+    ``n_episodes`` ended; ``n_success`` of them were judged a success in the first dream and imagined again;
     ``n_flagged`` of those failed the second time; ``n_invalid`` had an INVALID second verdict. ``chunks`` and
     ``replayed_chunks`` count world-model work.
     """
@@ -90,12 +90,12 @@ class DualNoiseStatistics:
 
 
 class Verifier:
-    """Imagines recorded successes again with fresh noise, and counts what came of it.
+    """Imagines recorded successes again with fresh noise and counts the results.
 
     Args:
         env: a dream with ``replay(trajectories, draw)``; its judge, or the judge of its reflector, is asked.
         draw: noise draw of the second dream, >= 1 (0 is the first dream's).
-        on_disagree: what becomes of a flagged episode.
+        on_disagree: the result of a flagged episode.
         keep_frames: keep the second dreams' frames.
 
     Raises:
@@ -119,7 +119,7 @@ class Verifier:
 
     @property
     def judge(self) -> Judge | None:
-        """Whoever judged the first dreams: the reflector's judge where there is one, else the environment's."""
+        """The judge of the first dreams: the reflector's where there is one, else the environment's."""
         reflector = getattr(self.env, "reflector", None)
         judge: Judge | None = getattr(self.env, "judge", None) if reflector is None else reflector.judge
         return judge

@@ -5,7 +5,7 @@ commanded arm into the camera plane hands it that knowledge in its own coordinat
 Ctrl-World do). On a small training budget it is the difference between an arm that dissolves and one that is right to
 the end.
 
-The same kinematics tell how far the tool moves in the picture. Shifting the last context frame by that much shows the
+The same kinematics give the motion of the tool in the picture. Shifting the last context frame by that much shows the
 model what a held object would look like now (the idea of warping the previous frame by predicted motions: Finn et al.
 2016, "Unsupervised learning for physical interaction through video prediction"), so that carrying has to be recognised
 rather than drawn anew.

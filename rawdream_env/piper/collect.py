@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rawdream_env.piper.twin import PiperTwin
 
 PLAY_TASK = "play with the objects on the table"
-"""What a play episode, which serves no instruction, is called in the task table."""
+"""The task-table entry of play episodes, which have no instruction."""
 MAX_ATTEMPTS = 20
 _KINDS = ("play", "expert", "policy")
 
@@ -44,7 +44,7 @@ def _features() -> schema.Features:
 
 
 class PiperSource:
-    """Makes episodes in a ``PiperTwin``, which is opened for the first one.
+    """Generates episodes in a ``PiperTwin``, which is created for the first one.
 
     Raises:
         InvalidOptionError: no such task, or an impossible image size. CheckpointError: no such policy.
@@ -73,7 +73,7 @@ class PiperSource:
         return self.config.steps
 
     def __call__(self, index: int) -> EpisodeData:
-        """Episode ``index``, whatever was made before it.
+        """Episode ``index``; it does not depend on earlier ones.
 
         Raises:
             SimulatorError: with ``successes_only``, every attempt failed. RendererError: no OpenGL.
@@ -111,7 +111,7 @@ class PiperSource:
         return self._policy
 
     def attempt(self, index: int, seed: int) -> tuple[EpisodeData, bool]:
-        """Episode ``index`` as ``seed`` draws it, and whether its task is done at the end."""
+        """Episode ``index`` drawn from ``seed``, and whether its task is done at the end."""
         config, twin = self.config, self.twin
         task = None if config.kind == "play" else self.tasks[index % len(self.tasks)]
         frame = twin.reset(seed, task=None if task is None else task.name, layout=config.layout)
@@ -130,7 +130,7 @@ class PiperSource:
         )
 
     def _script(self, task: Task | None, seed: int) -> Callable[[], Float32Array]:
-        """What chooses the actions without looking at frames: the expert, or play without a task."""
+        """The scripted driver: the expert of a task, or play without a task."""
         from rawdream_env.piper.skills import PlayPolicy, ScriptedExpert
 
         rng = np.random.default_rng(mix(seed, 1))
@@ -153,7 +153,7 @@ class PiperSource:
 
 
 class _Recording:
-    """An episode under way in a twin; keeps what a data set stores of every control step."""
+    """A running episode in a twin; keeps what a data set stores of every control step."""
 
     def __init__(self, twin: PiperTwin, frame: UInt8Array) -> None:
         self.twin = twin

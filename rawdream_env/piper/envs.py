@@ -25,15 +25,15 @@ FPS = 10.0
 
 
 class PiperDreamVectorEnv(DreamVectorEnv):
-    """The Piper tabletop in the bundled world model: what ``gym.make_vec("rawdream/PiperDream-v0")`` makes.
+    """The Piper tabletop in the bundled world model: the environment of ``gym.make_vec("rawdream/PiperDream-v0")``.
 
     Four tasks (stack block, place pot, put spoon, place cup), 64x64 pixels at 10 Hz, 8 actions a chunk, 8 chunks an
-    episode; everything ships with the package and runs on a CPU. ``PiperSimVectorEnv`` has the same spaces and infos.
+    episode; all parts are bundled and run on a CPU. ``PiperSimVectorEnv`` has the same spaces and infos.
     Options are those of :class:`DreamVectorEnv`.
     """
 
     def __init__(self, num_envs: int = 1, **kwargs: Any) -> None:
-        """Make the environment; see :class:`DreamVectorEnv`."""
+        """Create the environment; see :class:`DreamVectorEnv`."""
         super().__init__(num_envs, **{"robot": "piper", **kwargs})
 
 
@@ -49,7 +49,9 @@ class PiperSimVectorEnv(ChunkVectorEnv):
     pass ``options={"starts": [...]}``; each needs its ``seed`` and a ``task_id`` of the four tasks.
 
     Raises on construction:
-        InvalidOptionError: an option is out of its range. RendererError: no working OpenGL renderer.
+        InvalidOptionError: an option is out of its range.
+    Raises at the first reset:
+        RendererError: no working OpenGL renderer.
     """
 
     robot = "piper"
@@ -77,18 +79,18 @@ class PiperSimVectorEnv(ChunkVectorEnv):
 
         Args:
             num_envs: number of rows.
-            task: name, instruction or id to keep to; None draws one per episode.
+            task: name, instruction or id of the task; None draws one per episode.
             layout: "narrow" (objects within 3 cm of their usual places) or "wide".
             max_episode_steps: horizon in chunks.
             autoreset_mode: "NextStep", "SameStep" or "Disabled".
-            judge_every: "chunk" or "episode": when the simulator says whether the task is done.
-            num_workers: processes to spread the rows over; 0: this one. Results do not depend on it.
-            image_size: pixels.
-            device: where torch observations live.
+            judge_every: "chunk" or "episode": when success is checked.
+            num_workers: worker processes that share the rows; 0: this process. Results do not depend on it.
+            image_size: side of the frames in pixels.
+            device: device of torch observations.
             output: "numpy" or "torch" observations.
             render_mode: None, "rgb_array" or "rgb_tiles".
             return_frames: put every chunk's frames into ``infos["frames"]``.
-            end_on_success: False lets episodes go on to their horizon.
+            end_on_success: False continues episodes to their horizon.
             reflector: options of a ``Reflector`` (rewards at every chunk, predicted ends), or one; None: none.
         """
         size = parse_positive_int("image_size", image_size)
@@ -132,8 +134,8 @@ class PiperSimVectorEnv(ChunkVectorEnv):
             return seed_for(key.seed, key.episode), piper_task(key, self.task)
         if start.seed is None or not 0 <= start.task_id < len(TASK_NAMES):
             raise InvalidOptionError(
-                f"options['starts'][{row}] has seed {start.seed} and task_id {start.task_id}; to set the simulator to "
-                f"its scene it needs the scene's seed and a task id from 0 to {len(TASK_NAMES) - 1}."
+                f"options['starts'][{row}] has seed {start.seed} and task_id {start.task_id}; the simulator "
+                f"needs the scene's seed and a task id from 0 to {len(TASK_NAMES) - 1}."
             )
         return start.seed, start.task_id
 
@@ -141,10 +143,17 @@ class PiperSimVectorEnv(ChunkVectorEnv):
         # Only the last frame is observed; drawing the others takes most of the time.
         step = self._workers.step(rows.tolist(), actions, every_frame=self.return_frames)
         success = np.asarray(step.success, dtype=np.bool_)
-        told = (last | (self.judge_every == "chunk")) & self._judged[rows]
-        verdict = np.where(told, success, -1).astype(np.int8)
+        wanted = (last | (self.judge_every == "chunk")) & self._judged[rows]
+        verdict = np.where(wanted, success, -1).astype(np.int8)
         nothing = np.zeros(len(rows), dtype=np.bool_)
         return ChunkResult(np.asarray(step.frames), verdict, ~nothing, nothing)
+
+    def _save(self) -> dict[str, Any]:
+        return {**super()._save(), "workers": self._workers.mark()}
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        super()._restore(saved)
+        self._workers.take_back(saved["workers"])
 
     def close_extras(self, **kwargs: Any) -> None:
         """Stop the simulators and their processes."""

@@ -1,4 +1,4 @@
-"""What can be asked for on the tabletop, and the many ways of asking.
+"""The goals of the tabletop and their instructions.
 
 A *goal* is a relation of ``rawdream_env.piper.relations`` or a motion, by name:
 
@@ -55,7 +55,7 @@ HELD_OUT_JUDGE_PAIRS: Final = (
     ("blue_block", "pot"),
 )
 """Ordered pairs the judge never trains on, two stood on and two put in, four different things moved to four different
-places: how it judges them says whether it understands the words or has learned the pairs by heart. None is a task pair,
+places: how it judges them says whether it understands the words or has memorized the pairs. None is a task pair,
 every object occurs in other pairs, and play reaches each often enough to measure."""
 
 

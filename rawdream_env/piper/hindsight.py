@@ -1,4 +1,4 @@
-"""Instructions for play after the fact: what a stretch of play happened to reach, and where it picks and places.
+"""Instructions for play after the fact: which goals a clip of play reaches, and where it picks and places.
 
 Play follows no instruction, but the data set's privileged columns say what happened. ``label_windows`` labels clips
 for the judge: every goal is *reached*, *not reached*, or *not askable* (an object is absent, the goal was already true
@@ -65,7 +65,7 @@ def _objects(columns: NDArray[np.int64], which: str) -> NDArray[np.int64]:
 
 
 def _on_table(poses: FloatArray, relations: BoolArray) -> BoolArray:
-    """(M, 7): stands on the table itself, and nobody holds it."""
+    """(M, 7): stands on the table itself and is not held."""
     low = np.abs(poses[..., 2] - _REST_HEIGHT) <= ON_TABLE_TOLERANCE
     standing: BoolArray = low & ~(relations @ _PLACES) & ~(relations @ _HOLDS)
     return standing
@@ -106,7 +106,7 @@ def label_clips(
     a, b = _objects(at, "a"), _objects(at, "b")
     gap_start, gap_end = _gap(poses_start, a, b), _gap(poses_end, a, b)
     close = (gap_end <= NEAR_GAP) & table_end[:, a]
-    reached[:, at] = close & (moved[:, a] >= 0.02)  # if b came to a instead, nobody can say who was put next to whom
+    reached[:, at] = close & (moved[:, a] >= 0.02)  # if b moved to a instead, the goal is ambiguous
     away = (gap_end >= FAR_GAP) | ~table_end[:, a]
     askable[:, at] = (gap_start >= FAR_GAP) & (reached[:, at] | away)
 
@@ -175,7 +175,7 @@ def sample_goals(
 
     With probability ``positive_fraction`` a reached goal where there is one, else one that was not reached. Goals about
     an object that moved more than 2 cm are ``moved_weight`` times as likely: "the cup was not put in the pot" teaches
-    more when somebody did something to the cup. ``allowed`` bool (G,) leaves goals out (``goals.goal_mask``).
+    more when the cup was moved. ``allowed`` bool (G,) leaves goals out (``goals.goal_mask``).
     """
     askable = labels.askable if allowed is None else labels.askable & allowed
     positive, negative = askable & labels.reached, askable & ~labels.reached
@@ -227,7 +227,7 @@ def pick_place_segments(
     max_hold: int = 48,
     tail: int = 6,
 ) -> list[Segment]:
-    """Find the stretches in which an object was approached, picked up, carried, let go and reached a goal.
+    """Find the segments in which an object is approached, picked up, carried and released, and reaches a goal.
 
     A segment starts where the open, empty gripper begins to approach (at most ``max_approach`` steps before it closes)
     and ends ``tail`` steps after the goal is established, or when the next object is grasped. Slips, drags without

@@ -66,7 +66,7 @@ def check_objects(objects: Sequence[str]) -> tuple[str, ...]:
     indices = [object_index(name) for name in objects]
     if len(set(indices)) != len(indices) or not 1 <= len(indices) <= 5 or not set(objects) & set(MOVABLE):
         raise InvalidOptionError(
-            f"objects={list(objects)} cannot be laid out: name 1 to 5 different objects, not the stove alone."
+            f"objects={list(objects)} cannot be placed: name 1 to 5 different objects, not the stove alone."
         )
     return tuple(sorted(objects, key=object_index))
 

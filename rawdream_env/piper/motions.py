@@ -28,7 +28,7 @@ class Waypoint:
     """Move the commanded tool to ``xyz`` (None: stay) and ``yaw``.
 
     Done within ``tolerance`` (m), or after ``wait`` steps where that is not 0. ``speed`` in (0, 1] limits the
-    translation action. ``max_steps`` gives up on a target that is not reached.
+    translation action. ``max_steps`` limits the steps towards a target that is not reached.
     """
 
     xyz: FloatArray | None
@@ -138,7 +138,7 @@ def place_waypoints(
     turn: float = 0.0,
     retreat: float = 0.07,
 ) -> list[Waypoint]:
-    """Put the held object onto or into ``support`` (or at ``spot`` (2,) on the table), let go and retreat upwards.
+    """Put the held object onto or into ``support`` (or at ``spot`` (2,) on the table), release it and retreat upwards.
 
     ``error`` (2,) misplaces it on purpose; ``drop`` is the height (m) it falls; ``clearance`` (m) how far above the
     support it is carried.

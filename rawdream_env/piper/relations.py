@@ -1,4 +1,4 @@
-"""What is true of a tabletop scene: the objects, the four tasks and the relations between objects.
+"""The objects, the four tasks and the relations between objects of a tabletop scene.
 
 One definition, numpy only: the simulator's success, the data set's labels and the hindsight instructions all read it.
 A relation is named ``on:a:b``, ``in:a:b``, ``lifted:a`` or ``holding:a``. ``on`` and ``in`` are physical resting

@@ -34,7 +34,7 @@ _NOISE_SCALE: Final = np.array([1.0, 1.0, 1.0, 0.3, 0.3, 0.3])
 
 
 class ScriptedExpert:
-    """Picks object a, brings it on or into object b, lets go, retreats and then hovers.
+    """Picks up object a, places it on or into object b, releases it, retreats and then hovers.
 
     Args:
         twin: a twin that has been reset with both objects on the table.
@@ -49,7 +49,7 @@ class ScriptedExpert:
         self.task = find_task(task)
         if not {self.task.object_a, self.task.object_b} <= set(twin.present):
             raise InvalidOptionError(
-                f"{self.task.name} needs {self.task.object_a} and {self.task.object_b}, but on the table are "
+                f"{self.task.name} needs {self.task.object_a} and {self.task.object_b}, but the table has "
                 f"{', '.join(twin.present) or 'no objects (reset the twin first)'}."
             )
         self._twin, self._rng, self._noise = twin, rng, noise
@@ -106,7 +106,7 @@ class ScriptedExpert:
 
 
 class PlayPolicy:
-    """Goal-free play: random skills with random speed, noise and mistakes, for ever.
+    """Goal-free play: an endless sequence of random skills with random speed, noise and mistakes.
 
     Empty-handed it mostly grasps (also pushes, reaches, wanders, works the gripper); with an object it puts it on or
     into another, sets it down, drops it or carries it about. About seven grasps and placements in ten are precise, the

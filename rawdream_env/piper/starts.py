@@ -58,18 +58,18 @@ class SimStarts:
         return Start(np.array(frame), INSTRUCTIONS[index], index, proprio.copy(), seed)
 
     def close(self) -> None:
-        """Let the simulator go; a later ``sample`` makes a new one."""
+        """Free the simulator; a later ``sample`` creates a new one."""
         if self._twin is not None:
             self._twin.close()
             self._twin = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the simulator, which cannot be pickled and is made again when needed."""
+        """Without the simulator, which is created again when needed."""
         return {**self.__dict__, "_twin": None}
 
 
 def bundled_pack(layout: str) -> Path:
-    """The start pack that ships with the package for a layout, "narrow" or "wide"."""
+    """The bundled start pack of a layout, "narrow" or "wide"."""
     name = f"starts_{parse_choice('layout', layout, LAYOUTS)}.safetensors"
     return Path(str(files("rawdream_env.assets"))) / name
 

@@ -1,22 +1,17 @@
-"""MuJoCo twin of the Piper tabletop: what really happens when the arm follows its commands.
+"""MuJoCo simulation of the Piper tabletop.
 
-10 Hz control, 4 ms physics. An action moves a commanded tool pose (``piper_geometry.integrate_action``), closed-form
+10 Hz control, 4 ms physics. An action moves a commanded tool pose (``geometry.integrate_action``), closed-form
 inverse kinematics turns it into joint targets and position servos follow, so the arm lags the command by about 7 mm.
 """
 
 from __future__ import annotations
 
-import atexit
-import os
-import sys
-import weakref
 from collections.abc import Sequence
-from copy import copy
-from functools import lru_cache
+from dataclasses import dataclass
 from typing import Any
 
-if sys.platform.startswith("linux") and not os.environ.get("DISPLAY"):
-    os.environ.setdefault("MUJOCO_GL", "egl")  # read once, when mujoco is imported
+# Before mujoco, whose OpenGL backend it chooses.
+from rawdream_env.piper.renderer import PiperRenderer, new_model  # isort: skip
 
 import mujoco
 import numpy as np
@@ -25,7 +20,7 @@ from numpy.typing import NDArray
 from rawdream_env.errors import InvalidActionError, InvalidOptionError, RendererError, ResetNeededError, SimulatorError
 from rawdream_env.piper import geometry as geo
 from rawdream_env.piper import layouts
-from rawdream_env.piper.model import TIMESTEP, scene_xml
+from rawdream_env.piper.model import TIMESTEP
 from rawdream_env.piper.relations import OBJECTS, SHAPES, BoolArray, Task, find_task, relation_index, relations
 from rawdream_env.seeding import mix
 from rawdream_env.types import ACTION_DIM, Float32Array, UInt8Array
@@ -36,14 +31,10 @@ _SUBSTEPS = round(1.0 / geo.CONTROL_HZ / TIMESTEP)
 _SERVO_KNOTS = 5
 """The joint target moves in this many equal parts during a control step."""
 _SETTLE_STEPS = 40
+_WHOLE_STATE = mujoco.mjtState.mjSTATE_INTEGRATION
 _ACTION_LIMIT = 1.0 + 1e-4
 _FINGER_CLOSED = -0.005
 """Target of a closed finger (m): beyond contact, so that the servo keeps squeezing."""
-
-
-@lru_cache(maxsize=1)
-def _compiled_model() -> Any:
-    return mujoco.MjModel.from_xml_string(scene_xml())
 
 
 def _numbers(action: Any) -> FloatArray:
@@ -53,68 +44,20 @@ def _numbers(action: Any) -> FloatArray:
         raise InvalidActionError(f"an action must be numbers of shape (..., {ACTION_DIM}): {error}.") from error
 
 
-def new_model() -> Any:
-    """A private copy of the scene's ``mujoco.MjModel``."""
-    return copy(_compiled_model())
+@dataclass(frozen=True)
+class TwinState:
+    """The complete state of an episode: with equal actions, equal states have equal futures."""
 
-
-_open_renderers: weakref.WeakSet[PiperRenderer] = weakref.WeakSet()
-
-
-def _close_renderers() -> None:
-    for renderer in list(_open_renderers):
-        renderer.close()
-
-
-@lru_cache(maxsize=1)
-def _close_renderers_at_exit() -> None:
-    """Contexts left open at exit would print tracebacks.
-
-    mujoco ends OpenGL in an exit hook that it registers with the first context, and hooks run last in, first out: ours
-    must be registered after that.
-    """
-    atexit.register(_close_renderers)
-
-
-class PiperRenderer:
-    """One OpenGL context that draws the scene of any number of twins in this process.
-
-    Raises:
-        RendererError: no OpenGL on this machine.
-    """
-
-    def __init__(self, image_size: int = 64) -> None:
-        geo.check_image_size(image_size)
-        self.image_size = image_size
-        try:
-            self._renderer: Any = mujoco.Renderer(new_model(), image_size, image_size)
-        except Exception as error:  # each OpenGL backend fails in its own way
-            raise RendererError(
-                f"no OpenGL renderer with MUJOCO_GL={os.environ.get('MUJOCO_GL', 'unset')} "
-                f"({type(error).__name__}: {str(error)[:200]}); install libegl1 (apt-get install libegl1 "
-                "libgl1-mesa-dri) or libosmesa6, and set MUJOCO_GL=egl or osmesa before mujoco is imported."
-            ) from error
-
-        _open_renderers.add(self)
-        _close_renderers_at_exit()
-
-    def draw(self, data: Any) -> UInt8Array:
-        """Picture uint8 (H, W, 3) of a twin's state."""
-        if self._renderer is None:
-            raise RendererError("the renderer is closed; make a new PiperTwin or PiperWorkers.")
-        self._renderer.update_scene(data, camera="camera")
-        frame: UInt8Array = self._renderer.render().copy()
-        return frame
-
-    def close(self) -> None:
-        """Free the OpenGL context; again is harmless."""
-        if self._renderer is not None:
-            self._renderer.close()
-            self._renderer = None
+    physics: FloatArray
+    warnings: int
+    present: tuple[str, ...]
+    task: Task | None
+    pose: FloatArray
+    joints: FloatArray
 
 
 class PiperTwin:
-    """The tabletop as it would really be: seven objects of which an episode shows two to four.
+    """The simulated tabletop: seven objects, of which an episode shows two to four.
 
     Args:
         image_size: side of the square picture in pixels.
@@ -125,6 +68,7 @@ class PiperTwin:
     """
 
     def __init__(self, image_size: int = 64, render: bool = True, renderer: PiperRenderer | None = None) -> None:
+        geo.check_image_size(image_size)
         self._renderer = renderer or (PiperRenderer(image_size) if render else None)
         self._owns_renderer = renderer is None
         self.image_size = self._renderer.image_size if self._renderer else image_size
@@ -197,11 +141,8 @@ class PiperTwin:
 
     def _place(self, i: int, name: str, place: layouts.Pose2D | None) -> None:
         model, data, body = self.model, self.data, self._bodies[i]
-        contype, conaffinity = self._collides[i]
         here = place is not None
-        model.geom_contype[self._geoms[i]] = contype if here else 0
-        model.geom_conaffinity[self._geoms[i]] = conaffinity if here else 0
-        model.body_gravcomp[body] = 0.0 if here else 1.0  # a parked object hovers, so it costs and changes nothing
+        self._set_collisions(i, here)
         x, y, yaw = place if place is not None else (-2.0, 0.3 * i, 0.0)
         z = SHAPES[name].half[2] + (0.0 if name == "stove" else 0.0005) if here else -1.0
         quat = (np.cos(yaw / 2), 0.0, 0.0, np.sin(yaw / 2))
@@ -211,6 +152,13 @@ class PiperTwin:
         else:
             at = model.joint(name).qposadr[0]
             data.qpos[at : at + 7] = (x, y, z, *quat)
+
+    def _set_collisions(self, i: int, here: bool) -> None:
+        contype, conaffinity = self._collides[i]
+        self.model.geom_contype[self._geoms[i]] = contype if here else 0
+        self.model.geom_conaffinity[self._geoms[i]] = conaffinity if here else 0
+        # A parked object hovers, so it costs and changes nothing.
+        self.model.body_gravcomp[self._bodies[i]] = 0.0 if here else 1.0
 
     def step(self, action: Any, render: bool = True) -> UInt8Array | None:
         """One control step (0.1 s).
@@ -259,7 +207,9 @@ class PiperTwin:
     def frame(self) -> UInt8Array:
         """What the camera sees now, uint8 (H, W, 3)."""
         if self._renderer is None:
-            raise RendererError("this PiperTwin was made with render=False; make one with render=True to see frames.")
+            raise RendererError(
+                "this PiperTwin was created with render=False; create one with render=True to draw frames."
+            )
         return self._renderer.draw(self.data)
 
     def proprio(self) -> Float32Array:
@@ -297,9 +247,39 @@ class PiperTwin:
         return bool(self.relations()[relation_index(goal.relation)])
 
     def close(self) -> None:
-        """Free the renderer; again is harmless."""
+        """Free the renderer. Closing again does nothing."""
         if self._renderer is not None and self._owns_renderer:
             self._renderer.close()
+
+    # --- state -------------------------------------------------------------------------------------------------------
+    def state(self) -> TwinState:
+        """The state now; ``restore`` takes it, in this twin or another."""
+        physics = np.empty(mujoco.mj_stateSize(self.model, _WHOLE_STATE))
+        mujoco.mj_getState(self.model, self.data, physics, _WHOLE_STATE)
+        warnings = int(self.data.warning[mujoco.mjtWarning.mjWARN_BADQACC].number)
+        return TwinState(physics, warnings, self.present, self.task, self.pose.copy(), self._joints.copy())
+
+    def restore(self, state: TwinState) -> None:
+        """Continue from ``state``; frames and later states are bit-identical."""
+        self.present, self.task = state.present, state.task
+        self.pose, self._joints = state.pose.copy(), state.joints.copy()
+        mujoco.mj_resetData(self.model, self.data)
+        for i, name in enumerate(OBJECTS):
+            self._set_collisions(i, name in state.present)
+        mujoco.mj_setState(self.model, self.data, state.physics, _WHOLE_STATE)
+        self.data.warning[mujoco.mjtWarning.mjWARN_BADQACC].number = state.warnings
+        self._refresh()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state and the options; the MuJoCo objects are made again."""
+        options = {"image_size": self.image_size, "render": False, "renderer": self._renderer}
+        return {"options": options, "owns_renderer": self._owns_renderer, "state": self.state()}
+
+    def __setstate__(self, pickled: dict[str, Any]) -> None:
+        """A twin in the pickled state."""
+        self.__init__(**pickled["options"])  # type: ignore[misc]
+        self._owns_renderer = pickled["owns_renderer"]
+        self.restore(pickled["state"])
 
     # --- inside ------------------------------------------------------------------------------------------------------
     def _blank(self) -> UInt8Array:

@@ -1,17 +1,20 @@
-"""Many twins behind one batched interface, in this process or spread over worker processes.
+"""Batched Piper simulation, in this process or in worker processes.
 
 Row i is the same whatever the number of workers: an episode depends only on its seed, task and actions. Each process
-opens one OpenGL context for all its rows; in a worker it is opened inside the worker.
+draws all its rows with one renderer.
 """
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+import socket
+import struct
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.util import Finalize
 from typing import Any
 
 import numpy as np
@@ -20,20 +23,26 @@ from rawdream_env.errors import (
     ClosedEnvironmentError,
     InvalidActionError,
     InvalidOptionError,
-    RawDreamError,
     ResetNeededError,
     SimulatorError,
 )
+from rawdream_env.piper.geometry import check_image_size
 from rawdream_env.piper.layouts import check_layout
 from rawdream_env.piper.relations import BoolArray, find_task
+from rawdream_env.piper.rows import Request, Rows, serve
+from rawdream_env.processes import in_main_thread, starting_children
 from rawdream_env.types import ACTION_DIM, Float32Array, UInt8Array
+
+_CLOSE_S = 5.0
+"""How long workers may take to end before they are killed."""
+_SLICES = 60
 
 
 @dataclass(frozen=True)
 class PiperStep:
-    """What one chunk led to, for n rows.
+    """The result of one chunk for n rows.
 
-    ``frames`` uint8 (n, K, H, W, 3), or (n, 1, H, W, 3) when only the last was asked for; ``success`` bool (n,):
+    ``frames`` uint8 (n, K, H, W, 3), or (n, 1, H, W, 3) for the last one alone; ``success`` bool (n,):
     the task's relation holds at the end of the chunk; ``proprio`` float32 (n, 7); ``relations`` bool (n, R).
     """
 
@@ -43,64 +52,29 @@ class PiperStep:
     relations: BoolArray
 
 
-class _Rows:
-    """The twins of one process, by row number."""
-
-    def __init__(self, rows: Sequence[int], image_size: int, layout: str) -> None:
-        from rawdream_env.piper.twin import PiperRenderer, PiperTwin
-
-        self._renderer = PiperRenderer(image_size)
-        self._layout = layout
-        self._twins = {row: PiperTwin(renderer=self._renderer) for row in rows}
-
-    def reset(self, rows: Sequence[int], seeds: Sequence[int], tasks: Sequence[str | None]) -> list[UInt8Array]:
-        return [
-            self._twins[row].reset(seed, task=task, layout=self._layout)
-            for row, seed, task in zip(rows, seeds, tasks, strict=True)
-        ]
-
-    def step(self, rows: Sequence[int], actions: Any, every_frame: bool) -> list[tuple[Any, ...]]:
-        results = []
-        for row, chunk in zip(rows, actions, strict=True):
-            twin = self._twins[row]
-            if every_frame:
-                frames = twin.step_chunk(chunk)
-            else:
-                for action in chunk:
-                    twin.step(action, render=False)
-                frames = twin.frame()[None]
-            results.append((frames, twin.task is not None and twin.success(), twin.proprio(), twin.relations()))
-        return results
-
-    def proprio(self, rows: Sequence[int]) -> list[Float32Array]:
-        return [self._twins[row].proprio() for row in rows]
-
-    def close(self) -> None:
-        self._renderer.close()
-
-
-def _serve(pipe: Connection, rows: Sequence[int], image_size: int, layout: str) -> None:
-    """A worker's life: answer ("name", args) with (True, result) or (False, error) until "close" arrives."""
-    os.environ.setdefault("LP_NUM_THREADS", "1")  # software OpenGL: one thread a worker
-    try:
-        twins = _Rows(rows, image_size, layout)
-    except RawDreamError as error:
-        pipe.send((False, error))
+def _bound(pipe: Connection, timeout_s: float) -> None:
+    """Let a send or receive fail that does not move for ``timeout_s``: a stopped process neither reads nor writes."""
+    if os.name != "posix":
         return
-    pipe.send((True, None))
-    calls: dict[str, Callable[..., Any]] = {"reset": twins.reset, "step": twins.step, "proprio": twins.proprio}
-    while True:
-        try:
-            name, args = pipe.recv()
-        except (EOFError, KeyboardInterrupt):  # the parent is gone or stopping
-            break
-        if name == "close":
-            break
-        try:
-            pipe.send((True, calls[name](*args)))
-        except RawDreamError as error:
-            pipe.send((False, error))
-    twins.close()
+    with socket.socket(fileno=os.dup(pipe.fileno())) as end:  # the option belongs to the socket, not to this descriptor
+        limit = struct.pack("@ll", int(timeout_s), int(timeout_s % 1 * 1e6))
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+
+
+def _stop(processes: Sequence[Any], pipes: Sequence[Connection]) -> None:
+    """Close the pipes, on which workers end; kill those that have not ended soon."""
+    try:
+        for pipe in pipes:
+            pipe.close()
+        deadline = time.monotonic() + _CLOSE_S
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+                process.join(_CLOSE_S)
 
 
 class PiperWorkers:
@@ -108,14 +82,17 @@ class PiperWorkers:
 
     Args:
         num_envs: number of rows.
-        num_workers: 0 keeps them in this process; otherwise rows are dealt out to that many processes (spawned, so a
+        num_workers: 0 simulates in this process; otherwise the rows are split among that many processes (spawned, so a
             script needs the usual ``if __name__ == "__main__"`` guard).
         image_size: side of the frames in pixels.
         layout: "narrow" or "wide" (see ``PiperTwin.reset``).
         timeout_s: how long a worker may take to answer.
 
+    A call happens wholly or not at all: after an error or Ctrl-C the rows are where they were before it. ``mark`` and
+    ``take_back`` do the same for several calls. Pickles and copies continue from the same state, with workers of their own.
+
     Raises:
-        RendererError: no OpenGL. SimulatorError: a worker died or did not answer.
+        SimulatorError: a worker died or did not answer. RendererError, at the first frame: no OpenGL.
     """
 
     def __init__(
@@ -127,6 +104,7 @@ class PiperWorkers:
         timeout_s: float = 120.0,
     ) -> None:
         check_layout(layout)
+        check_image_size(image_size)
         if num_envs < 1 or num_workers < 0 or timeout_s <= 0:
             raise InvalidOptionError(
                 f"num_envs={num_envs} must be at least 1, num_workers={num_workers} at least 0 and "
@@ -136,34 +114,41 @@ class PiperWorkers:
         self._timeout_s = timeout_s
         self._closed = False
         self._started = np.zeros(num_envs, bool)
-        self._local: _Rows | None = None
+        self._layout = layout
+        self._local: Rows | None = None
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
+        self._number = self._settled = 0
+        self._counted = [0] * max(1, self.num_workers)
         if not num_workers:
-            self._local = _Rows(range(num_envs), image_size, layout)
+            self._local = Rows(range(num_envs), image_size, layout)
             return
         context = multiprocessing.get_context("spawn")
-        for w in range(self.num_workers):
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve,
-                args=(theirs, self._rows_of(w), image_size, layout),
-                name=f"piper-worker-{w}",
-                daemon=True,
-            )
-            process.start()
-            theirs.close()  # so that a dead worker shows as end of file
-            self._processes.append(process)
-            self._pipes.append(ours)
-        for w in range(self.num_workers):
-            self._receive(w)
+        # Runs at exit as well, before multiprocessing joins the processes without a limit.
+        self._stop = Finalize(self, _stop, args=(self._processes, self._pipes), exitpriority=10)
+        with starting_children():
+            for w in range(self.num_workers):
+                ours, theirs = context.Pipe()
+                self._pipes.append(ours)
+                _bound(ours, timeout_s)
+                process = context.Process(
+                    target=serve,
+                    args=(theirs, in_main_thread(), self._rows_of(w), image_size, layout),
+                    name=f"piper-worker-{w}",
+                    daemon=True,
+                )
+                process.start()
+                theirs.close()  # so that a dead worker shows as end of file
+                self._processes.append(process)
 
     # --- public ------------------------------------------------------------------------------------------------------
     def reset(self, rows: Sequence[int], seeds: Sequence[int], tasks: Sequence[str | None]) -> UInt8Array:
         """Begin an episode in each of n rows (task None: free play); returns first frames uint8 (n, H, W, 3)."""
         rows = self._check_rows(rows)
         if not len(rows) == len(seeds) == len(tasks):
-            raise InvalidOptionError(f"{len(rows)} rows but {len(seeds)} seeds and {len(tasks)} tasks; give one each.")
+            raise InvalidOptionError(
+                f"{len(rows)} rows but {len(seeds)} seeds and {len(tasks)} tasks; pass one of each per row."
+            )
         for task in tasks:
             if task is not None:
                 find_task(task)
@@ -194,23 +179,42 @@ class PiperWorkers:
         """Commanded tool poses float32 (n, 7)."""
         return np.stack(self._call("proprio", self._check_rows(rows)))
 
+    def mark(self) -> int:
+        """Where ``take_back`` returns to. Calls made before it can no longer be taken back."""
+        self._settled = self._number
+        return self._number
+
+    def take_back(self, mark: int) -> None:
+        """Undo the calls made since ``mark`` (each process does so before its next call)."""
+        self._counted = [min(number, mark) for number in self._counted]
+
     def close(self) -> None:
-        """Stop the workers and free the renderers; again is harmless."""
+        """Stop the workers and free the renderers. Closing again does nothing."""
         if self._closed:
             return
         self._closed = True
         if self._local is not None:
             self._local.close()
-        for pipe in self._pipes:
-            with contextlib.suppress(OSError):  # already dead
-                pipe.send(("close", ()))
-        for process in self._processes:
-            process.join(timeout=5.0)
-            if process.is_alive():
-                process.terminate()
-                process.join(timeout=5.0)
-        for pipe in self._pipes:
-            pipe.close()
+        else:
+            self._stop()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The options and the state of every row."""
+        rows = list(range(self.num_envs))
+        return {
+            "options": (self.num_envs, self.num_workers, self.image_size, self._layout, self._timeout_s),
+            "started": self._started,
+            "states": None if self._closed else self._call("state", rows),
+        }
+
+    def __setstate__(self, pickled: dict[str, Any]) -> None:
+        """Rows in the pickled state, with workers of their own."""
+        self.__init__(*pickled["options"])  # type: ignore[misc]
+        if pickled["states"] is None:
+            self.close()
+            return
+        self._started = pickled["started"].copy()
+        self._call("restore", list(range(self.num_envs)), pickled["states"])
 
     def __enter__(self) -> PiperWorkers:
         """Usable as a context manager: closes at the end."""
@@ -226,54 +230,73 @@ class PiperWorkers:
 
     def _check_rows(self, rows: Sequence[int]) -> list[int]:
         if self._closed:
-            raise ClosedEnvironmentError("these PiperWorkers are closed; make new ones.")
+            raise ClosedEnvironmentError("these PiperWorkers are closed; create new ones.")
         out = [int(row) for row in rows]
         if not out or len(set(out)) != len(out) or min(out) < 0 or max(out) >= self.num_envs:
-            raise InvalidOptionError(f"rows {out} must be different numbers in 0..{self.num_envs - 1}.")
+            raise InvalidOptionError(f"rows {out} must be distinct numbers from 0 to {self.num_envs - 1}.")
         return out
 
     def _call(self, name: str, rows: list[int], *args: Any) -> list[Any]:
         """Do ``name`` for rows; list arguments are per row and are split among the workers."""
+        self._number = number = self._number + 1
         if self._local is not None:
-            local: list[Any] = getattr(self._local, name)(rows, *args)
+            local = self._local.call(Request(number, self._counted[0], self._settled, name, rows, args))
+            self._counted = [number]
             return local
         shares: dict[int, list[int]] = {}
         for position, row in enumerate(rows):
             shares.setdefault(row % self.num_workers, []).append(position)
         for worker, positions in shares.items():
-            mine = [[arg[p] for p in positions] if isinstance(arg, list) else arg for arg in args]
-            self._send(worker, (name, ([rows[p] for p in positions], *mine)))
+            mine = tuple([arg[p] for p in positions] if isinstance(arg, list) else arg for arg in args)
+            share = [rows[p] for p in positions]
+            self._send(worker, Request(number, self._counted[worker], self._settled, name, share, mine))
         results: list[Any] = [None] * len(rows)
-        failure: RawDreamError | None = None
-        for worker, positions in shares.items():  # hear every worker out, or the next call reads a stale answer
-            try:
-                answers = self._receive(worker)
-            except RawDreamError as error:
-                failure = failure or error
-                continue
-            for position, answer in zip(positions, answers, strict=True):
+        for worker, positions in shares.items():
+            for position, answer in zip(positions, self._receive(worker, number), strict=True):
                 results[position] = answer
-        if failure is not None:
-            raise failure
+        self._counted = [number if worker in shares else old for worker, old in enumerate(self._counted)]
         return results
 
-    def _send(self, worker: int, message: Any) -> None:
+    def _send(self, worker: int, request: Request) -> None:
         try:
-            self._pipes[worker].send(message)
+            self._pipes[worker].send(request)
+        except BlockingIOError as error:
+            raise self._dead(worker, f"did not read its request within {self._timeout_s:g} s") from error
         except OSError as error:
-            raise self._dead(worker, "is gone") from error
+            raise self._dead(worker, "has ended") from error
+        except BaseException:  # half a request would be read as the beginning of the next
+            self.close()
+            raise
 
-    def _receive(self, worker: int) -> Any:
-        pipe = self._pipes[worker]
+    def _receive(self, worker: int, number: int) -> list[Any]:
+        """The worker's answer to call ``number``; answers to earlier calls, which were given up, are dropped."""
         try:
-            if not pipe.poll(self._timeout_s):
-                raise self._dead(worker, f"did not answer within {self._timeout_s:g} s")
-            good, result = pipe.recv()
+            while True:
+                answered, good, result = self._next_answer(worker)
+                if answered == number:
+                    break
+        except (BlockingIOError, TimeoutError) as error:
+            raise self._dead(worker, f"did not answer within {self._timeout_s:g} s") from error
         except (EOFError, OSError) as error:
-            raise self._dead(worker, "died") from error
+            raise self._dead(worker, "has ended") from error
         if not good:
             raise result
-        return result
+        answers: list[Any] = result
+        return answers
+
+    def _next_answer(self, worker: int) -> tuple[int, bool, Any]:
+        pipe = self._pipes[worker]
+        # In slices, so that time in which this process itself is stopped (Ctrl-Z) hardly counts.
+        if not any(pipe.poll(self._timeout_s / _SLICES) for _ in range(_SLICES)):
+            raise TimeoutError
+        try:
+            answer: tuple[int, bool, Any] = pipe.recv()
+        except (EOFError, OSError):
+            raise
+        except BaseException:  # half an answer was read: the rest would be taken for the next
+            self.close()
+            raise
+        return answer
 
     def _dead(self, worker: int, what: str) -> SimulatorError:
         process = self._processes[worker]
@@ -281,6 +304,6 @@ class PiperWorkers:
         code = process.exitcode
         self.close()
         return SimulatorError(
-            f"simulator worker {worker} (rows {self._rows_of(worker)}, exit code {code}) {what}; all workers are "
-            "closed: make a new PiperWorkers (with fewer workers or more memory if it was killed)."
+            f"simulator worker {worker} (rows {self._rows_of(worker)}, exit code {code}) {what}, so all workers were "
+            "closed. Create a new environment" + (", with fewer workers if memory ran out." if code == -9 else ".")
         )

@@ -1,4 +1,4 @@
-"""A checker for vector environments, as ``gymnasium.utils.env_checker.check_env`` is one for single environments."""
+"""A checker for vector environments, like ``gymnasium.utils.env_checker.check_env`` for single environments."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class VectorEnvCheckError(AssertionError):
 
 @dataclass
 class CheckReport:
-    """What was checked: names, with the autoreset mode in brackets where several were; ``skipped`` says why."""
+    """Names of checks, followed by ``[autoreset mode]`` if modes were given; ``skipped`` and ``failed`` have the reasons."""
 
     passed: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
@@ -61,28 +61,28 @@ def check_vector_env(
     strict: bool = False,
     skip: Collection[str] = (),
 ) -> CheckReport:
-    """Check that vector environments keep their promises.
+    """Check that a vector environment follows its contract.
 
     The generic checks hold for any environment that follows Gymnasium's documentation: spaces, types and dtypes, infos
     with masks, seeding, no aliasing, the autoreset mode that is declared. ``strict`` adds what the environments of this
-    package promise besides: row i depends neither on ``num_envs`` nor on its neighbours (bit-identical), seeds per row,
-    partial resets, errors for nonsense actions and for wrong order of calls.
+    package guarantee in addition: row i depends neither on ``num_envs`` nor on its neighbours (bit-identical), seeds per row,
+    partial resets, errors for invalid actions and for calls in the wrong order.
 
     Args:
         make: called as ``make(num_envs=n)``, or ``make(num_envs=n, autoreset_mode="SameStep")`` when ``modes`` are
             given. Every call must give a new, equal environment.
         num_envs: batch sizes that ``row_independence`` compares; the other checks use the largest up to 4.
-        chunks: steps per rollout; episodes should end within them, or the autoreset checks are skipped (and say so).
-        seed: of the rollouts and their random actions.
-        modes: autoreset modes to make and check; None: the one the environment declares by itself.
-        strict: see above.
+        chunks: steps per rollout; episodes should end within them, or the autoreset checks are skipped.
+        seed: seed of the rollouts and their random actions.
+        modes: autoreset modes to create and check; None: the mode that the environment declares.
+        strict: also run the checks of this package.
         skip: names of checks to leave out.
 
     Returns:
         What passed and what was skipped, and why.
 
     Raises:
-        VectorEnvCheckError: some checks failed; the message says what was seen and what to do.
+        VectorEnvCheckError: some checks failed; the message lists each finding with advice.
         InvalidOptionError: bad arguments.
 
     Example:
@@ -96,7 +96,7 @@ def check_vector_env(
     unknown = set(skip) - set(GENERIC_CHECKS) - set(STRICT_CHECKS)
     if unknown or not num_envs:
         raise InvalidOptionError(
-            f"skip={sorted(unknown)} or num_envs={num_envs!r}: no such checks, or nothing to check."
+            f"skip={sorted(unknown)} or num_envs={num_envs!r}: unknown checks, or no batch size to check."
         )
     sizes = tuple(sorted({parse_positive_int("num_envs", size) for size in num_envs}))
     size = max((s for s in sizes if s <= 4), default=sizes[0])

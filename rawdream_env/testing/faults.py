@@ -1,4 +1,4 @@
-"""A judge server that misbehaves on purpose: the wire of an OpenAI-compatible server, with faults by name.
+"""A judge server for tests: an OpenAI-compatible server with deliberate faults, chosen by name.
 
     with FaultServer(faults=["500", "reset"]) as server:          # its first requests; then it answers
         judge = VLMServerJudge(VLMServerConfig(servers=(server.url,)))
@@ -21,7 +21,7 @@ from typing import Any, Self
 FAULTS = ("refuse", "reset", "500", "503", "429", "truncated", "drip", "never", "garbage", "html", "other id")
 """refuse: the connection is closed unanswered; reset: with RST, in the middle of the answer; 429: with a Retry-After of
 ``retry_after``; truncated: half of the promised body; drip: a byte every ``drip_s``; never: silence; garbage: 200 with
-bytes that are no JSON; html: 200 with a page, as of a proxy; other id: a good reply to somebody else's request."""
+bytes that are not JSON; html: 200 with a page, like that of a proxy; other id: a good reply with the id of another request."""
 
 Answer = Callable[[Mapping[str, Any]], "list[Any]"]
 """Contents of the replies to a request (its JSON), one per vote."""
@@ -42,7 +42,7 @@ class FaultServer:
         structured: obey JSON schemas. False: the server that ignores them, and answers the probe with prose.
         honours_n: give as many replies as asked for. False: one.
         honours_frames: see every frame of a video. False: 32 of them.
-        version: what it says it is; model: what it serves.
+        version: reported version; model: id of the served model.
         retry_after: the header of a 429.
         drip_s: pause between bytes of a "drip".
         delay: seconds to hold a good answer back, as a function of the request.
@@ -95,14 +95,14 @@ class FaultServer:
             return next(self._faults, "ok")
 
     def count(self, authorization: str, body: dict[str, Any]) -> None:
-        """Note a chat request."""
+        """Record a chat request."""
         with self._lock:
             self.requests += 1
             if self.keep:
                 self.seen.append((authorization, body))
 
     def close(self) -> None:
-        """Stop; whoever waits for an answer is cut off."""
+        """Stop; open connections are closed."""
         self.closing.set()
         self._http.shutdown()
         self._http.server_close()
@@ -115,7 +115,7 @@ class FaultServer:
 
 
 def free_port() -> int:
-    """A local port nobody listens at: connections to it are refused."""
+    """A local port without a listener: connections to it are refused."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -128,14 +128,14 @@ class _Server(ThreadingHTTPServer):
     block_on_close = False
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that leave early are what this server is for."""
+        """Ignore clients that disconnect early."""
 
 
 class _Handler(BaseHTTPRequestHandler):
     server: _Server
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Silence."""
+        """Log nothing."""
 
     def do_GET(self) -> None:
         owner = self.server.owner
@@ -172,7 +172,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _tokens(self, body: Mapping[str, Any]) -> int:
         """How many tokens the prompt would have: two per frame seen."""
-        frames = str(body["messages"][1]["content"][0]["video_url"]["url"]).count(",")
+        frames = str(body["messages"][-1]["content"][0]["video_url"]["url"]).count(",")
         return 2 * (frames if self.server.owner.honours_frames else min(32, frames))
 
     def _misbehave(self, fault: str, good: bytes) -> None:

@@ -52,7 +52,7 @@ class Call:
         return np.logical_or(self.terminations, self.truncations)
 
     def row(self, row: int) -> dict[str, Any]:
-        """All this call says about one row."""
+        """The results of this call for one row."""
         flags = (
             {}
             if self.rewards is None
@@ -63,7 +63,7 @@ class Call:
 
 @dataclass
 class ActionScript:
-    """Action t of row i, the same whatever the batch size."""
+    """Action t of row i, independent of the batch size."""
 
     space: Any
     seed: int
@@ -93,7 +93,7 @@ def stack_actions(space: Any, actions: Sequence[Any]) -> Any:
 
 @dataclass
 class Probe:
-    """What every check gets: how to make the environment and how long to run it."""
+    """The input of every check: how to create the environment and how long to run it."""
 
     make: MakeEnv
     mode: str | None

@@ -1,4 +1,4 @@
-"""The further promises of this package's environments: rows that stand alone, partial resets, refused nonsense."""
+"""Further guarantees of this package's environments: independent rows, partial resets, invalid actions refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _OWN_ROW = "Let a row's draws depend on its own seed and episode alone, and its 
 
 
 def check_row_independence(probe: Probe) -> None:
-    """Row i does the same whatever ``num_envs`` is."""
+    """Row i does not depend on ``num_envs``."""
     largest = max(probe.sizes)
     if largest == 1:
         raise SkippedCheckError("only num_envs=1 is checked")
@@ -98,7 +98,7 @@ def check_partial_reset(probe: Probe) -> None:
             found = difference(first.observations[row], call.observations[row])
             if found:
                 raise FailedCheckError(
-                    f"row {row} reset by mask with a seed begins otherwise than in a full reset: {found}.",
+                    f"row {row} reset by mask with a seed begins differently than in a full reset: {found}.",
                     "A partial reset with seed s gives row i the seed s + i, as a full one does.",
                 )
         if before.done[~mask].any() or mask.all():
@@ -107,7 +107,7 @@ def check_partial_reset(probe: Probe) -> None:
         for index in np.flatnonzero(~mask).tolist():
             found = difference(after.row(index), other.row(index))
             if found:
-                raise FailedCheckError(f"row {index} was not reset, but went on differently: {found}.", _OWN_ROW)
+                raise FailedCheckError(f"row {index} was not reset, but continued differently: {found}.", _OWN_ROW)
 
 
 def _check_masked(call: Call, before: Call, mask: Any) -> None:
@@ -118,20 +118,20 @@ def _check_masked(call: Call, before: Call, mask: Any) -> None:
                 f"reset_mask was False for row {row}, but its observation changed: {found}.",
                 "Reset only the rows named, and return the last observation of the others.",
             )
-        told = [
+        marked = [
             key
             for key, value in call.infos.items()
             if key.startswith("_") and not isinstance(value, dict) and value[row]
         ]
-        if told:
+        if marked:
             raise FailedCheckError(
-                f"reset_mask was False for row {row}, but {told} claim news of it.",
+                f"reset_mask was False for row {row}, but the masks of {marked} are True for it.",
                 "Masks are True for rows reset, only.",
             )
 
 
 def check_invalid_actions(probe: Probe) -> None:
-    """Nonsense is refused with an error, and the refused call leaves no trace."""
+    """Invalid actions raise an error, and the refused call changes nothing."""
     with probe.env() as env, probe.env() as twin:
         n, script = env.num_envs, probe.script(env)
         reset(env, seed=probe.seed)
@@ -154,7 +154,7 @@ def check_invalid_actions(probe: Probe) -> None:
                 f"after refused actions a good step raised {type(error).__name__}: {error}.", advice
             ) from error
         if found:
-            raise FailedCheckError(f"after refused actions the environment goes on differently: {found}.", advice)
+            raise FailedCheckError(f"after refused actions the environment continues differently: {found}.", advice)
 
 
 def _nonsense(env: Any, good: Any) -> list[tuple[str, Any]]:
@@ -182,12 +182,10 @@ def check_order(probe: Probe) -> None:
     """``step`` before ``reset`` and any use after ``close`` raise."""
     with probe.env() as env:
         actions = probe.script(env).batch(range(env.num_envs), 0)
-        _must_raise(
-            "step() before reset()", lambda: env.step(actions), "Raise an error that says to call reset() first."
-        )
+        _must_raise("step() before reset()", lambda: env.step(actions), "Raise an error that asks for reset() first.")
         reset(env, seed=probe.seed)
         env.close()
-        advice = "Raise an error that says the environment is closed."
+        advice = "Raise an error that names the closed environment."
         _must_raise("step() after close()", lambda: env.step(actions), advice)
         _must_raise("reset() after close()", lambda: env.reset(seed=probe.seed), advice)
 
@@ -195,7 +193,7 @@ def check_order(probe: Probe) -> None:
 def _must_raise(what: str, action: Any, advice: str) -> None:
     try:
         action()
-    except Exception:  # noqa: BLE001 (any error will do)
+    except Exception:  # noqa: BLE001 (any error is right)
         return
     raise FailedCheckError(f"{what} was accepted.", advice)
 

@@ -1,4 +1,4 @@
-"""The checks any Gymnasium ``VectorEnv`` should pass, one function each; see ``check_vector_env``."""
+"""Checks for any Gymnasium ``VectorEnv``, one function each; see ``check_vector_env``."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def check_metadata(probe: Probe) -> None:
         own = getattr(env.unwrapped, "autoreset_mode", mode)
         if own != mode:
             raise FailedCheckError(
-                f"self.autoreset_mode is {own!r}, metadata says {mode}.",
+                f"self.autoreset_mode is {own!r}, but metadata has {mode}.",
                 "Set both to one AutoresetMode; TorchRL reads the first.",
             )
 
@@ -130,7 +130,7 @@ def check_seeding(probe: Probe) -> None:
     )
     with probe.env() as first, probe.env() as second:
         before = probe.rollout(first)
-        np.random.random(17)  # noqa: NPY002 (moves the global generator; nobody may notice)
+        np.random.random(17)  # noqa: NPY002 (moves the global generator, which must have no effect)
         compare(before, probe.rollout(second), "between two environments reset with the same seed", advice)
         compare(before, probe.rollout(first), "when one environment is reset with the same seed again", advice)
 
@@ -227,7 +227,7 @@ def check_closing(probe: Probe) -> None:
 
 
 def check_autoreset(probe: Probe) -> None:
-    """Episodes end and begin as the declared mode says."""
+    """Episodes end and begin as the declared mode requires."""
     with probe.env() as env:
         mode = mode_of(env)
     if mode is None:
@@ -269,7 +269,7 @@ def _check_next_step(probe: Probe) -> None:
             found = difference(after.row(row), same.row(row))
             if found:
                 raise FailedCheckError(
-                    f"row {row} ended at step {steps}; in the next step its action still mattered: {found}.",
+                    f"row {row} ended at step {steps}; its action in the next step had an effect: {found}.",
                     "NextStep: the step after an end resets that row instead of acting. Is this SameStep?",
                 )
 
@@ -321,7 +321,7 @@ def _check_disabled(probe: Probe) -> None:
             after = None
         if after is not None and not after.done[rows].all():
             raise FailedCheckError(
-                f"row {rows[0]} ended at step {steps} and was alive again in the next, without a reset.",
+                f"row {rows[0]} ended at step {steps} and ran again in the next, without a reset.",
                 "Disabled: raise, or keep the row's flags and let it idle, until it is reset by reset_mask.",
             )
         if after is not None and after.rewards[rows].any():

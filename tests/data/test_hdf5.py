@@ -17,6 +17,7 @@ from rawdream_env.data.hdf5 import list_demos, read_demo
 from rawdream_env.data.import_hdf5 import ImportConfig, import_hdf5
 from rawdream_env.data.lerobot import LeRobotReader
 from rawdream_env.errors import DatasetError, MissingDependencyError
+from rawdream_env.files import lock_file
 
 h5py = pytest.importorskip("h5py")
 ROWS = 7
@@ -161,6 +162,18 @@ def _spoil_json(data):
     data.attrs["env_args"] = "{"
 
 
+def _spoil_instruction(data):
+    data.attrs["problem_info"] = json.dumps({"language_instruction": 5})
+
+
+def _spoil_no_instruction(data):
+    data.attrs["problem_info"] = json.dumps({"language_instruction": None})
+
+
+def _spoil_rate(data):
+    data.attrs["env_args"] = json.dumps({"env_kwargs": {"control_freq": "fast"}})
+
+
 def _spoil_demos(data):
     for name in list(data):
         del data[name]
@@ -182,6 +195,9 @@ def _spoil_demos(data):
         (_spoil_state, r"b\.hdf5, /data/demo_1: no end-effector pose; obs holds \['agentview_rgb', 'ee_ori'"),
         (_spoil_camera, r"obs/agentview_rgb is float32 \(7, 16, 16, 3\), not uint8"),
         (_spoil_json, r"b\.hdf5: attribute env_args is no JSON"),
+        (_spoil_instruction, r"b\.hdf5: language_instruction in problem_info has type int, expected text"),
+        (_spoil_no_instruction, r"b\.hdf5 holds no instruction \(problem_info\): give one with --task"),
+        (_spoil_rate, r"b\.hdf5: control_freq in env_args is 'fast', expected a positive number"),
         (_spoil_demos, r"holds no demo_0, demo_1"),
     ],
 )
@@ -215,3 +231,16 @@ def test_damaged_absent_and_unfitting_files(config: ImportConfig, tmp_path: Path
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(MissingDependencyError, match=r"rawdream-env\[hdf5\]"):
         import_hdf5(config)
+
+
+def test_one_import_at_a_time_and_no_litter_of_killed_ones(tmp_path: Path) -> None:
+    write_file(tmp_path / "src" / "a.hdf5")
+    config = ImportConfig(str(tmp_path / "src"), str(tmp_path / "out"), progress=False)
+    (tmp_path / "out" / "data").mkdir(parents=True)
+    litter = tmp_path / "out" / "data" / ".file-000.parquet.1.ab.tmp"
+    litter.write_bytes(b"half")
+    with lock_file(tmp_path / "out" / ".lock"), pytest.raises(DatasetError, match="being written by another process"):
+        import_hdf5(config)
+    assert litter.exists()
+    import_hdf5(config)
+    assert not litter.exists() and (tmp_path / "out" / "meta" / "info.json").exists()

@@ -46,7 +46,7 @@ def test_strict_checks_find_what_cartpole_does_not_promise():
 def test_too_few_steps_is_a_skip_with_its_reason():
     report = check_vector_env(cartpole, chunks=2, num_envs=[1])
     assert "chunks=" in report.skipped["autoreset"]
-    with pytest.raises(InvalidOptionError, match="no such checks"):
+    with pytest.raises(InvalidOptionError, match="unknown checks"):
         check_vector_env(cartpole, skip=["colour"])
 
 

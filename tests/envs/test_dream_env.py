@@ -27,7 +27,12 @@ from rawdream_env.errors import (
     RawDreamError,
     ResetNeededError,
 )
+from rawdream_env.judges import load_judge
+from rawdream_env.judges.base import is_scanning
+from rawdream_env.judges.ensemble import EnsembleJudge
+from rawdream_env.judges.robometer import RobometerJudge
 from rawdream_env.judges.scripted import ScriptedJudge
+from rawdream_env.judges.videomae import VideoMAEJudge
 from rawdream_env.seeding import NoiseKey
 from rawdream_env.starts import ListStarts, NullStarts, StartSource, load_starts
 from rawdream_env.starts.pack import PackStarts, save_start_pack
@@ -192,6 +197,42 @@ def test_judge_every_chunk_ends_at_the_first_success_and_rows_leave_the_batch():
         env.step(actions_for(env))
 
 
+class Scanning(ScriptedJudge):
+    """Success from 17 frames on, for a judge that looks for the first success in a video."""
+
+    scanning = True
+
+    def __init__(self):
+        super().__init__(lambda video, text: len(video.frames) >= 17)
+
+
+def test_a_scanning_judge_ends_the_episode_at_its_success_by_default():
+    whole, scanned = (
+        dream(judge=judge, autoreset_mode="Disabled")
+        for judge in (ScriptedJudge(lambda video, text: len(video.frames) >= 17), Scanning())
+    )
+    assert (whole.judge_every, scanned.judge_every) == ("episode", "chunk")
+    for env, chunks in ((whole, 3), (scanned, 2)):
+        env.reset(seed=0)
+        results = [env.step(actions_for(env, t)) for t in range(chunks)]
+        assert [result[2].all() for result in results] == [False] * (chunks - 1) + [True]
+        assert results[-1][1].tolist() == [1.0] * 4
+        assert {len(video.frames) for video in env.videos()} == {
+            1 + 8 * chunks
+        }  # the frames behind it are not imagined
+    assert dream(judge=Scanning(), judge_every="episode").judge_every == "episode"
+
+
+def test_which_judges_scan():
+    assert VideoMAEJudge.scanning and RobometerJudge("http://localhost:8000").scanning
+    plain = ScriptedJudge()
+    assert not any(is_scanning(judge) for judge in (plain, load_judge("embedded"), EnsembleJudge([plain, Scanning()])))
+    assert is_scanning(EnsembleJudge([Scanning(), Scanning()]))
+    assert dream(judge=Scanning(), held_out_judge="scripted").judge_every == "chunk"
+    assert dream(judge="scripted", held_out_judge=Scanning()).judge_every == "episode"
+    assert dream(judge="none").judge_every == "episode"
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_invalid_verdict_is_neither_success_nor_failure(mode):
     env = dream(judge=ScriptedJudge(lambda video, text: Verdict(Outcome.INVALID, "down")), autoreset_mode=mode)
@@ -320,7 +361,7 @@ def test_replay_refuses_what_does_not_fit():
     small = Start(np.zeros((32, 32, 3), np.uint8), "x", proprio=np.zeros(7, np.float32))
     with pytest.raises(InvalidOptionError, match=r"\(32, 32, 3\)"):
         env.replay([type(good)(small, good.noise_key, good.actions)])
-    with pytest.raises(InvalidOptionError, match="Trajectory is needed"):
+    with pytest.raises(InvalidOptionError, match="expected a Trajectory"):
         env.replay([None])
     with pytest.raises(InvalidOptionError, match="which='last'"):
         env.trajectories(which="last")
@@ -345,7 +386,7 @@ def test_actions_are_checked_and_named():
     good = actions_for(env)
     for change, message in [
         (lambda a: a[0], r"shape \(8, 7\)"),
-        (lambda a: a[:1], r"\(4, 8, 7\) is needed"),
+        (lambda a: a[:1], r"expected \(num_envs, chunk_len, action_dim\) = \(4, 8, 7\)"),
         (lambda a: a.astype(complex), "complex"),
         (lambda a: a.astype(str), "dtype <U"),
         (lambda a: None, r"shape \(\)"),
@@ -398,8 +439,8 @@ def test_dead_rows_actions_are_not_looked_at():
         ({"starts": "nowhere"}, "nowhere"),
         ({"starts": []}, "empty"),
         ({"starts": 5}, "int"),
-        ({"judge": 5}, "int is no judge"),
-        ({"world_model": object()}, "without start, imagine"),
+        ({"judge": 5}, "int is not a judge: it lacks"),
+        ({"world_model": object()}, "it lacks start, imagine"),
         ({"world_model": NullWorldModel(), "num_inference_steps": 3}, "num_inference_steps"),
     ],
 )
@@ -417,9 +458,9 @@ def test_bad_options_are_named(kwargs, message):
         ([1, 2], None, "2 entries"),
         (None, {"reset_masks": None}, "reset_masks"),
         (None, {"reset_mask": [1, 0, 0, 0]}, "boolean"),
-        (None, {"reset_mask": np.zeros(4, bool)}, "False everywhere"),
+        (None, {"reset_mask": np.zeros(4, bool)}, "False for every row"),
         (None, {"starts": [None]}, "4 entries"),
-        (None, {"starts": [3, None, None, None]}, r"\[0\] is a int"),
+        (None, {"starts": [3, None, None, None]}, r"\[0\] has type int, expected a Start"),
         (3, {"seed": 3}, "once"),
         (None, [], "dict"),
     ],
@@ -524,7 +565,7 @@ def test_wrong_models_and_judges_are_named():
             state, frames = super().imagine(state, actions)
             return state, frames[:, :4]
 
-    with pytest.raises(RawDreamError, match=r"\(4, 4, 64, 64, 3\); \(4, 8, 64, 64, 3\)"):
+    with pytest.raises(RawDreamError, match=r"\(4, 4, 64, 64, 3\), expected \(4, 8, 64, 64, 3\)"):
         run(dream(world_model=Short()), 1)
     with pytest.raises(RawDreamError, match="0 verdicts for 4 videos"):
         run(dream(judge=lambda videos, instructions: []), 3)

@@ -228,7 +228,7 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(InvalidOptionError, match="start without a seed"):
         next(run_episodes(dream(), [Start(start.frame, "go")], policy))
     for shape in ((0, K, 7), (2, K, 6)):
-        with pytest.raises(InvalidActionError, match="is needed"):
+        with pytest.raises(InvalidActionError, match=r"expected \(T >= 1, chunk_len, action_dim\)"):
             next(run_episodes(dream(), [start], actions=[np.zeros(shape, np.float32)]))
     with pytest.raises(InvalidActionError, match=r"KeyedPolicy chose actions of shape \(8, 7\)"):
         next(run_episodes(Counter(1), [start], policy))

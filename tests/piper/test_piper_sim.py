@@ -189,7 +189,7 @@ def test_options_are_checked(blind: PiperTwin) -> None:
 
 
 def test_missing_opengl_says_what_to_install() -> None:
-    code = "from rawdream_env.piper.twin import PiperTwin\nPiperTwin(render=False).reset(0)\nPiperTwin()"
+    code = "from rawdream_env.piper.twin import PiperTwin\nPiperTwin(render=False).reset(0)\nPiperTwin().reset(0)"
     env = {**os.environ, "MUJOCO_GL": "glfw", "DISPLAY": ""}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
     assert done.returncode != 0
@@ -215,7 +215,7 @@ def test_expert_succeeds_in_time(blind: PiperTwin, task: str) -> None:
 
 def test_expert_needs_its_objects(blind: PiperTwin) -> None:
     blind.reset(0, objects=["cup", "spoon"])
-    with pytest.raises(InvalidOptionError, match="needs blue_block and red_block, but on the table are spoon, cup"):
+    with pytest.raises(InvalidOptionError, match="needs blue_block and red_block, but the table has spoon, cup"):
         ScriptedExpert(blind, "stack_block", np.random.default_rng(0))
 
 
@@ -271,7 +271,7 @@ def test_worker_calls_are_checked() -> None:
         workers.step([0, 1], bad)
     with pytest.raises(InvalidActionError, match=r"\(2, K, 7\)"):
         workers.step([0, 1], np.zeros((1, 8, 7)))
-    with pytest.raises(InvalidOptionError, match=r"0\.\.1"):
+    with pytest.raises(InvalidOptionError, match="distinct numbers from 0 to 1"):
         workers.proprio([2])
     workers.close()
     workers.close()

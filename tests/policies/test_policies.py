@@ -260,7 +260,7 @@ def poison(folder: Path) -> None:
 def test_unknown_specs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="config.json is missing"):
         load_policy(tmp_path / "nothing")
-    with pytest.raises(InvalidOptionError, match="int is no policy"):
+    with pytest.raises(InvalidOptionError, match="int is not a policy: it lacks"):
         load_policy(3)  # type: ignore[arg-type]
 
 

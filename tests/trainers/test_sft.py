@@ -272,7 +272,7 @@ def test_pretrain_then_fewshot_with_replay(play_folder: Path, expert_folder: Pat
     second = sft.train_sft(few, progress=False)
     for a, b in zip(first.policy.parameters(), second.policy.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=0.0)  # it did start from there
-    with pytest.raises(InvalidOptionError, match="max_episode|trains TinyVLA|is no policy"):
+    with pytest.raises(InvalidOptionError, match="max_episode|trains TinyVLA|is not a policy"):
         sft.train_sft(replace(few, run_dir=str(tmp_path / "c"), init=3), progress=False)  # type: ignore[arg-type]
 
 

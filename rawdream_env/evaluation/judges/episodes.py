@@ -10,7 +10,6 @@ from). Rates over all episodes depend on this mixture; compare the drivers.
 from __future__ import annotations
 
 import multiprocessing
-import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -26,6 +25,7 @@ from rawdream_env.envs.episodes import EpisodeRequest, make_env, run_episodes
 from rawdream_env.errors import DatasetError, InvalidOptionError, SimulatorError
 from rawdream_env.evaluation.judges.report import JudgeClip
 from rawdream_env.policies import load_policy
+from rawdream_env.processes import follow_parent, in_main_thread, starting_children, stop_pool
 from rawdream_env.robots import find_goals, find_robot
 from rawdream_env.seeding import NoiseKey, mix
 from rawdream_env.types import Policy, Start, Video
@@ -129,11 +129,6 @@ class Player:
 _PLAYERS: dict[FreshEpisodes, Player] = {}
 
 
-def _start_process() -> None:
-    # Set before mujoco and torch are imported: the processes already use all cores.
-    os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "LP_NUM_THREADS"), "1"))
-
-
 def _play(spec: FreshEpisodes, index: int) -> JudgeClip:
     if spec not in _PLAYERS:
         _PLAYERS[spec] = Player(spec)
@@ -154,21 +149,22 @@ def fresh_clips(spec: FreshEpisodes, episodes: int, *, workers: int = 0) -> Iter
             player.close()
         return
     context = multiprocessing.get_context("spawn")  # a forked OpenGL context does not work in the child
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_process) as pool:
-        running: deque[Future[JudgeClip]] = deque()
-        try:
-            for index in range(episodes):
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=follow_parent, initargs=(in_main_thread(),))
+    running: deque[Future[JudgeClip]] = deque()
+    try:
+        for index in range(episodes):
+            with starting_children():
                 running.append(pool.submit(_play, spec, index))
-                if len(running) > 4 * workers:  # bounds the memory of episodes that wait for a slow judge
-                    yield running.popleft().result()
-            while running:
+            if len(running) > 4 * workers:  # bounds the memory of episodes that wait for a slow judge
                 yield running.popleft().result()
-        except BrokenProcessPool as error:
-            raise SimulatorError(
-                "a simulator process died (out of memory?); rerun the command with fewer --workers."
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+        while running:
+            yield running.popleft().result()
+    except BrokenProcessPool as error:
+        raise SimulatorError(
+            "a simulator process died (out of memory?); rerun the command with fewer --workers."
+        ) from error
+    finally:
+        stop_pool(pool)
 
 
 def recorded_clips(folders: Sequence[str], *, success_key: str = "", limit: int | None = None) -> Iterator[JudgeClip]:

@@ -27,7 +27,7 @@ from rawdream_env.evaluation.reporting import html
 from rawdream_env.evaluation.reporting.charts import Point, Series, line_chart
 from rawdream_env.evaluation.reporting.numbers import Json
 from rawdream_env.evaluation.reporting.provenance import provenance, usable_cores
-from rawdream_env.files import atomic_write_json, atomic_write_text
+from rawdream_env.files import atomic_write_json, atomic_write_text, check_output
 from rawdream_env.judges import load_judge
 from rawdream_env.types import Judge
 
@@ -109,6 +109,7 @@ def evaluate_judge(config: EvaluateJudgeConfig, *, judge: Judge | None = None) -
         InvalidOptionError: no such judge or driver. CheckpointError: the judge or the policy is missing or damaged.
         DatasetError: the data cannot be read or have no labels. RendererError, SimulatorError: the simulator fails.
     """
+    check_output(config.out)
     asked = load_judge(config.judge, device=config.device) if judge is None else judge
     begun = perf_counter()
     total = None if config.data else config.episodes

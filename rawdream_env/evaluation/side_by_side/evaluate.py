@@ -44,6 +44,7 @@ from rawdream_env.evaluation.side_by_side.aggregate import Scores, aggregate
 from rawdream_env.evaluation.side_by_side.records import Clip, Clips, EpisodeRecord, SideBySide
 from rawdream_env.evaluation.side_by_side.report import write_report
 from rawdream_env.evaluation.world_model.fidelity import compare_episode
+from rawdream_env.files import check_output
 from rawdream_env.judges.base import ask
 from rawdream_env.policies import load_policy
 from rawdream_env.robots import find_robot
@@ -75,8 +76,9 @@ class EvaluateConfig:
     """World model of the dream: "embedded", a folder, hub id or module:factory."""
     judge: str = "embedded"
     """Judge of the dream: "embedded", a folder, a server, hub id or module:factory."""
-    judge_every: str = "episode"
-    """"episode": judge the whole video once; "chunk": judge after every chunk and end at the first success."""
+    judge_every: str = "auto"
+    """"episode": judge the whole video once; "chunk": judge after every chunk and end at the first success; "auto": the
+    judge's default."""
     num_inference_steps: int | None = None
     """Denoising steps per chunk; default: the checkpoint's."""
     dtype: str | None = None
@@ -149,6 +151,8 @@ def evaluate(
         InvalidOptionError: options or environments do not fit.
     """
     named = parse_policies(config.policies) if policies is None else {}
+    if config.out is not None:
+        check_output(config.out)
     actors = policies or {name: load_policy(folder, device=config.device) for name, folder in named.items()}
     records: list[EpisodeRecord] = []
     scores: dict[str, dict[str, list[Scores]]] = {}
@@ -176,7 +180,7 @@ def evaluate(
                     bar.update(len(batch))
                     bar.set_postfix(_rates(name, records))
     chunk_len, fps = dream.single_action_space.shape[0], float(dream.unwrapped.fps)
-    at_end = config.judge_every == "episode"
+    at_end = dream.unwrapped.judge_every == "episode"
     report = aggregate(records, scores, chunk_len=chunk_len, at_end=at_end, config=config_dict(config))
     result = SideBySide(report, records, clips)
     if config.out is not None:
@@ -282,7 +286,7 @@ def _compare(
             judge_on_simulator=_outcome(judged[i]),
         )
         left = sim if did is None else did
-        happened = left.success_end if config.judge_every == "episode" else left.success_any
+        happened = left.success_end if dream.unwrapped.judge_every == "episode" else left.success_any
         clip = Clip(record, sim.start.instruction, _frames(left), _frames(imagined), happened, did is not None)
         horizon = {}
         if did is not None and echo is not None and echo.frames is not None:  # both worlds got the same actions

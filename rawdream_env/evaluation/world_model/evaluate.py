@@ -112,10 +112,11 @@ def evaluate_world_model(
         DatasetError: a data folder is damaged, or has no episode of at least one chunk.
     """
     from rawdream_env.evaluation.world_model.report import render
-    from rawdream_env.files import atomic_write_bytes, atomic_write_json, atomic_write_text
+    from rawdream_env.files import atomic_write_bytes, atomic_write_json, atomic_write_text, check_output
 
     _check(config)
     folder = Path(config.out)
+    check_output(folder)
     if frame_features is None and config.lpips:
         from rawdream_env.evaluation.world_model.lpips import LpipsAlex
 
@@ -135,7 +136,7 @@ def evaluate_world_model(
             approximations=config.approximations,
         )
     episodes, notes = _read(config, world_model)
-    folder.mkdir(parents=True, exist_ok=True)  # fails before the work if it cannot be written
+    folder.mkdir(parents=True, exist_ok=True)
     fidelity = evaluate_fidelity(
         world_model,
         episodes,

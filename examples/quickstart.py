@@ -3,8 +3,8 @@
     python examples/quickstart.py
     python examples/quickstart.py --env rawdream/PiperSim-v0      # the same loop in the simulator
 
-Every success is dreamt twice (dual-noise verification): one that does not repeat is flagged, its film has an orange
-border. Random actions rarely succeed; the point is the loop.
+Every success is imagined again with fresh noise (dual-noise verification). One that does not repeat is flagged, and its film
+has an orange border. Random actions rarely succeed; the example shows the loop.
 """
 
 import argparse
@@ -24,7 +24,7 @@ args = parser.parse_args()
 
 options = dict(option.split("=", 1) for option in args.env_options)
 envs = gym.make_vec(args.env, num_envs=args.num_envs, return_frames=True, **options)
-if hasattr(envs.unwrapped, "replay"):  # a dream; a simulator has no noise to redraw
+if hasattr(envs.unwrapped, "replay"):  # a world model; a simulator has no noise to redraw
     envs = DualNoiseVerification(envs)
 envs = Record(envs, args.videos)
 

@@ -1,11 +1,11 @@
-"""stable-baselines3 PPO, trained in the dream or in the simulator: the id is the only change.
+"""Train PPO of stable-baselines3 in the dream or in the simulator: only the id changes.
 
     pip install 'rawdream-env[sb3]'
     python examples/sb3_ppo.py --steps 2000
     python examples/sb3_ppo.py --steps 2000 --env rawdream/PiperSim-v0
 
-It shows the plumbing. PPO from scratch does not learn four manipulation tasks from a sparse reward in 2,000 chunks; to
-improve a policy that half-works, use ``rawdream policy grpo``.
+The example shows the interface. PPO from scratch does not learn four manipulation tasks from a sparse reward in 2,000 chunks;
+use ``rawdream policy grpo`` to improve a pre-trained policy.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""skrl's wrap_env around the dream: observations, rewards and ends as torch tensors.
+"""Step the dream through skrl's wrap_env: observations, rewards and ends are torch tensors.
 
     pip install 'rawdream-env[skrl]'
     python examples/skrl_step.py

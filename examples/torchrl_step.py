@@ -1,10 +1,10 @@
-"""TorchRL's GymWrapper around the dream: a rollout as one TensorDict.
+"""Collect a rollout in the dream with TorchRL's GymWrapper, as one TensorDict.
 
     pip install 'rawdream-env[torchrl]'
     python examples/torchrl_step.py
 
-Make the environment with ``autoreset_mode="Disabled"``: TorchRL then resets exactly the rows that are over. (Its reader
-for SameStep loses the last observation of an episode when observations are dicts and infos hold strings.)
+Make the environment with ``autoreset_mode="Disabled"``: TorchRL then resets the rows that are over. (With SameStep it
+loses the last observation of an episode when observations are dicts and infos contain strings.)
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""``rawdream demo``: improve a policy in a dream, then check in the simulator whether it got better.
+"""``rawdream demo``: train a policy in the dream, then evaluate it in the simulator.
 
-1. GRPO in the dream (paper section 3), starting from the bundled few-shot policy, for ``minutes``.
-2. Side by side: the policy before and after, from the same starts, in the dream and in the simulator.
-3. A table with intervals, ``report.html`` and ``dream.gif`` in the output folder.
+1. Train the bundled few-shot policy with GRPO in the dream (paper section 3) for ``minutes``.
+2. Evaluate the policy before and after training, from the same starts, in the dream and in the simulator.
+3. Print a table with intervals, and write ``report.html`` and ``dream.gif``.
 
-Everything it uses ships with the package; nothing is downloaded. Rerun the same command to resume an interrupted demo.
+Nothing is downloaded. Rerun the same command to resume an interrupted demo.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 BEFORE, AFTER = "before", "after dreaming"
 SECONDS_PER_EPISODE = 0.45
-"""Time of one start per policy on two cores, dream and simulator together; for the estimate that is printed."""
+"""Time of one start per policy on two cores, dream and simulator together, for the printed estimate."""
 
 
 @dataclass(frozen=True)
@@ -33,47 +33,47 @@ class DemoConfig:
     out: Path = Path("runs/demo")
     """Folder for report.html, dream.gif, report.json and the training run."""
     minutes: float = 5.0
-    """Training time in the dream. Rerunning the command trains for that long again."""
+    """Training time in the dream. Rerunning the command adds this time again."""
     episodes: int = 25
-    """Starts per task in the comparison (four tasks, two policies, two worlds)."""
+    """Starts per task in the evaluation (four tasks, two policies, dream and simulator)."""
     steps: int = 50
-    """Maximum number of policy updates; the minutes usually end first."""
+    """Maximum number of policy updates; usually ``minutes`` ends training first."""
     num_envs: int = 64
-    """Episodes imagined at once in training; fewer need less memory."""
+    """Number of episodes imagined in parallel in training; fewer need less memory."""
     lr: float = 1e-4
     """AdamW learning rate (constant)."""
     temperature: float = 0.7
-    """Sampling temperature in training; the comparison is greedy."""
+    """Sampling temperature in training; the evaluation is greedy."""
     policy: str = "embedded"
     """Policy to improve: "embedded", a folder, a hub id, or module:factory."""
     world_model: str = "embedded"
     """World model: "embedded", a folder, a hub id, or module:factory."""
     judge: str = "embedded"
-    """Judge: "embedded", a folder, a server, or module:factory."""
+    """Judge: "embedded", a folder, a server, a hub id, or module:factory."""
     dtype: str = "bfloat16"
     """Precision of the world model: "bfloat16" is faster, "float32" is bit-reproducible."""
     num_inference_steps: int = 1
     """Denoising steps per chunk: 5 as in the paper, 1 is faster."""
     starts: str = "pack"
-    """Start frames for training: "pack" (bundled), "sim" (rendered), or a start pack."""
+    """Start frames for training: "pack" (bundled), "sim" (rendered), or a .safetensors file or folder of images."""
     workers: int = 2
     """Simulator processes; 0: none besides this one, -1: one per core."""
     seed: int = 0
-    """Seed of training and comparison."""
+    """Seed of training and evaluation."""
     progress: bool = True
     """Show progress bars and messages."""
 
     def __post_init__(self) -> None:
-        """Check the budgets."""
+        """Check the numbers."""
         if self.minutes <= 0 or self.episodes < 1 or self.steps < 1:
             raise InvalidOptionError(
-                f"minutes {self.minutes}, episodes {self.episodes}, steps {self.steps}: each must be above 0."
+                f"minutes={self.minutes}, episodes={self.episodes} and steps={self.steps} must be above 0."
             )
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """``report`` as in report.json, and the files written; ``str()`` is the summary that is printed."""
+    """``report`` as in report.json, and the written files; ``str()`` is the printed summary."""
 
     report: dict[str, Any]
     page: Path
@@ -87,7 +87,7 @@ class DemoResult:
 
 
 def run_demo(config: DemoConfig) -> DemoResult:
-    """Train, compare, and write the report and the film.
+    """Train, evaluate, and write the report and the film.
 
     Raises:
         CheckpointError: the bundled models are missing or damaged (see `rawdream doctor`).
@@ -103,7 +103,10 @@ def run_demo(config: DemoConfig) -> DemoResult:
     training = train_grpo(grpo_config(config))
     if training.stopped == "interrupted":
         raise KeyboardInterrupt
-    _say(config, f"2/3  dream and simulator, before and after: {config.episodes} starts per task, ~{about:.0f} minutes")
+    _say(
+        config,
+        f"2/3  evaluation before and after, in dream and simulator: {config.episodes} starts per task, ~{about:.0f} minutes",
+    )
     result = evaluate(evaluate_config(config), progress=config.progress)
     _say(config, "3/3  film")
     film = write_film(result, config.out / "dream.gif")
@@ -113,7 +116,7 @@ def run_demo(config: DemoConfig) -> DemoResult:
 
 
 def grpo_config(config: DemoConfig) -> GRPOConfig:
-    """The training run of the demo."""
+    """Options of the demo's training run."""
     from rawdream_env.trainers.grpo import GRPOConfig
 
     return GRPOConfig(
@@ -138,7 +141,7 @@ def grpo_config(config: DemoConfig) -> GRPOConfig:
 
 
 def evaluate_config(config: DemoConfig) -> EvaluateConfig:
-    """The comparison of the demo. Its starts differ from those of the training."""
+    """Options of the demo's evaluation. Its starts differ from those of the training."""
     from rawdream_env.evaluation.side_by_side.evaluate import EvaluateConfig
 
     return EvaluateConfig(
@@ -155,11 +158,11 @@ def evaluate_config(config: DemoConfig) -> EvaluateConfig:
     )
 
 
-# -- what is shown -----------------------------------------------------------------------------------------------------
+# -- output -----------------------------------------------------------------------------------------------------------
 
 
 def chosen_clips(clips: list[Clip], policy: str = AFTER) -> list[Clip]:
-    """One clip per task for the film: of ``policy`` where there is one, an agreeing success where there is one."""
+    """One clip per task for the film; prefers clips of ``policy``, then clips where both worlds succeed."""
     order = ("both succeed", "only the dream succeeds", "only the simulator succeeds", "both fail")
 
     def rank(clip: Clip) -> tuple[bool, int]:
@@ -172,7 +175,7 @@ def chosen_clips(clips: list[Clip], policy: str = AFTER) -> list[Clip]:
 
 
 def write_film(result: SideBySide, path: Path, *, every: int = 2) -> Path:
-    """Dream beside simulator, one episode per task; every second frame at 10 Hz, which is twice the real speed."""
+    """Dream and simulator side by side, one episode per task; every second frame at 10 Hz: twice the real speed."""
     from rawdream_env.files import atomic_write_bytes
     from rawdream_env.types import Outcome
     from rawdream_env.wrappers.drawing import Panel, compose, encode
@@ -184,7 +187,7 @@ def write_film(result: SideBySide, path: Path, *, every: int = 2) -> Path:
         happened = "success" if clip.happened else "failure"
         panels = [Panel("dream", clip.right[::every], dreamt), Panel("simulator", clip.left[::every], happened)]
         film = list(compose(panels, dreamt, clip.instruction))
-        pictures += [*film, *film[-1:] * 6]  # a moment to read the verdict
+        pictures += [*film, *film[-1:] * 6]  # time to read the verdict
     atomic_write_bytes(path, encode(pictures, 10.0, "gif"))
     return path
 

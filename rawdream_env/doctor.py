@@ -1,4 +1,4 @@
-"""``rawdream doctor``: check this machine, and suggest a fix for what does not work.
+"""``rawdream doctor``: check this machine and suggest fixes.
 
 Every check is a function that returns a :class:`Check`; a check never raises. The renderer runs in a subprocess, because a
 broken OpenGL driver can kill the process.
@@ -44,7 +44,7 @@ class DoctorConfig:
     render: bool = True
     """Render a frame in a subprocess (a few seconds)."""
     folder: Path = Path()
-    """Folder that runs will be written to; its disk is checked for free space."""
+    """Folder for run folders; its disk is checked for free space."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _python() -> Check:
 
 
 def _packages() -> Iterator[Check]:
-    """The required packages: one line when all are right, else one per package that is not."""
+    """The required packages: one check if all versions fit, else one per package that does not."""
     fix = "Run `make install`, or `pip install -c constraints.txt -e .` in the clone."
     try:
         from packaging.requirements import Requirement
@@ -148,7 +148,7 @@ def _renderer() -> Check:
 
 
 def _models(assets: Path) -> Iterator[Check]:
-    """The bundled models: present, undamaged, and the ones that the model card describes."""
+    """The bundled models: present and undamaged, with a model card."""
     fix = "Reinstall the package (git clone, or pip install), or train the models: rawdream models train."
     parts = ("world_model", "judge", "policy", "starts_narrow.safetensors")
     missing = [part for part in parts if not (assets / part).exists()]
@@ -181,7 +181,12 @@ def _video() -> Check:
         return Check("video", "broken", f"PyAV cannot be imported: {error}", "Reinstall it: pip install av")
     if has_h264():
         return Check("video", "ok", f"PyAV {version('av')} with H.264")
-    return Check("video", "note", "PyAV has no H.264 encoder; videos become GIF", "pip install --force-reinstall av")
+    return Check(
+        "video",
+        "note",
+        "PyAV has no H.264 encoder; videos are written as GIF",
+        "Reinstall it: pip install --force-reinstall av",
+    )
 
 
 def _disk(folder: Path) -> Check:
@@ -193,7 +198,9 @@ def _disk(folder: Path) -> Check:
     if free < 1:
         return Check("disk", "broken", found, "Free at least 1 GB, or use another folder.")
     if free < 5:
-        return Check("disk", "note", found, "Enough for the demo; training the bundled models needs about 5 GB.")
+        return Check(
+            "disk", "note", found, "This is enough for the demo; training the bundled models needs about 5 GB."
+        )
     return Check("disk", "ok", found)
 
 
@@ -213,4 +220,4 @@ def _optional() -> Iterator[Check]:
         try:
             yield Check(package, "ok", f"{version(package)} (optional)")
         except PackageNotFoundError:
-            yield Check(package, "note", "not installed (optional)", f"pip install 'rawdream-env[{extra}]'")
+            yield Check(package, "note", "not installed (optional)", f"To use it: pip install 'rawdream-env[{extra}]'")

@@ -2,26 +2,34 @@
 
 A write goes to a temporary file in the same folder, is synced, renamed over its target, and the folder is synced: after
 a crash or a full disk at any moment the target holds the old content or the new one, never a part.
+
+Saved models carry a ``manifest.json`` with the SHA-256 of their weights, which every load compares
+(``RAWDREAM_SKIP_CHECKSUMS=1`` skips this). Configurations are not in it, so that they can be edited; their readers are strict.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
-from rawdream_env.errors import CheckpointError, RawDreamError
+from rawdream_env.errors import CheckpointError, InvalidOptionError, RawDreamError
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
 PathLike = str | os.PathLike[str]
+M = TypeVar("M", bound="Module")
+MANIFEST = "manifest.json"
+SKIP_CHECKSUMS = "RAWDREAM_SKIP_CHECKSUMS"
 
 
 def fsync_folder(path: PathLike) -> None:
@@ -31,6 +39,45 @@ def fsync_folder(path: PathLike) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def lock_file(path: PathLike) -> IO[str]:
+    """Lock a file, created if missing, until the returned object is closed or the process ends; ``BlockingIOError`` when
+    it is locked already, by another process or by this one.
+    """
+    lock = open(path, "a", encoding="utf-8")  # noqa: SIM115 - held by the caller
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        lock.close()
+        raise
+    return lock
+
+
+def remove_litter(folder: PathLike) -> None:
+    """Remove the temporary files that killed writers left in a folder and below. The caller must hold its lock."""
+    for path in Path(folder).rglob(".*.tmp"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def check_output(path: PathLike) -> None:
+    """Raise ``InvalidOptionError`` when the folder of a result could not be written. Leaves no trace of the attempt."""
+    folder = Path(path).absolute()
+    existing = next(entry for entry in (folder, *folder.parents) if entry.exists())
+    probe = existing / f".{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    try:
+        try:
+            write_bytes_synced(probe, b"0")
+        finally:
+            with contextlib.suppress(OSError):
+                probe.unlink()
+    except OSError as error:
+        raise InvalidOptionError(
+            f"cannot write to the output folder {path}: {existing}: {error.strerror}. Give another folder."
+        ) from error
 
 
 def write_bytes_synced(path: PathLike, data: bytes) -> None:
@@ -90,6 +137,61 @@ def sha256_file(path: PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@contextlib.contextmanager
+def sealed_folder(folder: PathLike) -> Iterator[None]:
+    """Create ``folder``; after the body has saved a model there, write the manifest of its safetensors files.
+
+    The old manifest is removed first: a process killed in between leaves a folder without checksums, not a wrong one.
+    """
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    (target / MANIFEST).unlink(missing_ok=True)
+    yield
+    weights = sorted(target.glob("*.safetensors"))
+    atomic_write_json(target / MANIFEST, {"sha256": {path.name: sha256_file(path) for path in weights}})
+
+
+def check_sha256(path: PathLike) -> None:
+    """Raise ``CheckpointError`` when a file is not the one listed in the manifest of its folder or of the two above.
+
+    Files that no manifest lists, such as those of earlier versions, are accepted.
+    """
+    if os.environ.get(SKIP_CHECKSUMS, "0") not in ("", "0"):
+        return
+    file = Path(path).absolute()
+    for folder in list(file.parents)[:3]:
+        manifest = folder / MANIFEST
+        if not manifest.is_file():
+            continue
+        try:
+            listed = read_json(manifest).get("sha256")
+        except CheckpointError:
+            if folder == file.parent:
+                raise
+            continue  # not ours
+        digest = listed.get(file.relative_to(folder).as_posix()) if isinstance(listed, dict) else None
+        if digest is None:
+            continue
+        if digest != sha256_file(file):
+            raise CheckpointError(
+                f"{path} is altered or damaged: its SHA-256 is not the one in {manifest}. Restore it from a copy, or set "
+                f"{SKIP_CHECKSUMS}=1 to load it as it is."
+            )
+        return
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Hex SHA-256 of names, types, shapes and values."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        values = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def serialize_safetensors(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, *, where: PathLike = "the checkpoint"
 ) -> bytes:
@@ -132,6 +234,7 @@ def load_tensors(path: PathLike) -> dict[str, Tensor]:
     if Path(path).suffix not in {".pth", ".pt", ".ckpt", ".bin"}:
         return _read_safetensors(path)
     _require(path)
+    check_sha256(path)
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes the reader fail in every way there is
@@ -147,24 +250,34 @@ def load_tensors(path: PathLike) -> dict[str, Tensor]:
     return tensors
 
 
-def load_weights(module: Module, path: PathLike, config: str = "config.json") -> None:
-    """Load all tensors of ``path`` into ``module``, in the module's precision, or none.
+def load_module(build: Callable[[], M], path: PathLike, config: str = "config.json") -> M:
+    """``build()`` with all tensors of ``path``, or neither: names and shapes are compared on the meta device first, so that
+    sizes that the file does not have allocate nothing.
 
-    Raises ``CheckpointError`` as ``check_weights``.
+    Raises ``CheckpointError`` as ``check_weights``, and when ``build`` refuses its sizes.
     """
-    tensors, wanted = _read_safetensors(path), module.state_dict()
+    import torch
+
+    tensors = _read_safetensors(path)
+    try:
+        with torch.device("meta"):
+            wanted = build().state_dict()
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:  # of sizes that no layer can have
+        raise CheckpointError(f"{config} of {path} has impossible sizes ({error}); restore it from a copy.") from error
     check_weights(tensors, wanted, path, config)
+    module = build()
     module.load_state_dict({name: tensor.to(wanted[name].dtype) for name, tensor in tensors.items()})
+    return module
 
 
 def check_weights(
     tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: PathLike, config: str = "config.json"
 ) -> None:
-    """Raise one ``CheckpointError`` naming every tensor that is missing, unknown, not finite, of another shape than
-    ``config`` asks for, or of a type that is no floating-point number where one is wanted.
+    """Raise one ``CheckpointError`` naming the tensors (at most 8) that are missing, unknown, not finite, of another shape
+    than ``config`` asks for, or of a type that is no floating-point number where one is wanted.
     """
     problems = [f"{name} is missing" for name in wanted.keys() - tensors.keys()]
-    problems += [f"{name} is unknown" for name in tensors.keys() - wanted.keys()]
+    problems += [f"{printable(name)} is unknown" for name in tensors.keys() - wanted.keys()]
     for name in wanted.keys() & tensors.keys():
         ours, theirs = wanted[name], tensors[name]
         if ours.shape != theirs.shape:
@@ -174,10 +287,16 @@ def check_weights(
         if bad := _non_finite(theirs):
             problems.append(f"{name} holds {bad} non-finite of {theirs.numel()} values")
     if problems:
+        shown = "; ".join(sorted(problems)[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise CheckpointError(
-            f"{where} does not fit its {config}, {len(problems)} problems: {'; '.join(sorted(problems))}. "
-            "Use the file that was saved with it."
+            f"{where} does not fit its {config}, {len(problems)} problems: {shown}. Use the file that was saved with it."
         )
+
+
+def printable(name: str) -> str:
+    """A name from a file, safe to print: characters that would control a terminal are escaped, long names are cut."""
+    shown = name if name.isprintable() else repr(name)[1:-1]
+    return shown if len(shown) <= 100 else f"{shown[:97]}..."
 
 
 def load_safetensors_metadata(path: PathLike) -> dict[str, str]:
@@ -201,6 +320,7 @@ def _read_safetensors(path: PathLike) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     _require(path)
+    check_sha256(path)
     try:
         tensors: dict[str, Tensor] = load_file(os.fspath(path))
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
@@ -222,6 +342,6 @@ def _refuse_non_finite(tensors: Iterable[tuple[str, Tensor]], what: str) -> None
     for name, tensor in tensors:
         if bad := _non_finite(tensor):
             raise CheckpointError(
-                f"{what}: tensor {name!r} holds {bad} non-finite of {tensor.numel()} values. "
+                f"{what}: tensor '{printable(name)}' holds {bad} non-finite of {tensor.numel()} values. "
                 "The training diverged or the file was altered; use an earlier checkpoint."
             )

@@ -7,7 +7,11 @@ Only numpy and the standard library. What is here, and when to use it:
 - agreement of two evaluations on the order of policies: :func:`spearman`, :func:`kendall_tau`;
 - two binary raters of the same episodes: :class:`Confusion` (agreement, Cohen's kappa, precision, recall).
 
-References: Wilson 1927; Kendall 1945 (tau-b); Cohen 1960; Fleiss, Cohen and Everitt 1969 (large-sample error of kappa).
+No interval claims certainty. Where every unit is equal, resampling returns the same value each time: rates and paired
+differences of outcomes then use a closed form, and other statistics have no interval.
+
+References: Wilson 1927; Agresti and Min 2005 (paired differences); Kendall 1945 (tau-b); Cohen 1960; Fleiss, Cohen and
+Everitt 1969 (large-sample error of kappa).
 """
 
 from __future__ import annotations
@@ -49,6 +53,24 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[f
     low = 0.0 if successes == 0 else max(0.0, (centre - half) / scale)
     high = 1.0 if successes == n else min(1.0, (centre + half) / scale)
     return low, high
+
+
+def paired_interval(gained: int, lost: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Interval of the difference of two success rates over the same ``n`` units (Agresti and Min 2005).
+
+    ``gained`` and ``lost`` count the discordant pairs: only the second outcome is a success, or only the first. The Wald
+    interval with half a count added to each of the four cells has a width even without discordant pairs. (-1, 1) when
+    ``n`` is 0.
+    """
+    if gained < 0 or lost < 0 or gained + lost > n:
+        raise ValueError(f"need gained + lost <= n, got gained={gained}, lost={lost}, n={n}")
+    z = _z(confidence)
+    if n == 0:
+        return -1.0, 1.0
+    b, c, total = gained + 0.5, lost + 0.5, n + 2
+    centre = (b - c) / total
+    half = z * math.sqrt(max(0.0, (b + c) / total - centre**2) / total)
+    return max(-1.0, centre - half), min(1.0, centre + half)
 
 
 @dataclass(frozen=True)
@@ -115,9 +137,12 @@ class Estimate:
 
 
 def _percentile(value: float, draws: Float64Array, n: int, confidence: float) -> Estimate:
-    """Interval from resampled values; those that are NaN (say, a correlation of constants) are left out."""
+    """Interval from resampled values; those that are NaN (say, a correlation of constants) are left out.
+
+    Equal values give no interval: one of zero width would claim certainty.
+    """
     usable = draws[np.isfinite(draws)]
-    if len(usable) < 10:
+    if len(usable) < 10 or np.allclose(usable, usable[0], rtol=1e-12, atol=0.0):
         return Estimate(value, math.nan, math.nan, n)
     tail = 50.0 * (1.0 - confidence)
     low, high = np.percentile(usable, [tail, 100.0 - tail])
@@ -134,7 +159,8 @@ def bootstrap(
 ) -> Estimate:
     """Percentile bootstrap of ``statistic(rows)`` over ``n`` units; ``rows`` are indices drawn with replacement.
 
-    Resamples on which the statistic is NaN are left out of the interval; fewer than ten usable ones give NaN ends.
+    Resamples on which the statistic is NaN are left out of the interval. Fewer than ten usable resamples, or resamples
+    that all give the same value, give NaN ends.
     """
     _z(confidence)
     if n == 0:
@@ -169,8 +195,6 @@ def bootstrap_ratio(
         tops[first : first + block], bottoms[first : first + block] = top[rows].sum(1), bottom[rows].sum(1)
     draws = np.where(bottoms != 0, tops / np.where(bottoms != 0, bottoms, 1.0), np.nan)
     value = float(top.sum() / bottom.sum()) if bottom.sum() else math.nan
-    if n == 1:  # one unit resampled is itself: an interval of no width would claim certainty
-        return Estimate(value, math.nan, math.nan, n)
     return _percentile(value, draws, n, confidence)
 
 
@@ -182,11 +206,20 @@ def paired_bootstrap(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Estimate:
-    """Mean of ``after - before`` over paired units (episodes of one start, training seeds, tasks) with its interval."""
+    """Mean of ``after - before`` over paired units (episodes of one start, training seeds, tasks) with its interval.
+
+    Where every pair differs by the same amount, outcomes (0 or 1) get the :func:`paired_interval` and other values no
+    interval.
+    """
     a, b = np.asarray(before, dtype=np.float64).ravel(), np.asarray(after, dtype=np.float64).ravel()
     if a.shape != b.shape:
         raise ValueError(f"paired values must match: before has {a.size}, after has {b.size}")
-    return bootstrap_ratio(b - a, confidence=confidence, resamples=resamples, seed=seed)
+    difference, n = b - a, len(a)
+    outcomes = bool(np.isin(a, (0.0, 1.0)).all() and np.isin(b, (0.0, 1.0)).all())
+    if n and outcomes and (difference == difference[0]).all():
+        gained, lost = int((difference > 0).sum()), int((difference < 0).sum())
+        return Estimate(float(difference[0]), *paired_interval(gained, lost, n, confidence), n)
+    return bootstrap_ratio(difference, confidence=confidence, resamples=resamples, seed=seed)
 
 
 def ranks(values: ArrayLike) -> Float64Array:
@@ -301,7 +334,8 @@ class Confusion:
 def cohen_kappa(confusion: Confusion, confidence: float = 0.95) -> Estimate:
     """Cohen's kappa with the large-sample interval of Fleiss, Cohen and Everitt; NaN when both raters are constant.
 
-    When only one of them is constant, kappa is 0 and has no interval.
+    When only one of them is, kappa is 0 whatever the other says, and has no interval. Raters that agree always, or
+    never, leave no large-sample error: the ends are then kappa at the ends of the Wilson interval of their agreement.
 
     Kappa is agreement beyond chance: a judge that always answers "failure" on a task that always fails agrees 100 % and
     has no kappa, which is why both are reported.
@@ -329,5 +363,9 @@ def cohen_kappa(confusion: Confusion, confidence: float = 0.95) -> Estimate:
     variance = (diagonal + off - (kappa - chance * (1 - kappa)) ** 2) / (n * (1 - chance) ** 2)
     if min(*row, *col) == 0.0:
         return Estimate(kappa, math.nan, math.nan, n)
+    agreed = confusion.true_positive + confusion.true_negative
+    if agreed in (0, n):
+        low, high = ((rate - chance) / (1 - chance) for rate in wilson_interval(agreed, n, confidence))
+        return Estimate(kappa, max(-1.0, low), high, n)
     half = z * math.sqrt(max(0.0, float(variance)))
     return Estimate(kappa, max(-1.0, kappa - half), min(1.0, kappa + half), n)

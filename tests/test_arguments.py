@@ -113,8 +113,8 @@ def test_what_a_file_cannot_be_is_one_sentence(tmp_path):
     for name, text, said in (
         ("a.json", "{", "cannot be read"),
         ("a.yaml", "a: [", "cannot be read"),
-        ("b.json", "[1]", "holds a list, expected options by name"),
-        ("c.json", '{"dat": 1, "inner": {"widt": 2}}', "has dat, inner.widt, which Options does not know"),
+        ("b.json", "[1]", "contains a list; expected a mapping of options"),
+        ("c.json", '{"dat": 1, "inner": {"widt": 2}}', "has unknown options: dat, inner.widt; remove them"),
         ("d.json", '{"lr": "much"}', "--lr: could not convert string to float"),
     ):
         (tmp_path / name).write_text(text)

@@ -113,6 +113,8 @@ def test_explain_knows_what_newcomers_meet():
     assert cli.explain(OSError(errno.ENOSPC, "No space left on device", "/x")).startswith(
         "no space left on the disk at /x"
     )
+    full = cli.explain(OSError(errno.EDQUOT, "Disk quota exceeded"))
+    assert full == "no space left in the disk quota; free some, or write to another folder. Saved work is intact."
     assert cli.explain(FileNotFoundError(errno.ENOENT, "No such file", "a.txt")) == "No such file: a.txt."
     assert "rawdream doctor" in cli.explain(ImportError("cannot import name 'x'"))
     assert cli.explain(RendererError("no renderer")) == "no renderer"
@@ -120,6 +122,21 @@ def test_explain_knows_what_newcomers_meet():
         gym.make_vec("rawdream/PiperDreem-v0", num_envs=1)
     assert "PiperDream" in cli.explain(caught.value)
     assert cli.explain(AssertionError()) is None
+
+
+def test_output_that_the_locale_cannot_write_is_escaped():
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for words in (
+        ["world-model", "train", "--help"],
+        ["policy", "sft", "--run-dir", "/proc/\u2022", "--data", "/\u2022"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "rawdream_env", *words],
+            env={**os.environ, **plain},
+            capture_output=True,
+            check=False,
+        )
+        assert done.returncode in (0, 2) and b"Traceback" not in done.stderr and (done.stdout + done.stderr).isascii()
 
 
 def test_bench_passes_its_options_on(monkeypatch):
@@ -203,10 +220,11 @@ def test_demo_trains_compares_and_leaves_page_and_film(tmp_path, tiny_policy, ca
         ((0.1, 0.3), (0.05, 0.2), "the simulator confirms it"),
         ((0.1, 0.3), (-0.4, -0.1), "it learned where the dream is wrong"),
         ((-0.3, -0.1), (-0.4, -0.1), "really got worse"),
-        ((0.1, 0.3), (-0.1, 0.2), "neither gained nor lost clearly"),
+        ((0.1, 0.3), (-0.1, 0.2), "shows no clear change in the simulator"),
     ],
 )
 def test_table_says_what_the_gains_mean(dream, simulator, said):
+    from rawdream_env.evaluation.side_by_side.aggregate import conclusions
     from rawdream_env.evaluation.side_by_side.table import table
 
     def gain(ends):
@@ -216,7 +234,8 @@ def test_table_says_what_the_gains_mean(dream, simulator, said):
     part = {"dream": rate, "simulator": {**rate, "value": None, "n": 0}}
     before = {"name": "before", "all": part, "tasks": {"stack_block": part}}
     after = {**before, "name": "after", "gain": {"dream": gain(dream), "simulator": gain(simulator)}}
-    text = table({"policies": [before, after], "reference": "before"})
+    policies = [before, after]
+    text = table({"policies": policies, "reference": "before", "conclusions": conclusions(policies)})
     assert said in text.splitlines()[-1]
     assert "50.0 % [20.0, 80.0], n=10" in text and "not measured, n=0" in text
     assert f"dream: {50 * sum(dream):+.1f} points [{100 * dream[0]:+.1f}, {100 * dream[1]:+.1f}], n=50 starts" in text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from rawdream_env import files
-from rawdream_env.errors import CheckpointError
+from rawdream_env.errors import CheckpointError, InvalidOptionError
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -104,3 +105,177 @@ def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
             files.load_safetensors(path)
         with pytest.raises(CheckpointError, match=path.name):
             files.load_safetensors_metadata(path)
+
+
+def flip_a_value(path: Path) -> None:
+    """One bit of the last tensor value: the file still parses and stays finite."""
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 1
+    path.write_bytes(data)
+
+
+def saved_models(folder: Path) -> dict[str, tuple[Path, Callable[[], Any]]]:
+    """Every kind of saved folder: the file to damage, and how the folder is loaded."""
+    from rawdream_env.judges.embedded import EmbeddedJudge
+    from rawdream_env.judges.embedded_network import EmbeddedJudgeConfig, JudgeNetwork
+    from rawdream_env.policies.tiny_vla import TinyVLA, TinyVLAConfig
+    from rawdream_env.world_models.autoencoders import AutoencoderConfig, PackedFrameAutoencoder
+    from rawdream_env.world_models.loading import read_codec, save_codec
+    from rawdream_env.world_models.pretrained import WEIGHTS
+    from rawdream_env.world_models.wan.config import WanConfig
+    from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer
+
+    sizes = EmbeddedJudgeConfig(frame_size=32, stem=8, mid=8, deep=16, width=16, heads=2, layers=1, text_layers=1)
+    EmbeddedJudge(JudgeNetwork(sizes)).save_pretrained(folder / "judge")
+    TinyVLA(TinyVLAConfig(width=16, heads=2)).save_pretrained(folder / "policy")
+    save_codec(PackedFrameAutoencoder(AutoencoderConfig(16, 4, (8, 8), (1, 1), (1, 1))), folder)
+    WanWorldModelTransformer(
+        WanConfig(latent_shape=(2, 2, 2), num_layers=1, num_attention_heads=2, attention_head_dim=24, ffn_dim=16)
+    ).save_pretrained(folder / "transformer")
+    return {
+        "judge": (folder / "judge/model.safetensors", lambda: EmbeddedJudge.from_pretrained(folder / "judge")),
+        "policy": (folder / "policy/model.safetensors", lambda: TinyVLA.from_pretrained(folder / "policy")),
+        "autoencoder": (folder / "autoencoder/model.safetensors", lambda: read_codec(folder, 4)),
+        "transformer": (
+            folder / "transformer" / WEIGHTS,
+            lambda: WanWorldModelTransformer.from_pretrained(folder / "transformer"),
+        ),
+    }
+
+
+def test_a_flipped_bit_in_saved_weights_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path, load in saved_models(tmp_path).values():
+        manifest = path.parent / files.MANIFEST
+        assert json.loads(manifest.read_text()) == {"sha256": {path.name: files.sha256_file(path)}}
+        load()
+        flip_a_value(path)
+        with pytest.raises(CheckpointError, match=rf"{path.name} is altered or damaged: .*{files.SKIP_CHECKSUMS}=1"):
+            load()
+        with monkeypatch.context() as patch:
+            patch.setenv(files.SKIP_CHECKSUMS, "1")
+            load()
+        manifest.unlink()  # as saved by an earlier version
+        load()
+
+
+def test_the_manifest_above_a_folder_counts_and_a_foreign_one_does_not(tmp_path: Path) -> None:
+    path = tmp_path / "model" / "part" / "a.safetensors"
+    path.parent.mkdir(parents=True)
+    files.save_safetensors(path, {"a": torch.arange(4.0)})
+    for foreign in ("[1", "[]", "{}", '{"sha256": "x"}', '{"sha256": {"other": "x"}}'):
+        (tmp_path / files.MANIFEST).write_text(foreign)
+        assert files.load_safetensors(path).keys() == {"a"}
+    (tmp_path / files.MANIFEST).write_text(
+        json.dumps({"sha256": {"model/part/a.safetensors": files.sha256_file(path)}})
+    )
+    assert files.load_safetensors(path).keys() == {"a"}
+    flip_a_value(path)
+    with pytest.raises(CheckpointError, match="altered or damaged"):
+        files.load_safetensors(path)
+    (path.parent / files.MANIFEST).write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match=r"manifest.json cannot be read as JSON"):
+        files.load_safetensors(path)
+
+
+def test_a_save_that_fails_leaves_no_wrong_checksum(tmp_path: Path) -> None:
+    def save(value: float, fail: bool) -> None:
+        with files.sealed_folder(tmp_path):
+            files.save_safetensors(tmp_path / "a.safetensors", {"a": torch.tensor([value])})
+            if fail:
+                raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    save(1.0, False)
+    with pytest.raises(OSError, match="quota"):
+        save(2.0, True)
+    assert files.load_safetensors(tmp_path / "a.safetensors")["a"] == 2.0
+    assert not (tmp_path / files.MANIFEST).exists()
+
+
+def test_every_bundled_file_is_verified_on_load(tmp_path: Path) -> None:
+    import shutil
+
+    from rawdream_env import assets as bundled
+    from rawdream_env.judges import load_judge
+    from rawdream_env.policies import load_policy
+    from rawdream_env.starts.pack import PackStarts
+    from rawdream_env.world_models.loading import read_world_model
+
+    shutil.copytree(Path(bundled.__file__).parent, tmp_path / "assets")
+    root = tmp_path / "assets"
+    loaders: dict[str, Callable[[], Any]] = {
+        "judge/model.safetensors": lambda: load_judge(root / "judge"),
+        "policy/model.safetensors": lambda: load_policy(root / "policy"),
+        "starts_narrow.safetensors": lambda: PackStarts(root / "starts_narrow.safetensors"),
+        "starts_wide.safetensors": lambda: PackStarts(root / "starts_wide.safetensors"),
+        "world_model/autoencoder/model.safetensors": lambda: read_world_model(root / "world_model"),
+        "world_model/transformer/diffusion_pytorch_model.safetensors": lambda: read_world_model(root / "world_model"),
+    }
+    assert loaders.keys() == {path.relative_to(root).as_posix() for path in root.rglob("*.safetensors")}
+    for name, load in loaders.items():
+        whole = (root / name).read_bytes()
+        flip_a_value(root / name)
+        with pytest.raises(CheckpointError, match=f"{Path(name).name} is altered or damaged"):
+            load()
+        (root / name).write_bytes(whole)
+        load()
+
+
+def test_a_flipped_bit_in_a_start_pack_is_refused(tmp_path: Path) -> None:
+    import numpy as np
+
+    from rawdream_env.starts.pack import PackStarts, save_start_pack
+    from rawdream_env.types import Start
+
+    start = Start(np.zeros((8, 8, 3), np.uint8), "lift the cube", 0, np.zeros(3, np.float32), 5)
+    save_start_pack(tmp_path / "a.safetensors", [start], [("lift", "lift the cube")])
+    assert len(PackStarts(tmp_path / "a.safetensors")) == 1
+    flip_a_value(tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match=r"a.safetensors is damaged: its tensors do not match its SHA-256"):
+        PackStarts(tmp_path / "a.safetensors")
+
+
+def test_names_from_a_file_cannot_control_the_terminal(tmp_path: Path) -> None:
+    wanted = {"weight": torch.zeros(2)}
+    named = {"\x1b[2J\x1b]0;owned\x07": torch.zeros(1), "a\nb" * 10_000: torch.zeros(1), **wanted}
+    with pytest.raises(CheckpointError) as caught:
+        files.check_weights(named, wanted, tmp_path)
+    message = str(caught.value)
+    assert message.isprintable() and len(message) < 500 and r"\x1b[2J\x1b]0;owned\x07 is unknown" in message
+    with pytest.raises(CheckpointError, match=r"tensor '.x1b.K' holds 1 non-finite") as caught:
+        files.save_safetensors(tmp_path / "a", {"\x1b[K": torch.tensor([float("nan")])})
+    assert str(caught.value).isprintable()
+
+
+def test_an_output_folder_that_cannot_be_written_is_known_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files.check_output(tmp_path / "new" / "folder")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(InvalidOptionError, match=r"output folder .*file/out: .*Not a directory. Give another folder"):
+        files.check_output(tmp_path / "file" / "out")
+
+    def full(*args: Any) -> int:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(InvalidOptionError, match="Disk quota exceeded"):
+        files.check_output(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_every_evaluation_checks_its_output_folder_first(tmp_path: Path) -> None:
+    from rawdream_env.evaluation.judges.evaluate import EvaluateJudgeConfig, evaluate_judge
+    from rawdream_env.evaluation.side_by_side.evaluate import EvaluateConfig, evaluate
+    from rawdream_env.evaluation.world_model.evaluate import EvaluateWorldModelConfig, evaluate_world_model
+
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "out"
+    calls: list[Callable[[], Any]] = [
+        lambda: evaluate(EvaluateConfig(policies=("a=missing",), out=out)),
+        lambda: evaluate_judge(EvaluateJudgeConfig(judge="missing", out=str(out))),
+        lambda: evaluate_world_model(EvaluateWorldModelConfig(data=("missing",), world_model="missing", out=str(out))),
+    ]
+    for call in calls:
+        with pytest.raises(InvalidOptionError, match="cannot write to the output folder"):
+            call()

@@ -268,7 +268,9 @@ def test_what_is_missing_is_named(data: str) -> None:
     reader = LeRobotReader(data)
     assert with_robot(config, [reader]).robot == "square"
     reader.robot_type = "arm of somebody else"
-    with pytest.raises(DatasetError, match=r"the data are of \['arm of somebody else'\], known are \[\]"):
+    with pytest.raises(
+        DatasetError, match=r"the data are of \['arm of somebody else'\], of which \[\] have kinematics"
+    ):
         with_robot(config, [reader])
     pictures = replace(config, model=WanConfig(pose_dim=0))
     assert with_robot(pictures, [reader]).robot == "arm of somebody else"  # without kinematics: pictures alone

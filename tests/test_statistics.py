@@ -13,10 +13,12 @@ from rawdream_env.statistics import (
     Confusion,
     Estimate,
     Rate,
+    bootstrap,
     bootstrap_ratio,
     cohen_kappa,
     kendall_tau,
     paired_bootstrap,
+    paired_interval,
     pearson,
     ranks,
     spearman,
@@ -72,6 +74,42 @@ def test_paired_bootstrap_covers_the_true_gain_about_as_often_as_it_says() -> No
     assert 87 <= hits <= 100
 
 
+def test_equal_pairs_never_claim_certainty() -> None:
+    # Agresti and Min with half a count per cell. 0 of 8 discordant: 0 +- 1.96 sqrt(0.1 / 10); 8 of 8 gained:
+    # 0.8 +- 1.96 sqrt((0.9 - 0.64) / 10), cut at 1.
+    same = paired_bootstrap(np.ones(8), np.ones(8))
+    assert (same.value, same.low, same.high, same.n) == pytest.approx((0.0, -0.195996, 0.195996, 8), abs=1e-6)
+    gained = paired_bootstrap(np.zeros(8), np.ones(8))
+    assert (gained.value, gained.low, gained.high) == pytest.approx((1.0, 0.483965, 1.0), abs=1e-6)
+    lost = paired_bootstrap(np.ones(8, bool), np.zeros(8, bool))
+    assert (lost.value, lost.low, lost.high) == pytest.approx((-1.0, -1.0, -0.483965), abs=1e-6)
+    wide, narrow = paired_bootstrap([0], [0]), paired_bootstrap(np.zeros(800), np.zeros(800))
+    assert wide.high > 0.6 and 0 < narrow.high < 0.003
+    assert str(paired_bootstrap([20.5, 21.5], [21.0, 22.0])) == "0.500 [no interval], n=2"
+    assert str(paired_bootstrap([], [])) == "not measured, n=0"
+
+
+def test_pairs_that_differ_keep_the_bootstrap() -> None:
+    before, after = np.zeros(8), np.array([1, 1, 1, 0, 0, 0, 0, 0])
+    assert paired_bootstrap(before, after) == bootstrap_ratio(after - before, resamples=10_000)
+
+
+@given(st.integers(0, 200), st.integers(0, 200), st.integers(0, 200))
+def test_paired_interval_holds_its_difference_and_mirrors(gained: int, lost: int, ties: int) -> None:
+    n = gained + lost + ties
+    low, high = paired_interval(gained, lost, n)
+    assert -1.0 <= low < high <= 1.0
+    assert paired_interval(lost, gained, n) == pytest.approx((-high, -low))
+    with pytest.raises(ValueError, match=f"gained={gained}, lost={n + 1}"):
+        paired_interval(gained, n + 1, n)
+
+
+def test_resamples_that_are_all_equal_give_no_interval() -> None:
+    assert str(bootstrap_ratio(np.full(6, 60.0))) == "60.000 [no interval], n=6"
+    assert str(bootstrap_ratio([0.1, 0.2, 0.7], [0.2, 0.4, 1.4])) == "0.500 [no interval], n=3"
+    assert str(bootstrap(lambda rows: 1.0, 8)) == "1.000 [no interval], n=8"
+
+
 def test_paired_values_must_match() -> None:
     with pytest.raises(ValueError, match="before has 90, after has 2"):
         paired_bootstrap(np.zeros(90), [1, 2])
@@ -105,7 +143,13 @@ def test_kappa_of_a_textbook_table() -> None:
     b = (1 - k) ** 2 * (p[0, 1] * (col[0] + row[1]) ** 2 + p[1, 0] * (col[1] + row[0]) ** 2)
     error = math.sqrt((a + b - (k - 0.5 * (1 - k)) ** 2) / 50) / 0.5
     assert confusion.kappa.high - confusion.kappa.value == pytest.approx(1.959964 * error, rel=1e-6)
-    assert cohen_kappa(Confusion(30, 0, 0, 20)).low == 1.0
+    # Raters who agree 50 times of 50 by chance 0.52: the ends are those of the agreement's Wilson interval [0.9287, 1].
+    perfect = cohen_kappa(Confusion(30, 0, 0, 20))
+    assert (perfect.value, perfect.high) == (1.0, 1.0) and perfect.low == pytest.approx(
+        (0.92865 - 0.52) / 0.48, abs=1e-4
+    )
+    opposite = cohen_kappa(Confusion(0, 4, 4, 0))  # agreement 0 of 8, [0, 0.3244], by chance 0.5
+    assert (opposite.value, opposite.low) == (-1.0, -1.0) and opposite.high == pytest.approx(-0.3512, abs=1e-3)
 
 
 def test_confusion_counts_and_rates() -> None:

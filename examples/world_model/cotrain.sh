@@ -1,11 +1,11 @@
 #!/bin/sh
-# Co-training: the zero-shot data and, at a fifth of the windows, the few demonstrations of the tasks that the policy is
-# fine-tuned on (one a task in the paper). The demonstrations are few and never the bulk of a batch.
+# Co-training: the zero-shot data and, as a fifth of the windows, the demonstrations that the policy is fine-tuned on (one per
+# task in the paper). Action bounds are those of the zero-shot model.
 #
 #     sh examples/world_model/cotrain.sh --nproc-per-node 4
 #
 # data    as for libero_zero_shot.sh, and data/libero_spatial_demos (`rawdream data import-hdf5`); start from the zero-shot model
-# steps   20,000 of 12 windows (ours; the paper trains jointly from the start: give --init models/wan and 100,000)
+# steps   20,000 of 12 windows (our choice; the paper trains jointly from the start: --init models/wan and 100,000 steps)
 # memory  estimated: as libero_zero_shot.sh
 # hours   estimated: 5.9 GPU hours on H200 (20,000 * 1.06 s, derived in libero_zero_shot.sh), 1.5 on four
 set -eu

@@ -1,9 +1,10 @@
 #!/bin/sh
-# In-domain fine-tuning, the paper's upper bound: 500 rollouts of the SFT policy on the tasks themselves, 50 a task.
+# In-domain fine-tuning, the paper's upper bound: 500 rollouts of the SFT policy on the target tasks, 50 per task. Action bounds
+# are those of the zero-shot model.
 #
 #     sh examples/world_model/in_domain.sh --nproc-per-node 4
 #
-# data    data/libero_spatial_rollouts: 500 rollouts, LeRobotDataset v3.0; hold some out for --validation
+# data    data/libero_spatial_rollouts: 500 rollouts, LeRobotDataset v3.0; other rollouts for --validation
 # steps   20,000 of 12 windows from the zero-shot model (the paper does not say how many)
 # memory  estimated: as libero_zero_shot.sh
 # hours   estimated: 5.9 GPU hours on H200 (20,000 * 1.06 s, derived in libero_zero_shot.sh), 1.5 on four

@@ -1,21 +1,22 @@
-"""The ``rawdream`` command: one subcommand per job, configured by the frozen dataclass of its function.
+"""The ``rawdream`` command. Each subcommand is a function with a frozen dataclass of options.
 
-    rawdream demo                        improve a policy in a dream, then check it in the simulator
+    rawdream demo                        train a policy in the dream, then evaluate it in the simulator
     rawdream world-model train --help    every option with its default
     rawdream policy grpo --run-dir runs/grpo --minutes 10
 
-``commands.py`` has the table of subcommands, ``arguments.py`` turns words into a configuration. Nothing heavy is imported
-before a subcommand is chosen, so that ``rawdream --help`` answers at once.
+``commands.py`` has the table of subcommands and ``arguments.py`` parses the command line. Heavy modules are imported after a
+subcommand is chosen, so that ``rawdream --help`` is fast.
 
-Exit codes: 0 done; 1 a check failed (``doctor``, ``bench``, ``judge watch``); 2 wrong usage, or an error that its user can
-fix: one sentence on stderr (``--debug`` shows the traceback); 3 the judge is unavailable: rerun the same command to resume;
-130 interrupted.
+Exit codes: 0 done; 1 a check failed (``doctor``, ``bench``, ``judge watch``); 2 wrong usage, or an error that the user can
+fix, with one sentence on stderr (``--debug`` shows the traceback); 3 the judge is unavailable (rerun the same command to
+resume); 130 interrupted.
 """
 
 from __future__ import annotations
 
 import difflib
 import errno
+import io
 import logging
 import os
 import sys
@@ -29,6 +30,7 @@ from rawdream_env.errors import InvalidOptionError, JudgeUnavailableError, Missi
 __all__ = ["COMMANDS", "explain", "main", "run", "usage"]
 
 _HELP = ("-h", "--help", "help")
+_DISK_FULL = {errno.ENOSPC: "no space left on the disk", errno.EDQUOT: "no space left in the disk quota"}
 
 
 def usage(noun: str = "") -> str:
@@ -59,10 +61,13 @@ def usage(noun: str = "") -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one subcommand and return the exit code (see the module's text)."""
-    # Read when torch is loaded, which has not happened yet. OpenMP's threads spin while they wait for each other; with
-    # another program on the cores, a step then takes many times as long (benchmarks/busy_neighbour.py).
+    """Run one subcommand and return the exit code (listed in the module docstring)."""
+    # torch reads this when it is imported, later. Spinning OpenMP threads slow a step down many times while another program
+    # uses the cores (benchmarks/busy_neighbour.py).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # text that the locale cannot write, as with LANG=C, is escaped
+            stream.reconfigure(errors="backslashreplace")
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     words = [word for word in given if word != "--debug"]
@@ -82,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if words[1:] else 2
     logging.basicConfig(format="%(message)s")
     logging.getLogger("rawdream_env").setLevel(logging.INFO)
-    if os.getcwd() not in sys.path:  # for `--policy my_module:make`; last, so that it hides no other module
+    if os.getcwd() not in sys.path:  # for `--policy my_module:make`; last, so that it does not hide other modules
         sys.path.append(os.getcwd())
     count = 2 if words[0] in nouns else 1
     name = " ".join(words[:count])
@@ -91,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nInterrupted. Saved work is kept; rerun the same command to resume.", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output has left, as in `rawdream doctor | head -3`
+    except BrokenPipeError:  # the reader has closed the pipe, as in `rawdream doctor | head -3`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
@@ -129,14 +134,14 @@ def run(name: str, words: Sequence[str]) -> int:
 
 
 def explain(error: Exception) -> str | None:
-    """One sentence for an error its user can fix; None for what is probably a bug."""
+    """One sentence for an error that the user can fix; None for a probable bug."""
     if isinstance(error, RawDreamError) and not isinstance(error, MissingDependencyError):
         return str(error)
     if isinstance(error, ImportError):
         return f"{error}. A package is missing or has the wrong version; `rawdream doctor` lists them."
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if isinstance(error, OSError) and error.errno in _DISK_FULL:
         where = f" at {error.filename}" if error.filename else ""
-        return f"no space left on the disk{where}; free some, or write to another folder. Saved work is intact."
+        return f"{_DISK_FULL[error.errno]}{where}; free space or write to another folder. Saved work is intact."
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.strerror}: {error.filename}."
     gym_error = sys.modules.get("gymnasium.error")

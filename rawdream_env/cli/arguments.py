@@ -1,7 +1,7 @@
-"""From the words of a command line to the configuration of a subcommand.
+"""Parse the command line into the configuration of a subcommand.
 
-Former options become those of today, ``--config FILE`` is read, tyro parses, and device, precision and worker processes are
-checked: all before the subcommand runs, so that a mistake leaves no folder behind.
+Former options are renamed, ``--config FILE`` is read, tyro parses the rest, and device, precision and number of processes are
+checked. All this happens before the subcommand runs, so that a mistake creates no folder.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rawdream_env.errors import InvalidOptionError
 
 
 def parse(name: str, command: Command, words: Sequence[str]) -> tuple[Any, list[str]]:
-    """The configuration that ``words`` ask for, and what of them is spelled otherwise today.
+    """The configuration for ``words``, and a notice for each former option in them.
 
     Raises:
         InvalidOptionError: wrong usage. SystemExit: after ``--help``.
@@ -69,7 +69,7 @@ def checked(config: Any) -> Any:
 
 
 def current_options(words: Sequence[str], command: Command) -> tuple[list[str], list[str]]:
-    """``words`` with former options replaced by those of today, and a notice for each."""
+    """``words`` with former options replaced by the current ones, and a notice for each."""
     out, notices = [], []
     for word in words:
         option, equals, value = word.partition("=")
@@ -101,18 +101,18 @@ def _split_config(words: Sequence[str]) -> tuple[list[str], Path | None]:
         if word == "--config" or word.startswith("--config="):
             file = word.partition("=")[2] or next(iterator, "")
             if not file:
-                raise InvalidOptionError("--config needs a file: the config.json of a run, or a YAML file.")
+                raise InvalidOptionError("--config needs a file: the config.json of a run or a YAML file.")
         else:
             rest.append(word)
     return rest, None if file is None else Path(file)
 
 
 def words_of_file(path: Path, kind: type, command: Command) -> tuple[list[str], list[str]]:
-    """The options that a JSON or YAML file (or the ``config.json`` in a folder) asks for: those that come before the words
-    of the command line, and those after them (parts that may be None, which tyro reads last).
+    """The options of a JSON or YAML file, or of the ``config.json`` in a folder. Two lists: the first goes before the words
+    of the command line, the second (parts that may be None, which tyro reads last) after them.
 
     Raises:
-        InvalidOptionError: it cannot be read, or has a key that is no option.
+        InvalidOptionError: the file cannot be read, or has an unknown option.
     """
     path = path / "config.json" if path.is_dir() else path
     import yaml
@@ -123,12 +123,14 @@ def words_of_file(path: Path, kind: type, command: Command) -> tuple[list[str], 
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise InvalidOptionError(f"--config {path} cannot be read ({' '.join(str(error).split())}).") from error
     if not isinstance(values, Mapping):
-        raise InvalidOptionError(f"--config {path} holds a {type(values).__name__}, expected options by name.")
+        raise InvalidOptionError(f"--config {path} contains a {type(values).__name__}; expected a mapping of options.")
     unknown: list[str] = []
     last: list[str] = []
     words = _words(values, kind, "", command, unknown, last)
     if unknown:
-        raise InvalidOptionError(f"--config {path} has {', '.join(unknown)}, which {command.config} does not know.")
+        raise InvalidOptionError(
+            f"--config {path} has unknown options: {', '.join(unknown)}; remove them or use the file of the same command."
+        )
     return words, last
 
 
@@ -140,7 +142,7 @@ def _words(
     unknown: list[str],
     last: list[str],
 ) -> list[str]:
-    """``values`` of the dataclass ``kind`` as words; ``unknown`` gets the keys that it lacks, ``last`` its optional parts."""
+    """``values`` of the dataclass ``kind`` as words; unknown keys are added to ``unknown``, optional parts to ``last``."""
     hints, words = get_type_hints(kind), list[str]()
     for given, value in values.items():
         key = f"{prefix}{given}".replace("-", "_")
@@ -180,7 +182,7 @@ def _flat(values: Sequence[Any]) -> list[Any]:
 
 
 def _sentence(box: str) -> str:
-    """tyro's framed explanation of wrong usage as one sentence."""
+    """tyro's framed usage error as one sentence."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", box).translate(str.maketrans("│╭╮╰╯─", "     -"))
     rows = [line.rstrip() for line in plain.splitlines() if line.strip()][1:]  # the first is the title
     said = []

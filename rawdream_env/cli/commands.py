@@ -1,4 +1,4 @@
-"""The table of subcommands. A line of it is all there is to one."""
+"""The table of subcommands."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 class Command:
     """A subcommand: ``function(config)`` of ``module``.
 
-    ``show`` turns its result into the text to print and the exit code (None: print nothing). ``old`` is the subcommand's
-    former name; ``renamed`` maps former options to theirs of today, with dots for nested ones; ``dropped`` are former flags
-    without effect; ``second`` is the option that used to be the second bare word.
+    ``show`` turns the result into printed text and an exit code (None: print nothing). ``old`` is the former name of the
+    subcommand; ``renamed`` maps former options to current ones, with dots for nested options; ``dropped`` lists former flags
+    without effect; ``second`` is the option that was the second positional argument.
     """
 
     help: str
@@ -42,7 +42,7 @@ def _sft(result: Any) -> tuple[str, int]:
 
 
 def _grpo(result: Any) -> tuple[str, int]:
-    said = f"{result.message}\n" if result.stopped == "steps" else ""  # any other end has been logged
+    said = f"{result.message}\n" if result.stopped == "steps" else ""  # other endings are logged
     return f"{said}The policy is in {result.run_dir}/policy.", 130 if result.stopped == "interrupted" else 0
 
 
@@ -87,7 +87,7 @@ TITLES = {
 _TRAINERS, _EVALUATION = "rawdream_env.trainers", "rawdream_env.evaluation"
 COMMANDS: dict[str, Command] = {
     "demo": Command(
-        "improve the bundled policy in the bundled dream, then check it in the simulator (10 minutes)",
+        "train the bundled policy in the world model, then evaluate it in the simulator (10 minutes)",
         "rawdream_env.demo", "DemoConfig", "run_demo", _text,
         renamed={"sim_workers": "workers"},
     ),
@@ -96,12 +96,12 @@ COMMANDS: dict[str, Command] = {
         "rawdream_env.doctor", "DoctorConfig", "run_doctor", _report,
     ),
     "data collect": Command(
-        "record play, demonstrations or policy rollouts in the simulator (LeRobotDataset v3.0)",
+        "record play, demonstrations or policy rollouts in the simulator as a LeRobotDataset v3.0",
         "rawdream_env.data.collect", "CollectConfig", "collect", _folder,
         old="collect", renamed={"root": "out"},
     ),
     "data import-hdf5": Command(
-        "convert LIBERO or robomimic demonstrations (to LeRobotDataset v3.0)",
+        "convert LIBERO or robomimic demonstrations to a LeRobotDataset v3.0",
         "rawdream_env.data.import_hdf5", "ImportConfig", "import_hdf5", _folder,
         old="import-hdf5", renamed={"root": "out"},
     ),
@@ -112,17 +112,17 @@ COMMANDS: dict[str, Command] = {
         dropped=("fit_memory",),
     ),
     "world-model convert": Command(
-        "make a world model from Wan 2.1 weights (a diffusers folder or the original release)",
+        "convert Wan 2.1 weights to a world model (diffusers folder or original release)",
         "rawdream_env.world_models.wan.convert", "ConvertWanConfig", "convert_wan", _folder,
         old="convert-wan", second="out",
     ),
     "world-model evaluate": Command(
-        "compare imagined frames with recorded ones; writes a report",
+        "compare imagined frames with recorded frames and write a report",
         f"{_EVALUATION}.world_model.evaluate", "EvaluateWorldModelConfig", "evaluate_world_model", _world_model,
         old="evaluate-world-model",
     ),
     "judge train": Command(
-        "train the classifier that decides whether an instruction was carried out",
+        "train the classifier that decides whether an instruction was completed",
         f"{_TRAINERS}.judge.train", "JudgeTrainConfig", "train_judge", _judge,
         old="train-judge", renamed={"out": "run_dir"},
     ),
@@ -132,7 +132,7 @@ COMMANDS: dict[str, Command] = {
         old="train-reward-model", renamed={"out": "run_dir"},
     ),
     "judge evaluate": Command(
-        "measure a judge against the simulator: precision, recall, false positives; writes a report",
+        "measure a judge against the simulator (precision, recall, false positives) and write a report",
         f"{_EVALUATION}.judges.evaluate", "EvaluateJudgeConfig", "evaluate_judge", _text,
     ),
     "judge watch": Command(
@@ -150,7 +150,7 @@ COMMANDS: dict[str, Command] = {
         old="grpo",
     ),
     "policy evaluate": Command(
-        "run policies from the same starts in the dream and in the simulator; writes a report",
+        "evaluate policies in the dream and in the simulator from the same starts; write a report",
         f"{_EVALUATION}.side_by_side.evaluate", "EvaluateConfig", "evaluate", _evaluation,
         old="evaluate", renamed={"output": "out", "sim_workers": "workers"},
     ),
@@ -160,7 +160,7 @@ COMMANDS: dict[str, Command] = {
         old="train-embedded",
     ),
     "bench": Command(
-        "run the benchmarks (in a clone of the repository)",
+        "run the benchmarks (needs a clone of the repository)",
         "rawdream_env.cli.bench", "BenchConfig", "run_bench", _code,
     ),
     "completion": Command(

@@ -6,8 +6,9 @@ of ``episodes_per_shard`` episodes is written whole or not at all; running the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -19,7 +20,7 @@ from rawdream_env.data import schema
 from rawdream_env.data.lerobot import EpisodeData, ShardWriter
 from rawdream_env.data.parallel import run_pieces
 from rawdream_env.errors import DatasetError, RawDreamError
-from rawdream_env.files import atomic_write_json
+from rawdream_env.files import atomic_write_json, lock_file, remove_litter
 
 FINALIZE_EVERY = 32
 """Shards after which the metadata are written, so that training can start on an unfinished data set."""
@@ -118,7 +119,7 @@ def record(
     }
     todo = [shard for shard, size in sizes.items() if present.get(shard, 0) < size]
     kept = episodes - sum(sizes[shard] for shard in todo)
-    with tqdm(total=episodes, initial=kept, desc=desc, unit="ep", disable=not progress) as bar:
+    with _only_writer(out), tqdm(total=episodes, initial=kept, desc=desc, unit="ep", disable=not progress) as bar:
         try:
             for finished in run_pieces(todo, job, workers=workers, count=bar.update):
                 if finished % FINALIZE_EVERY == 0:
@@ -131,6 +132,20 @@ def record(
         finally:
             writer.finalize(source.instructions, robot_type=source.robot_type)
     return Path(out)
+
+
+@contextmanager
+def _only_writer(out: str | Path) -> Iterator[None]:
+    """Keep other writers out of ``out``, and remove the temporary files of killed ones."""
+    try:
+        lock = lock_file(Path(out) / ".lock")
+    except BlockingIOError as error:
+        raise DatasetError(
+            f"{out} is being written by another process. Wait for it, or choose another folder."
+        ) from error
+    with lock:
+        remove_litter(out)
+        yield
 
 
 def _indices(shard: int, episodes: int, size: int) -> range:

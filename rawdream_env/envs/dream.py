@@ -23,7 +23,7 @@ from rawdream_env.envs.imagination import (
 from rawdream_env.envs.reflector import Reflector
 from rawdream_env.errors import InvalidActionError, InvalidOptionError
 from rawdream_env.judges import load_judge
-from rawdream_env.judges.base import ask
+from rawdream_env.judges.base import ask, is_scanning
 from rawdream_env.judges.ensemble import HoldOutJudge
 from rawdream_env.robots import DEFAULT_ROBOT
 from rawdream_env.seeding import NoiseKey
@@ -53,11 +53,12 @@ class DreamVectorEnv(ChunkVectorEnv):
     noise ``NoiseKey(seed=row's seed, env=0, episode=row's episode count, chunk=c, draw=0)``. Only running rows are
     passed to the world model; rows that are over leave the batch.
 
-    The judge sees the episode's whole video, start frame first: once at the horizon (``judge_every="episode"``), or
-    after every chunk (``"chunk"``: the episode ends at the first success). An INVALID verdict (outage, unreadable
-    reply, frames that are not finite) gives reward 0, ``verdict`` -1 and ``valid`` False; at the horizon it truncates.
-    Frames that are not finite are never shown to the judge and truncate at once. When a
-    judge raises, the environment is as it was before the step, which can be tried again.
+    The judge sees the episode's video so far, start frame first: once at the horizon (``judge_every="episode"``), or
+    after every chunk (``"chunk"``: the episode ends at the first success). "auto" is "chunk" for judges that scan a video
+    for its first success (``judge.scanning``: VideoMAE, Robometer), as in the paper, and "episode" for the others. An
+    INVALID verdict (outage, unreadable reply, frames that are not finite) gives reward 0, ``verdict`` -1 and ``valid``
+    False; at the horizon it truncates. Frames that are not finite are never shown to the judge and truncate at once. When
+    a judge raises, the environment is as it was before the step, which can be tried again.
 
     Raises on construction:
         InvalidOptionError: an option is unknown or does not fit the others.
@@ -79,7 +80,7 @@ class DreamVectorEnv(ChunkVectorEnv):
         layout: str = "narrow",
         max_episode_steps: int = 8,
         autoreset_mode: str | AutoresetMode = "NextStep",
-        judge_every: str = "episode",
+        judge_every: str = "auto",
         device: str = "cpu",
         dtype: str | None = None,
         output: str = "numpy",
@@ -108,7 +109,7 @@ class DreamVectorEnv(ChunkVectorEnv):
             layout: "narrow" or "wide": how far objects are scattered in "pack" and "sim" starts.
             max_episode_steps: horizon in chunks.
             autoreset_mode: "NextStep", "SameStep" or "Disabled".
-            judge_every: "episode" or "chunk".
+            judge_every: "auto", "episode" or "chunk".
             device: device of the world model, the judge and torch observations.
             dtype: precision of the world model's weights, such as "bfloat16"; None: as saved.
             output: "numpy" or "torch" observations.
@@ -143,7 +144,9 @@ class DreamVectorEnv(ChunkVectorEnv):
             watching = _named_judge(held_out_judge, device)
             if watching is not None:
                 self.judge = HoldOutJudge(self.judge, watching)
-        self.judge_every = parse_choice("judge_every", judge_every, ("episode", "chunk"))
+        self.judge_every = parse_choice("judge_every", judge_every, ("auto", "episode", "chunk"))
+        if self.judge_every == "auto":
+            self.judge_every = "chunk" if is_scanning(self.judge) else "episode"
         self.layout = parse_choice("layout", layout, ("narrow", "wide"))
         self.task = task
         shape = self.world_model.frame_shape

@@ -1,4 +1,4 @@
-"""Judges say whether an instruction was carried out in a video. ``load_judge`` finds one by name."""
+"""Judges decide whether a video shows an instruction carried out. ``load_judge`` loads one by name."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ def load_judge(spec: str | Path | Mapping[str, Any] | Judge, *, device: str = "c
     """The judge that ``spec`` names.
 
     Args:
-        spec: ``"embedded"`` (the bundled classifier), ``"scripted"`` (the twin for tests), a folder written by
+        spec: ``"embedded"`` (the bundled classifier), ``"scripted"`` (for tests), a folder written by
             ``save_pretrained`` (of the bundled judge or of a VideoMAE reward model), ``"owner/name"`` of the Hugging
             Face hub, ``"module:factory"``, a vision-language model (``"vlm_server:http://host:8000/v1"``,
-            ``"vlm_local:FOLDER"``, or its options as a mapping with ``"kind"`` or a ``.json`` file of them; see
-            ``vlm_config``), ``"robometer:http://host:port/path"`` (a service), or any object with the ``Judge`` protocol.
-        device: torch device for judges that compute.
+            ``"vlm_local:FOLDER"``, a mapping of options with ``"kind"``, or a ``.json`` file of one; see
+            ``judges/vlm/config.py``), ``"robometer:http://host:8000"`` (a service), or any object with the ``Judge``
+            protocol.
+        device: torch device for judges that compute in this process.
         dtype: precision of the weights, for ``vlm_local`` and factories.
 
     Raises:
-        InvalidOptionError: no such name or folder, or an option that does not fit.
-        CheckpointError: the folder is not a judge's, or is damaged.
-        JudgeUnavailableError: the server of a judge cannot be reached or does not fit.
+        InvalidOptionError: no such name or folder, or an unsupported option.
+        CheckpointError: the folder does not contain a judge, or is damaged.
+        JudgeUnavailableError: a judge's server cannot be reached or lacks a required feature.
     """
     from rawdream_env.types import Judge
 
@@ -55,7 +56,7 @@ def load_judge(spec: str | Path | Mapping[str, Any] | Judge, *, device: str = "c
 def _load_folder(folder: Path, spec: object, device: str, dtype: str | None) -> Judge:
     if not folder.is_dir():
         if spec == EMBEDDED:
-            raise CheckpointError(f"the bundled judge is not in {folder}; train it with `rawdream judge train`")
+            raise CheckpointError(f"the bundled judge is missing from {folder}; train it with `rawdream judge train`")
         raise InvalidOptionError(
             f"judge {str(spec)!r} is neither 'embedded' nor 'scripted' nor 'robometer:URL' nor a folder nor "
             "'owner/name' of the Hugging Face hub nor 'module:factory' nor 'vlm_server:http://host:8000/v1'"

@@ -1,7 +1,7 @@
-"""What every judge shares: checking a video before it is judged, picking its frames, timing, and reading its folder.
+"""What all judges share: checking a video, choosing its frames, timing, and reading a judge's folder.
 
-A judge never raises because of one bad item. ``checked_frames`` says in words what is wrong with it, and the judge
-turns those words into ``Verdict(Outcome.INVALID, reason)``; an INVALID verdict is masked, it never becomes a reward.
+A judge never raises because of one bad item. ``checked_frames`` returns the reason, and the judge returns it as
+``Verdict(Outcome.INVALID, reason)``; an INVALID verdict is masked and never becomes a reward.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rawdream_env.files import read_json
 from rawdream_env.types import Judge, Outcome, UInt8Array, Verdict, Video
 
 MIN_FRAMES = 2
-"""A start frame and one more: with fewer nothing can have been carried out."""
+"""The start frame and one more."""
 
 MAX_FRAMES = 100_000
 """Longer than any episode; guards against a transposed or corrupt array."""
@@ -42,11 +42,20 @@ def invalid(reason: str, latency_s: float = 0.0) -> Verdict:
 
 
 def check_pairs(videos: Sequence[Video], instructions: Sequence[str]) -> None:
-    """One instruction per video. A wrong count is a mistake of the caller, not a bad item: ``ValueError``."""
+    """``ValueError`` unless there is one instruction per video: a mistake of the caller, not a bad item."""
     if len(videos) != len(instructions):
         raise ValueError(
             f"{len(videos)} videos but {len(instructions)} instructions; give a judge exactly one instruction per video"
         )
+
+
+def is_scanning(judge: object) -> bool:
+    """Whether a judge looks for the first success in a video (attribute ``scanning``); the frames after it do not count.
+
+    Such a judge is asked after every chunk by default, so that an episode ends at its success (paper, appendices A.6 and
+    A.7: "the rest frames are discarded").
+    """
+    return bool(getattr(judge, "scanning", False))
 
 
 def ask(judge: Judge, videos: Sequence[Video], instructions: Sequence[str]) -> list[Verdict]:
@@ -60,19 +69,20 @@ def ask(judge: Judge, videos: Sequence[Video], instructions: Sequence[str]) -> l
         raise JudgeError(
             f"{type(judge).__name__} gave {got} for {len(videos)} videos; expected a list with one Verdict per video."
         )
-    wrong = next((answer for answer in answers if not isinstance(answer, Verdict)), None)
-    if wrong is not None or None in answers:
-        raise JudgeError(
-            f"{type(judge).__name__} gave a {type(wrong).__name__} as a verdict; expected one rawdream_env.Verdict per video."
-        )
+    for answer in answers:
+        if not isinstance(answer, Verdict) or not isinstance(answer.outcome, Outcome):
+            got = f"outcome {answer.outcome!r}" if isinstance(answer, Verdict) else f"a {type(answer).__name__}"
+            raise JudgeError(
+                f"{type(judge).__name__} gave {got[:60]} as a verdict; expected one rawdream_env.Verdict per video."
+            )
     return list(answers)
 
 
 def checked_frames(video: Any) -> tuple[UInt8Array | None, str]:
-    """The frames of a video that can be judged, or None and the reason why it cannot.
+    """The frames of a video; None and the reason if it cannot be judged.
 
-    Accepts numpy arrays and torch tensors, uint8 (F, H, W, 3) with F >= 2. Values that are not finite and every other
-    dtype are refused rather than cast: a float video of unknown range would be judged as a black one.
+    Accepts numpy arrays and torch tensors, uint8 (F, H, W, 3) with F >= 2. Other dtypes are refused, not cast: a float
+    video of unknown range could turn out black.
     """
     if not isinstance(video, Video):
         return None, f"not a Video but {type(video).__name__}"
@@ -98,7 +108,7 @@ def checked_frames(video: Any) -> tuple[UInt8Array | None, str]:
 
 
 def checked_instruction(instruction: Any) -> str:
-    """Why an instruction cannot be judged; the empty string when it can."""
+    """The reason why an instruction cannot be judged; the empty string if it can."""
     if not isinstance(instruction, str):
         return f"the instruction is {type(instruction).__name__}, expected text"
     if not any(character.isalnum() for character in instruction):
@@ -109,8 +119,8 @@ def checked_instruction(instruction: Any) -> str:
 def spread_indices(num_frames: int, spread: Sequence[float], tail: Sequence[int]) -> list[int]:
     """Frame indices for a video of any length, in time order.
 
-    ``spread`` are places in [0, 1] along the video (0 is the start frame), ``tail`` are distances from its last frame
-    in frames. Short videos repeat frames, so that the count is always ``len(spread) + len(tail)``.
+    ``spread`` are positions in [0, 1] along the video (0 is the start frame), ``tail`` are distances from the last frame
+    in frames. Short videos repeat frames, so the count is always ``len(spread) + len(tail)``.
     """
     last = num_frames - 1
     picked = [int(place * last) for place in spread] + [max(0, last - distance) for distance in tail]
@@ -118,7 +128,7 @@ def spread_indices(num_frames: int, spread: Sequence[float], tail: Sequence[int]
 
 
 def read_config(path: Path, kind: str, version: int) -> dict[str, Any]:
-    """The config.json of a judge's folder of this kind and format; ``CheckpointError`` when it is another's."""
+    """The config.json of a judge's folder; ``CheckpointError`` unless it has this kind and format."""
     content = read_json(path, "give a folder written by save_pretrained")
     if content.get("kind") != kind or content.get("format") != version:
         found = {key: content.get(key) for key in ("kind", "format")}
@@ -127,8 +137,8 @@ def read_config(path: Path, kind: str, version: int) -> dict[str, Any]:
 
 
 def checked_fields(content: Any, config: Any, path: Path, *, but: tuple[str, ...] = ()) -> dict[str, Any]:
-    """``content`` when it has exactly the fields of the dataclass ``config``, all of them positive numbers (``threshold``
-    a fraction, the others whole) except those named in ``but``; else ``CheckpointError``.
+    """``content`` if it has exactly the fields of the dataclass ``config``, all positive numbers (``threshold`` a float,
+    the others integers) except those named in ``but``; else ``CheckpointError``.
     """
     known = [field.name for field in fields(config)]
     if not isinstance(content, dict) or set(content) != set(known):

@@ -1,6 +1,6 @@
-"""The embedded judge behind the ``Judge`` protocol: checking, sampling, batching, deciding, saving and loading.
+"""The bundled judge behind the ``Judge`` protocol: checks, frame sampling, batches, decisions, saving and loading.
 
-The network and how it looks at a clip are in ``embedded_network``.
+The network is in ``embedded_network``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rawdream_env.files import atomic_write_json, load_weights, save_safetensors
+from rawdream_env.files import atomic_write_json, load_module, save_safetensors, sealed_folder
 from rawdream_env.judges.base import (
     Timer,
     check_pairs,
@@ -34,16 +34,16 @@ FORMAT = 1
 
 
 class EmbeddedJudge:
-    """The embedded classifier behind the ``Judge`` protocol. Deterministic; runs on the CPU in float32 by default.
+    """The bundled classifier behind the ``Judge`` protocol. Deterministic; runs on the CPU in float32 by default.
 
     Args:
         network: the network, moved to ``device`` and put in evaluation mode.
-        metadata: anything worth keeping in config.json beside the configuration (data, steps, metrics).
+        metadata: further content of config.json (data, steps, metrics).
         device: torch device.
-        batch_size: clips per pass. Default: 32 on a GPU, and 1 on a CPU, where it is as fast and makes a verdict
-            bit-identical whatever else is judged with it (CPU kernels sum in another order for another batch size).
-        bf16: compute in bfloat16 autocast: nearly twice as fast on CPUs that have it, and another answer in the third
-            decimal. Off by default, so that every machine gives the same verdicts.
+        batch_size: clips per pass. Default: 32 on a GPU, and 1 on a CPU, where it is as fast and a verdict does not
+            depend on what else is judged (CPU kernels sum in another order for another batch size).
+        bf16: compute in bfloat16 autocast: nearly twice as fast on CPUs that support it, with probabilities that differ in
+            the third decimal. Off by default, so that every machine gives the same verdicts.
     """
 
     def __init__(
@@ -117,11 +117,11 @@ class EmbeddedJudge:
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write ``config.json`` and ``model.safetensors`` (each atomically) and return the folder."""
         path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.contiguous().cpu() for name, tensor in self.network.state_dict().items()}
-        save_safetensors(path / "model.safetensors", tensors, {"kind": KIND, "format": str(FORMAT)})
         config = {"kind": KIND, "format": FORMAT, "model": asdict(self.network.config), "metadata": self.metadata}
-        atomic_write_json(path / "config.json", config)
+        with sealed_folder(path):
+            save_safetensors(path / "model.safetensors", tensors, {"kind": KIND, "format": str(FORMAT)})
+            atomic_write_json(path / "config.json", config)
         return path
 
     @classmethod
@@ -134,8 +134,8 @@ class EmbeddedJudge:
         """
         path = Path(folder)
         content = read_config(path / "config.json", KIND, FORMAT)
-        network = JudgeNetwork(_model_config(content.get("model"), path / "config.json"))
-        load_weights(network, path / "model.safetensors")
+        config = _model_config(content.get("model"), path / "config.json")
+        network = load_module(lambda: JudgeNetwork(config), path / "model.safetensors")
         metadata = content.get("metadata")
         return cls(network, metadata=metadata if isinstance(metadata, dict) else {}, device=device)
 
@@ -150,6 +150,6 @@ def resize_frames(frames: UInt8Array, size: int) -> Tensor:
 
 
 def _model_config(content: Any, path: Path) -> EmbeddedJudgeConfig:
-    if isinstance(content, dict) and content.get("pointers") is False:  # written while there was another network too
+    if isinstance(content, dict) and content.get("pointers") is False:  # folders of an early version
         content = {name: value for name, value in content.items() if name != "pointers"}
     return EmbeddedJudgeConfig(**checked_fields(content, EmbeddedJudgeConfig, path))

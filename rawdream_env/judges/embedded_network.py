@@ -1,18 +1,17 @@
-"""The embedded judge's network: a small text-conditioned video classifier (about 1.6 M parameters) that runs on a CPU.
+"""The bundled judge's network: a small text-conditioned video classifier (about 1.6 M parameters) that runs on a CPU.
 
 Shape letters: B clips, Q instructions asked about one clip, F sampled frames, S slots, P places of the feature map,
 L text tokens, D width, H W image.
 
-How it looks at a clip. Six frames are kept: the start frame (motion words and "not already true" need it), two along
-the way, and the last, last-4 and last-8 (the final relation decides). A convolutional trunk that does not know the
-instruction turns each into a 16 x 16 map, so several instructions cost one trunk pass. A text transformer (word order
-matters: "blue on red" is not "red on blue") yields S slots per instruction; each slot looks for its object in every
-frame by cross-attention, the slots of all frames then compare notes by self-attention, and one summary token is read
-out as the success logit. In training the first two slots also say where their objects are, which is what ties words
-to things.
+Six frames are used: the start frame (for motions, and for relations that already hold at the start), two in between,
+and last-8, last-4 and last (the final relation decides). A convolutional trunk, independent of the instruction, turns
+each into a 16 x 16 map, so several instructions need one trunk pass. A text transformer (word order matters: "blue on
+red" is not "red on blue") yields S slots per instruction. Each slot attends to every frame by cross-attention, the
+slots of all frames attend to each other by self-attention, and one summary token is read out as the success logit. In
+training the first two slots also predict the positions of their objects, which ties words to objects.
 
-The paper's judge is an 8B or 32B vision-language model (section 3.2); this one is the same contract at a size that
-needs no download, trained by ``rawdream_env.trainers.judge.train`` on play data with hindsight labels.
+The paper's judge is an 8B or 32B vision-language model (section 3.2). This one has the same interface at a size that
+needs no download; ``rawdream_env.trainers.judge.train`` trains it on play data with hindsight labels.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ NUM_FRAMES = len(SPREAD) + len(TAIL)
 
 _TABLE_CENTRE = (0.30, 0.0, 0.02)
 _TABLE_UNIT = 0.05
-"""Metres: where a localisation head starts from and what one unit of its output is worth."""
+"""Metres: origin and unit of the outputs of a localization head."""
 
 
 @dataclass(frozen=True)
@@ -41,32 +40,42 @@ class EmbeddedJudgeConfig:
     """Size of the network and the decision threshold; stored in config.json."""
 
     frame_size: int = 64
-    """Pixels; other sizes are brought to it by area interpolation."""
+    """Frame size in pixels. A judge resizes other frames by area interpolation; training data must have this size."""
     stem: int = 32
     """Channels at half resolution."""
     mid: int = 48
-    """Channels at a quarter of the resolution, the map the slots look at."""
+    """Channels at a quarter of the resolution, the map the slots attend to."""
     deep: int = 96
-    """Channels at an eighth, where the trunk sees whole objects."""
+    """Channels at an eighth of the resolution."""
     width: int = 128
+    """Width of text transformer and slots."""
     heads: int = 4
+    """Attention heads."""
     layers: int = 3
+    """Layers of slot attention."""
     text_layers: int = 2
+    """Layers of the text transformer."""
     text_len: int = 16
+    """Maximum number of text tokens."""
     slots: int = 3
+    """Slots per instruction."""
     threshold: float = 0.5
-    """Success when the probability reaches it; calibrated for precision on validation clips."""
+    """Success probability from which a clip is a success; calibrated for precision on validation clips."""
 
     def __post_init__(self) -> None:
-        if self.width % self.heads or self.frame_size % 8 or self.slots < 2 or not 0 < self.threshold < 1:
+        sizes = (self.frame_size, self.stem, self.mid, self.deep, self.width, self.heads, self.layers, self.text_layers)
+        parts = [(self.width, self.heads), (self.frame_size, 8), (self.mid, 8), (self.deep, 8)]
+        positive = min(*sizes, self.text_len) > 0
+        if not (positive and all(a % b == 0 for a, b in parts) and self.slots >= 2 and 0 < self.threshold < 1):
             raise CheckpointError(
-                f"inconsistent judge configuration: width {self.width} must be a multiple of heads {self.heads} and "
-                f"frame_size {self.frame_size} of 8; slots {self.slots} >= 2; threshold {self.threshold} in (0, 1)"
+                f"The judge's sizes do not fit: width {self.width} must be a multiple of heads {self.heads}; frame_size "
+                f"{self.frame_size}, mid {self.mid} and deep {self.deep} multiples of 8; slots {self.slots} at least 2; "
+                f"threshold {self.threshold} in (0, 1); the others positive."
             )
 
 
 def frame_indices(num_frames: int) -> list[int]:
-    """Which frames of a video are looked at: start, 1/3, 2/3, last-8, last-4, last; repeated when it is short."""
+    """Indices of the frames used: start, 1/3, 2/3, last-8, last-4, last; repeated in a short video."""
     return spread_indices(num_frames, SPREAD, TAIL)
 
 
@@ -85,7 +94,7 @@ class _KeyValue(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Multi-head attention of queries (N, L, D); ``mask`` bool (N, 1, 1, M), True = look."""
+    """Multi-head attention of queries (N, L, D); ``mask`` bool (N, 1, 1, M), True = attend."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -96,7 +105,7 @@ class _Attention(nn.Module):
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
         n, length, width = x.shape
         query = self.query(x).view(n, length, self.heads, -1).transpose(1, 2)
-        # Written out: at these lengths the fused kernel's backward pass on a CPU costs several times as much.
+        # Not the fused kernel: at these lengths its backward pass on a CPU is several times slower.
         scores = query @ keys.transpose(-1, -2) * query.shape[-1] ** -0.5
         if mask is not None:
             scores = scores.masked_fill(~mask, -1e4)
@@ -130,7 +139,7 @@ class _SelfBlock(nn.Module):
 
 
 class _Residual(nn.Module):
-    """Two 3 x 3 convolutions around a skip; normalised once, which is enough at this depth and cheap on a CPU."""
+    """Two 3 x 3 convolutions with a skip connection and one normalization, which is cheap on a CPU."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -174,8 +183,8 @@ class _Trunk(nn.Module):
 class JudgeNetwork(nn.Module):
     """Frames and instructions to success logits; see the module's text.
 
-    ``forward(frames (B, F, H, W, 3) in [0, 255], tokens int64 (B, Q, L))`` returns logits (B, Q) and the places, in metres,
-    the first two slots believe their objects to be at in each frame, (B, Q, F, 2, 3); the latter is for training.
+    ``forward(frames (B, F, H, W, 3) in [0, 255], tokens int64 (B, Q, L))`` returns logits (B, Q) and the
+    predicted positions, in metres, of the first two slots' objects in each frame, (B, Q, F, 2, 3), used in training.
     """
 
     def __init__(self, config: EmbeddedJudgeConfig) -> None:
@@ -191,7 +200,7 @@ class JudgeNetwork(nn.Module):
         self.slot = nn.Parameter(torch.zeros(c.slots + 1, c.width))
         self.slot_reads = _Attention(c.width, c.heads)
         self.frame_position = nn.Parameter(torch.zeros(NUM_FRAMES, c.width))
-        # One set of keys and values for all layers: projecting every place again costs more than the rest of a layer.
+        # All layers share keys and values: projecting every place again would cost more than the rest of a layer.
         self.place_context = _KeyValue(c.width, c.heads)
         self.look_norm = nn.ModuleList(nn.LayerNorm(c.width) for _ in range(c.layers))
         self.look = nn.ModuleList(_Attention(c.width, c.heads) for _ in range(c.layers))
@@ -223,7 +232,7 @@ class JudgeNetwork(nn.Module):
         return out
 
     def look_at(self, frames: Tensor) -> Tensor:
-        """Frames (B, F, H, W, 3) in [0, 255], uint8 or float -> features (B*F, P, D); they know no instruction."""
+        """Frames (B, F, H, W, 3) in [0, 255], uint8 or float -> features (B*F, P, D), independent of the instruction."""
         pixels = frames.flatten(0, 1).permute(0, 3, 1, 2).to(torch.float32).div(127.5).sub(1)
         out: Tensor = self.trunk(pixels.contiguous(memory_format=torch.channels_last))
         return out
@@ -251,7 +260,7 @@ class JudgeNetwork(nn.Module):
 
 
 def to_metres(x: Tensor) -> Tensor:
-    """Outputs (..., 3) of a localisation head to places on the table, float32."""
+    """Outputs (..., 3) of a localization head as positions in metres, float32."""
     return x.float() * _TABLE_UNIT + x.new_tensor(_TABLE_CENTRE, dtype=torch.float32)
 
 

@@ -1,8 +1,8 @@
 """Several judges as one, and a hold-out judge that never rewards.
 
-Reinforcement learning finds what a judge gets wrong. One way to see it happen is a second judge whose verdicts are not
-rewarded: as long as both mean the same thing their success rates move together; a policy that learns to please the first
-one alone opens a gap between them. ``HoldOutJudge`` measures that gap and raises a named warning when it is certain.
+Reinforcement learning exploits the errors of a judge. A second judge whose verdicts are not rewarded makes that visible:
+the success rates of both judges rise together while the policy improves; a policy that exploits the first judge opens a
+gap between them. ``HoldOutJudge`` measures the gap and warns when it is statistically certain.
 """
 
 from __future__ import annotations
@@ -13,25 +13,26 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rawdream_env.errors import InvalidOptionError
-from rawdream_env.judges.base import check_pairs, invalid
+from rawdream_env.errors import InvalidOptionError, JudgeError
+from rawdream_env.judges.base import ask, check_pairs, invalid, is_scanning
 from rawdream_env.judges.overlap import is_remote
 from rawdream_env.judges.verdict import combine_votes
+from rawdream_env.statistics import paired_interval
 from rawdream_env.types import Judge, Outcome, SupportsClose, Verdict, Video
 
 RULES = ("all", "any", "majority")
 
 
 class JudgeGapWarning(UserWarning):
-    """The rewarding judge is kinder than the hold-out judge, by more than chance explains."""
+    """The rewarding judge reports more successes than the hold-out judge, by more than chance explains."""
 
 
 class EnsembleJudge:
     """Asks several judges about every video and combines their verdicts by ``rule``.
 
-    "all": a success when every judge says so (the strict one); "any": when one does; "majority": when more than half do.
-    An INVALID verdict is a vote that is missing: the outcome is INVALID unless the others decide whatever it would have
-    been. ``probability`` is the mean of the judges' (a success without one counts 1), ``votes`` are their outcomes.
+    "all": a success if every judge reports one (the strictest); "any": if one does; "majority": if more than half do. An
+    INVALID verdict is a missing vote: the outcome is INVALID unless the other votes decide it. ``probability`` is the
+    mean over the judges (a success without a probability counts 1), ``votes`` are their outcomes.
 
     Raises:
         InvalidOptionError: fewer than two judges, or an unknown rule.
@@ -43,6 +44,7 @@ class EnsembleJudge:
         self.judges, self.rule = tuple(judges), rule
         self.need = {"all": len(judges), "any": 1, "majority": len(judges) // 2 + 1}[rule]
         self.remote = all(is_remote(judge) for judge in judges)
+        self.scanning = all(is_scanning(judge) for judge in judges)
 
     def __call__(self, videos: Sequence[Video], instructions: Sequence[str]) -> list[Verdict]:
         """One verdict per video, in order."""
@@ -51,14 +53,14 @@ class EnsembleJudge:
         return [self._combined(verdicts) for verdicts in zip(*answers, strict=True)]
 
     def _combined(self, verdicts: tuple[Verdict, ...]) -> Verdict:
-        told = combine_votes([verdict.outcome for verdict in verdicts], self.need)
+        combined = combine_votes([verdict.outcome for verdict in verdicts], self.need)
         names = [f"{type(j).__name__}: {v.reason}" for j, v in zip(self.judges, verdicts, strict=True)]
         chances = [_chance(verdict) for verdict in verdicts if verdict.outcome != Outcome.INVALID]
         return Verdict(
-            told.outcome,
-            f"{told.reason} ({'; '.join(names)})"[:500],
+            combined.outcome,
+            f"{combined.reason} ({'; '.join(names)})"[:500],
             sum(chances) / len(chances) if chances else None,
-            told.votes,
+            combined.votes,
             max(verdict.latency_s for verdict in verdicts),
             tuple(reply for verdict in verdicts for reply in verdict.raw),
         )
@@ -70,10 +72,10 @@ class EnsembleJudge:
 
 @dataclass(frozen=True)
 class JudgeGap:
-    """Both judges over the same ``n`` videos (those readable by both), and the gap between their success rates.
+    """Both judges on the same ``n`` videos (those that both could judge), and the gap between their success rates.
 
-    ``gap`` is rewarding minus hold-out, with its 95 % interval ``low`` to ``high``; NaN while n is 0. ``only_rewarding``
-    and ``only_held_out`` count the videos on which one of them alone said success.
+    ``gap`` is rewarding minus hold-out, with its 95 % interval; NaN while n is 0. ``only_rewarding`` and
+    ``only_held_out`` count the videos on which only that judge reports a success.
     """
 
     n: int = 0
@@ -89,16 +91,13 @@ class JudgeGap:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % interval of a paired difference (Agresti and Min 2005: Wald with half a count added to each cell)."""
+        """95 % interval of the gap, see :func:`rawdream_env.statistics.paired_interval`."""
         if not self.n:
             return math.nan, math.nan
-        b, c, n = self.only_rewarding + 0.5, self.only_held_out + 0.5, self.n + 2
-        centre = (b - c) / n
-        half = 1.959964 * math.sqrt(max(0.0, (b + c) / n - centre**2) / n)
-        return max(-1.0, centre - half), min(1.0, centre + half)
+        return paired_interval(self.only_rewarding, self.only_held_out, self.n)
 
     def as_dict(self) -> dict[str, float]:
-        """For logs: rates, gap and interval; None where not known."""
+        """Rates, gap and interval for logs; only ``judge_gap_n`` while n is 0."""
         if not self.n:
             return {"judge_gap_n": 0}
         low, high = self.interval
@@ -107,16 +106,16 @@ class JudgeGap:
 
 
 class HoldOutJudge:
-    """The verdicts of ``rewarding``, while ``held_out`` watches the same videos and rewards nothing.
+    """Returns the verdicts of ``rewarding``; ``held_out`` judges the same videos without rewarding.
 
-    ``gap`` (a ``JudgeGap``) is over the last ``window`` videos that both could read; trainers log it. When its whole
-    interval is above ``alarm`` a ``JudgeGapWarning`` says so, once until the gap has closed again.
+    ``gap`` (a ``JudgeGap``) is over the last ``window`` videos that both could judge; trainers log it. A
+    ``JudgeGapWarning`` is issued when its whole interval is above ``alarm``, and again only after the gap has closed.
 
     Args:
-        rewarding: its verdicts are returned, unchanged.
-        held_out: asked about the same videos. Should it fail, only the gap knows less.
-        alarm: a gap of success rates that is too much, in (0, 1).
-        window: videos the gap is taken over.
+        rewarding: its verdicts are returned unchanged.
+        held_out: asked about the same videos. If it fails, those videos are left out of the gap.
+        alarm: gap of success rates that is too large, in (0, 1).
+        window: number of videos in the gap.
     """
 
     def __init__(self, rewarding: Judge, held_out: Judge, *, alarm: float = 0.1, window: int = 512) -> None:
@@ -124,14 +123,15 @@ class HoldOutJudge:
             raise InvalidOptionError(f"alarm={alarm} must lie between 0 and 1 and window={window} be at least 1.")
         self.rewarding, self.held_out, self.alarm, self.window = rewarding, held_out, alarm, window
         self.remote = is_remote(rewarding) and is_remote(held_out)
+        self.scanning = is_scanning(rewarding)
         self.alarmed = False
         self._pairs: list[tuple[bool, bool]] = []
         self._lock = threading.Lock()
 
     def __call__(self, videos: Sequence[Video], instructions: Sequence[str]) -> list[Verdict]:
-        """What the rewarding judge says."""
+        """The verdicts of the rewarding judge."""
         check_pairs(videos, instructions)
-        verdicts = self.rewarding(videos, instructions)
+        verdicts = ask(self.rewarding, videos, instructions)
         others = _answers(self.held_out, videos, instructions)
         with self._lock:  # remote judges are called from several threads
             for ours, theirs in zip(verdicts, others, strict=True):
@@ -162,9 +162,9 @@ class HoldOutJudge:
         if low > self.alarm and not self.alarmed:
             self.alarmed = True
             warnings.warn(
-                f"the rewarding judge sees {100 * gap.gap:.0f} points more successes than the hold-out judge "
+                f"the rewarding judge reports {100 * gap.gap:.0f} points more successes than the hold-out judge "
                 f"[{100 * low:.0f}, {100 * high:.0f}] over the last {gap.n} videos, more than {100 * self.alarm:.0f}: the "
-                "policy may be learning to please it. Look at videos that only one of them calls a success.",
+                "policy may exploit it. Look at videos that only one of the judges calls a success.",
                 JudgeGapWarning,
                 stacklevel=3,
             )
@@ -177,14 +177,16 @@ class HoldOutJudge:
 
 
 def _answers(judge: Judge, videos: Sequence[Video], instructions: Sequence[str]) -> list[Verdict]:
-    """A judge's verdicts; INVALID for all when it fails as a whole: one judge must not take the others with it."""
+    """A judge's verdicts; INVALID for all when it fails as a whole, so that the other judges still count.
+
+    A judge that returns something else than verdicts is a programming error and raises ``JudgeError``.
+    """
     try:
-        verdicts = judge(videos, instructions)
+        return ask(judge, videos, instructions)
+    except JudgeError:
+        raise
     except Exception as error:  # noqa: BLE001
         return [invalid(f"{type(judge).__name__} failed: {type(error).__name__}: {error}"[:200])] * len(videos)
-    if len(verdicts) != len(videos):
-        return [invalid(f"{type(judge).__name__} gave {len(verdicts)} verdicts for {len(videos)} videos")] * len(videos)
-    return verdicts
 
 
 def _chance(verdict: Verdict) -> float:

@@ -1,8 +1,8 @@
-"""Ask a judge while something else goes on: calls run on threads, verdicts are fetched later by their tag.
+"""Call a judge in the background: calls run on threads, verdicts are fetched later by their tag.
 
-For judges that wait rather than compute: a server's answer takes as long as a rollout, and asking it in between doubles
-the time of everything. Such a judge says ``remote = True``, which promises that it may be called from several threads
-at once. A judge that computes in this process gains nothing here.
+For judges on a server: an answer can take as long as a rollout, so waiting for it would double the time of a step. Such
+a judge has ``remote = True``, which also means that several threads may call it at once. A judge that computes in this
+process gains nothing.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ Tag = TypeVar("Tag", bound=Hashable)
 
 
 def is_remote(judge: object) -> bool:
-    """Whether a judge declares that asking it means waiting (attribute ``remote``)."""
+    """Whether a judge waits for a server (attribute ``remote``)."""
     return bool(getattr(judge, "remote", False))
 
 
 class OverlappedJudge(Generic[Tag]):
-    """Submit videos, go on, fetch verdicts.
+    """Submit videos now, fetch verdicts later.
 
-    A verdict belongs to the tag its video was submitted with, whenever and in whatever order it arrives. What a caller
-    does must follow from the tags, never from the order: then its results do not depend on timing.
+    A verdict belongs to the tag of its video, in whatever order verdicts arrive. Callers must rely on the tags and never
+    on the order; then their results do not depend on timing.
 
     Args:
         judge: called from ``threads`` threads at once.
-        threads: maximum number of calls under way; further ones wait their turn.
+        threads: maximum number of simultaneous calls; further calls wait.
     """
 
     def __init__(self, judge: Judge, threads: int = 4) -> None:
@@ -51,13 +51,13 @@ class OverlappedJudge(Generic[Tag]):
         *,
         invalid_on_outage: bool = False,
     ) -> None:
-        """One call of the judge; one tag, video and instruction each.
+        """Submit one call of the judge, with one tag, video and instruction per item.
 
         ``invalid_on_outage``: an unreachable judge gives INVALID verdicts instead of raising when they are fetched.
         """
         check_pairs(videos, instructions)
         if len(tags) != len(videos):
-            raise ValueError(f"{len(tags)} tags but {len(videos)} videos; give one each")
+            raise ValueError(f"{len(tags)} tags but {len(videos)} videos; expected one tag per video")
         if tags:
             call = self._pool.submit(self._ask, list(videos), list(instructions), invalid_on_outage)
             self._calls[call] = tuple(tags)
@@ -71,9 +71,9 @@ class OverlappedJudge(Generic[Tag]):
             return [invalid(f"judge unavailable: {error}")] * len(videos)
 
     def fetch(self, *, wait_s: float = 0.0) -> dict[Tag, Verdict]:
-        """The verdicts that have arrived since the last time; when none has, wait for one at most ``wait_s``.
+        """The verdicts that have arrived since the last call; if none has, wait for one, at most ``wait_s`` seconds.
 
-        Raises whatever the judge raised; the other calls can still be fetched.
+        Raises an exception of the judge; the other calls can still be fetched.
         """
         if not self._calls:
             return {}
@@ -81,7 +81,7 @@ class OverlappedJudge(Generic[Tag]):
         arrived: dict[Tag, Verdict] = {}
         done = [call for call in self._calls if call.done()]
         failed = next((call for call in done if call.exception() is not None), None)
-        if failed is not None:  # before anything else is taken off the list, so that nothing is lost
+        if failed is not None:  # before anything else is removed, so that nothing is lost
             self._calls.pop(failed)
             failed.result()
         for call in done:
@@ -89,12 +89,12 @@ class OverlappedJudge(Generic[Tag]):
         return arrived
 
     def forget(self) -> None:
-        """Drop everything submitted: calls not yet begun are cancelled, the answers of others thrown away."""
+        """Drop everything submitted: calls not yet started are canceled, the answers of the others discarded."""
         for call in self._calls:
             call.cancel()
         self._calls.clear()
 
     def close(self) -> None:
-        """Forget everything and let the threads end; a call under way is not waited for."""
+        """Drop everything and let the threads end, without waiting for running calls."""
         self.forget()
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -1,71 +1,72 @@
-"""Robometer over HTTP: a reward model that gives a success probability after every chunk (paper appendix A.7).
+"""Robometer over HTTP: a reward model that gives a success probability for every frame (paper appendix A.7).
 
-The first chunk whose probability reaches 0.85 makes a video a success; the paper then drops the later frames. The model
-itself (4 B parameters) runs in a service of its own; what is asked of it is one POST per video:
+The model (4 B parameters) runs in the evaluation server of its public repository, which answers
+``POST /evaluate_batch_npy``. One video is one request, a multipart form:
 
-    {"instruction": "...", "fps": 10.0, "chunk_ends": [8, 16, ...], "frames": ["<base64 PNG>", ...]}
+    sample_0                       JSON: {"sample_type": "progress", "trajectory": {"task": "...", "frames":
+                                   {"__numpy_file__": "sample_0_trajectory_frames"}, ...}}
+    sample_0_trajectory_frames     the frames as a .npy file, uint8 (N, H, W, 3)
+    use_frame_steps                "true": each frame is judged from the frames up to it, never from later ones
 
-answered with status 200 and ``{"success_probability": [0.02, 0.1, ...]}``, one number in [0, 1] for each of
-``chunk_ends`` (indices into ``frames``). Any other answer is INVALID, as is an outage: refused or reset connections, 429
-and 5xx are tried again until the deadline, everything else is not. A call is back within its deadline, whatever the
-service does. A key, if the service wants one, is read from the environment (``ROBOMETER_API_KEY``) and never stored.
+The frames sent are the start frame and the last frame of each chunk, so ``outputs_success.success_probs[0]`` has one
+probability per chunk end behind that of the start frame. The first chunk that reaches the threshold (0.85) is the
+success, and the later frames do not count. (The server's other endpoint, ``/evaluate_batch``, takes frames only as paths
+on its own disk.)
+
+Any other response is INVALID, as is an outage: refused or reset connections, 429 and 5xx are repeated until the deadline,
+everything else is not. The key, if the service wants one, is read from ``ROBOMETER_API_KEY`` and never stored.
 """
 
 from __future__ import annotations
 
-import base64
-import contextlib
-import http.client
+import io
 import json
 import math
-import os
-import socket
-import threading
+import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from time import monotonic, sleep
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
+
 from rawdream_env.errors import InvalidOptionError
 from rawdream_env.judges.base import Timer, check_pairs, checked_frames, checked_instruction, invalid
-from rawdream_env.media import encode_picture
+from rawdream_env.judges.vlm.http import Response, TransportError, api_key, readable, request
 from rawdream_env.text import clean_instruction
 from rawdream_env.types import Outcome, UInt8Array, Verdict, Video
 
 THRESHOLD = 0.85
 KEY_VARIABLE = "ROBOMETER_API_KEY"
-MAX_ANSWER_BYTES = 1_000_000
-_AGAIN = (429, 500, 502, 503, 504)
+
+_FRAMES = "sample_0_trajectory_frames"
 
 
 class _RefusedError(Exception):
-    """An answer that will not get better by asking again."""
-
-
-class _BusyError(Exception):
-    """Worth asking again, after ``wait_s`` if the service says so."""
-
-    def __init__(self, message: str, wait_s: float = 0.0) -> None:
-        super().__init__(message)
-        self.wait_s = wait_s
+    """A response that does not change when the request is repeated."""
 
 
 class RobometerJudge:
-    """The service behind the ``Judge`` protocol. A verdict's ``probability`` is the highest of the chunks'.
+    """The service behind the ``Judge`` protocol. A verdict's ``probability`` is the highest among the chunks.
 
     Args:
-        url: where to POST, such as ``http://localhost:8000/judge``.
-        threshold: a chunk with this probability is a success.
+        url: address of the evaluation server, such as ``http://localhost:8000``.
+        threshold: a chunk with at least this probability is a success.
         chunk_len: frames in a chunk.
-        deadline_s: a call is back after this long; what has no answer by then is INVALID.
-        concurrency: most requests under way in one call.
+        deadline_s: maximum duration of a call; a video without an answer by then is INVALID.
+        concurrency: maximum number of simultaneous requests of one call.
 
     Attributes:
-        remote: True: asking means waiting, and several threads may ask at once.
+        remote: True: a call waits for a server, and several threads may call at once.
+        scanning: True: a success ends the video, so a dream asks after every chunk by default.
+
+    Raises:
+        InvalidOptionError: the address, an option or the API key cannot be used.
     """
 
     remote = True
+    scanning = True
 
     def __init__(
         self,
@@ -76,21 +77,15 @@ class RobometerJudge:
         deadline_s: float = 120.0,
         concurrency: int = 8,
     ) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
-            raise InvalidOptionError(
-                "the Robometer service needs an address like http://host:port/path, without a login."
-            )
+        check_address(url)
         if not 0 < threshold < 1 or chunk_len < 1 or not 0 < deadline_s < math.inf or concurrency < 1:
             raise InvalidOptionError(
                 f"threshold={threshold} must lie between 0 and 1, chunk_len={chunk_len}, concurrency={concurrency} be at "
                 f"least 1 and deadline_s={deadline_s} positive."
             )
-        self.url, self.threshold, self.chunk_len = url, threshold, chunk_len
+        api_key(KEY_VARIABLE)
+        self.url, self.threshold, self.chunk_len = url.rstrip("/"), threshold, chunk_len
         self.deadline_s, self.concurrency = deadline_s, concurrency
-        self._connection_type = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._host, self._port = parts.hostname, parts.port
-        self._path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
 
     def __call__(self, videos: Sequence[Video], instructions: Sequence[str]) -> list[Verdict]:
         """One verdict per video, in order. Only unequal lengths raise (``ValueError``)."""
@@ -109,18 +104,13 @@ class RobometerJudge:
             if frames is None or reason:
                 return invalid(reason, timer.seconds())
             ends = sorted({*range(self.chunk_len, len(frames), self.chunk_len), len(frames) - 1})
-            body = {
-                "instruction": clean_instruction(instruction),
-                "fps": float(video.fps),
-                "chunk_ends": ends,
-                "frames": [_png(frame) for frame in frames],
-            }
-            answer = self._ask(json.dumps(body).encode(), deadline)
-            return self._verdict(_probabilities(answer, len(ends)), ends, timer.seconds(), answer)
-        except (_RefusedError, _BusyError) as error:
+            sent = np.ascontiguousarray(frames[[0, *ends]])
+            answer = self._ask(*form(sent, clean_instruction(instruction)), deadline)
+            return self._verdict(success_probabilities(answer.body, len(sent))[1:], ends, timer.seconds(), answer.body)
+        except (_RefusedError, TransportError) as error:
             return invalid(str(error), timer.seconds())
         except Exception as error:  # noqa: BLE001 (a judge never raises for one video)
-            return invalid(f"Robometer failed: {type(error).__name__}: {error}"[:300], timer.seconds())
+            return invalid(f"Robometer failed: {type(error).__name__}: {readable(str(error))}", timer.seconds())
 
     def _verdict(self, chances: list[float], ends: list[int], latency_s: float, answer: bytes) -> Verdict:
         raw = (answer[:2000].decode("utf-8", "replace"),)
@@ -133,84 +123,87 @@ class RobometerJudge:
             Outcome.SUCCESS, f"reaches {self.threshold:.2f} at frame {first}", best, latency_s=latency_s, raw=raw
         )
 
-    def _ask(self, body: bytes, deadline: float) -> bytes:
-        """The body of a good answer; tries again until the deadline."""
-        pause, last = 0.2, "it was not asked"
+    def _ask(self, body: bytes, content_type: str, deadline: float) -> Response:
+        """The first response with status 200; repeats the request until the deadline."""
+        pause, last = 0.2, "no request was sent"
         while (left := deadline - monotonic()) > 0:
+            wait = 0.0
             try:
-                return self._post(body, left)
-            except _BusyError as error:
-                last, asked_for = str(error), error.wait_s
-            # An absurd Retry-After is not waited out beyond the deadline.
-            sleep(max(0.0, min(max(pause, asked_for), deadline - monotonic())))
+                response = request(
+                    f"{self.url}/evaluate_batch_npy",
+                    monotonic() + left,
+                    body,
+                    {"Content-Type": content_type},
+                    key_variable=KEY_VARIABLE,
+                )
+            except TransportError as error:
+                last = str(error)
+            else:
+                if response.status == 200:
+                    return response
+                last = f"status {response.status}"
+                if response.status < 500 and response.status != 429:
+                    raise _RefusedError(f"Robometer refuses the request with status {response.status}")
+                wait = response.retry_after() or 0.0
+            # The deadline bounds any Retry-After.
+            sleep(max(0.0, min(max(pause, wait), deadline - monotonic())))
             pause = min(2 * pause, 5.0)
-        raise _BusyError(f"no answer from Robometer within {self.deadline_s:g} s; last: {last}")
-
-    def _post(self, body: bytes, left_s: float) -> bytes:
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(KEY_VARIABLE):
-            headers["Authorization"] = f"Bearer {key}"
-        connection = self._connection_type(self._host, self._port, timeout=left_s)
-        guard: threading.Timer | None = None
-        try:
-            connection.connect()
-            # A socket's time limit starts anew with every byte; this one does not. The socket is held here because the
-            # connection lets go of it once the answer has begun.
-            guard = threading.Timer(left_s, _cut, (connection.sock,))
-            guard.daemon = True
-            guard.start()
-            connection.request("POST", self._path, body, headers)
-            response = connection.getresponse()
-            content = response.read(MAX_ANSWER_BYTES + 1)
-        except (OSError, http.client.HTTPException) as error:
-            raise _BusyError(f"{type(error).__name__}: {error}"[:200]) from error
-        finally:
-            if guard is not None:
-                guard.cancel()
-            connection.close()
-        if response.status in _AGAIN:
-            raise _BusyError(f"status {response.status}", _seconds(response.getheader("Retry-After")))
-        if response.status != 200:
-            raise _RefusedError(f"Robometer answered with status {response.status}")
-        if response.length not in (None, 0) and len(content) <= MAX_ANSWER_BYTES:
-            raise _BusyError(f"the answer was cut off, {response.length} bytes are missing")
-        return content
+        raise TransportError(f"no answer from Robometer within {self.deadline_s:g} s; last: {last}")
 
 
-def _cut(connection: socket.socket) -> None:
-    """End whatever is being waited for on a connection; its reader sees the end of the stream."""
-    with contextlib.suppress(OSError):
-        connection.shutdown(socket.SHUT_RDWR)
-
-
-def _png(frame: UInt8Array) -> str:
-    return base64.b64encode(encode_picture(frame, "png", compress_level=1)).decode("ascii")
-
-
-def _seconds(header: str | None) -> float:
-    """A Retry-After header in seconds; 0 where it is missing or silly (dates are not waited for)."""
+def check_address(url: str) -> None:
+    """``InvalidOptionError`` unless ``url`` is a plain http or https address without a login."""
     try:
-        value = float(header or 0)
+        parts = urlsplit(url if isinstance(url, str) and url.isascii() and url.isprintable() else "")
+        ok = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
     except ValueError:
-        return 0.0
-    return value if 0 <= value < 1e6 else 0.0
+        ok = False
+    if not ok or parts.username is not None or parts.password is not None or parts.query or " " in url:
+        raise InvalidOptionError("the Robometer service needs an address like http://host:8000, without a login.")
 
 
-def _probabilities(answer: bytes, count: int) -> list[float]:
-    """The strict reader: exactly one key, exactly ``count`` finite numbers in [0, 1]."""
-    if len(answer) > MAX_ANSWER_BYTES:
-        raise _RefusedError(f"the answer has more than {MAX_ANSWER_BYTES} bytes")
+def form(frames: UInt8Array, instruction: str) -> tuple[bytes, str]:
+    """Body and content type of a request about frames uint8 (N, H, W, 3)."""
+    file = io.BytesIO()
+    np.save(file, frames, allow_pickle=False)
+    trajectory = {
+        "frames": {"__numpy_file__": _FRAMES},
+        "frames_shape": list(frames.shape),
+        "task": instruction,
+        "id": "0",
+        "metadata": {"subsequence_length": len(frames)},
+        "video_embeddings": None,
+    }
+    sample = json.dumps({"sample_type": "progress", "trajectory": trajectory})
+    boundary = uuid.uuid4().hex
+    start = f"--{boundary}\r\nContent-Disposition: form-data; name="
+    fields = (("sample_0", sample), ("use_frame_steps", "true"))
+    parts = [
+        f'{start}"{_FRAMES}"; filename="{_FRAMES}.npy"\r\nContent-Type: application/octet-stream\r\n\r\n'.encode(),
+        file.getvalue(),
+        b"\r\n",
+        *(f'{start}"{name}"\r\n\r\n{value}\r\n'.encode() for name, value in fields),
+        f"--{boundary}--\r\n".encode(),
+    ]
+    return b"".join(parts), f"multipart/form-data; boundary={boundary}"
+
+
+def success_probabilities(answer: bytes, count: int) -> list[float]:
+    """``outputs_success.success_probs[0]`` of a response: exactly ``count`` finite numbers in [0, 1]; read strictly."""
     try:
         content: Any = json.loads(answer)
     except (ValueError, RecursionError) as error:
-        raise _RefusedError(f"the answer is no JSON ({type(error).__name__})") from error
-    if not isinstance(content, dict) or set(content) != {"success_probability"}:
-        raise _RefusedError("the answer is not one JSON object with the key 'success_probability'")
-    chances = content["success_probability"]
-    if not isinstance(chances, list) or len(chances) != count:
-        got = len(chances) if isinstance(chances, list) else type(chances).__name__
-        raise _RefusedError(f"success_probability has {got}, expected {count} numbers")
-    for chance in chances:
+        raise _RefusedError(f"Robometer's response is not JSON ({type(error).__name__})") from error
+    success = content.get("outputs_success") if isinstance(content, dict) else None
+    rows = success.get("success_probs") if isinstance(success, dict) else None
+    if not isinstance(rows, list):
+        raise _RefusedError(
+            "Robometer's response has no list outputs_success.success_probs; the checkpoint needs a success head"
+        )
+    if len(rows) != 1 or not isinstance(rows[0], list) or len(rows[0]) != count:
+        got = [len(row) if isinstance(row, list) else type(row).__name__ for row in rows[:4]]
+        raise _RefusedError(f"success_probs has {len(rows)} rows of {got} numbers, expected 1 row of {count}")
+    for chance in rows[0]:
         if isinstance(chance, bool) or not isinstance(chance, int | float) or not 0 <= chance <= 1:
-            raise _RefusedError(f"success_probability holds {str(chance)[:40]!r}, expected numbers from 0 to 1")
-    return [float(chance) for chance in chances]
+            raise _RefusedError(f"success_probs contains {str(chance)[:40]!r}, expected numbers from 0 to 1")
+    return [float(chance) for chance in rows[0]]

@@ -1,4 +1,4 @@
-"""A judge that follows a rule: the small twin behind the ``Judge`` protocol, for tests, timing and examples."""
+"""A judge that follows a rule: a small implementation of the ``Judge`` protocol for tests, timing and examples."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class ScriptedJudge:
     ``rule(video, instruction)`` may return a ``Verdict``, an ``Outcome``, a bool, or a probability of success (a float;
     success from 0.5 on, NaN is INVALID). A rule that raises gives INVALID with the reason: a judge never raises for a
     bad video. Without a rule a share ``invalid_rate`` of the videos is INVALID and a share ``success_rate`` of the rest
-    successful, the same for equal frames.
+    successful; equal frames get equal verdicts.
 
     Attributes:
-        calls: how often the judge was asked.
-        videos: how many videos it has seen.
+        calls: number of calls.
+        videos: number of videos seen.
     """
 
     def __init__(self, rule: Rule | None = None, *, success_rate: float = 0.5, invalid_rate: float = 0.0) -> None:
-        """Rates are in [0, 1] and count only when ``rule`` is None."""
+        """Rates are in [0, 1] and used only if ``rule`` is None."""
         for name, rate in (("success_rate", success_rate), ("invalid_rate", invalid_rate)):
             if not 0.0 <= rate <= 1.0:
                 raise InvalidOptionError(f"{name}={rate} must lie between 0 and 1.")
@@ -51,7 +51,7 @@ class ScriptedJudge:
             return self._by_hash(frames, instruction)
         try:
             return as_verdict(self.rule(video, instruction))
-        except Exception as error:  # noqa: BLE001 (a judge answers INVALID, whatever its rule does)
+        except Exception as error:  # noqa: BLE001 (a judge never raises for one video)
             return Verdict(Outcome.INVALID, f"rule failed: {type(error).__name__}: {error}")
 
     def _by_hash(self, frames: np.ndarray, instruction: str) -> Verdict:

@@ -1,9 +1,9 @@
 """From raw replies to a three-valued verdict: the strict reader and the majority of several votes.
 
-The reader accepts a reply only when the *whole* of it is one JSON object with exactly the two keys of the prompt (paper
-A.5), ``"Reasoning"`` (text) and ``"Final Answer"`` (``"Success"`` or ``"Failure"``). Anything else is INVALID with its
-reason. Readers that salvage JSON from free text take ``{"success": "false"}``, truncated objects or text quoting the
-instruction for successes, and reinforcement learning finds such holes.
+The reader accepts a reply only if *all* of it is one JSON object with exactly the two keys of the prompt (paper A.5),
+``"Reasoning"`` (text) and ``"Final Answer"`` (``"Success"`` or ``"Failure"``). Anything else is INVALID with its reason.
+Readers that salvage JSON from free text accept ``{"success": "false"}``, truncated objects or quoted instructions as
+successes, and reinforcement learning exploits such errors.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ ANSWERS = {"Success": Outcome.SUCCESS, "Failure": Outcome.FAILURE}
 _SPACE = r"[ \t\r\n]*+"
 _STRING = r'"(?:[^"\\\x00-\x1f]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*+"'
 _PAIR = rf"({_STRING}){_SPACE}:{_SPACE}({_STRING})"
-# The schema is flat, so one linear pattern with possessive repeats reads it. There is no nesting to recurse into, no
-# number to overflow and no duplicate key for a parser to silently resolve.
+# The schema is flat, so one linear pattern with possessive repeats reads it: no recursion, no number overflow and no
+# duplicate keys that a parser resolves silently.
 _OBJECT = re.compile(rf"{_SPACE}\{{{_SPACE}{_PAIR}{_SPACE},{_SPACE}{_PAIR}{_SPACE}\}}{_SPACE}")
 
 
 def read_reply(reply: object) -> tuple[Outcome, str]:
     """Read one reply of a vision-language judge.
 
-    Returns the outcome and a text: the model's reasoning (cut to 500 characters), or for INVALID what was wrong.
-    Never raises, whatever the reply is.
+    Returns the outcome and a text: the model's reasoning (cut to 500 characters), or the reason for INVALID. Never
+    raises.
     """
     if not isinstance(reply, str):
         return Outcome.INVALID, f"the reply is {type(reply).__name__}, expected text"
@@ -76,10 +76,10 @@ def combine_votes(votes: Sequence[Outcome], need: int = 4) -> Verdict:
 
 
 def verdict_of(replies: Sequence[tuple[object, str]], votes: int, need: int, latency_s: float = 0.0) -> Verdict:
-    """The verdict of raw replies to one question, each with why it ended ("stop", "length", ...).
+    """The verdict of raw replies to one question, each with its finish reason ("stop", "length", ...).
 
-    Votes that were asked for and are missing count as unreadable. The reason is the tally and the reasoning of the first
-    vote that agrees with the verdict; for INVALID what was wrong with the first unreadable one.
+    Missing votes count as unreadable. The reason is the tally and the reasoning of the first vote that agrees with the
+    verdict; for INVALID, the error of the first unreadable vote.
     """
     read = [read_reply(text) for text, _ in replies]
     outcomes = [outcome for outcome, _ in read] + [Outcome.INVALID] * (votes - len(read))
@@ -94,12 +94,12 @@ def verdict_of(replies: Sequence[tuple[object, str]], votes: int, need: int, lat
 
 
 def _storable(reply: object) -> str:
-    """A raw reply as text that any file can hold and that reads to the same vote; what is beyond reading is cut."""
+    """A raw reply as valid UTF-8 that reads to the same vote; characters beyond the limit are cut."""
     text = reply if isinstance(reply, str) else f"(not text but {type(reply).__name__})"
     return text[: MAX_REPLY_CHARS + 1].encode("utf-8", "replace").decode("utf-8")
 
 
 def _printable(text: str) -> str:
-    """Text that any terminal, log or JSON file can hold: no control characters, no lone surrogates, bounded length."""
+    """Text for terminals, logs and JSON: no control characters, no lone surrogates, bounded length."""
     cut = text[:MAX_REASON_CHARS].encode("utf-8", "replace").decode("utf-8")
     return "".join(character if character.isprintable() else " " for character in cut)

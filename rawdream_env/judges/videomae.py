@@ -1,13 +1,13 @@
-"""The one-shot reward model the paper compares its judge with: a VideoMAE classifier of 8-frame windows (appendix A.6).
+"""The paper's baseline reward model: a VideoMAE classifier of 8-frame windows (appendix A.6).
 
-A window of 8 frames and a task give a success probability; a video is scanned from its start, and the first window that
-reaches the threshold makes it a success (the paper then drops the later frames). Tasks are known by a learnt embedding
-each, so an instruction it was not trained on is INVALID, never a guess. It is trained by
-``rawdream_env.trainers.judge.reward_model`` on one to three demonstrations a task; the paper found such a model far behind a
-vision-language judge, and it is here to repeat that.
+A window of 8 frames and a task give a success probability. A video is scanned from its start, and the first window that
+reaches the threshold makes it a success; as in the paper, the later frames do not count. Each task has a learned
+embedding, so an instruction outside the training data is INVALID, never a guess.
+``rawdream_env.trainers.judge.reward_model`` trains it on one to three demonstrations per task. The paper found such a
+model far worse than a vision-language judge; it is included to reproduce that comparison.
 
-The network is transformers' ``VideoMAEModel``, randomly initialised at a size that trains on a CPU in minutes, or taken
-from a local folder of it (such as a download of ``videomae-base``) and fine-tuned.
+The network is the ``VideoMAEModel`` of transformers, randomly initialized at a size that trains on a CPU in minutes, or
+loaded from a local folder (such as a download of ``videomae-base``) and fine-tuned.
 
 Shape letters: N windows, F frames of a video, H W image, D width.
 """
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from rawdream_env.errors import CheckpointError
-from rawdream_env.files import atomic_write_json, load_weights, save_safetensors
+from rawdream_env.files import atomic_write_json, load_module, save_safetensors, sealed_folder
 from rawdream_env.judges.base import (
     Timer,
     check_pairs,
@@ -41,20 +41,20 @@ from rawdream_env.types import Outcome, UInt8Array, Verdict, Video
 KIND = "rawdream.judge.videomae"
 FORMAT = 1
 WINDOW = 8
-"""Frames the network sees at once."""
+"""Frames per window."""
 STRICT_THRESHOLD, THRESHOLD = 0.9, 0.5
-"""The paper's threshold on its demonstrations, and the one it had to use in reinforcement learning."""
+"""The paper's threshold on its demonstrations, and the one it used in reinforcement learning."""
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of VideoMAE's own preprocessing
 
 
 @dataclass(frozen=True)
 class VideoMAEJudgeConfig:
-    """Size of the network, the tasks it knows and how it scans; stored in config.json."""
+    """Size of the network, its tasks and the scan; stored in config.json."""
 
     tasks: tuple[str, ...]
-    """Their instructions, in the order of the embedding."""
+    """Instructions of the tasks, in the order of the embedding."""
     image_size: int = 64
-    """Pixels; frames of other sizes are brought to it by area interpolation."""
+    """Frame size in pixels; other frames are resized by area interpolation."""
     patch_size: int = 16
     tubelet_size: int = 2
     hidden_size: int = 128
@@ -62,12 +62,12 @@ class VideoMAEJudgeConfig:
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
     scan_stride: int = 4
-    """Frames between windows; the last window is always looked at."""
+    """Frames between windows; the last window is always included."""
     threshold: float = THRESHOLD
     """Probability from which a window is a success."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be built."""
+        """Refuse sizes that cannot be built."""
         tasks = [clean_instruction(task).lower() for task in self.tasks]
         if not tasks or len(set(tasks)) != len(tasks) or not all(tasks):
             raise CheckpointError(f"tasks must be different instructions, at least one; got {list(self.tasks)}")
@@ -85,12 +85,12 @@ class VideoMAEJudgeConfig:
 class VideoMAENetwork(nn.Module):
     """Windows and task numbers to success logits.
 
-    ``forward(windows (N, 8, H, W, 3) in [0, 255], tasks int64 (N,))`` returns (N,): the encoder's mean token, weighed by
-    the task's embedding, through one hidden layer.
+    ``forward(windows (N, 8, H, W, 3) in [0, 255], tasks int64 (N,))`` returns (N,): the encoder's mean token,
+    multiplied by the task's embedding, through one hidden layer.
     """
 
     def __init__(self, config: VideoMAEJudgeConfig, encoder: nn.Module | None = None) -> None:
-        """``encoder``: a ``VideoMAEModel`` to take over; None makes one with random weights."""
+        """``encoder``: a ``VideoMAEModel`` to use; None creates one with random weights."""
         super().__init__()
         if encoder is None:
             from transformers import VideoMAEModel
@@ -110,7 +110,7 @@ class VideoMAENetwork(nn.Module):
         mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (_MEAN, _STD))
         tokens = self.videomae(pixel_values=(pixels - mean) / std).last_hidden_state
         seen, task = self.norm(tokens.mean(1)), self.task(tasks)
-        # The product lets a task choose what to look for; from the two side by side that is learnt slowly.
+        # The product lets a task select features; from a concatenation alone this is learned slowly.
         out: Tensor = self.head(torch.cat([seen * task, task], dim=1))[:, 0]
         return out
 
@@ -126,11 +126,11 @@ def _transformers_config(config: VideoMAEJudgeConfig) -> Any:
 def from_transformers(folder: str | Path, tasks: Sequence[str]) -> VideoMAENetwork:
     """A network around the encoder of a local transformers folder (config.json, model.safetensors); the head is new.
 
-    Nothing is downloaded and nothing but safetensors is read. The window is 8 frames whatever the folder says: the
+    Nothing is downloaded, and only safetensors are read. The window has 8 frames whatever the folder's configuration: the
     position embedding is a fixed table.
 
     Raises:
-        CheckpointError: the folder holds no VideoMAE encoder of a kind that this judge can save.
+        CheckpointError: the folder does not contain a VideoMAE encoder that this judge supports.
     """
     from transformers import VideoMAEConfig, VideoMAEModel
 
@@ -143,7 +143,7 @@ def from_transformers(folder: str | Path, tasks: Sequence[str]) -> VideoMAENetwo
         ]
         config = VideoMAEJudgeConfig(tasks=tuple(tasks), **{name: getattr(theirs, name) for name in names})
         load: Any = VideoMAEModel.from_pretrained  # its annotation does not know output_loading_info
-        encoder, told = load(
+        encoder, loading = load(
             str(folder), config=_transformers_config(config), local_files_only=True, use_safetensors=True,
             output_loading_info=True,
         )  # fmt: skip
@@ -153,7 +153,7 @@ def from_transformers(folder: str | Path, tasks: Sequence[str]) -> VideoMAENetwo
             f"{folder} is no VideoMAE folder of transformers ({reason}); give one with config.json and model.safetensors."
         ) from error
     # A checkpoint made for fine-tuning pools in its classifier, so the encoder's own last norm may be absent there.
-    missing = sorted(name for name in told["missing_keys"] if not name.startswith("layernorm"))
+    missing = sorted(name for name in loading["missing_keys"] if not name.startswith("layernorm"))
     if missing:
         raise CheckpointError(f"{folder} lacks {len(missing)} tensors of the VideoMAE encoder, first {missing[0]}.")
     return VideoMAENetwork(config, encoder.float())
@@ -168,15 +168,20 @@ def scan_starts(num_frames: int, stride: int) -> list[int]:
 class VideoMAEJudge:
     """The reward model behind the ``Judge`` protocol; deterministic.
 
-    A verdict's ``probability`` is the highest of the windows looked at; its ``reason`` names the frames of the first
-    success. Videos shorter than 8 frames repeat their first frame.
+    A verdict's ``probability`` is the highest among the windows; its ``reason`` names the frames of the first success.
+    Videos shorter than 8 frames repeat their first frame.
 
     Args:
         network: the network, moved to ``device`` and put in evaluation mode.
-        metadata: anything worth keeping in config.json beside the configuration.
+        metadata: further content of config.json.
         device: torch device.
         batch_size: windows per pass.
+
+    Attributes:
+        scanning: True: a success ends the video, so a dream asks after every chunk by default.
     """
+
+    scanning = True
 
     def __init__(
         self,
@@ -236,12 +241,13 @@ class VideoMAEJudge:
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write ``config.json`` and ``model.safetensors`` (each atomically) and return the folder."""
         path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        save_safetensors(path / "model.safetensors", self.network.state_dict(), {"kind": KIND, "format": str(FORMAT)})
         model = {**asdict(self.network.config), "threshold": self.threshold}
-        atomic_write_json(
-            path / "config.json", {"kind": KIND, "format": FORMAT, "model": model, "metadata": self.metadata}
-        )
+        config = {"kind": KIND, "format": FORMAT, "model": model, "metadata": self.metadata}
+        with sealed_folder(path):
+            save_safetensors(
+                path / "model.safetensors", self.network.state_dict(), {"kind": KIND, "format": str(FORMAT)}
+            )
+            atomic_write_json(path / "config.json", config)
         return path
 
     @classmethod
@@ -253,8 +259,8 @@ class VideoMAEJudge:
         """
         path = Path(folder)
         content = read_config(path / "config.json", KIND, FORMAT)
-        network = VideoMAENetwork(_model_config(content.get("model"), path / "config.json"))
-        load_weights(network, path / "model.safetensors")
+        config = _model_config(content.get("model"), path / "config.json")
+        network = load_module(lambda: VideoMAENetwork(config), path / "model.safetensors")
         metadata = content.get("metadata")
         return cls(network, metadata=metadata if isinstance(metadata, dict) else {}, device=device)
 

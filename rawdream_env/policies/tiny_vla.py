@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from rawdream_env import text
 from rawdream_env.errors import CheckpointError, InvalidOptionError
-from rawdream_env.files import atomic_write_json, load_weights, read_json, save_safetensors
+from rawdream_env.files import atomic_write_json, load_module, read_json, save_safetensors, sealed_folder
 from rawdream_env.policies.action_tokens import NUM_TOKENS
 from rawdream_env.policies.base import TokenPolicy
 from rawdream_env.types import ACTION_DIM
@@ -251,18 +251,18 @@ class TinyVLA(TokenPolicy):
     def save_pretrained(self, folder: str | Path, *, metadata: Mapping[str, Any] | None = None) -> None:
         """Write ``model.safetensors`` (fp32) and ``config.json`` into ``folder``, each atomically."""
         path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
         tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
-        save_safetensors(path / "model.safetensors", tensors, {"kind": KIND})
-        atomic_write_json(path / "config.json", {"kind": KIND, **asdict(self.config), "metadata": dict(metadata or {})})
+        config = {"kind": KIND, **asdict(self.config), "metadata": dict(metadata or {})}
+        with sealed_folder(path):
+            save_safetensors(path / "model.safetensors", tensors, {"kind": KIND})
+            atomic_write_json(path / "config.json", config)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> TinyVLA:
         """Load a folder written by ``save_pretrained``; names, shapes and finiteness are checked (``CheckpointError``)."""
         path = Path(folder)
         config = _read_config(path / "config.json")
-        policy = cls(config)
-        load_weights(policy, path / "model.safetensors")
+        policy = load_module(lambda: cls(config), path / "model.safetensors")
         return policy.to(device).eval()
 
 

@@ -1,21 +1,20 @@
-"""Make the bundled models from scratch with one command: world model, judge, policy, starts, numbers, model card.
+"""Train the bundled models from scratch with one command: world model, judge, policy, starts, numbers, model card.
 
-    rawdream models train --preset cpu     hours on 2 cores; the model card says how many
+    rawdream models train --preset cpu     takes hours on 2 cores; the model card lists them
     rawdream models train --preset gpu     the same recipe with more data and more steps, on a CUDA device
 
-The stages, in order: collect play -> pre-train the policy on it -> let that policy act on instructions that are no
-task's -> train the world model on play and these rollouts -> imagine clips of other play -> train the judge on
-all of it -> collect 3 demonstrations per task -> fine-tune the policy on them -> render the starts -> put the checkpoints
-together -> measure everything -> write the model card. Nothing but the three demonstrations per task and the final
-measurement knows of the four tasks (paper section 3: task-agnostic).
+The stages, in order: collect play -> pre-train the policy on it -> run that policy on instructions that are not
+tasks -> train the world model on play and these rollouts -> imagine clips of other play -> train the judge on
+all of it -> collect 3 demonstrations per task -> fine-tune the policy on them -> render the starts -> copy the checkpoints
+-> evaluate everything -> write the model card. Only the three demonstrations per task and the final evaluation use the
+four tasks (paper section 3: task-agnostic).
 
-Why rollouts of the pre-trained policy: reinforcement learning drives the dream with sampled action tokens, which jitter
-as scripted play never does, and a world model is only as good as its data are near (paper section 4 has tele-operated
-play beside its policies).
+Rollouts of the pre-trained policy are training data because RL acts in the dream with sampled action tokens, which jitter
+unlike scripted play, and a world model is only accurate near its data.
 
-Each stage leaves a marker in ``out/stages`` when it is complete, with its settings and the hours it took, and is
-skipped from then on; an interrupted stage resumes from its trainer's last checkpoint. A marker made with other settings,
-here or in a stage this one builds on, stops the command: give another ``out``, or delete the marker and the folder.
+A complete stage writes a marker to ``out/stages`` with its settings and duration, and is skipped from then on. An
+interrupted stage resumes from its trainer's last checkpoint. A marker with other settings, of this stage or of one that it
+depends on, stops the command: choose another ``out``, or delete the marker and the folder.
 """
 
 from __future__ import annotations
@@ -59,17 +58,17 @@ class EmbeddedConfig:
     out: Path = Path("runs/embedded")
     """Folder for data, runs and, in ``assets``, the finished models. Rerun the same command to resume."""
     preset: Literal["cpu", "gpu", "smoke"] = "cpu"
-    """How much data and training. smoke: a little of everything, to see that it runs; its models are useless."""
+    """Amount of data and training. smoke: a quick test of all stages; its models are useless."""
     device: str = ""
-    """Torch device; empty: cuda for the gpu preset, else cpu."""
+    """Torch device; default: cuda for the gpu preset, else cpu."""
     workers: int = 2
-    """Simulator processes."""
+    """Simulator processes; 0: none besides this one, -1: one per core."""
     seed: int = 0
-    """Names every random draw."""
+    """Seed of all random draws."""
     until: str = ""
-    """Stop after this stage."""
+    """Stop after this stage; default: run all."""
     install: bool = False
-    """Copy the finished models over those of the installed package."""
+    """Replace the models of the installed package with the finished ones."""
     progress: bool = True
     """Show progress bars."""
 

@@ -172,7 +172,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _tokens(self, body: Mapping[str, Any]) -> int:
         """How many tokens the prompt would have: two per frame seen."""
-        frames = str(body["messages"][1]["content"][0]["video_url"]["url"]).count(",")
+        frames = str(body["messages"][-1]["content"][0]["video_url"]["url"]).count(",")
         return 2 * (frames if self.server.owner.honours_frames else min(32, frames))
 
     def _misbehave(self, fault: str, good: bytes) -> None:

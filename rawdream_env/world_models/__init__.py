@@ -1,4 +1,4 @@
-"""World models imagine what the camera sees. ``load_world_model`` finds one by name. Imports torch only when called."""
+"""World models predict what the camera sees. ``load_world_model`` resolves one by name and imports torch only when called."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ def load_world_model(
     approximations: Sequence[str] = (),
     micro_batch_size: int = 0,
 ) -> WorldModel:
-    """The world model that ``spec`` names: "embedded" (the bundled one), "null" (the twin for tests), a folder,
+    """The world model that ``spec`` names: "embedded" (the bundled one), "null" (the small twin, for tests), a folder,
     "owner/name" of the Hugging Face hub, "module:factory", or an object with the ``WorldModel`` protocol.
 
     Args:
         spec: see above.
-        device: where it computes.
+        device: device to compute on.
         dtype: precision of its weights; None: float32.
         num_inference_steps: evaluations of the sampler per chunk; None: the checkpoint's own.
         approximations: opt-in, at a cost in accuracy (docs/world_model.md): "rolling_cache" keeps the context's keys and
-            values across chunks, "tiny_decoder" decodes Wan's latents with TAEHV's, "fp8" rounds the blocks' matrix
-            products.
+            values across chunks, "tiny_decoder" decodes Wan's latents with TAEHV's decoder, "fp8" rounds the factors of
+            the blocks' matrix products to eight bits.
         micro_batch_size: rows computed at once, to bound memory; 0: as many as fit.
 
     Raises:
-        InvalidOptionError: an option, an object or a factory that does not fit.
+        InvalidOptionError: an option, object or factory is not usable.
         CheckpointError: the folder is missing or damaged.
     """
     from rawdream_env.types import WorldModel

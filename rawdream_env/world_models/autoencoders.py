@@ -1,12 +1,12 @@
-"""What turns frames into latents and back: the ``FrameCodec`` protocol and its embedded implementation.
+"""Frames to latents and back: the ``FrameCodec`` protocol and the bundled implementation.
 
-Stride (4, 8, 8) everywhere: the first latent, the anchor, is one frame; each later one covers four frames. 1 + 4M
-frames are 1 + M latents (paper section A.3). Decoding goes on from an explicit state, so that an episode can stop,
-start over or move to another batch row without its neighbours.
+The stride is (4, 8, 8): the first latent, the anchor, is one frame; each later latent covers four frames, so that 1 + 4M
+frames are 1 + M latents (paper, appendix A.1). Decoding continues from an explicit state: an episode can stop, restart or
+move to another row of the batch without an effect on the other rows.
 
-``PackedFrameAutoencoder`` packs four frames in the channels of 2-D convolutions; its anchor is the start frame four
-times. It stands where the full-size model has Wan's causal 3-D VAE (``wan_vae.py``, and ``tiny_decoder.py`` for its
-approximate fast decoder), which is about a hundred times too slow for a CPU.
+``PackedFrameAutoencoder`` packs four frames into the channels of 2-D convolutions; its anchor is the start frame, repeated
+four times. It takes the place of Wan's causal 3-D VAE (``wan/vae.py``; ``wan/tiny_decoder.py`` is a fast approximate
+decoder), which is about a hundred times too slow for a CPU.
 
 Shape letters: N rows, M latents after the anchor, G latents of a chunk, C channels, H W frame size, h w latent size.
 """
@@ -19,18 +19,19 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from rawdream_env.errors import InvalidOptionError
 from rawdream_env.world_models.wan.layers import ResBlock, RowExactConv2d
 
 FRAMES_PER_LATENT = 4
 
 DecoderState = tuple[Tensor, ...]
-"""What a decoder remembers of the past. Every tensor has the rows as dim 0: index, ``torch.where`` and ``torch.cat``
-them all alike to drop, restart or join rows. Rows of any age share a batch.
+"""What a decoder keeps of earlier latents. Dim 0 of every tensor is the rows: apply the same index, ``torch.where`` or
+``torch.cat`` to all tensors to drop, restart or join rows. Rows at different steps can share a batch.
 """
 
 
 class FrameCodec(Protocol):
-    """Frames to latents and back, causal in time. A result's row depends on nothing but the same row of the input."""
+    """Frames to latents and back, causal in time. Each row of a result depends only on the same row of the input."""
 
     @property
     def frame_shape(self) -> tuple[int, int, int]:
@@ -50,7 +51,7 @@ class FrameCodec(Protocol):
         """Anchors (N, C, h, w) -> the state from which the latents after them are decoded."""
 
     def decode_next(self, state: DecoderState, latents: Tensor) -> tuple[DecoderState, Tensor]:
-        """Latents (N, G, C, h, w) -> next state, uint8 (N, 4G, H, W, 3). ``state`` is left as it was."""
+        """Latents (N, G, C, h, w) -> next state, uint8 (N, 4G, H, W, 3). ``state`` is not modified."""
 
 
 def check_frames(frames: Tensor, frame_shape: tuple[int, int, int], video: bool = False) -> None:
@@ -89,6 +90,18 @@ class AutoencoderConfig:
     decoder_blocks: tuple[int, int] = (2, 2)
     """Residual blocks at 1/4 and 1/8 resolution of the decoder."""
 
+    def check(self) -> None:
+        """Raise ``InvalidOptionError`` for sizes that are out of range or that no layer can have."""
+        widths, blocks = self.widths, (*self.encoder_blocks, *self.decoder_blocks)
+        if self.image_size % 8 or not 8 <= self.image_size <= 8192:
+            raise InvalidOptionError(f"image_size {self.image_size} must be a multiple of 8, at most 8192.")
+        if not 1 <= self.latent_channels <= 1024 or any(w % 8 or not 8 <= w <= 8192 for w in widths):
+            raise InvalidOptionError(
+                f"latent_channels {self.latent_channels} must be between 1 and 1024, widths {widths} multiples of 8 up to 8192."
+            )
+        if any(not 0 <= n <= 1000 for n in blocks):
+            raise InvalidOptionError(f"encoder_blocks and decoder_blocks {blocks} must be between 0 and 1000.")
+
 
 def pack_frames(frames: Tensor) -> Tensor:
     """uint8 (N, 4, H, W, 3) -> float (N, 12, H, W) in [-1, 1]."""
@@ -104,10 +117,11 @@ def unpack_frames(packed: Tensor) -> Tensor:
 
 
 class PackedFrameAutoencoder(nn.Module):
-    """Encodes four frames into one latent frame and back; latents are normalised to zero mean, unit variance."""
+    """Encodes four frames into one latent frame and back; latents have zero mean and unit variance."""
 
     def __init__(self, config: AutoencoderConfig = AutoencoderConfig()) -> None:
         super().__init__()
+        config.check()
         self.config = config
         (w0, w1), c = config.widths, config.latent_channels
         self.encoder = nn.Sequential(
@@ -165,7 +179,7 @@ class PackedFrameAutoencoder(nn.Module):
         return latents
 
     def start_decoding(self, anchors: Tensor) -> DecoderState:
-        """Nothing: every latent is decoded on its own."""
+        """The empty state: every latent is decoded on its own."""
         check_latents(anchors, self.latent_shape)
         return ()
 

@@ -1,12 +1,12 @@
-"""Loading and saving world models: a folder of safetensors and JSON, checked on the way in.
+"""Load and save world models: a folder of safetensors and JSON, validated when it is read.
 
-    config.json     format, rollout settings and the robot's name (none: the default robot)
+    config.json     format, rollout settings and the robot's name (default robot when it is absent)
     transformer/    WanWorldModelTransformer in diffusers' layout
     autoencoder/    PackedFrameAutoencoder (embedded size), or
     vae/            AutoencoderKLWan in diffusers' layout (full size)
-    taew2_1.*       the tiny decoder, when it is there: .safetensors or .pth
+    taew2_1.*       the tiny decoder, optional: .safetensors or .pth
 
-Weights may be stored in fp16; they are loaded as fp32 and cast by ``dtype``.
+Weights may be stored in fp16; they are loaded in fp32 and cast to ``dtype``.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rawdream_env.errors import CheckpointError
-from rawdream_env.files import atomic_write_json, load_weights, read_json, save_safetensors
+from rawdream_env.errors import CheckpointError, InvalidOptionError
+from rawdream_env.files import atomic_write_json, load_module, read_json, save_safetensors, sealed_folder
 from rawdream_env.world_models.autoencoders import AutoencoderConfig, FrameCodec, PackedFrameAutoencoder
 from rawdream_env.world_models.pretrained import dataclass_from_json
 from rawdream_env.world_models.wan.chunk import ContextCache
@@ -29,7 +29,7 @@ FORMAT = "rawdream-world-model-2"
 
 
 def save_codec(codec: FrameCodec, folder: Path, *, half: bool = False) -> None:
-    """Write a frame codec into its place in a world model's ``folder``."""
+    """Write a frame codec into its subfolder of a world model's ``folder``."""
     if isinstance(codec, TinyDecoderCodec):
         codec = codec.base
     if isinstance(codec, WanVAE):
@@ -37,16 +37,16 @@ def save_codec(codec: FrameCodec, folder: Path, *, half: bool = False) -> None:
         return
     assert isinstance(codec, PackedFrameAutoencoder)
     target = folder / "autoencoder"
-    target.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.detach().cpu().contiguous() for k, v in codec.state_dict().items()}
-    save_safetensors(target / "model.safetensors", {k: v.half() if half else v for k, v in tensors.items()}, {})
-    atomic_write_json(target / "config.json", asdict(codec.config))
+    with sealed_folder(target):
+        save_safetensors(target / "model.safetensors", {k: v.half() if half else v for k, v in tensors.items()}, {})
+        atomic_write_json(target / "config.json", asdict(codec.config))
 
 
 def read_codec(folder: Path, latent_size: int, *, tiny: bool = False) -> FrameCodec:
     """The frame codec in a world model's ``folder``, for latents of ``latent_size`` rows and columns.
 
-    ``tiny`` decodes with the tiny decoder that lies beside the VAE; ``CheckpointError`` says where to get it.
+    ``tiny``: decode with the tiny decoder beside the VAE; when it is missing, ``CheckpointError`` names its source.
     """
     if (folder / "vae").is_dir():
         vae = WanVAE.from_pretrained(folder / "vae", latent_size * SPATIAL_STRIDE)
@@ -58,13 +58,12 @@ def read_codec(folder: Path, latent_size: int, *, tiny: bool = False) -> FrameCo
         raise CheckpointError(f"the tiny decoder is for the VAE of Wan 2.1, but {folder} has another frame codec.")
     path = folder / "autoencoder"
     values = read_json(path / "config.json")
-    codec = PackedFrameAutoencoder(dataclass_from_json(AutoencoderConfig, values, str(path / "config.json")))
-    load_weights(codec, path / "model.safetensors")
-    return codec
+    config = dataclass_from_json(AutoencoderConfig, values, str(path / "config.json"))
+    return load_module(lambda: PackedFrameAutoencoder(config), path / "model.safetensors")
 
 
 def save_world_model(model: WanWorldModel, folder: str | Path, *, half: bool = False) -> None:
-    """Write ``model`` to ``folder`` (created); ``half`` stores fp16. ``config.json`` comes last."""
+    """Write ``model`` to ``folder`` (created); ``half`` stores fp16. ``config.json`` is written last."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     model.transformer.save_pretrained(folder / "transformer", half=half)
@@ -86,14 +85,20 @@ def read_world_model(
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(
-            f"no world model in {folder}: config.json is missing; train one with `rawdream world-model train`"
+            f"no world model in {folder}: config.json is missing; train one with `rawdream world-model train`."
         )
     config = read_json(path)
     if config.get("format") != FORMAT:
         raise CheckpointError(
             f"{path} is not a world model of this package: expected format {FORMAT!r}, found {config.get('format')!r}."
         )
+    if not isinstance(config.get("rollout"), dict):
+        raise CheckpointError(f"{path} has no rollout settings; restore it from a copy.")
     settings = dataclass_from_json(RolloutConfig, config["rollout"], str(path))
+    try:
+        settings.check()
+    except InvalidOptionError as error:
+        raise CheckpointError(f"{path} cannot be used: {error}") from error
     transformer = WanWorldModelTransformer.from_pretrained(folder / "transformer")
     codec = read_codec(folder, transformer.arch.latent_shape[1], tiny=tiny_decoder)
     return WanWorldModel(

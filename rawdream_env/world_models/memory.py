@@ -1,7 +1,7 @@
-"""Memory that a world model needs, compared with what is free before anything is allocated.
+"""Memory that a world model needs, compared with the free memory before anything is allocated.
 
-Weights, states and caches follow exactly from shapes; activations are an upper bound. No estimate has been compared with a
-GPU yet. Not counted: the text encoder (never loaded), the policy and the judge.
+Sizes of weights, states and caches are exact; activations are an upper bound. The estimates have not been compared with a
+GPU yet. Not counted: the policy and the judge.
 
 Shape letters: D width, P tokens in a frame, R recent latent frames, G new ones.
 """
@@ -27,7 +27,7 @@ GIB = 2**30
 
 
 def free_memory(device: str | torch.device) -> int:
-    """Bytes that can still be allocated on ``device``: CUDA's free memory and what PyTorch holds unused, or the host's
+    """Bytes that can be allocated on ``device``: on CUDA the free memory and PyTorch's unused reserve, on a CPU the host's
     available memory within the limit of its control group.
     """
     device = torch.device(device)
@@ -38,7 +38,7 @@ def free_memory(device: str | torch.device) -> int:
 
 
 def host_memory(root: Path) -> int:
-    """Available bytes of the host whose /proc and /sys lie under ``root``; 2**63 when the system does not tell."""
+    """Available bytes of the host whose /proc and /sys lie under ``root``; 2**63 when the system does not report it."""
 
     def read(name: str) -> str:
         path = root / name
@@ -47,7 +47,7 @@ def host_memory(root: Path) -> int:
     found, meminfo, group = [2**63], read("proc/meminfo"), "sys/fs/cgroup/memory"
     if "MemAvailable:" in meminfo:
         found.append(int(meminfo.split("MemAvailable:")[1].split()[0]) * 1024)
-    for limit, used in (("max", "current"), ("limit_in_bytes", "usage_in_bytes")):  # of version 2 and of version 1
+    for limit, used in (("max", "current"), ("limit_in_bytes", "usage_in_bytes")):  # control groups, versions 2 and 1
         folder = group if limit == "limit_in_bytes" else "sys/fs/cgroup"
         most, now = read(f"{folder}/memory.{limit}"), read(f"{folder}/memory.{used}")
         if most.isdigit() and now.isdigit():
@@ -67,7 +67,7 @@ def require_memory(parts: Mapping[str, int], device: str | torch.device, what: s
 
 
 def _needed(parts: Mapping[str, int], device: str | torch.device) -> int:
-    """The sum; on a GPU 8 % more for fragmentation, and 1 GiB for CUDA's context and libraries."""
+    """The sum; on a GPU plus 8 % for fragmentation and 1 GiB for CUDA's context and libraries."""
     total = sum(parts.values())
     return total if torch.device(device).type == "cpu" else total + int(0.08 * total) + GIB
 
@@ -86,7 +86,7 @@ def rollout_memory(
     dtype: torch.dtype,
     context_cache: ContextCache = "step",
 ) -> dict[str, int]:
-    """Bytes to imagine ``num_envs`` episodes, ``rows`` at a time, besides the weights."""
+    """Bytes to imagine ``num_envs`` episodes, ``rows`` at a time, without the weights."""
     (c, h, w), r, tokens = arch.latent_shape, arch.context_latents, arch.tokens_per_frame
     state = 4 * ((1 + r) * (c * h * w + arch.condition_dim + arch.map_channels * h * w) + 7)  # fp32; 7: the pose
     frame_keys = 2 * arch.num_layers * arch.width * tokens * dtype.itemsize  # keys and values of a frame in all blocks
@@ -100,7 +100,7 @@ def rollout_memory(
     frames = arch.chunk_len * math.prod(codec.frame_shape)
     decoding = 3 * stream // 2 + 16 * frames
     return {
-        # Old, new, picked for denoising and being joined; of decoder streams old and new, and those of the rows at work.
+        # States: old, new, selected for denoising and joined. Decoder streams: old, new and those of the rows at work.
         "states": 4 * num_envs * (state + rolling),
         "decoder streams": (2 * num_envs + (rows if rows < num_envs else 0)) * stream,
         "frames": num_envs * frames,

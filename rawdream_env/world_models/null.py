@@ -1,8 +1,8 @@
-"""A world model of a few integer operations: the small twin behind the ``WorldModel`` protocol.
+"""A world model of a few integer operations: the small twin behind the ``WorldModel`` protocol, for tests.
 
-It knows no physics. What it keeps of the real ones is the contract: noise is keyed; draws, keys, start frames, proprio
-and every action change the frames; a row never depends on its neighbours, and a state can be gathered and merged by
-rows. Everything is integer arithmetic, so results are exact on every machine.
+It has no physics, but the contract of a real one: noise is keyed; draws, keys, start frames, proprio and every action
+change the frames; a row does not depend on other rows; rows of a state can be selected and merged. All arithmetic is on
+integers, so that results are exact on every machine.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class NullState:
 
 
 class NullWorldModel:
-    """Deterministic, fast and blind: frames are the start frame plus keyed coarse noise plus a shade of the actions."""
+    """Deterministic and fast: frames are the start frame plus keyed coarse noise plus a brightness from the actions."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class NullWorldModel:
 
 
 def _digest(values: Tensor) -> Tensor:
-    """(B, N) floats -> (B,) integers in [0, 10007); changes beyond 1e-4 show. Integer sums do not depend on order."""
+    """(B, N) floats -> (B,) integers in [0, 10007); changes above 1e-4 show. Integer sums do not depend on order."""
     whole = torch.round(values.detach().cpu().to(torch.float64) * 10_000).to(torch.int64)
     weights = torch.arange(1, whole.shape[1] + 1) * 7919 + 1
     return (whole * weights).sum(dim=1) % 10_007

@@ -1,7 +1,7 @@
-"""Reading and writing model folders in diffusers' layout, strictly: whole or not at all.
+"""Read and write model folders in diffusers' layout, strictly: completely or not at all.
 
 A folder holds ``config.json`` and ``diffusion_pytorch_model.safetensors``, or numbered shards with an index. diffusers'
-own loader only warns of missing and unknown tensors; here they are one error that names them all.
+own loader only warns about missing and unknown tensors; here one error names them all.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
 from rawdream_env.errors import CheckpointError
-from rawdream_env.files import check_weights, fsync_folder, load_tensors, read_json
+from rawdream_env.files import check_weights, fsync_folder, load_tensors, read_json, sealed_folder
 from rawdream_env.resolve import hub_folder, is_hub_id
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 def dataclass_from_json(cls: type[T], values: Mapping[str, Any], where: str) -> T:
-    """Build a frozen dataclass from JSON (lists become tuples); unknown keys are a ``CheckpointError``."""
+    """Build a frozen dataclass from JSON (lists become tuples); unknown keys and wrong types are a ``CheckpointError``."""
     known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
     if unknown := sorted(set(values) - known):
         raise CheckpointError(
@@ -38,10 +38,29 @@ def dataclass_from_json(cls: type[T], values: Mapping[str, Any], where: str) -> 
         if isinstance(value, list):
             value = tuple(value)
         elif isinstance(value, dict):
-            nested = [t for t in (hints[name], *getattr(hints[name], "__args__", ())) if is_dataclass(t)]
-            value = dataclass_from_json(nested[0], value, where)  # type: ignore[arg-type]
+            for nested in (hints[name], *get_args(hints[name])):
+                if is_dataclass(nested):
+                    value = dataclass_from_json(nested, value, where)  # type: ignore[arg-type]
+        if not _is_a(value, hints[name]):
+            kind = getattr(hints[name], "__name__", None) if not get_args(hints[name]) else None
+            raise CheckpointError(
+                f"{where} has {name} {str(value)[:80]!r}, expected {kind or hints[name]}; restore it."
+            )
         out[name] = value
     return cls(**out)
+
+
+def _is_a(value: object, hint: Any) -> bool:
+    """Whether a value read from JSON has a dataclass field's type; whole numbers are floats too."""
+    args = get_args(hint)
+    if get_origin(hint) is tuple:
+        items = args[:1] * len(value) if isinstance(value, tuple) and args[-1] is Ellipsis else args
+        return isinstance(value, tuple) and len(value) == len(items) and all(map(_is_a, value, items))
+    if args:
+        return any(_is_a(value, arg) for arg in args)
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool) and -(2**63) < value < 2**63
+    return isinstance(value, hint)
 
 
 def find_folder(
@@ -51,7 +70,7 @@ def find_folder(
     revision: str | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """The local folder of a checkpoint; ``owner/name`` is fetched from the Hugging Face hub when no such folder exists."""
+    """The local folder of a checkpoint; ``owner/name`` is downloaded from the Hugging Face hub when there is no such folder."""
     path = Path(source)
     if not path.is_dir():
         if not is_hub_id(str(source)):
@@ -72,7 +91,7 @@ def read_config(folder: Path, class_name: str) -> dict[str, Any]:
 def read_folder(folder: Path) -> tuple[dict[str, Tensor], Path]:
     """Every tensor of a folder, on the CPU, from one safetensors file or numbered shards; and the file that lists them.
 
-    Their values are not looked at: ``check_weights`` does that. ``CheckpointError`` when a file is missing or damaged.
+    Values are not checked here (``check_weights`` does). ``CheckpointError`` when a file is missing or damaged.
     """
     whole, index = folder / WEIGHTS, folder / f"{WEIGHTS}.index.json"
     if not index.is_file():
@@ -89,12 +108,12 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], Path]:
 def load_pretrained(model: nn.Module, folder: Path) -> None:
     """Load all tensors of a folder into ``model``, in the model's precision, or none (``CheckpointError``).
 
-    ``model`` may be on the meta device: its tensors are replaced, not filled.
+    ``model`` may be on the meta device: its tensors are replaced, not overwritten.
     """
     tensors, where = read_folder(folder)
     wanted = model.state_dict()
     check_weights(tensors, wanted, where)
-    # Copies: kernels on a CPU may round differently for memory that is not aligned, as parts of a file are.
+    # Copies: CPU kernels may round differently on unaligned memory, such as a mapped file.
     own = {name: tensor.to(wanted[name].dtype, copy=True) for name, tensor in tensors.items()}
     model.load_state_dict(own, assign=True)
 
@@ -102,7 +121,7 @@ def load_pretrained(model: nn.Module, folder: Path) -> None:
 def write_pretrained(model: Any, folder: Path, *, half: bool = False, max_shard_size: str = "5GB") -> None:
     """Write a diffusers model's folder; ``half`` stores fp16. ``CheckpointError`` when a tensor is not finite.
 
-    Everything is written beside the folder first; then the files are moved in, the configuration last.
+    All files are first written beside the folder and then moved into it, the configuration last.
     """
     state = {k: v.detach().to("cpu", torch.float16 if half and v.is_floating_point() else v.dtype) for k, v in
              model.state_dict().items()}  # fmt: skip
@@ -118,23 +137,24 @@ def write_pretrained(model: Any, folder: Path, *, half: bool = False, max_shard_
             filename_pattern=Path(WEIGHTS).stem + "{suffix}.safetensors",
             max_shard_size=max_shard_size,
         )
-        (temporary / "config.json").write_text(model.to_json_string())
+        (temporary / "config.json").write_text(model.to_json_string(), encoding="utf-8")
         fresh = sorted(temporary.iterdir(), key=lambda path: path.name == "config.json")
-        for path in fresh:
-            path.chmod(0o666 & ~_umask())
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(path, folder / path.name)
-        for stale in folder.glob(f"{Path(WEIGHTS).stem}*"):
-            if stale.name not in {path.name for path in fresh}:
-                stale.unlink()
-        fsync_folder(folder)
+        with sealed_folder(folder):
+            for path in fresh:
+                path.chmod(0o666 & ~_umask())
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+                os.replace(path, folder / path.name)
+            for stale in folder.glob(f"{Path(WEIGHTS).stem}*"):
+                if stale.name not in {path.name for path in fresh}:
+                    stale.unlink()
+            fsync_folder(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _umask() -> int:
-    """The process's umask, which can only be read by setting it."""
+    """The umask of the process, which can only be read by setting it."""
     mask = os.umask(0o022)
     os.umask(mask)
     return mask

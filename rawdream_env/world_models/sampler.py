@@ -1,7 +1,7 @@
 """Flow-matching UniPC (order 2, bh2), the paper's sampler: 5 evaluations, no classifier-free guidance.
 
 Rectified flow (paper Eq. 1): z_sigma = sigma * eps + (1 - sigma) * z0, velocity v = eps - z0, so z0 = z_sigma - sigma *
-v. The coefficients are plain float64 numbers computed once; the state stays a tensor. Numerically equal to diffusers'
+v. The coefficients are float64 numbers, computed once. Numerically equal to diffusers'
 ``UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)``. Source: UniPC, arXiv 2302.04867.
 """
 
@@ -19,9 +19,9 @@ NUM_TRAIN_TIMESTEPS = 1000
 
 @lru_cache(maxsize=32)
 def flow_sigmas(num_inference_steps: int, shift: float = 1.0) -> tuple[float, ...]:
-    """Noise levels of each evaluation and the final 0: ``num_inference_steps + 1`` falling numbers."""
+    """Noise levels of the evaluations, and a final 0: ``num_inference_steps + 1`` decreasing numbers."""
     if num_inference_steps < 1:
-        raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+        raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}.")
     sigmas = np.linspace(1, 1 / NUM_TRAIN_TIMESTEPS, num_inference_steps + 1)[:-1]
     sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
     sigmas[0] -= 1e-6  # at exactly 1 the log signal-to-noise ratio is minus infinity

@@ -17,6 +17,7 @@ from rawdream_env.data.hdf5 import list_demos, read_demo
 from rawdream_env.data.import_hdf5 import ImportConfig, import_hdf5
 from rawdream_env.data.lerobot import LeRobotReader
 from rawdream_env.errors import DatasetError, MissingDependencyError
+from rawdream_env.files import lock_file
 
 h5py = pytest.importorskip("h5py")
 ROWS = 7
@@ -230,3 +231,16 @@ def test_damaged_absent_and_unfitting_files(config: ImportConfig, tmp_path: Path
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(MissingDependencyError, match=r"rawdream-env\[hdf5\]"):
         import_hdf5(config)
+
+
+def test_one_import_at_a_time_and_no_litter_of_killed_ones(tmp_path: Path) -> None:
+    write_file(tmp_path / "src" / "a.hdf5")
+    config = ImportConfig(str(tmp_path / "src"), str(tmp_path / "out"), progress=False)
+    (tmp_path / "out" / "data").mkdir(parents=True)
+    litter = tmp_path / "out" / "data" / ".file-000.parquet.1.ab.tmp"
+    litter.write_bytes(b"half")
+    with lock_file(tmp_path / "out" / ".lock"), pytest.raises(DatasetError, match="being written by another process"):
+        import_hdf5(config)
+    assert litter.exists()
+    import_hdf5(config)
+    assert not litter.exists() and (tmp_path / "out" / "meta" / "info.json").exists()

@@ -27,7 +27,12 @@ from rawdream_env.errors import (
     RawDreamError,
     ResetNeededError,
 )
+from rawdream_env.judges import load_judge
+from rawdream_env.judges.base import is_scanning
+from rawdream_env.judges.ensemble import EnsembleJudge
+from rawdream_env.judges.robometer import RobometerJudge
 from rawdream_env.judges.scripted import ScriptedJudge
+from rawdream_env.judges.videomae import VideoMAEJudge
 from rawdream_env.seeding import NoiseKey
 from rawdream_env.starts import ListStarts, NullStarts, StartSource, load_starts
 from rawdream_env.starts.pack import PackStarts, save_start_pack
@@ -190,6 +195,42 @@ def test_judge_every_chunk_ends_at_the_first_success_and_rows_leave_the_batch():
     assert not results[2][1].any()
     with pytest.raises(ResetNeededError, match="reset_mask"):
         env.step(actions_for(env))
+
+
+class Scanning(ScriptedJudge):
+    """Success from 17 frames on, for a judge that looks for the first success in a video."""
+
+    scanning = True
+
+    def __init__(self):
+        super().__init__(lambda video, text: len(video.frames) >= 17)
+
+
+def test_a_scanning_judge_ends_the_episode_at_its_success_by_default():
+    whole, scanned = (
+        dream(judge=judge, autoreset_mode="Disabled")
+        for judge in (ScriptedJudge(lambda video, text: len(video.frames) >= 17), Scanning())
+    )
+    assert (whole.judge_every, scanned.judge_every) == ("episode", "chunk")
+    for env, chunks in ((whole, 3), (scanned, 2)):
+        env.reset(seed=0)
+        results = [env.step(actions_for(env, t)) for t in range(chunks)]
+        assert [result[2].all() for result in results] == [False] * (chunks - 1) + [True]
+        assert results[-1][1].tolist() == [1.0] * 4
+        assert {len(video.frames) for video in env.videos()} == {
+            1 + 8 * chunks
+        }  # the frames behind it are not imagined
+    assert dream(judge=Scanning(), judge_every="episode").judge_every == "episode"
+
+
+def test_which_judges_scan():
+    assert VideoMAEJudge.scanning and RobometerJudge("http://localhost:8000").scanning
+    plain = ScriptedJudge()
+    assert not any(is_scanning(judge) for judge in (plain, load_judge("embedded"), EnsembleJudge([plain, Scanning()])))
+    assert is_scanning(EnsembleJudge([Scanning(), Scanning()]))
+    assert dream(judge=Scanning(), held_out_judge="scripted").judge_every == "chunk"
+    assert dream(judge="scripted", held_out_judge=Scanning()).judge_every == "episode"
+    assert dream(judge="none").judge_every == "episode"
 
 
 @pytest.mark.parametrize("mode", MODES)

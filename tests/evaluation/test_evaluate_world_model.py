@@ -113,7 +113,10 @@ def test_little_more_than_noise_is_not_listening() -> None:
     heard = {"change": 3.0, "ratio": {**ratio, "low": 1.1}}
     assert action_sensitivity_warning({"n": 5, "swapped": heard, "zeroed": heard}) == ""
     said = action_sensitivity_warning({"n": 5, "swapped": heard, "zeroed": {"change": 3.0, "ratio": ratio}})
-    assert "no motion at all" in said and "1.20 times" in said and "n=5" in said
+    assert "no motion at all" in said and "1.20 times" in said and "[0.90, 1.60], n=5" in said
+    equal = {"value": 0.5, "low": None, "high": None, "n": 5}  # every resample gives the same ratio
+    said = action_sensitivity_warning({"n": 5, "swapped": {"change": 3.0, "ratio": equal}, "zeroed": heard})
+    assert "0.50 times" in said and "[no interval], n=5" in said
 
 
 class ToyVideoFeatures:
@@ -171,7 +174,7 @@ def test_the_command_writes_its_files(play: Path, tmp_path: Path) -> None:
     assert "FVD, 16-frame clips (lower is better)" in first.table()
     again = evaluate_world_model(config, progress=False)  # in the same folder, without extractors
     assert again.report["horizon"][0]["dream"]["psnr"] == first.report["horizon"][0]["dream"]["psnr"]
-    assert "LPIPS, whole picture" in again.table() and "not measured" in again.table()
+    assert "LPIPS, whole image" in again.table() and "not measured" in again.table()
     assert sum("is not measured" in note and "--" in note for note in again.report["notes"]) == 2
 
 
@@ -198,7 +201,7 @@ def test_recordings_of_another_size_are_resized_and_it_is_said(play: Path, tmp_p
         data=(str(play),), out=str(tmp_path), episodes=1, horizon=8, sensitivity_episodes=0
     )
     report = evaluate_world_model(config, world_model=NullWorldModel((32, 32, 3)), progress=False).report
-    assert any("frames of (64, 64, 3), resized here to (32, 32, 3)" in note for note in report["notes"])
+    assert any("frames of shape (64, 64, 3); they are resized to (32, 32, 3)" in note for note in report["notes"])
 
 
 def test_mistakes_are_found_before_the_work(play: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

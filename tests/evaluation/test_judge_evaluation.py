@@ -66,7 +66,7 @@ def test_labels_come_from_the_columns_of_a_data_set(tmp_path: Path) -> None:
     piper = data(tmp_path / "piper", [1, 0, 0, 1], "privileged.relations", texts)
     assert [(c.label, c.task) for c in recorded_clips([piper])][3] == (True, TASKS[3].name)
     for where, options, message in (
-        (data(tmp_path / "none", [1], "privileged.relations"), {}, "nothing says whether episode 0"),
+        (data(tmp_path / "none", [1], "privileged.relations"), {}, "has no success label for episode 0"),
         (folder, {"success_key": "won"}, "no column 'won'"),
     ):
         with pytest.raises(DatasetError, match=message):

@@ -159,6 +159,8 @@ def test_fvd_says_how_many_and_that_they_are_few() -> None:
     assert result["low"] <= result["value"] <= result["high"] and fvd.caution(result) == ""
     far = fvd.frechet_video_distance(real, [r * rng.uniform(0.5, 2) for r in real])
     assert far["low"] < far["value"] < far["high"]
+    alike = fvd.frechet_video_distance([real[0]] * 5, [fake[0]] * 5)  # leaving a group out changes nothing
+    assert alike["value"] > 0 and alike["low"] is None and alike["high"] is None and alike["n"] == 5
     few = fvd.frechet_video_distance(real[:1], fake[:1])
     assert few["low"] is None and "3 clips of 4 features" in fvd.caution(few)
     assert "too few" in fvd.caution(fvd.frechet_video_distance(real[-1:], fake[-1:]))

@@ -7,6 +7,7 @@ the picture. The policy pushes with a force that differs by start.
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from rawdream_env.evaluation.side_by_side import aggregate as agg
 from rawdream_env.evaluation.side_by_side import report
 from rawdream_env.evaluation.side_by_side.evaluate import EvaluateConfig, evaluate, make_starts, parse_policies
 from rawdream_env.evaluation.side_by_side.records import EpisodeRecord, SideBySide
+from rawdream_env.evaluation.side_by_side.table import table
 from rawdream_env.judges.scripted import ScriptedJudge
 from rawdream_env.seeding import NoiseKey
 from rawdream_env.types import PolicyOutput, Video
@@ -182,9 +184,9 @@ def test_a_true_dream_agrees_on_everything() -> None:
     for name in ("closed_loop", "dreamed_actions", "simulator_actions", "judge_on_simulator"):
         assert overall[name]["agreement"]["value"] == 1.0 and overall[name]["kappa"]["value"] == pytest.approx(1.0)
     assert overall["verification"]["flagged"]["successes"] == 0
-    for table in result.report["policies"][0]["horizon"].values():
-        assert [row["frames"] for row in table] == [[0, 4], [4, 8]]
-        assert all(row["dream"]["psnr"]["value"] == 60.0 for row in table)
+    for rows in result.report["policies"][0]["horizon"].values():
+        assert [row["frames"] for row in rows] == [[0, 4], [4, 8]]
+        assert all(row["dream"]["psnr"]["value"] == 60.0 for row in rows)
 
 
 def test_an_optimistic_dream_is_caught_by_its_own_actions() -> None:
@@ -260,6 +262,32 @@ def test_gain_and_ranking_of_three_policies() -> None:
 
 def record(policy: str, index: int, simulator: bool, dream: int) -> EpisodeRecord:
     return EpisodeRecord(policy, "stack_block", index, index, simulator, simulator, dream)
+
+
+def test_the_conclusion_is_in_the_report_and_at_the_top_of_the_page(tmp_path: Path) -> None:
+    # 20 starts: after training 15 succeed in the dream (5 before), 3 in the simulator (16 before).
+    records = [record("before", i, i < 16, i < 5) for i in range(20)]
+    records += [record("after", i, i < 3, i < 15) for i in range(20)]
+    written = SideBySide(agg.aggregate(records, {}, chunk_len=K, config={"videos": 1}), records)
+    report.write_report(written, tmp_path, 10.0)
+    said = "'after' got better in the dream and worse in the simulator: it learned where the dream is wrong."
+    assert json.loads((tmp_path / "report.json").read_text())["conclusions"] == [said]
+    page = html.unescape((tmp_path / "report.html").read_text())
+    assert page.count(said) == 1 and page.index(said) < page.index("<h2>")
+    assert table(written.report).splitlines()[-1] == said
+
+
+def test_equal_pairs_conclude_nothing() -> None:
+    records = [record(name, i, False, 0) for name in ("before", "after") for i in range(8)]
+    made = agg.aggregate(records, {}, chunk_len=K)
+    for world in ("dream", "simulator"):
+        gain = made["policies"][1]["gain"][world]
+        assert (gain["value"], gain["low"], gain["high"]) == pytest.approx((0.0, -0.195996, 0.195996), abs=1e-6)
+    assert made["conclusions"] == ["'after' shows no clear change in the simulator; more starts narrow the interval."]
+    assert "simulator: +0.0 points [-19.6, +19.6], n=8 starts" in table(made)
+    one_sided = [record("good", i, True, 1) for i in range(8)] + [record("bad", i, False, 0) for i in range(8)]
+    spearman = agg.rank_policies(one_sided)["spearman"]
+    assert spearman == {"value": pytest.approx(1.0), "low": None, "high": None, "n": 8}
 
 
 def test_ranking_finds_what_the_dream_swaps() -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import email
+import email.policy
+import io
 import json
 import math
 import threading
@@ -18,7 +21,7 @@ import numpy as np
 import pytest
 
 from rawdream_env.envs.dream import DreamVectorEnv
-from rawdream_env.errors import InvalidOptionError
+from rawdream_env.errors import InvalidOptionError, JudgeError
 from rawdream_env.judges import load_judge
 from rawdream_env.judges.ensemble import EnsembleJudge, HoldOutJudge, JudgeGap, JudgeGapWarning
 from rawdream_env.judges.robometer import RobometerJudge
@@ -52,7 +55,9 @@ def test_one_judge_that_fails_does_not_take_the_others_with_it() -> None:
 
     verdict = EnsembleJudge([always(YES, 0.8), broken], "any")([CLIP], ["go"])[0]
     assert verdict.outcome is YES and verdict.probability == 0.8 and "boom" in verdict.reason
-    assert EnsembleJudge([always(YES), lambda v, t: []], "all")([CLIP], ["go"])[0].outcome is UNREAD
+    assert EnsembleJudge([always(YES), broken], "all")([CLIP], ["go"])[0].outcome is UNREAD
+    with pytest.raises(JudgeError, match="0 verdicts for 1 videos"):  # not a failure but a judge that is none
+        EnsembleJudge([always(YES), lambda v, t: []], "all")([CLIP], ["go"])
     with pytest.raises(InvalidOptionError, match="2 judges"):
         EnsembleJudge([always(YES)])
 
@@ -124,17 +129,60 @@ def reply(handler: Any, status: int, body: bytes, length: int | None = None, **h
     handler.wfile.write(body)
 
 
+def probabilities(*values: Any) -> bytes:
+    """The server's response to one sample."""
+    success = {"success_probs": [list(values)]}
+    progress = {"progress_pred": [[0.5] * len(values)]}
+    return json.dumps({"outputs_preference": None, "outputs_progress": progress, "outputs_success": success}).encode()
+
+
 def chances(*values: float) -> Answer:
-    return lambda handler, asked: reply(handler, 200, json.dumps({"success_probability": values}).encode())
+    return lambda handler, asked: reply(handler, 200, probabilities(0.0, *values))
+
+
+def parsed(handler: Any) -> dict[str, Any]:
+    """A multipart request as the public server reads it: .npy files and JSON fields, references replaced by arrays."""
+    head = f"Content-Type: {handler.headers['Content-Type']}\r\n\r\n".encode()
+    message = email.message_from_bytes(
+        head + handler.rfile.read(int(handler.headers["Content-Length"])), policy=email.policy.HTTP
+    )
+    arrays: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
+    for part in message.iter_parts():  # type: ignore[attr-defined]
+        name, content = part.get_param("name", header="content-disposition"), part.get_payload(decode=True)
+        if part.get_filename():
+            assert part.get_filename().endswith(".npy")
+            arrays[name] = np.load(io.BytesIO(content), allow_pickle=False)
+        else:
+            fields[name] = json.loads(content)
+    steps = fields.pop("use_frame_steps", False)
+    samples = [fields[f"sample_{i}"] for i in range(len(fields))]
+    for sample in samples:
+        assert sample["sample_type"] == "progress"
+        sample["trajectory"]["frames"] = arrays[sample["trajectory"]["frames"]["__numpy_file__"]]
+    return {"samples": samples, "use_frame_steps": steps, "path": handler.path}
+
+
+def brightness(handler: Any, asked: dict[str, Any]) -> None:
+    """The server with a model that takes the brightness of the newest frame it sees for the probability of success.
+
+    With frame steps, frame i is judged from 4 frames spread over the first i + 1; without, from the whole video.
+    """
+    rows = []
+    for sample in asked["samples"]:
+        frames = sample["trajectory"]["frames"]
+        seen = [frames[np.linspace(0, i, 4, dtype=int)] for i in range(len(frames))]
+        rows.append([float((s if asked["use_frame_steps"] else frames)[-1].mean()) / 255 for s in seen])
+    reply(handler, 200, json.dumps({"outputs_progress": None, "outputs_success": {"success_probs": rows}}).encode())
 
 
 @pytest.fixture
 def service() -> Iterator[Any]:
-    """A server whose ``answers`` are given one after the other, the last for ever; ``asked`` are the bodies."""
+    """A server that gives its ``answers`` in order and repeats the last; ``asked`` are the requests as it reads them."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked = parsed(self)
             server.asked.append(asked)
             server.keys.append(self.headers.get("Authorization"))
             answer = server.answers.pop(0) if len(server.answers) > 1 else server.answers[0]
@@ -147,7 +195,7 @@ def service() -> Iterator[Any]:
     server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     server.asked, server.keys, server.answers = [], [], [chances(0.1, 0.2)]
-    server.url = f"http://127.0.0.1:{server.server_port}/judge"
+    server.url = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -162,16 +210,35 @@ def test_the_first_chunk_above_the_threshold_is_the_success(service: Any, monkey
     verdicts = [judge([CLIP], [" put\x00 it "])[0] for _ in range(3)]
     assert [v.outcome for v in verdicts] == [YES, YES, NO] and verdicts[0].probability == 0.9
     assert "frame 8" in verdicts[0].reason and "frame 16" in verdicts[1].reason
-    asked = service.asked[0]
-    assert asked["chunk_ends"] == [8, 16] and len(asked["frames"]) == 17 and asked["instruction"] == "put it"
+    (sample,) = service.asked[0]["samples"]
+    trajectory = sample["trajectory"]
+    assert trajectory["frames"].shape == (3, 8, 8, 3) and trajectory["frames"].dtype == np.uint8
+    assert trajectory["task"] == "put it" and trajectory["frames_shape"] == [3, 8, 8, 3]
+    assert service.asked[0]["path"] == "/evaluate_batch_npy" and service.asked[0]["use_frame_steps"] is True
     assert set(service.keys) == {"Bearer secret"} and "secret" not in repr(vars(judge))
+
+
+def test_chunks_are_judged_from_the_frames_up_to_them(service: Any) -> None:
+    """The start frame and every chunk's last frame travel; a bright start is no success, a bright later chunk is."""
+    service.answers = [brightness]
+    frames = np.zeros((21, 8, 8, 3), np.uint8)
+    frames[0] = frames[15] = 255  # the start and a frame within a chunk: neither ends a chunk
+    frames[16], frames[20] = 230, 100
+    judge = RobometerJudge(f"{service.url}/")
+    verdict, dark = judge([Video(frames, 10.0), Video(np.zeros_like(frames), 10.0)], ["go", "go"])
+    assert verdict.outcome is YES and verdict.probability == pytest.approx(230 / 255) and "frame 16" in verdict.reason
+    assert dark.outcome is NO and dark.probability == 0.0
+    sent = {asked["samples"][0]["trajectory"]["frames"].tobytes() for asked in service.asked}
+    assert frames[[0, 8, 16, 20]].tobytes() in sent
 
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"{", b"[]", b"[" * 50_000, b'{"success_probability": [0.9]}', b'{"success_probability": [0.9, NaN]}',
-     b'{"success_probability": [0.9, "1"]}', b'{"success_probability": [0.9, true]}', b'{"success_probability": 1}',
-     b'{"success_probability": [0.9, 1.1]}', b'{"success_probability": [0.9, 0.9], "x": 1}', b"\xff" * 9],
+    [b"", b"{", b"[]", b"[" * 50_000, b"{}", b'{"outputs_success": null}', b'{"outputs_success": {"success_probs": 1}}',
+     b'{"outputs_success": {"success_probs": []}}', b'{"outputs_success": {"success_probs": [0.9, 0.9, 0.9]}}',
+     probabilities(0.9), probabilities(0, 0.9), probabilities(0, 0.9, 0.9, 0.9), probabilities(0, 0.9, math.nan),
+     probabilities(0, 0.9, "1"), probabilities(0, 0.9, True), probabilities(0, 0.9, 1.1), probabilities(0, 0.9, None),
+     b'{"success_probability": [0.9, 0.9]}', b"\xff" * 9],
 )  # fmt: skip
 def test_anything_but_the_schema_is_invalid(service: Any, body: bytes) -> None:
     service.answers = [lambda handler, asked: reply(handler, 200, body)]
@@ -181,7 +248,7 @@ def test_anything_but_the_schema_is_invalid(service: Any, body: bytes) -> None:
 
 def test_outages_are_tried_again_and_bad_requests_are_not(service: Any) -> None:
     def cut(handler: Any, asked: Any) -> None:
-        reply(handler, 200, b'{"success', length=400)
+        reply(handler, 200, b'{"outputs_success', length=400)
 
     def reset(handler: Any, asked: Any) -> None:
         handler.connection.close()
@@ -226,7 +293,7 @@ def test_bad_items_are_not_sent_and_bad_options_are_named(service: Any) -> None:
     empty = Video(np.zeros((1, 8, 8, 3), np.uint8), 10.0)
     assert [v.outcome for v in judge([empty, CLIP], ["go", ""])] == [UNREAD, UNREAD] and not service.asked
     assert judge([], []) == []
-    for url in ("ftp://x/y", "localhost:80", "http://user:secret@host/"):
+    for url in ("ftp://x/y", "localhost:80", "http://user:secret@host/", "http://host:99999", "http://host/a b"):
         with pytest.raises(InvalidOptionError, match="address") as error:
             RobometerJudge(url)
         assert "secret" not in str(error.value)

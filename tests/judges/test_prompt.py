@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
+import pickle
 import random
 from pathlib import Path
 
@@ -17,11 +19,11 @@ from tiny_qwen import SPECIAL, save_tiny_qwen3vl
 
 from rawdream_env import cli
 from rawdream_env.data.video import encode_video
-from rawdream_env.errors import CheckpointError, DatasetError
+from rawdream_env.errors import CheckpointError, DatasetError, InvalidOptionError
 from rawdream_env.evaluation.judges.watch import read_video
 from rawdream_env.judges import load_judge
 from rawdream_env.judges.vlm import prompt
-from rawdream_env.judges.vlm.config import VLMLocalConfig
+from rawdream_env.judges.vlm.config import VLMLocalConfig, VLMServerConfig
 from rawdream_env.judges.vlm.local import VLMLocalJudge, fitted_size, qwen_text, qwen_video
 from rawdream_env.testing.faults import FaultServer
 from rawdream_env.text import MAX_INSTRUCTION_LENGTH
@@ -91,6 +93,52 @@ def test_plain_instructions_arrive_word_for_word() -> None:
         'put the "red" cup\'s lid on, 2 cm left'
     )
     assert prompt.why_not_askable("|<>|") and prompt.why_not_askable(None) and not prompt.why_not_askable("go")
+
+
+def test_the_default_prompt_asks_the_papers_question_and_no_more() -> None:
+    (message,) = prompt.chat_messages("video", "put the cup down")
+    text = message["content"][1]["text"]
+    assert message["role"] == "user" and message["content"][0]["video_url"] == {"url": "video"}
+    assert text.count("put the cup down") == 1 and '"Final Answer": "Success" or "Failure"' in text
+    demands = ("strict", "rigorous", "expert", "examiner", "fully", "only if", "cannot see")
+    assert not [word for word in demands if word in text]
+    # Failure is named once, as one of two answers: there is no default.
+    assert text.count("Failure") == text.count("Success") == 1
+    assert VLMServerConfig(servers=("http://a/v1",)).prompt == VLMLocalConfig(model="m").prompt == "plain"
+    assert "system" not in qwen_text((0.0, 0.2), (1, 2, 2), "go")
+
+
+def test_the_strict_prompt_is_kept_by_name() -> None:
+    """The text of earlier versions, so that cached replies and measurements stay comparable."""
+    system, user = prompt.chat_messages("video", "put the cup down", prompt.load_prompt("strict"))
+    digest = hashlib.sha256(f"{system['content']}|{user['content'][1]['text']}".encode()).hexdigest()
+    assert system["role"] == "system" and digest == "7df8a930099bf57609ef011b2776edd44258748450fd672d45844309b0088dec"
+    assert qwen_text((0.0, 0.2), (1, 2, 2), "go", prompt.STRICT).startswith("<|im_start|>system\nYou are a strict")
+
+
+def test_a_file_replaces_the_prompt(tmp_path: Path, checkpoint: Path) -> None:
+    path = tmp_path / "own.txt"
+    path.write_text('Did it do "{instruction}"? { "Final Answer": [Success or Failure] } {other}\n')
+    with FaultServer(keep=True) as server:
+        judge = load_judge(f"vlm_server:{server.url}?prompt={path}&min_side=0&temperature=0")
+        assert judge([video()], ["put <b>it</b> down"])[0].outcome is Outcome.SUCCESS
+        (message,) = server.seen[-1][1]["messages"]
+        again = pickle.loads(pickle.dumps(judge))
+    wanted = 'Did it do "put b it /b down"? { "Final Answer": [Success or Failure] } {other}'
+    assert message["content"][1]["text"] == wanted and again.prompt == judge.prompt
+    local = load_judge(f"vlm_local:{checkpoint}?prompt={path}")
+    assert wanted.replace("put b it /b down", "go") in qwen_text((0.0, 0.2), (1, 2, 2), "go", local.prompt)
+    for content, said in (
+        (b"no place", "0 such places"),
+        (b"\xff{instruction}", "readable"),
+        (b"{instruction}" * 2000, "at most"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(InvalidOptionError, match=said):
+            load_judge(f"vlm_local:{checkpoint}?prompt={path}")
+    for bad in ({"prompt": "lenient"}, {"prompt": 3}, {"prompt": str(tmp_path)}):
+        with pytest.raises(InvalidOptionError, match="prompt="):
+            load_judge({"kind": "vlm_server", "servers": ["http://a/v1"], **bad})
 
 
 # -- frames and times -------------------------------------------------------------------------------------------------

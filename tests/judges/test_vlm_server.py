@@ -57,7 +57,7 @@ def test_a_video_becomes_one_constrained_request_for_all_votes() -> None:
     assert schema["properties"]["Final Answer"]["enum"] == ["Success", "Failure"] and not schema["additionalProperties"]
     media = body["media_io_kwargs"]["video"]
     assert media["fps"] == 10.0 and media["frames_indices"] == [0, 3, 7, 10] and media["num_frames"] == -1
-    url = body["messages"][1]["content"][0]["video_url"]["url"]
+    url = body["messages"][-1]["content"][0]["video_url"]["url"]
     assert url.count(",") == 4 and url.startswith("data:video/jpeg;base64,iVBOR")
 
 
@@ -201,7 +201,7 @@ def _shuffled(count: int) -> int:
     """Every video has its own right answer, which only its instruction tells; replies come late and in any order."""
 
     def number(request: Any) -> int:
-        return int(request["messages"][1]["content"][1]["text"].split("cup ")[1].split("<")[0])
+        return int(request["messages"][-1]["content"][1]["text"].split("cup ")[1].split("<")[0])
 
     def answer(request: Any) -> list[str]:
         i = number(request)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -28,7 +29,9 @@ from rawdream_env.policies import load_policy
 from rawdream_env.policies.tiny_vla import TinyVLA, TinyVLAConfig
 from rawdream_env.seeding import NoiseKey
 from rawdream_env.starts.memory import NullStarts
+from rawdream_env.statistics import wilson_interval
 from rawdream_env.trainers.common.run_dir import read_jsonl
+from rawdream_env.trainers.grpo import grpo
 from rawdream_env.trainers.grpo.grpo import GRPOConfig, GRPOResult, TrainingDivergedError, train_grpo
 from rawdream_env.trainers.grpo.losses import group_advantages
 from rawdream_env.trainers.grpo.rollout import (
@@ -231,6 +234,36 @@ def test_invalid_verdicts_never_become_rewards() -> None:
     assert len(Batch.of(rollouts).advantages) == 12 - len(members)
 
 
+def test_the_log_keeps_judged_invalid_and_flagged_apart() -> None:
+    """Hallucinations, which are flagged, and outages: neither is a success nor a failure of the policy."""
+
+    def moody(video: Video, instruction: str) -> Any:
+        outage = video.frames[-1, 0, 0, 0] % 3 == 1
+        return Verdict(Outcome.INVALID, "outage") if outage else bright(video, instruction)
+
+    env = DualNoiseVerification(toy_env(12, judge=moody, hallucinate=0.15))
+    collected = collector(12, env=env, num_groups=40, max_groups=40, max_flagged=4).collect(0)
+    counts, log = collected.counts, collected.metrics()
+    members = [m for g in collected.groups for m in g.members]
+    assert counts.dropped.total() > 0 and len(members) < log["n"] == 160
+    assert min(counts.flagged, counts.invalid, counts.trusted_successes) > 0
+    assert log["judged"] + log["invalid"] == log["n"] and log["trusted"] + log["flagged"] == log["judged"]
+    assert (log["flagged"], log["invalid"]) == (counts.flagged, counts.invalid)
+    assert log["invalid_rate"] == log["invalid"] / 160 and log["success_rate"] == counts.successes / 160
+    assert log["trusted_success_rate"] == counts.trusted_successes / log["trusted"] != log["success_rate"]
+    low, high = wilson_interval(counts.trusted_successes, int(log["trusted"]))
+    assert (log["trusted_success_low"], log["trusted_success_high"]) == (low, high)
+    # By hand, on the groups that were kept: what is trusted is what has a reward.
+    kept = RolloutCounts()
+    for group in collected.groups:
+        kept.add(group)
+    rewards = [m.reward for m in members if m.valid]
+    assert (kept.trusted, kept.trusted_successes) == (len(rewards), sum(rewards))
+    assert kept.flagged == sum(m.flagged for m in members) and kept.judged == len(rewards) + kept.flagged
+    assert f"(n={counts.trusted}), {counts.flagged} flagged, {counts.invalid} INVALID" in str(counts)
+    assert str(RolloutCounts(rollouts=4, invalid=4, groups=1)).startswith("success unknown (n=0), 0 flagged, 4 INVALID")
+
+
 def test_an_environment_without_a_judge_gives_no_rewards() -> None:
     env = DreamVectorEnv(
         4, world_model=ShowActions(), judge="none", starts="null", max_episode_steps=1, autoreset_mode="Disabled"
@@ -320,6 +353,39 @@ def test_it_learns_from_chance_to_nearly_always(tmp_path: Path) -> None:
     assert lines[-1]["entropy"] < first["entropy"]
     timings = read_jsonl(tmp_path / "timings.jsonl")[0]
     assert timings["frames"] == first["n"] * K and timings["rollout_s"] > 0 and timings["frames_per_s"] > 0
+
+
+def test_the_update_clips_below_by_low_and_above_by_high() -> None:
+    """The loss and its metrics of a policy that has moved away, against Eq. 2 worked out in double precision."""
+    config = toy_config(Path("unused"), clip_eps_low=0.05, clip_eps_high=0.4, temperature=1.0)
+    batch, policy = Batch.of(collector(12).collect(0)), TinyPolicy()
+    with torch.no_grad():
+        noise = torch.randn(policy.linear.weight.shape, generator=torch.Generator().manual_seed(0))
+        policy.linear.weight += 0.5 * noise
+    chunks, weight = batch.weights(torch.arange(len(batch.advantages)), "trajectory")
+    loss, (part,) = grpo._backward(config, policy, batch, chunks, weight)
+    texts = [batch.instructions[i] for i in chunks.tolist()]
+    now = policy.logprobs(batch.images[chunks], texts, batch.tokens[chunks], temperature=1.0).detach().double()
+    ratio = (now - batch.old_logprobs[chunks].double()).exp()
+    gain = batch.advantages[batch.trajectory[chunks]].double()[:, None].expand_as(ratio)
+    above, below = (ratio > 1.4) & (gain > 0), (ratio < 0.95) & (gain < 0)
+    assert above.any() and below.any() and ((ratio > 1.05) & (ratio < 1.4) & (gain > 0)).any()
+    assert ((ratio < 0.95) & (ratio > 0.6) & (gain < 0)).any()
+    cut = torch.where(above, torch.full_like(ratio, 1.4), torch.where(below, torch.full_like(ratio, 0.95), ratio))
+    wanted = -(weight.double()[:, None] * cut * gain).sum()
+    assert loss == pytest.approx(float(wanted), rel=1e-4)
+    assert float(part["clip_frac"]) == pytest.approx(float((above | below).double().mean()))
+
+
+def test_the_log_shows_the_configured_clip_range(tmp_path: Path) -> None:
+    """From the options to metrics.jsonl: each bound cuts where it says, and nowhere else."""
+
+    def clipped(name: str, low: float, high: float) -> float:
+        train(tmp_path / name, steps=1, epochs=4, lr=0.3, clip_eps_low=low, clip_eps_high=high, minibatches=1)
+        return float(read_jsonl(tmp_path / name / "metrics.jsonl")[0]["clip_frac"])
+
+    assert clipped("none", 0.999, 1e6) == 0.0
+    assert clipped("above", 0.999, 0.01) > 0.05 and clipped("below", 0.01, 1e6) > 0.05
 
 
 def test_microbatches_change_nothing_but_rounding(tmp_path: Path) -> None:
@@ -531,6 +597,30 @@ def test_a_failure_between_updates_loses_no_finished_step(tmp_path: Path) -> Non
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000003"]
     unbroken = train(tmp_path / "unbroken", steps=6)
     assert torch.equal(weights(train(tmp_path, steps=6, save_every=100)), weights(unbroken))
+
+
+def test_a_step_whose_log_line_is_refused_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk takes half of the third line, then none of it; the run after that writes what an unbroken one writes."""
+    real, half = os.write, list[int]()
+
+    def write(descriptor: int, data: Any) -> int:
+        if bytes(data[:10]) == b'{"step": 3' and not half:
+            half.append(real(descriptor, bytes(data[: len(data) // 2])))
+            return half[0]
+        if half:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(descriptor, data)
+
+    unbroken = train(tmp_path / "unbroken", steps=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", write)
+        with pytest.raises(RunDirError, match=r"metrics.jsonl.*No space left"):
+            train(tmp_path / "run", steps=4, save_every=2)
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000002"]
+    resumed = train(tmp_path / "run", steps=4, save_every=2)
+    assert torch.equal(weights(resumed), weights(unbroken))
+    logs = [(tmp_path / run / "metrics.jsonl").read_bytes() for run in ("run", "unbroken")]
+    assert logs[0] == logs[1]
 
 
 def test_it_runs_outside_the_main_thread(tmp_path: Path) -> None:

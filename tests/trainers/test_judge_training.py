@@ -12,7 +12,7 @@ import torch
 
 from rawdream_env.data import schema
 from rawdream_env.data.lerobot import LeRobotWriter
-from rawdream_env.errors import DatasetError
+from rawdream_env.errors import CheckpointError, DatasetError
 from rawdream_env.evaluation.judges.report import JudgeClip, JudgeReport, evaluate
 from rawdream_env.files import load_safetensors, save_safetensors
 from rawdream_env.judges import load_judge
@@ -354,3 +354,24 @@ def test_data_without_anything_to_learn_are_refused(tmp_path: Path) -> None:
     nothing = replace(still, labels=np.where(still.labels == 1, 0, still.labels))
     with pytest.raises(DatasetError, match="no goal with both successes and failures"):
         QuestionSampler(nothing, 2)
+
+
+def test_frames_of_another_size_than_the_networks_are_refused_before_training(folder: str, tmp_path: Path) -> None:
+    side = MODEL.frame_size
+    wrong = config(folder, tmp_path / "run", model=replace(MODEL, frame_size=side // 2))
+    with pytest.raises(
+        DatasetError, match=f"frames of {side}x{side} .* looks at {side // 2}x{side // 2}.*frame-size {side}"
+    ):
+        train_judge(wrong, progress=False)
+    assert not (tmp_path / "run").exists()
+    clips = recorded_clips([folder], seed=0)
+    with pytest.raises(DatasetError, match="frames of different sizes"):
+        merge([clips, replace(clips, frames=clips.frames[:, ::2, ::2])])
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"mid": 50}, {"deep": 12}, {"heads": 0}, {"heads": 3}, {"frame_size": 0}, {"layers": -1}, {"text_len": 0}]
+)
+def test_sizes_that_cannot_be_built_are_refused(sizes: dict[str, int]) -> None:
+    with pytest.raises(CheckpointError, match="The judge's sizes do not fit"):
+        EmbeddedJudgeConfig(**sizes)

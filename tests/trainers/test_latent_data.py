@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rawdream_env import files
 from rawdream_env.data import schema
 from rawdream_env.data.lerobot import LeRobotReader, LeRobotWriter
 from rawdream_env.data.video import encode_video
 from rawdream_env.errors import DatasetError
-from rawdream_env.trainers.world_model import latent_cache
 from rawdream_env.trainers.world_model.latent_cache import CacheConfig, cache_latents, codec_fingerprint
 from rawdream_env.trainers.world_model.latent_dataset import LatentDataset
 from rawdream_env.trainers.world_model.mixture import Mixture, MixtureEntry, normalise_actions
@@ -43,6 +43,14 @@ class MeanCodec(nn.Module):
         self.videos += 1
         later = self.encode_image(frames[:, 1:].flatten(0, 1)).unflatten(0, (len(frames), -1, 4)).mean(2)
         return torch.cat([self.encode_image(frames[:, 0])[:, None], later], 1)
+
+
+class MemoryCodec(MeanCodec):
+    """Every latent is the mean of all latents since the start of the video, as a causal codec remembers its past."""
+
+    def encode_video(self, frames: Tensor) -> Tensor:
+        latents = super().encode_video(frames)
+        return latents.cumsum(1) / torch.arange(1, latents.shape[1] + 1)[:, None, None, None]
 
 
 def write_data(root: Path, *, action_dim: int = 7, scale: float = 1.0, lengths=LENGTHS) -> LeRobotReader:
@@ -161,12 +169,8 @@ class TestCache:
         with pytest.raises(DatasetError, match="shard-00000.safetensors is missing or damaged"):
             LatentDataset(tmp_path, verify=False).still(0, 0)
 
-    def test_one_writer_at_a_time_and_fingerprints(self, cached, monkeypatch) -> None:
-        def refuse(*_):
-            raise OSError("locked")
-
-        monkeypatch.setattr(latent_cache.fcntl, "lockf", refuse)
-        with pytest.raises(DatasetError, match="being written by another process"):
+    def test_one_writer_at_a_time_and_fingerprints(self, cached) -> None:
+        with files.lock_file(cached[0] / "a" / ".lock"), pytest.raises(DatasetError, match="being written by another"):
             cache_latents(cached[1], MeanCodec(), cached[0] / "a", CONFIG)
         assert codec_fingerprint(MeanCodec()) == codec_fingerprint(MeanCodec()) != codec_fingerprint(MeanCodec(2.0))
         with pytest.raises(TypeError, match="fingerprint"):
@@ -187,7 +191,9 @@ class TestCache:
 
 class TestMixture:
     def mixture(self, base: Path) -> Mixture:
-        return Mixture([MixtureEntry(str(base / "a"), 3.0), MixtureEntry(str(base / "b"), 1.0)])
+        return Mixture(
+            [MixtureEntry(str(base / "a"), 3.0, embodiment="7d"), MixtureEntry(str(base / "b"), 1.0, embodiment="5d")]
+        )
 
     def test_shares_are_the_weights_and_windows_equally_likely(self, cached) -> None:
         batch = self.mixture(cached[0]).draw(np.random.default_rng(0), 2000, 2)
@@ -200,7 +206,7 @@ class TestMixture:
         assert np.abs(counts / len(places) - 0.1).max() < 4 * np.sqrt(0.1 * 0.9 / len(places))
         assert (places[:, 1] == places[:, 2]).all() and (batch.times == torch.arange(5)).all()
 
-    def test_every_data_set_has_its_own_statistics(self, cached, tmp_path: Path) -> None:
+    def test_every_embodiment_has_its_own_statistics(self, cached, tmp_path: Path) -> None:
         mixture = self.mixture(cached[0])
         batch = mixture.draw(np.random.default_rng(1), 64, 2)
         for s, dim in ((0, 7), (1, 5)):
@@ -211,10 +217,38 @@ class TestMixture:
         written = json.loads((tmp_path / "actions.json").read_text())
         for name, dataset in zip("ab", mixture.datasets, strict=True):
             np.testing.assert_array_equal([written[name]["q01"], written[name]["q99"]], dataset.bounds)
+            np.testing.assert_array_equal([written[name]["action_low"], written[name]["action_high"]], dataset.bounds)
+        assert (written["a"]["embodiment"], written["b"]["embodiment"]) == ("7d", "5d")
         low, high = np.array([0.0, 1.0]), np.array([4.0, 1.0])
         np.testing.assert_array_equal(
             normalise_actions(np.array([[3.0, 1.0], [9.0, 2.0]]), low, high), [[0.5, 0], [1, 0]]
         )
+
+    def test_data_sets_of_one_embodiment_share_their_bounds(self, cached, tmp_path: Path) -> None:
+        """One raw action is one condition in every data set; the bounds are those of all actions together."""
+        base, reader = cached
+        large = write_data(tmp_path / "data", scale=3.0, lengths=(24, 16))
+        cache_latents(large, MeanCodec(), tmp_path / "c", CONFIG)
+        entries = [MixtureEntry(str(base / "a"), 3.0), MixtureEntry(str(tmp_path / "c"))]
+        mixture = Mixture(entries)
+        whole = [reader.episode(int(e)).actions[: 8 * c] for e, c in zip((0, 1, 3, 4), (2, 3, 5, 4), strict=True)]
+        whole += [large.episode(0).actions, large.episode(1).actions]
+        low, high = np.quantile(np.concatenate(whole).astype(np.float64), (0.01, 0.99), 0)
+        for bounds in mixture.bounds:
+            np.testing.assert_allclose(bounds, (low, high), rtol=1e-12)
+        batch, seen = mixture.draw(np.random.default_rng(0), 64, 1), set()
+        for source, (episode, first, _), actions in zip(batch.source, batch.places, batch.actions, strict=True):
+            raw = mixture.datasets[source].window(int(episode), int(first), 1).actions[:, :-1].numpy()
+            expected = ((raw - low[:-1]) / (high - low)[:-1] * 2 - 1).clip(-1, 1)
+            np.testing.assert_allclose(actions[1:].flatten(0, 1)[:, :-1], expected, atol=1e-6)
+            seen.add(int(source))
+        assert seen == {0, 1}
+        own = Mixture([entries[0], replace(entries[1], embodiment="large")])
+        np.testing.assert_array_equal(own.bounds[0], own.datasets[0].bounds)
+        np.testing.assert_array_equal(own.bounds[1], own.datasets[1].bounds)
+        given = np.full(7, -2.0), np.full(7, 4.0)
+        kept = Mixture(entries, bounds={"": given})
+        assert all(np.array_equal(bounds, given) for bounds in kept.bounds)
 
     def test_far_anchors_against_the_source(self, cached) -> None:
         base, reader = cached
@@ -243,6 +277,28 @@ class TestMixture:
         far = (later_ones[:, 2] < later_ones[:, 1]).float().mean()
         assert abs(float(far) - 0.5) < 4 * np.sqrt(0.25 / len(later_ones))
 
+    def test_windows_have_the_latents_of_a_video_that_starts_at_their_anchor(self, tmp_path: Path) -> None:
+        reader, codec = write_data(tmp_path / "data"), MemoryCodec()
+        separate = replace(CONFIG, window_chunks=3)
+        folder = cache_latents(reader, codec, tmp_path / "cache", separate)
+        mixture, seen = Mixture([MixtureEntry(str(folder))]), set()
+        batch = mixture.draw(np.random.default_rng(2), 200, 3, far_anchor=0.5)
+        for latents, (position, first, anchor) in zip(batch.latents, batch.places.tolist(), strict=True):
+            frames = torch.from_numpy(reader.episode(int(mixture.datasets[0].episodes[position])).frames)
+            with torch.no_grad():
+                video = codec.encode_video(frames[None, 8 * anchor : 8 * (first + 3) + 1])[0]
+            assert torch.equal(latents, torch.cat([video[:1], video[-6:]]).half().float())
+            seen.add((position, first, anchor))
+        near = {(1, 0, 0), *((2, f, f) for f in range(3)), *((3, f, f) for f in range(2))}
+        assert seen == near | {(2, 1, 0), (2, 2, 0), (3, 1, 0)}
+        with pytest.raises(DatasetError, match="has windows of 3 chunks, asked for 2"):
+            mixture.draw(np.random.default_rng(0), 1, 2)
+        with pytest.raises(DatasetError, match=r"of other windows \(option window_latents\) \(window_chunks 3, now 0"):
+            cache_latents(reader, codec, folder, CONFIG)
+        index = json.loads((cache_latents(reader, codec, tmp_path / "old", CONFIG) / "index.json").read_text())
+        (tmp_path / "old/index.json").write_text(json.dumps({k: v for k, v in index.items() if k != "window_chunks"}))
+        assert LatentDataset(cache_latents(reader, codec, tmp_path / "old", CONFIG)).window_chunks == 0
+
     def test_a_batch_is_a_function_of_its_generator(self, cached) -> None:
         one, other = self.mixture(cached[0]), self.mixture(cached[0])
         other.draw(np.random.default_rng(9), 5, 1)
@@ -254,7 +310,11 @@ class TestMixture:
 
     def test_refuses_what_does_not_fit(self, cached, tmp_path: Path) -> None:
         base = cached[0]
-        a, b = MixtureEntry(str(base / "a")), MixtureEntry(str(base / "b"))
+        a, b = MixtureEntry(str(base / "a")), MixtureEntry(str(base / "b"), embodiment="5d")
+        with pytest.raises(DatasetError, match=r"a': 7, .*b': 5}. Name the embodiments: embodiment=NAME"):
+            Mixture([a, replace(b, embodiment="")])
+        with pytest.raises(DatasetError, match=r"b has 5 action dimensions, .* bounds of 7 for embodiment '5d'"):
+            Mixture([b], bounds={"5d": (np.zeros(7), np.ones(7))})
         with pytest.raises(DatasetError, match="no episode has 4 chunks of 8 steps .the longest has 3"):
             Mixture([a, b]).draw(np.random.default_rng(0), 1, 4)
         with pytest.raises(DatasetError, match="a has 7 action dimensions, the model 6"):

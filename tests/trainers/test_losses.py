@@ -173,3 +173,16 @@ def test_a_batch_cut_into_pieces_gives_the_same_loss_and_metrics() -> None:
     close(torch.stack([loss for loss, _ in parts]).sum(), whole)
     merged = merge_metrics([part for _, part in parts])
     assert merged == pytest.approx({name: float(value) for name, value in metrics.items()}, abs=1e-12)
+
+
+def test_the_two_bounds_are_not_exchanged() -> None:
+    # low 0.1, high 0.5. A = +1: 1.3 is free, 1.6 is cut to 1.5. A = -1: 0.7 is cut to 0.9, 0.95 is free.
+    logprobs, old = ratios((1.3, 1.6), (0.7, 0.95))
+    mask, bounds = torch.ones(2, 2, dtype=torch.bool), {"clip_eps_low": 0.1, "clip_eps_high": 0.5}
+    wanted = -((1.3 + 1.5) / 2 + (-0.9 - 0.95) / 2) / 2
+    for loss, metrics in (
+        grpo_loss(logprobs, old, t(1, -1), mask, **bounds),
+        clipped_loss(logprobs, old, t(1, -1), torch.full((2, 2), 0.25, dtype=torch.float64), **bounds),
+    ):
+        close(loss.detach(), t(wanted)[0])
+        assert float(metrics["clip_frac"]) == 2 / 4

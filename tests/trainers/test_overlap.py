@@ -164,7 +164,7 @@ def test_a_run_whose_judge_goes_away_parks_and_goes_on_as_if_nothing_had_been(
     policy().save_pretrained(tmp_path / "policy")
 
     def answer(request: Any) -> list[str]:
-        url = request["messages"][1]["content"][0]["video_url"]["url"]
+        url = request["messages"][-1]["content"][0]["video_url"]["url"]
         return [reply("Success" if sum(url.encode()) % 5 < 3 else "Failure")] * request["n"]
 
     def grpo(name: str, faults: Iterable[str], port: int) -> tuple[int, int]:

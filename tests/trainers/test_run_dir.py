@@ -91,8 +91,33 @@ def test_another_process_is_kept_out(tmp_path: Path) -> None:
     code = "import sys; from rawdream_env.trainers.common.run_dir import RunDir; RunDir(sys.argv[1], {}, tensorboard=False)"
     with make(tmp_path, {}):
         result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
-        assert result.returncode == 1 and "in use by another process" in result.stderr
+        assert result.returncode == 1 and "in use by another run" in result.stderr
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+
+
+def test_a_second_run_in_the_same_process_is_kept_out(tmp_path: Path) -> None:
+    with make(tmp_path):
+        for _ in range(2):  # a refused attempt does not give the lock away
+            with pytest.raises(RunDirError, match="in use by another run"):
+                make(tmp_path)
+    make(tmp_path).close()
+    with pytest.raises(RunDirError, match="another configuration"):
+        make(tmp_path, {"lr": 0.2})
+    make(tmp_path).close()
+
+
+def test_temporary_files_of_killed_writers_are_removed(tmp_path: Path) -> None:
+    litter = [
+        tmp_path / ".config.json.1.ab.tmp",
+        tmp_path / "policy" / ".model.safetensors.7.cd.tmp",
+        tmp_path / ".p.x.tmp",
+    ]
+    (tmp_path / "policy").mkdir()
+    litter[2].mkdir()
+    for path in (*litter[:2], litter[2] / "part", tmp_path / "policy" / "model.tmp"):
+        path.write_bytes(b"half")
+    make(tmp_path).close()
+    assert not any(path.exists() for path in litter) and (tmp_path / "policy" / "model.tmp").exists()
 
 
 def test_logs_hold_plain_json(tmp_path: Path) -> None:
@@ -171,7 +196,7 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_is_used(
         fill(run, range(1, 4))
     damage(tmp_path / "checkpoints" / "step_00000003" / name)
     with make(tmp_path) as run:
-        with pytest.warns(RuntimeWarning, match="step_00000003 is damaged and is passed over"):
+        with pytest.warns(RuntimeWarning, match="step_00000003 is damaged and is skipped"):
             checkpoint = run.load_latest()
         assert checkpoint is not None and checkpoint.step == 2 and checkpoint.state == {"step": 2}
         assert [line["step"] for line in run.read_metrics()] == [1, 2]
@@ -189,7 +214,7 @@ def test_a_flipped_bit_in_a_manifest_is_seen_or_changes_nothing(tmp_path: Path) 
     with make(tmp_path) as run:
         fill(run, range(1, 3))
         path = tmp_path / "checkpoints" / "step_00000002" / "manifest.json"
-        whole = path.read_bytes()
+        whole, logs = path.read_bytes(), (tmp_path / "metrics.jsonl").read_bytes()
         for index in range(0, len(whole), 3):
             path.write_bytes(whole[:index] + bytes([whole[index] ^ 1]) + whole[index + 1 :])
             with warnings.catch_warnings():
@@ -197,6 +222,120 @@ def test_a_flipped_bit_in_a_manifest_is_seen_or_changes_nothing(tmp_path: Path) 
                 checkpoint = run.load_latest()
             assert checkpoint is not None
             assert float(checkpoint.tensors["w"][0]) == checkpoint.step
+            assert [line["step"] for line in run.read_metrics()] == list(range(1, checkpoint.step + 1))
+            (tmp_path / "metrics.jsonl").write_bytes(logs)
+
+
+def test_the_manifest_is_checked_before_it_is_believed(tmp_path: Path) -> None:
+    with make(tmp_path) as run:
+        fill(run, range(1, 3))
+    newest = tmp_path / "checkpoints" / "step_00000002" / "manifest.json"
+    manifest, logs = json.loads(newest.read_text()), (tmp_path / "metrics.jsonl").read_bytes()
+    assert manifest["format"] == 2 and manifest["logs"] == {"metrics.jsonl": len(logs), "timings.jsonl": 0}
+    unsigned = {key: value for key, value in manifest.items() if key != "checksum"}
+    old = {**unsigned, "format": 1}
+    for content, reason in [
+        ({**manifest, "logs": {"metrics.jsonl": 0, "timings.jsonl": 0}}, "does not match its own checksum"),
+        (unsigned, "does not match its own checksum"),
+        ({**manifest, "format": 3}, "has format 3, expected one of"),
+        ({**old, "logs": {}}, "'metrics.jsonl'"),
+        ({**old, "logs": {**old["logs"], "metrics.jsonl": -5}}, "records -5 as the length of metrics.jsonl"),
+        ({**old, "logs": {**old["logs"], "metrics.jsonl": 10**9}}, "had 1000000000 when this checkpoint was saved"),
+    ]:
+        newest.write_text(json.dumps(content))
+        with make(tmp_path) as run:
+            with pytest.warns(RuntimeWarning, match=f"step_00000002 is damaged and is skipped: .*{reason}"):
+                checkpoint = run.load_latest()
+            assert checkpoint is not None and checkpoint.step == 1
+        (tmp_path / "metrics.jsonl").write_bytes(logs)
+    for name in ("manifest.json", "state.json"):
+        (newest.parent / name).write_text("[" * 100_000)
+        with make(tmp_path) as run, pytest.warns(RuntimeWarning, match="cannot be read as JSON"):
+            checkpoint = run.load_latest()
+        assert checkpoint is not None and checkpoint.step == 1
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(RunDirError, match=r"config.json cannot be read as JSON.*choose another folder"):
+        make(tmp_path)
+
+
+def test_a_checkpoint_of_format_1_is_read(tmp_path: Path) -> None:
+    with make(tmp_path) as run:
+        fill(run, range(1, 3))
+    path = tmp_path / "checkpoints" / "step_00000002" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**{k: v for k, v in manifest.items() if k != "checksum"}, "format": 1}))
+    with make(tmp_path) as run:
+        checkpoint = run.load_latest()
+        assert checkpoint is not None and checkpoint.step == 2 and checkpoint.logs == manifest["logs"]
+
+
+def test_a_log_shorter_than_its_checkpoint_is_refused(tmp_path: Path) -> None:
+    with make(tmp_path) as run:
+        fill(run, range(1, 3))
+    whole = (tmp_path / "metrics.jsonl").read_bytes()
+    first = whole.index(b"\n") + 1
+    (tmp_path / "metrics.jsonl").write_bytes(whole[: first + 4])
+    with make(tmp_path) as run:
+        with pytest.warns(RuntimeWarning, match=rf"metrics.jsonl has {first + 4} bytes, but had {len(whole)} when"):
+            checkpoint = run.load_latest()
+        assert checkpoint is not None and checkpoint.step == 1
+        fill(run, range(2, 3))
+    assert (tmp_path / "metrics.jsonl").read_bytes() == whole
+    (tmp_path / "metrics.jsonl").unlink()
+    with (
+        make(tmp_path) as run,
+        pytest.warns(RuntimeWarning),
+        pytest.raises(CheckpointError, match=r"All 2 .* and the logs"),
+    ):
+        run.load_latest()
+
+
+@pytest.mark.parametrize("written", [0, 7])
+def test_a_refused_log_line_is_written_before_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int
+) -> None:
+    real = os.write
+
+    def fail(descriptor: int, data: Any) -> int:
+        if written and len(data) > written and not cut:
+            cut.append(1)
+            return real(descriptor, bytes(data[:written]))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with make(tmp_path) as run:
+        fill(run, range(1, 2))
+        one, cut = (tmp_path / "metrics.jsonl").read_bytes(), list[int]()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", fail)
+            with pytest.raises(RunDirError, match="No space left"):
+                run.log(2, loss=0.5)
+            assert (tmp_path / "metrics.jsonl").read_bytes() == one  # no partial line
+            with pytest.raises(RunDirError, match="No space left"):
+                run.save(2, {"w": torch.zeros(3)})
+        assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_00000001"]
+        run.save(2, {"w": torch.zeros(3)})
+    with make(tmp_path) as run:
+        checkpoint = run.load_latest()
+        assert checkpoint is not None and checkpoint.step == 2
+        assert run.read_metrics() == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}]
+
+
+def test_partial_lines_of_earlier_versions_are_repaired(tmp_path: Path) -> None:
+    with make(tmp_path) as run:
+        run.log(1, loss=1.0)
+        with open(tmp_path / "metrics.jsonl", "a") as file:
+            file.write('{"step": 2, "lo{"step": 3, "loss": 0.25}\n{"step": 4, "loss": 0.1}\n{"step": 5}')
+        run.save(5, {"w": torch.zeros(3)})
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+    with make(tmp_path) as run:
+        with pytest.warns(RuntimeWarning, match=r"metrics.jsonl had 2 lines that are no JSON \(line 2, 4\)"):
+            checkpoint = run.load_latest()
+        assert checkpoint is not None and checkpoint.step == 5
+        assert (tmp_path / "metrics.jsonl").stat().st_size == size
+        run.log(6, loss=0.0)
+        assert [line["step"] for line in run.read_metrics()] == [1, 4, 6]
+        checkpoint = run.load_latest()
+        assert checkpoint is not None and checkpoint.step == 5
 
 
 def test_non_finite_weights_are_not_saved(tmp_path: Path) -> None:

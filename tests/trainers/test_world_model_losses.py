@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from rawdream_env.trainers.world_model.action_bounds import rollout_bounds
 from rawdream_env.trainers.world_model.config import LossConfig
-from rawdream_env.trainers.world_model.latent_windows import max_window_offset, poses_before, rollout_bounds
+from rawdream_env.trainers.world_model.latent_windows import max_window_offset, poses_before
 from rawdream_env.trainers.world_model.losses import (
     BatchNoise,
     WindowBatch,
@@ -21,7 +22,7 @@ from rawdream_env.trainers.world_model.losses import (
     window_loss,
 )
 from rawdream_env.world_models.wan.config import WanConfig
-from rawdream_env.world_models.wan.rollout import RolloutConfig, WanWorldModel
+from rawdream_env.world_models.wan.rollout import WAN_ROLLOUT, RolloutConfig, WanWorldModel
 
 CONTEXT = (0, 2, 6)
 LOSS = LossConfig(change_weight=2.0, object_weight=5.0)
@@ -117,9 +118,8 @@ def test_a_loss_is_the_mean_of_its_rows() -> None:
 
 def test_what_is_drawn_for_windows() -> None:
     n, config = 3000, LossConfig(context_noise=0.3, pure_noise=0.2, timestep_shift=3.0)
-    times = torch.arange(9).repeat(n, 1)
-    times[::2, 1:] += 4  # a far anchor
-    drawn = draw_window_noise(range(n), times, (1, 1, 1), ARCH, config)
+    anchors = torch.arange(n) % 2 == 0
+    drawn = draw_window_noise(range(n), anchors, (1, 1, 1), ARCH, config)
     near, far = drawn.context[1::2], drawn.context[::2]
     assert (far == 6).all()
     counts = torch.bincount(near, minlength=7)
@@ -133,7 +133,7 @@ def test_what_is_drawn_for_windows() -> None:
     assert abs((tau == 1).float().mean() - 0.2) < 4 * (0.16 / n) ** 0.5
     u = tau[tau < 1] / (3 - 2 * tau[tau < 1])  # the shift undone: uniform
     assert abs(u.mean() - 0.5) < 0.03 and abs(u.var() - 1 / 12) < 0.01
-    other = draw_window_noise([7], times[7:8], (1, 1, 1), ARCH, config)  # a row does not depend on its neighbours
+    other = draw_window_noise([7], anchors[7:8], (1, 1, 1), ARCH, config)  # a row does not depend on its neighbours
     assert all(torch.equal(a[0], b[7]) for a, b in zip(vars(other).values(), vars(drawn).values(), strict=True))
 
 
@@ -144,13 +144,14 @@ def test_rows_of_a_batch_draw_their_share_of_its_noise() -> None:
         assert torch.equal(getattr(part, draw)(2, 3), getattr(whole, draw)(2, 3)[[1, 4]])
 
 
-def test_windows_lie_where_a_rollout_puts_its_frames() -> None:
-    """With a whole context: at step s of a rollout, and in a window that begins s - 3 chunks behind its anchor."""
+@pytest.mark.parametrize(("rollout", "offset"), [(RolloutConfig(), 8), (WAN_ROLLOUT, 0)], ids=["embedded", "wan"])
+def test_windows_lie_where_a_rollout_puts_its_frames(rollout: RolloutConfig, offset: int) -> None:
+    """With a whole context: at step s of a rollout, and in a window that begins s - 3 chunks after its anchor."""
     model = WanWorldModel.__new__(WanWorldModel)
-    model.config = RolloutConfig()
+    model.config = rollout
     model.transformer = Recorder(torch.zeros(1), True)  # type: ignore[assignment]
-    largest = max_window_offset(ARCH, RolloutConfig())
-    assert largest == 8
+    largest = max_window_offset(ARCH, rollout)
+    assert largest == offset
     for step in range(3, 20):
         first_of_window = 1 + min(2 * (step - 3), largest)  # as Mixture.draw has it
         assert first_of_window + ARCH.context_latents == model._time(step)

@@ -22,9 +22,10 @@ from rawdream_env.seeding import NoiseKey, mix
 from rawdream_env.trainers.common.distributed import ALONE
 from rawdream_env.trainers.common.training_loop import TrainingLoop
 from rawdream_env.trainers.world_model import train as training_module
+from rawdream_env.trainers.world_model.action_bounds import bounds_of_model, rollout_bounds
 from rawdream_env.trainers.world_model.config import LossConfig, StageConfig, WorldModelTrainConfig
 from rawdream_env.trainers.world_model.latent_episodes import EpisodeSampler, LatentEpisodes, focus_cells
-from rawdream_env.trainers.world_model.latent_windows import DataEntry, WindowObjective, cached_mixture, rollout_bounds
+from rawdream_env.trainers.world_model.latent_windows import DataEntry, WindowObjective, cached_mixture
 from rawdream_env.trainers.world_model.losses import BatchNoise, episode_loss
 from rawdream_env.trainers.world_model.train import train_world_model
 from rawdream_env.world_models import memory
@@ -32,7 +33,7 @@ from rawdream_env.world_models.autoencoders import AutoencoderConfig, PackedFram
 from rawdream_env.world_models.loading import read_world_model, save_world_model
 from rawdream_env.world_models.memory import GIB
 from rawdream_env.world_models.wan.config import wan_config
-from rawdream_env.world_models.wan.rollout import RolloutConfig, WanWorldModel
+from rawdream_env.world_models.wan.rollout import WAN_ROLLOUT, RolloutConfig, WanWorldModel
 from rawdream_env.world_models.wan.transformer import WanConfig, WanWorldModelTransformer
 from rawdream_env.world_models.wan.vae import WanVAE
 
@@ -97,14 +98,15 @@ def numbered_episodes(chunks: tuple[int, ...]) -> LatentEpisodes:
 def test_windows_of_unequal_episodes(tmp_path: Path) -> None:
     chunks = (5, 2, 3)
     settings = config("", tmp_path, model=replace(MODEL, arm_map_channels=0, warp_last_frame=False, pose_dim=0))
-    settings = replace(settings, rollout=replace(settings.rollout, arm_map=None))
+    wide = {"action_low": (-4096.0,) * 7, "action_high": (4096.0,) * 7}
+    settings = replace(settings, rollout=replace(settings.rollout, arm_map=None, **wide))
     batch = EpisodeSampler(numbered_episodes(chunks), settings).draw(np.random.default_rng(0), 64)
     seen = set()
     for latents, conditions in zip(batch.latents[:, :, 0, 0, 0], batch.conditions, strict=True):
         episode, start = divmod(int(latents[0]), 1000)  # the anchor: the still before the first chunk
         seen.add((episode, start))
         assert latents[1:].tolist() == [1000 * episode + 2 * start + i for i in range(6)]
-        actions = conditions[1:].reshape(24, 7)[:, 0]
+        actions = conditions[1:].reshape(24, 7)[:, 0] * 4096
         assert actions.tolist() == [1000 * episode + 8 * start + i for i in range(24)]
         assert not conditions[0].any()
     assert seen == {(0, 0), (0, 1), (0, 2), (2, 0)}  # episode 1 is too short, and nothing runs over an end
@@ -190,6 +192,9 @@ def test_it_goes_on_from_another_world_model(tmp_path: Path) -> None:
         ours, theirs = (load_safetensors(folder / WEIGHTS[name]) for folder in (again, first))
         assert all(torch.allclose(ours[key], theirs[key], atol=1e-6) for key in theirs), name
     assert not (tmp_path / "again" / "autoencoder").exists()
+    other = RolloutConfig(action_low=(-2.0,) * 7, action_high=(2.0,) * 7)
+    with pytest.raises(InvalidOptionError, match=r"first.* was trained with action bounds .* Leave rollout.action-low"):
+        train_world_model(config(data, tmp_path / "bounds", init=str(first), rollout=other))
     wider = replace(MODEL, ffn_dim=96)
     with pytest.raises(CheckpointError, match=r"first.*has another architecture.*ffn_dim=64.*ffn_dim=96"):
         train_world_model(config(data, tmp_path / "wider", init=str(first), model=wider))
@@ -255,11 +260,15 @@ def window_config(tmp_path: Path, **changes: object) -> WorldModelTrainConfig:
     return replace(config(str(tmp_path / "data"), tmp_path / "out", objective="window", transformer=stage), **changes)  # type: ignore[arg-type]
 
 
-def test_windows_give_the_model_what_a_rollout_gives_it(tmp_path: Path) -> None:
-    """Conditions, maps and positions, behind a near and a far anchor, with the entry's own action statistics."""
+@pytest.mark.parametrize("max_time", [RolloutConfig().max_time, WAN_ROLLOUT.max_time, 8])
+def test_windows_give_the_model_what_a_rollout_gives_it(tmp_path: Path, max_time: int) -> None:
+    """Conditions, maps and positions, behind a near and a far anchor, at every shipped rollout setting: a window exists
+    only where a rollout gets to."""
     reader = LeRobotReader(write_data(tmp_path / "data", (64,), poses=True))
     codec = PackedFrameAutoencoder(AutoencoderConfig(widths=(16, 16))).eval()
-    settings = window_config(tmp_path, bf16=False, loss=LossConfig(far_anchor=1.0))
+    settings = window_config(
+        tmp_path, bf16=False, loss=LossConfig(far_anchor=1.0), rollout=RolloutConfig(max_time=max_time)
+    )
     mixture = cached_mixture([DataEntry(str(tmp_path / "data"))], codec, tmp_path / "latents", settings, ALONE)
     low, high = rollout_bounds(mixture.bounds[0], 7)
     assert low[0] > -1 and high[0] < 1  # quantiles: some actions lie outside
@@ -272,16 +281,15 @@ def test_windows_give_the_model_what_a_rollout_gives_it(tmp_path: Path) -> None:
         states.append(model.imagine(states[-1], actions)[0])
     objective, seen = WindowObjective(mixture, settings, device="cpu"), set()
     rows = list(range(100))
-    windows = mixture.draw(np.random.default_rng(mix(0, 2, 0, 0)), 100, 4, 1.0, max_offset=8)
+    windows = mixture.draw(np.random.default_rng(mix(0, 2, 0, 0)), 100, 4, 1.0, max_offset=max_time - 7)
     batch = objective.draw(0, rows, 100)
     assert batch.maps is not None and torch.equal(batch.times, windows.times)
     for row, (_, first, anchor) in enumerate(windows.places.tolist()):
+        n = int(batch.drawn.context[row])
+        assert n == 6 or first == anchor  # step s of a rollout has min(2 s, 6) latents of context
         if anchor:
             continue
-        n = int(batch.drawn.context[row])
         seen.add((first, n))
-        if first:
-            assert n == 6
         state = states[first + n // 2 + 1]  # after the chunk behind the context
         new = slice(n + 1, n + 3)
         assert int(batch.times[row, n + 1]) == model._time(first + n // 2)
@@ -332,10 +340,49 @@ def test_a_run_on_windows_resumes_bit_identical(tmp_path: Path) -> None:
     assert {"val_dream_psnr_moving_0_8", "val_copy_last_ssim_32_40"} <= lines[-1].keys()
     assert (unbroken.parent / "transformer/validation/step_00000004.mp4").stat().st_size > 1000
     written = json.loads((unbroken / "statistics.json").read_text())
-    low, high = rollout_bounds((np.array(written["few"]["q01"]), np.array(written["few"]["q99"])), 7)
+    low, high = rollout_bounds((np.array(written["few"]["action_low"]), np.array(written["few"]["action_high"])), 7)
     model = read_world_model(unbroken)
     assert (model.config.action_low, model.config.action_high) == (low, high)
     assert written["data"]["q01"] != list(low)
+    assert written["data"]["action_low"] == list(low)  # one embodiment, one set of bounds
+
+
+def test_fine_tuning_keeps_the_bounds_of_the_initial_model(tmp_path: Path) -> None:
+    """One raw action has one condition before and after; another robot gets its own bounds by name."""
+    for name, lengths in (("data", (40, 72)), ("demos", (33,)), ("other", (48,))):
+        write_data(tmp_path / name, lengths)
+
+    def train(run: str, *data: str, **changes: object) -> tuple[WanWorldModel, dict[str, dict[str, list[float]]]]:
+        paths = tuple(str(tmp_path / entry) for entry in data)
+        folder = train_world_model(window_config(tmp_path, data=paths, run_dir=str(tmp_path / run), **changes))
+        return read_world_model(folder), json.loads((folder / "statistics.json").read_text())
+
+    init = str(tmp_path / "first/world_model")
+    first, written = train("first", "data", codec="embedded")
+    tuned, kept = train("tuned", "demos", init=init)
+    assert kept["demos"]["q01"] != written["data"]["q01"]  # the data alone would give other bounds
+    actions = torch.rand(1, 2, 4, 7, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    poses = torch.zeros(1, 2, 4, 7)
+    assert torch.equal(first._conditions(actions, poses), tuned._conditions(actions, poses))
+
+    _, mixed = train("mixed", "demos", "other,embodiment=b", init=init)
+    for side, quantile in (("action_low", "q01"), ("action_high", "q99")):
+        assert mixed["demos"][side] == written["data"][quantile]
+        assert mixed["other"][side] == mixed["other"][quantile] != written["data"][quantile]
+    deployed, again = train("again", "demos,embodiment=b", init=str(tmp_path / "mixed/world_model"))
+    assert again["demos"]["action_low"] == mixed["other"]["q01"] == list(deployed.config.action_low)
+    with pytest.raises(InvalidOptionError, match="validation data are of embodiment c, the saved model is for b"):
+        train("held", "demos,embodiment=b", validation=(f"{tmp_path / 'other'},embodiment=c",))
+
+    new = WanWorldModel(WanWorldModelTransformer(MODEL), first.autoencoder, first.config)  # actions have no effect yet
+    assert bounds_of_model(new, tmp_path) == {} and bounds_of_model(first, init).keys() == {""}
+    old = {"play": {"path": "a", "weight": 1.0, "q01": [0.0] * 7, "q99": [2.0] * 7}}  # of an earlier version
+    (tmp_path / "statistics.json").write_text(json.dumps(old))
+    known = bounds_of_model(first, tmp_path)
+    assert known["play"][1].tolist() == [2.0] * 7 and tuple(known[""][0]) == first.config.action_low
+    (tmp_path / "statistics.json").write_text(json.dumps({"play": {"q01": [0.0]}}))
+    with pytest.raises(CheckpointError, match=r"statistics.json has no action quantiles of 'play'; restore"):
+        bounds_of_model(first, tmp_path)
 
 
 def test_it_trains_on_with_wans_vae(tmp_path: Path) -> None:
@@ -350,6 +397,10 @@ def test_it_trains_on_with_wans_vae(tmp_path: Path) -> None:
     save_world_model(WanWorldModel(transformer, vae, RolloutConfig(arm_map=None)), tmp_path / "wan")
     folder = train_world_model(window_config(tmp_path, init=str(tmp_path / "wan"), model=arch))
     assert (folder / "vae" / "config.json").is_file() and not (folder / "autoencoder").exists()
+    caches = {"anchored": tmp_path / "out/latents/data", "episode": tmp_path / "cut/latents/data"}
+    train_world_model(window_config(tmp_path, init=str(tmp_path / "wan"), model=arch, run_dir=str(tmp_path / "cut"),
+                                    window_latents="episode"))  # fmt: skip
+    assert [json.loads((c / "index.json").read_text())["window_chunks"] for c in caches.values()] == [4, 0]
     assert (read_world_model(folder).config.arm_map, read_world_model(folder).fps) == (None, 20.0)
     with pytest.raises(InvalidOptionError, match='needs the bundled codec; give objective="window"'):
         train_world_model(config(str(tmp_path / "data"), tmp_path / "x", init=str(tmp_path / "wan"), model=arch))
@@ -409,15 +460,15 @@ def test_a_run_of_an_earlier_version_resumes(tmp_path: Path) -> None:
     assert (tmp_path / "out/transformer/checkpoints/step_00000006").is_dir()
 
 
-def test_mistakes_are_told(tmp_path: Path) -> None:
+def test_mistakes_are_named(tmp_path: Path) -> None:
     data = write_data(tmp_path / "data", (40,))
 
     def refused(error: type[Exception], said: str, **changes: object) -> None:
         with pytest.raises(error, match=said):
             train_world_model(window_config(tmp_path, codec="embedded", run_dir=str(tmp_path / "x"), **changes))
 
-    refused(InvalidOptionError, "deploy='few' is none of the data entries; name one of data", deploy="few")
-    refused(InvalidOptionError, "give init or codec, not both", init="embedded")
+    refused(InvalidOptionError, "deploy='few' is not among the data entries; choose from data", deploy="few")
+    refused(InvalidOptionError, "init has its own codec: give init or codec, not both", init="embedded")
     refused(InvalidOptionError, "'wheight=2' in the data entry .* is no setting", data=(f"{data},wheight=2",))
     refused(InvalidOptionError, "weight in the data entry .* is no number", data=(f"{data},weight=two",))
     refused(InvalidOptionError, 'are for objective="window"', data=(f"{data},weight=2",), objective="episode")
@@ -436,4 +487,15 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
     refused(DatasetError, "takes 9 pose dimensions", model=replace(MODEL, pose_dim=9))
     short = write_data(tmp_path / "short", (4,))
     refused(DatasetError, "none of 1 episodes is 8 steps long", validation=(short,))
-    assert DataEntry.parse("a/b,weight=2,name=n,camera=c") == DataEntry("a/b", 2.0, "n", "c")
+    assert DataEntry.parse("a/b,weight=2,name=n,camera=c,embodiment=e") == DataEntry("a/b", 2.0, "n", "c", "e")
+
+
+def test_episodes_clip_actions_as_a_rollout_does(tmp_path: Path) -> None:
+    settings = config("", tmp_path, model=replace(MODEL, arm_map_channels=0, warp_last_frame=False, pose_dim=0))
+    settings = replace(settings, rollout=replace(settings.rollout, arm_map=None))
+    model = WanWorldModel(WanWorldModelTransformer(settings.model), PackedFrameAutoencoder(), settings.rollout)
+    episodes = numbered_episodes((3,))
+    episodes = replace(episodes, actions=torch.linspace(-2, 2, 24 * 7).view(24, 7))
+    batch = EpisodeSampler(episodes, settings).draw(np.random.default_rng(0), 1)
+    expected = model._conditions(episodes.actions.view(1, 6, 4, 7), torch.zeros(1, 6, 4, 7))
+    assert torch.equal(batch.conditions[:, 1:], expected) and expected.abs().max() == 1

@@ -225,6 +225,7 @@ def test_one_error_names_everything_that_is_wrong(tmp_path: Path, layout: str) -
     if layout == "folder":
         pattern = spoil(weights, "decoder.")
         (tmp_path / WEIGHTS).unlink()
+        (tmp_path / "manifest.json").unlink()  # its checksums come before the tensors
         from safetensors.torch import save_file
 
         save_file(weights, tmp_path / WEIGHTS)
@@ -273,6 +274,8 @@ def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
         ({"latents_std": [0.0] * 16}, "the second above 0"),
         ({"latents_mean": None}, "latents_mean None"),
         ({"base_dim": "wide"}, "describes no Wan VAE"),
+        ({"base_dim": 10**9}, "describes no Wan VAE: base_dim is 1000000000, expected 1 to 1024"),
+        ({"num_res_blocks": 10**9}, "not the VAE of Wan 2.1: .*num_res_blocks"),  # before it is built
     ]:
         path.write_text(json.dumps({**good, **change}))
         refused(tmp_path, message)

@@ -221,7 +221,8 @@ def test_shards_and_precision(wan: tuple[nn.Module, Path], tmp_path: Path) -> No
     assert again.dtype == torch.float64
     assert same(dict(again.float().state_dict()), dict(model.state_dict()))
     model.save_pretrained(tmp_path / "m", half=True)
-    assert len(list((tmp_path / "m").iterdir())) == 2, "shards of an older save are gone"
+    names = ["config.json", "diffusion_pytorch_model.safetensors", "manifest.json"]
+    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == names, "shards of an older save are gone"
     assert load_file(tmp_path / "m" / "diffusion_pytorch_model.safetensors")["proj_out.weight"].dtype == torch.float16
     (next((tmp_path / "m").glob("*.safetensors"))).unlink()
     with pytest.raises(CheckpointError, match="There is no file"):
@@ -342,7 +343,7 @@ def test_convert_wan_says_what_is_wrong(wan_release: Path, tmp_path: Path, capsy
         return capsys.readouterr().err
 
     nothing, target = str(tmp_path / "nothing"), str(tmp_path / "wm")
-    assert "say where the VAE is with --vae" in says(nothing, target)
+    assert "give the VAE's path with --vae" in says(nothing, target)
     assert "image_size must be a multiple of 16" in says(str(wan_release), target, "--image-size", "100")
     vae = str(wan_release / "vae")
     assert "neither a folder nor a file" in says(nothing, target, "--vae", vae, "--image-size", "64")

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import resource
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,10 +23,11 @@ from rawdream_env.world_models import load_world_model
 from rawdream_env.world_models.autoencoders import AutoencoderConfig, PackedFrameAutoencoder, pack_frames, unpack_frames
 from rawdream_env.world_models.loading import save_world_model
 from rawdream_env.world_models.sampler import flow_sigmas, sample_flow
+from rawdream_env.world_models.wan import rollout as rollout_module
 from rawdream_env.world_models.wan.chunk import ChunkDenoiser, ConditionCache, Context, ContextCache
 from rawdream_env.world_models.wan.config import WanConfig
 from rawdream_env.world_models.wan.dream_state import DreamState
-from rawdream_env.world_models.wan.rollout import RolloutConfig, WanWorldModel
+from rawdream_env.world_models.wan.rollout import WAN_ROLLOUT, RolloutConfig, WanWorldModel
 from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer, shifted
 
 WAN = WanConfig(
@@ -273,6 +278,63 @@ def test_anchor_noise_follows_the_paper() -> None:
     assert levels == [0, 0, 10, 70, 300, 300]
 
 
+@pytest.mark.parametrize("settings", [RolloutConfig(), WAN_ROLLOUT], ids=["embedded", "wan"])
+def test_the_denoiser_receives_the_noise_of_the_paper(settings: RolloutConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anchor, context and new latents at every step of a rollout: their levels, and noise that is fresh at every step and
+    in every draw.
+    """
+    arch = TINY if settings.arm_map else WAN
+    steps, seen = 36, []
+
+    class Recorded(ChunkDenoiser):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            self.first = True
+
+        def __call__(self, x: Tensor, sigma: float) -> Tensor:
+            if self.first:
+                seen.append((self.context, x))
+            self.first = False
+            return x[:, :1].expand_as(x) * 0.5
+
+    monkeypatch.setattr(rollout_module, "ChunkDenoiser", Recorded)
+    model = build(arch)
+    model.config = replace(settings, num_inference_steps=1)
+    monkeypatch.setattr(model, "_by_rows", lambda what, n, compute: compute(slice(None)))
+    runs = []
+    for draw in (0, 1):
+        poses = torch.tensor(np.stack([piper.HOME_POSE] * 2), dtype=torch.float32)
+        state = model.start(start_frames([0, 0]), [NoiseKey(7, draw=draw), NoiseKey(8, draw=draw)], poses)
+        run = []
+        for chunk in range(steps):
+            before = state
+            state, _ = model.imagine(state, torch.zeros(2, 8, 7))
+            context, x = seen.pop()
+            n = min(2 * chunk, 6)
+            level = min(0.01 * max(chunk - 3, 0), 0.3)  # s counts from 0
+            assert context.frames.shape[1] == 1 + n
+            assert list(context.anchor_level) == pytest.approx([level] * 2) and context.level == 0.05
+            anchor = context.frames[:, 0] - (1 - level) * before.anchor
+            assert level or not anchor.any()
+            recent = (context.frames[:, 1:] - 0.95 * before.recent[:, 6 - n :]) / 0.05
+            noises = {"new": x} | ({"anchor": anchor / level} if level else {}) | ({"recent": recent} if n else {})
+            for name, noise in noises.items():
+                assert abs(noise.mean()) < 0.15 and abs(noise.std() - 1) < 0.1, (name, chunk)
+            run.append(noises)
+        assert torch.equal(run[9]["anchor"][0], run[9]["anchor"][1])  # two rows from one start share the anchor's noise
+        runs.append(run)
+    for chunk, noises in enumerate(runs[0]):
+        for name, noise in noises.items():
+            others = [runs[1][chunk][name], *([runs[0][chunk - 1][name]] if name in runs[0][chunk - 1] else [])]
+            for other in others:  # the second draw, and the step before
+                size = min(noise.shape[1], other.shape[1]) if name == "recent" else None
+                assert correlation(noise[:, :size], other[:, :size]) < 0.2, (name, chunk)
+
+
+def correlation(a: Tensor, b: Tensor) -> float:
+    return abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].item())
+
+
 def test_arm_map_follows_the_kinematics() -> None:
     """The shadow channel peaks at the projected tool point; the integrated pose is the simulator's."""
     arm_map = ArmMap()
@@ -355,3 +417,47 @@ def test_checkpoint_round_trip_and_errors(model: WanWorldModel, tmp_path) -> Non
         load_world_model(folder)
     with pytest.raises(CheckpointError, match=r"config\.json is missing"):
         load_world_model(tmp_path / "nothing")
+
+
+def test_sizes_are_compared_with_the_tensors_before_anything_is_built(tmp_path: Path) -> None:
+    """A hostile configuration costs no memory and ends in a ``CheckpointError``."""
+    folder = tmp_path / "wm"
+    save_world_model(build(TINY), folder)
+    places = {"transformer": folder / "transformer/config.json", "autoencoder": folder / "autoencoder/config.json"}
+
+    def refused(path: Path, change: Callable[[dict[str, Any]], None], said: str) -> None:
+        before = path.read_text()
+        content = json.loads(before)
+        change(content)
+        path.write_text(json.dumps(content))
+        with pytest.raises(CheckpointError, match=said):
+            load_world_model(folder)
+        path.write_text(before)
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused(
+        places["autoencoder"],
+        lambda c: c.update(widths=[8192, 8192]),
+        r"decoder.0.weight has shape .* expected \(8192,",
+    )
+    refused(places["autoencoder"], lambda c: c.update(widths=[65536, 65536]), "multiples of 8 up to 8192")
+    refused(places["autoencoder"], lambda c: c.update(encoder_blocks=[1, 10**9]), "must be between 0 and 1000")
+    refused(places["autoencoder"], lambda c: c.update(image_size="64"), "has image_size '64', expected int")
+    refused(places["autoencoder"], lambda c: c.update(widths=[16]), r"has widths '\(16,\)', expected tuple")
+    refused(places["transformer"], lambda c: c.update(num_attention_heads=4096), "has shape .* expected")
+    refused(
+        places["transformer"],
+        lambda c: c.update(num_layers=10**9),
+        "num_layers is 10{9}; it must be .* 0 and 1000",
+    )
+    refused(places["transformer"], lambda c: c.update(ffn_dim=-1), "ffn_dim is -1; it must be between 1 and 65536")
+    refused(places["transformer"], lambda c: c.update(num_layers=True), "has num_layers 'True', expected int")
+    for name, value, said in (
+        ("num_inference_steps", 10**9, "num_inference_steps 1000000000"), ("fps", 0, "fps 0"), ("fps", "ten", "expected float"),
+        ("action_low", [1.0] * 7, "each low below its high"), ("context_noise", 2.0, "between 0 and 1"),
+        ("arm_map", {"resolution": 10**6}, "resolution 1000000 must be between 1 and 1024"), ("arm_map", 3, "has arm_map '3'"),
+    ):  # fmt: skip
+        refused(folder / "config.json", lambda c, n=name, v=value: c["rollout"].update({n: v}), said)  # type: ignore[misc]
+    refused(folder / "config.json", lambda c: c.pop("rollout"), "has no rollout settings")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 200_000  # kB; the widths alone would take 9 GB
+    load_world_model(folder)

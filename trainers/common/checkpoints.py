@@ -1,13 +1,14 @@
 """The checkpoints of a run: folders that are whole or absent, whenever the process is killed.
 
-A folder is written under a temporary name, synced, and renamed. ``manifest.json`` holds the SHA-256 of its files; a folder
-that does not match it is passed over on resume.
+A folder is written under a temporary name, synced, and renamed. ``manifest.json`` holds the SHA-256 of its files, the
+lengths of the run's logs, and a checksum of itself. A folder that does not match it is skipped on resume.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 _STEP = re.compile(r"step_(\d{8,})")
 _FILES = ("tensors.safetensors", "state.json")
+_FORMAT = 2  # format 1 has no checksum of the manifest itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +64,12 @@ class CheckpointFolder:
             for name, data in content.items():
                 files.write_bytes_synced(temporary / name, data)
             manifest = {
-                "format": 1,
+                "format": _FORMAT,
                 "step": int(step),
                 "files": {name: files.sha256_file(temporary / name) for name in content},
                 "logs": dict(logs),
             }
+            manifest["checksum"] = _checksum(manifest)
             files.write_bytes_synced(temporary / "manifest.json", json.dumps(manifest, indent=2).encode())
             files.fsync_folder(temporary)
             self._publish(temporary, target)
@@ -79,8 +82,8 @@ class CheckpointFolder:
         self._prune()
         return target
 
-    def load_latest(self) -> Checkpoint | None:
-        """The newest undamaged checkpoint, or None when there are none.
+    def load_latest(self, logs: Mapping[str, int]) -> Checkpoint | None:
+        """The newest undamaged checkpoint, or None when there are none. ``logs``: the sizes of the run's logs now.
 
         Raises:
             CheckpointError: all are damaged; starting over silently would throw work away.
@@ -88,15 +91,13 @@ class CheckpointFolder:
         folders = self._folders()
         for folder in reversed(folders):
             try:
-                return _read(folder)
+                return _read(folder, logs)
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                warnings.warn(
-                    f"Checkpoint {folder} is damaged and is passed over: {error}", RuntimeWarning, stacklevel=3
-                )
+                warnings.warn(f"Checkpoint {folder} is damaged and is skipped: {error}", RuntimeWarning, stacklevel=3)
         if folders:
             raise CheckpointError(
-                f"All {len(folders)} checkpoints in {self.path} are damaged. Restore one from a copy, or remove that "
-                "folder to start this run over."
+                f"All {len(folders)} checkpoints in {self.path} are damaged (the warnings list why). Restore one and the "
+                "logs from a copy, or remove that folder to restart this run."
             )
         return None
 
@@ -133,14 +134,34 @@ class CheckpointFolder:
             shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _read(folder: Path) -> Checkpoint:
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    if manifest["step"] != int(folder.name.removeprefix("step_")) or set(manifest["files"]) != set(_FILES):
-        raise CheckpointError(f"{folder / 'manifest.json'} does not belong to this folder")
+def _read(folder: Path, logs: Mapping[str, int]) -> Checkpoint:
+    manifest = files.read_json(folder / "manifest.json")
+    _check_manifest(manifest, folder, logs)
     for name, digest in manifest["files"].items():
         if files.sha256_file(folder / name) != digest:
             raise CheckpointError(f"{folder / name} does not match its SHA-256")
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    state = files.read_json(folder / "state.json")
     tensors = files.load_safetensors(folder / "tensors.safetensors")
-    logs = {str(name): int(length) for name, length in manifest["logs"].items()}
-    return Checkpoint(manifest["step"], tensors, state, folder, logs)
+    return Checkpoint(manifest["step"], tensors, state, folder, {name: manifest["logs"][name] for name in logs})
+
+
+def _check_manifest(manifest: dict[str, Any], folder: Path, logs: Mapping[str, int]) -> None:
+    """Raise ``CheckpointError`` unless the manifest is intact, of ``folder``, and not ahead of the logs."""
+    path, known = folder / "manifest.json", (1, _FORMAT)
+    if (version := manifest.get("format")) not in known:
+        raise CheckpointError(f"{path} has format {version!r}, expected one of {known}")
+    if manifest.pop("checksum", None) != (_checksum(manifest) if version > 1 else None):
+        raise CheckpointError(f"{path} does not match its own checksum")
+    if manifest["step"] != int(folder.name.removeprefix("step_")) or set(manifest["files"]) != set(_FILES):
+        raise CheckpointError(f"{path} does not belong to this folder")
+    for name, size in logs.items():
+        length = manifest["logs"][name]
+        if type(length) is not int or length < 0:
+            raise CheckpointError(f"{path} records {length!r} as the length of {name}")
+        if size < length:
+            raise CheckpointError(f"{name} has {size} bytes, but had {length} when this checkpoint was saved")
+
+
+def _checksum(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of the manifest's content, without the checksum itself."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

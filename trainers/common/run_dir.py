@@ -9,19 +9,20 @@
       tensorboard/          both of them as curves (when the tensorboard package is installed)
       checkpoints/step_00000010/   tensors.safetensors, state.json, manifest.json (SHA-256 of each; lengths of the logs)
 
-On resume the newest undamaged checkpoint is used (``checkpoints.py``) and the logs are cut back to the length they had
-when it was made, so that weights, generators and log lines continue as if the run had not been interrupted.
+The logs are durable before the checkpoint that records their lengths. On resume the newest undamaged checkpoint is used
+(``checkpoints.py``) and the logs are truncated to these lengths, so that weights, generators and log lines continue as if
+the run had not been interrupted.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import enum
-import fcntl
 import json
 import logging
 import math
 import os
+import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -48,7 +49,7 @@ class RunDir:
     already holds a run is refused. ``may_change``: top-level configuration keys that may differ on resume (such as the
     number of steps); the stored configuration is then brought up to date. ``keep``: how many checkpoints to keep.
 
-    Raises ``RunDirError`` when the folder holds another configuration, is in use by another process or unwritable.
+    Raises ``RunDirError`` when the folder holds another configuration, is in use by another run, or unwritable.
     """
 
     def __init__(
@@ -67,11 +68,17 @@ class RunDir:
         self._writer: Any = None
         self._purge_step: int | None = None
         self._logs: dict[str, int] = {}
+        self._unwritten: dict[str, bytes] = {}  # lines that the disk refused; ``save`` writes them first
         try:
             self._checkpoints = CheckpointFolder(self.path / "checkpoints", keep)
             self._lock = self._take_lock()
-            self._settle_config(resume, may_change)
-            self._checkpoints.tidy()
+            try:
+                self._settle_config(resume, may_change)
+                self._checkpoints.tidy()
+                files.remove_litter(self.path)
+            except BaseException:
+                self._lock.close()
+                raise
         except OSError as error:
             raise RunDirError(f"Cannot use the run directory {self.path}: {error}.") from error
 
@@ -92,19 +99,31 @@ class RunDir:
     def _append(self, name: str, step: int, scalars: Mapping[str, Any]) -> None:
         record = {"step": int(step), **{key: _scalar(value) for key, value in scalars.items()}}
         line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
-        try:
-            if name not in self._logs:
-                self._logs[name] = os.open(self.path / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-            view = memoryview(line)
-            while view:
-                view = view[os.write(self._logs[name], view) :]
-        except OSError as error:
-            raise RunDirError(f"Cannot write to {self.path / name}: {error}. {_RERUN}") from error
+        self._unwritten[name] = self._unwritten.get(name, b"") + line
+        self._write_lines(name)
         writer = self._tensorboard()
         if writer is not None:
             for key, value in record.items():
                 if key != "step" and isinstance(value, int | float):
                     writer.add_scalar(key, value, record["step"])
+
+    def _write_lines(self, name: str) -> None:
+        """Append the unwritten lines of a log, wholly or not at all."""
+        lines = self._unwritten.get(name, b"")
+        try:
+            if name not in self._logs:
+                self._logs[name] = os.open(self.path / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            length = os.fstat(self._logs[name]).st_size
+            try:
+                view = memoryview(lines)
+                while view:
+                    view = view[os.write(self._logs[name], view) :]
+            except BaseException:
+                os.ftruncate(self._logs[name], length)
+                raise
+        except OSError as error:
+            raise RunDirError(f"Cannot write to {self.path / name}: {error}. {_RERUN}") from error
+        self._unwritten.pop(name, None)
 
     def _tensorboard(self) -> Any:
         if self._use_tensorboard and self._writer is None:
@@ -126,25 +145,29 @@ class RunDir:
         ``get_state()`` belongs into ``tensors``). Raises ``CheckpointError`` for non-finite tensors and ``RunDirError``
         when the disk refuses; earlier checkpoints are intact in both cases.
         """
+        for name in list(self._unwritten):
+            self._write_lines(name)
         try:
             for descriptor in self._logs.values():
                 os.fsync(descriptor)
         except OSError as error:
             raise RunDirError(f"Cannot write the logs in {self.path}: {error}. {_RERUN}") from error
-        lengths = {name: _size(self.path / name) for name in _LOGS}
-        return self._checkpoints.save(step, tensors, to_json(state or {}), lengths)
+        return self._checkpoints.save(step, tensors, to_json(state or {}), self._lengths())
 
     def load_latest(self) -> Checkpoint | None:
-        """The newest undamaged checkpoint, or None in a fresh run; cuts the logs back to the moment it was made.
+        """The newest undamaged checkpoint, or None in a fresh run; truncates the logs to their lengths at that moment.
 
-        A damaged checkpoint is named in a ``RuntimeWarning`` and passed over. When every checkpoint is damaged,
-        ``CheckpointError``: starting over silently would throw work away.
+        A damaged checkpoint, or one whose logs are shorter than it records, is skipped with a ``RuntimeWarning``. When
+        every checkpoint is damaged, ``CheckpointError``: starting over silently would throw work away.
         """
-        checkpoint = self._checkpoints.load_latest()
-        for name in _LOGS:
-            path, length = self.path / name, 0 if checkpoint is None else checkpoint.logs.get(name, 0)
-            if _size(path) > length:
-                os.truncate(path, length)
+        checkpoint = self._checkpoints.load_latest(self._lengths())
+        self._unwritten.clear()
+        self._close_logs()
+        for name, size in self._lengths().items():
+            length = 0 if checkpoint is None else checkpoint.logs[name]
+            if size > length:
+                os.truncate(self.path / name, length)
+            _blank_broken_lines(self.path / name)
         if checkpoint is not None:
             self._purge_step = checkpoint.step + 1
         return checkpoint
@@ -153,9 +176,7 @@ class RunDir:
 
     def close(self) -> None:
         """Close the logs and release the folder. Idempotent."""
-        for descriptor in self._logs.values():
-            os.close(descriptor)
-        self._logs.clear()
+        self._close_logs()
         if self._writer is not None:
             self._writer.close()
             self._writer = None
@@ -169,16 +190,21 @@ class RunDir:
     ) -> None:
         self.close()
 
+    def _close_logs(self) -> None:
+        for descriptor in self._logs.values():
+            os.close(descriptor)
+        self._logs.clear()
+
+    def _lengths(self) -> dict[str, int]:
+        return {name: _size(self.path / name) for name in _LOGS}
+
     def _take_lock(self) -> Any:
-        lock = open(self.path / ".lock", "a")  # noqa: SIM115 - held until close
         try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go when the process dies
-        except OSError as error:
-            lock.close()
+            return files.lock_file(self.path / ".lock")
+        except BlockingIOError as error:
             raise RunDirError(
-                f"The run directory {self.path} is in use by another process. Wait for it, or choose another folder."
+                f"The run directory {self.path} is in use by another run. Wait for it, or choose another folder."
             ) from error
-        return lock
 
     def _settle_config(self, resume: bool, may_change: Collection[str]) -> None:
         stored_path = self.path / "config.json"
@@ -187,10 +213,8 @@ class RunDir:
             return
         if not resume:
             raise RunDirError(f"{self.path} already holds a run. Resume it (resume=True) or choose another folder.")
-        try:
-            stored = _current_names(json.loads(stored_path.read_text(encoding="utf-8")), self.config)
-        except ValueError as error:
-            raise RunDirError(f"{stored_path} is damaged ({error}). Restore it or choose another folder.") from error
+        content = files.read_json(stored_path, "restore it from a copy, or choose another folder", RunDirError)
+        stored = _current_names(content, self.config)
         differing = [
             key
             for key in sorted({*stored, *self.config})
@@ -256,8 +280,39 @@ def to_json(value: Any) -> Any:
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The whole lines of a JSON-lines file; a last line without newline (being written, or cut) is left out."""
+    """The complete lines of a JSON-lines file; a last line without newline (being written, or cut) is left out."""
     if not Path(path).exists():
         return []
     text = Path(path).read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].split("\n") if line.strip()]
+
+
+def _blank_broken_lines(path: Path) -> None:
+    """Replace lines that are no JSON by spaces, with a ``RuntimeWarning``: earlier versions kept a line that the disk had
+    cut. The length stays, because checkpoints record it.
+    """
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    broken = [number for number, line in enumerate(lines) if line.strip() and not _is_json(line)]
+    if lines and lines[-1].strip() and len(lines) - 1 not in broken:
+        broken.append(len(lines) - 1)  # without a newline the next line would continue it
+    if not broken:
+        return
+    for number in broken:
+        lines[number] = b" " * len(lines[number])
+    if lines[-1]:
+        lines[-1] = lines[-1][:-1] + b"\n"
+    files.atomic_write_bytes(path, b"\n".join(lines))
+    shown = ", ".join(str(number + 1) for number in broken[:5])
+    warnings.warn(
+        f"{path} had {len(broken)} lines that are no JSON (line {shown}); they are blank now.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True

@@ -24,64 +24,64 @@ class GRPOConfig:
     env_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
     """Further keyword arguments of the environment, such as world_model, judge, starts, judge_every."""
     task: str | int | None = None
-    """A task's name, instruction or id; by default every start draws one."""
+    """A task's name, instruction or id; None: every start draws a task."""
     layout: Literal["narrow", "wide"] = "narrow"
-    """How far the objects of the starts are scattered."""
+    """How widely the objects of the starts are spread."""
     policy: str = "embedded"
-    """"embedded" or a checkpoint folder: the policy to improve, after supervised fine-tuning."""
+    """The policy to improve: "embedded" (the bundled one) or a checkpoint folder, after supervised fine-tuning."""
     device: str = "cpu"
-    """Where policy and environment run."""
+    """Device of policy and environment."""
     num_envs: int = 64
-    """Episodes imagined side by side. Results do not depend on it."""
+    """Number of episodes imagined in parallel. Results do not depend on it."""
 
     steps: int = 50
-    """Policy updates in all (paper: 50, on LIBERO-Object 20). May be raised when resuming."""
+    """Number of training steps (paper: 50, on LIBERO-Object 20). May be raised when resuming."""
     minutes: float | None = None
-    """Stop after the first step that ends later than this, counted from the start of this process."""
+    """Stop after the first step that ends later than this, counted from the start of the process; None: no limit."""
     group_size: int = 8
-    """Rollouts that share a start."""
+    """Number of rollouts that share a start."""
     groups_per_step: int = 8
-    """Groups trained on in one step, dropped ones aside (times group_size: trajectories; peers use 512-1024)."""
+    """Number of groups per step, without dropped ones (times group_size: trajectories; peers use 512-1024)."""
     max_groups_per_step: int = 64
-    """Most groups rolled out for one step, dropped ones included; a step may then be smaller."""
+    """Maximum number of groups rolled out in a step, dropped ones included; a step may then have fewer groups."""
     temperature: float = 1.6
-    """Of sampling and of the log-probabilities. 1.6 suits a large pre-trained policy, 0.3 to 1 the embedded one."""
+    """Temperature of sampling and log-probabilities: 1.6 suits a large pre-trained policy, 0.3 to 1 the bundled one."""
     dual_noise_verification: bool = True
-    """Dream every success again and leave out what does not repeat. Ignored in a simulator, which has no noise."""
+    """Imagine every success again and leave out those that do not repeat. Ignored in a simulator, which has no noise."""
     held_out_judge: str = ""
-    """A judge that watches the same videos and never rewards; the gap between the two is logged and alarmed."""
+    """A judge that sees the same videos and never rewards. The gap is logged; a large one is a warning."""
     overlap_judge: Literal["auto", "on", "off"] = "auto"
-    """Judge ended episodes while the next are imagined; "auto": where the judge is a server. Same results."""
+    """Judge finished episodes while the next are imagined; "auto": if the judge is a server. Same results."""
     max_flagged: int = 2
     """A group with more flagged or invalid members than this is dropped."""
 
     lr: float = 5e-6
-    """Of AdamW, constant. 5e-6 suits a 7B policy; a small one needs 1e-4 or so."""
+    """AdamW learning rate (constant). 5e-6 suits a 7B policy; a small one needs about 1e-4."""
     weight_decay: float = 0.0
-    """Of AdamW."""
+    """AdamW weight decay."""
     clip_eps_low: float = 0.2
     """Ratios below 1 - clip_eps_low no longer push a bad action's probability down."""
     clip_eps_high: float = 0.28
     """Ratios above 1 + clip_eps_high no longer push a good action's probability up."""
     loss_type: Literal["trajectory", "token"] = "trajectory"
-    """"trajectory": mean over each trajectory, then over the group (paper); "token": every token counts alike."""
+    """"trajectory": mean over each trajectory, then over the group (paper); "token": every token counts equally."""
     scale_rewards: Literal["group", "none"] = "group"
-    """Whether advantages are divided by the group's standard deviation."""
+    """"group" divides advantages by the group's standard deviation (paper), "none" does not."""
     epochs: int = 1
-    """Passes over a step's trajectories."""
+    """Number of passes over a step's trajectories."""
     minibatches: int = 2
-    """Updates per pass; each takes whole trajectories."""
+    """Number of updates per pass, each on whole trajectories."""
     microbatch_size: int = 256
-    """Most chunks in one forward pass (memory only; gradients are accumulated)."""
+    """Maximum number of chunks in a forward pass. Affects memory only: gradients are accumulated."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
+    """Maximum gradient norm; larger gradients are scaled down."""
 
     seed: int = 0
-    """Names every random draw of the run."""
+    """Seed of the run."""
     save_every: int = 5
     """Steps between checkpoints."""
     tensorboard: bool = True
-    """Write curves as well."""
+    """Write TensorBoard logs."""
     progress: bool = True
     """Show a progress bar with the current success rate."""
 

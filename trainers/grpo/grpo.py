@@ -3,20 +3,31 @@
 RAW-Dream section 3.2, Eq. 2 and 3, appendix A.2 and A.4. One step:
 
 1. *Roll out* groups of episodes that share a start (``rollout.py``), sampling at ``temperature``.
-2. *Verify* each success by dreaming it again with fresh noise; a flagged episode gets advantage 0 (dual-noise
+2. *Verify* each success by imagining it again with fresh noise; a flagged episode gets advantage 0 (dual-noise
    verification).
-3. *Drop* groups that are all success or all failure, or have more than ``max_flagged`` flagged or invalid members; open
-   others.
+3. *Drop* groups that are all success or all failure, or have more than ``max_flagged`` flagged or invalid members, and
+   open others.
 4. *Advantages* relative to the group, over its valid members (``losses.group_advantages``).
 5. *Update* by the clipped objective (``losses.clipped_loss``): mean over each trajectory, then over the group.
 
-Kept of the paper: all of that, and its numbers as defaults (group of 8, T = 1.6, lr 5e-6, 50 steps, no KL term). Open
-in the paper and chosen here: clip range 0.2 / 0.28 (as the published peers), groups per step, INVALID verdicts (left
-out like flagged rollouts, never a 0). Not kept: many GPUs; this is one process.
+Kept from the paper: all of that, and its numbers as defaults (group of 8, T = 1.6, lr 5e-6, 50 steps, no KL term).
+Where the paper leaves a choice, this is the reading taken here:
 
-Nothing is drawn from a generator that would have to be saved: every start, every sampled token and every minibatch is
-named by (seed, step, ...). So a run killed at any moment and started again with the same command writes, on the same
-machine in float32, the same weights and the same ``metrics.jsonl`` as one that was never interrupted.
+- *Ratio per token.* Eq. 3 has the ratio of an action a_{i,t} and does not say whether that is a chunk, a step or a
+  token. Here it is one action token: ratio and clip are per token, and the mean over t is over all tokens of a
+  trajectory.
+- *Standard deviation.* Over the trusted members only, unbiased, plus 1e-6 (``losses.STD_EPS``). Eq. 3 divides by
+  std(R).
+- *Minibatches.* ``minibatches`` (2) updates per pass over whole trajectories, ``epochs`` (1) passes. From the second
+  update on the ratio is not 1 and the clip has an effect; with one of each it never has.
+- *Clip range* 0.2 / 0.28, as the published peers; *groups per step* 8.
+- *INVALID verdicts* are left out like flagged rollouts, never a 0.
+
+Not kept: many GPUs; this is one process.
+
+No generator has a state that must be saved: every start, every sampled token and every minibatch is derived from (seed,
+step, ...). A run that is killed at any moment and rerun with the same command writes, on the same machine in float32,
+the same weights and the same ``metrics.jsonl`` as one that was never interrupted.
 """
 
 from __future__ import annotations
@@ -64,7 +75,7 @@ _logger = logging.getLogger(__name__)
 
 
 class TrainingDivergedError(RawDreamError, RuntimeError):
-    """The loss or its gradient is not finite, or the policy that learns is not the one that sampled."""
+    """The loss or its gradient is not finite, or training and sampling disagree about the log-probabilities."""
 
 
 Stopped = Literal["steps", "minutes", "interrupted", "solved"]
@@ -72,8 +83,8 @@ Stopped = Literal["steps", "minutes", "interrupted", "solved"]
 
 @dataclass(frozen=True)
 class GRPOResult:
-    """How a run ended: ``stopped`` by its "steps", its "minutes", "interrupted", or "solved" (every group a success);
-    ``step`` updates are done; ``message`` is one sentence for people; ``policy`` the trained one, in memory.
+    """How a run ended: ``stopped`` is "steps", "minutes", "interrupted" or "solved" (every rollout a success); ``step``
+    updates are done; ``message`` is one sentence for the user; ``policy`` is the trained policy, in memory.
     """
 
     step: int
@@ -91,7 +102,7 @@ def train_grpo(config: GRPOConfig, *, env: VectorEnv[Any, Any, Any] | None = Non
         env: use this vector environment (DISABLED autoreset) instead of making ``config.env_id``; it is left open.
         policy: use this policy (a ``torch.nn.Module`` with ``act`` and ``logprobs``) instead of ``config.policy``.
 
-    Ctrl-C ends the run after saving the last finished step. A second Ctrl-C does not wait.
+    Ctrl-C ends the run after saving the last finished step; a second Ctrl-C ends it at once.
 
     Raises:
         RunDirError: the folder holds another run, or cannot be written. CheckpointError: damaged or of another policy.
@@ -157,10 +168,10 @@ def _train(
             rolled_out = time.perf_counter()
             whole = False
             metrics = update(config, learner, rollouts, step)
-            step, whole = step + 1, True
-            run.log(step, **rollouts.metrics(), **metrics)
+            run.log(step + 1, **rollouts.metrics(), **metrics)
             replayed = replayed_chunks(env) - replayed
-            run.log_timings(step, **timings(rollouts, env, replayed, begun, rolled_out), **judge_gap(env))
+            run.log_timings(step + 1, **timings(rollouts, env, replayed, begun, rolled_out), **judge_gap(env))
+            step, whole = step + 1, True  # a step without its log lines must not be saved
             bar.update()
             if step % config.save_every == 0:
                 learner.save(run, step)
@@ -196,16 +207,16 @@ def rollout_env(config: GRPOConfig) -> VectorEnv[Any, Any, Any]:
 
 
 def judge_gap(env: VectorEnv[Any, Any, Any]) -> dict[str, float]:
-    """The gap between rewarding and hold-out judge for the log; nothing without a hold-out judge.
+    """The gap between rewarding and hold-out judge for the log; empty without a hold-out judge.
 
-    It stands beside the timings: it is over the latest videos in the order they were judged, which a resumed run lacks.
+    It is logged with the timings: it is over the latest videos in the order of judging, which a resumed run does not have.
     """
     judge = getattr(env.unwrapped, "judge", None)
     return judge.gap.as_dict() if isinstance(judge, HoldOutJudge) else {}
 
 
 def replayed_chunks(env: VectorEnv[Any, Any, Any]) -> int:
-    """Chunks of second dreams so far."""
+    """Number of chunks imagined for verification so far."""
     wrapper = find_wrapper(env, DualNoiseVerification)
     return 0 if wrapper is None else wrapper.statistics.replayed_chunks
 
@@ -213,7 +224,7 @@ def replayed_chunks(env: VectorEnv[Any, Any, Any]) -> int:
 def timings(
     rollouts: Rollouts, env: VectorEnv[Any, Any, Any], replayed: int, begun: float, rolled_out: float
 ) -> dict[str, float]:
-    """Seconds and rates of the step that ``begun`` and was ``rolled_out``; ``frames`` includes second dreams."""
+    """Seconds and rates of a step with its start and end of rollouts; ``frames`` includes second dreams."""
     now, chunk_len = time.perf_counter(), (env.single_action_space.shape or (1,))[0]
     frames = (rollouts.counts.chunks + replayed) * chunk_len
     kept = sum(len(member) for group in rollouts.groups for member in group.members) * chunk_len
@@ -228,7 +239,7 @@ def timings(
 
 
 def verified(env: VectorEnv[Any, Any, Any]) -> VectorEnv[Any, Any, Any]:
-    """``env`` with dual-noise verification, once, where there is noise to draw again."""
+    """``env`` with dual-noise verification, unless it has it already or is a simulator without noise."""
     if find_wrapper(env, DualNoiseVerification) is not None or not callable(getattr(env.unwrapped, "replay", None)):
         return env
     return DualNoiseVerification(env)
@@ -236,7 +247,7 @@ def verified(env: VectorEnv[Any, Any, Any]) -> VectorEnv[Any, Any, Any]:
 
 @dataclass(frozen=True)
 class Learner:
-    """A policy, its trainable parameters by name, and their optimiser."""
+    """A policy, its trainable parameters by name, and their optimizer."""
 
     policy: Any
     parameters: dict[str, nn.Parameter]
@@ -247,7 +258,7 @@ class Learner:
         """Parameters with ``requires_grad`` are trained and saved; the others stay as loaded."""
         if not isinstance(policy, nn.Module):
             raise InvalidOptionError(f"GRPO trains torch modules, but the policy is a {type(policy).__name__}.")
-        policy.eval()  # dropout would make the policy that learns another one than the policy that sampled
+        policy.eval()  # with dropout, log-probabilities in training would differ from those of sampling
         parameters = {name: p for name, p in policy.named_parameters() if p.requires_grad}
         if not parameters:
             raise InvalidOptionError("The policy has no parameter with requires_grad: there is nothing to train.")
@@ -260,7 +271,7 @@ class Learner:
         run.save(step, {**tensors, **pack_optimizer(self.optimizer)}, {"step": step})
 
     def restore(self, run: RunDir) -> int:
-        """Weights and optimiser of the last checkpoint; returns the number of steps done, 0 in a fresh run."""
+        """Load weights and optimizer of the last checkpoint; returns the number of steps done, 0 in a new run."""
         checkpoint = run.load_latest()
         if checkpoint is None:
             return 0
@@ -270,7 +281,7 @@ class Learner:
         if wrong:
             raise CheckpointError(
                 f"{checkpoint.path} belongs to another policy: {len(wrong)} parameters differ in name or shape, first "
-                f"{wrong[0]!r}. Give the policy this run began with, or choose another run_dir."
+                f"{wrong[0]!r}. Give the policy this run started with, or choose another run_dir."
             )
         with torch.no_grad():
             for name, parameter in self.parameters.items():
@@ -355,7 +366,7 @@ def _backward(
 
 
 def _check_on_policy(error: float, parameters: Mapping[str, Tensor], step: int) -> None:
-    """Before any update the ratio is 1 but for rounding, on average over the tokens: 1e-5 in float32 on a CPU."""
+    """Before any update the ratio must be 1 up to rounding, on average over the tokens: 1e-5 in float32 on a CPU."""
     exact = all(p.dtype in (torch.float32, torch.float64) for p in parameters.values())
     on_cpu = all(p.device.type == "cpu" for p in parameters.values())
     limit = 1e-5 if exact and on_cpu else 1e-2 if exact else 0.5
@@ -371,7 +382,7 @@ def _farewell(stopped: Stopped, step: int, config: GRPOConfig) -> str:
     where = f"{step} of {config.steps} steps are done and saved in {config.run_dir}"
     return {
         "steps": f"All {where}.",
-        "minutes": f"The {config.minutes} minutes are up: {where}; rerun the same command with more minutes to resume.",
+        "minutes": f"The {config.minutes} minutes have passed: {where}; rerun the same command with more minutes to resume.",
         "interrupted": f"Stopped on request: {where}; rerun the same command to resume.",
         "solved": f"Every rollout succeeds, so there is nothing left to learn here: {where}.",
     }[stopped]

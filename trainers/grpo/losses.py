@@ -1,9 +1,9 @@
-"""The numbers GRPO is made of, as pure functions (RAW-Dream section 3.2, Eq. 2 and 3, appendix A.2).
+"""The formulas of GRPO as pure functions (RAW-Dream section 3.2, Eq. 2 and 3, appendix A.2).
 
-Shape letters: G members of a group, N rows (trajectories, or chunks of them), S tokens in a row. Names that TRL has
-keep their TRL meaning: ``clip_eps_low`` is TRL's ``epsilon``, ``clip_eps_high`` its ``epsilon_high``, ``group_size``
-its ``num_generations``; ``scale_rewards`` and ``loss_type`` are called the same (``"trajectory"`` is TRL's ``"grpo"``,
-``"token"`` its ``"dapo"`` over one update). TRL's ``beta``, a KL term, does not exist here: the paper has none.
+Shape letters: G members of a group, N rows (trajectories, or chunks of them), S tokens in a row. Names that
+exist in TRL keep their meaning: ``clip_eps_low`` is TRL's ``epsilon``, ``clip_eps_high`` its ``epsilon_high``, ``group_size``
+its ``num_generations``; ``scale_rewards`` and ``loss_type`` have the same names (``"trajectory"`` is TRL's ``"grpo"``,
+``"token"`` its ``"dapo"`` over one update). There is no ``beta``: the paper has no KL term.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ ScaleRewards = Literal["group", "none"]
 DropReason = Literal["", "untrustworthy", "all_success", "all_failure", "all_equal"]
 
 DROP_REASONS: tuple[DropReason, ...] = ("untrustworthy", "all_success", "all_failure", "all_equal")
-"""Why a group gives nothing: too many flagged or invalid members, or no difference between its rewards."""
+"""Why a group is dropped: too many flagged or invalid members, or no difference between its rewards."""
 
 STD_EPS = 1e-6
+"""Added to the standard deviation of the rewards."""
 
 
 @dataclass(frozen=True)
 class GroupAdvantages:
-    """``advantages`` (G,), 0 for members that are not ``valid`` (G,) bool, flagged ones among them; ``dropped``: why the
-    group gives nothing.
+    """``advantages`` (G,), 0 for members that are not ``valid`` (G,) bool, which includes flagged ones; ``dropped``: why
+    the group is not used, or "".
     """
 
     advantages: Tensor
@@ -45,14 +46,16 @@ def group_advantages(
     max_flagged: int = 2,
     scale_rewards: ScaleRewards = "group",
 ) -> GroupAdvantages:
-    """Advantages of one group over its valid, unflagged members R (Eq. 3): (R_i - mean_R) / (std_R + 1e-6), unbiased std.
+    """Advantages of one group over its valid, unflagged members R (Eq. 3): (R_i - mean_R) / (std_R + 1e-6).
+
+    The standard deviation is the unbiased one.
 
     Args:
         rewards: floating (G,), finite for members of R.
         valid: bool (G,), False for members whose verdict is INVALID; None: all are valid.
         flagged: bool (G,), True where dual-noise verification disagreed; None: none is.
         max_flagged: a group with more members outside R than this is dropped. An INVALID member counts like a
-            flagged one: both leave the statistics on fewer members.
+            flagged one.
         scale_rewards: "group" divides by the standard deviation, "none" only subtracts the mean.
 
     A flagged or invalid member's reward is replaced by the mean of the others (appendix A.2), so its advantage is
@@ -85,11 +88,11 @@ def group_advantages(
 
 
 def token_weights(mask: Tensor, loss_type: LossType = "trajectory", row_weights: Tensor | None = None) -> Tensor:
-    """How much each of (N, S) tokens counts; sums to 1, so that a batch may be cut into pieces and the losses added.
+    """Weight of each of (N, S) tokens. The weights sum to 1, so the losses of parts of a batch can be added.
 
     "trajectory" (paper, Eq. 2): mean over a row's tokens, then over rows in proportion to ``row_weights`` (N,) (default
-    equal; 1/G_R per row gives Eq. 2 for groups with different numbers G_R of members in R). "token": every token counts alike,
-    times its row's weight. Rows whose ``mask`` (N, S) is False throughout count for nothing.
+    equal; 1/G_R per row gives Eq. 2 for groups with different numbers G_R of members in R). "token": every token counts
+    equally, times its row's weight. Rows whose ``mask`` (N, S) is False throughout have weight 0.
     """
     if loss_type not in ("trajectory", "token"):
         raise InvalidOptionError(f"loss_type={loss_type!r} is not known; choose 'trajectory' or 'token'.")
@@ -116,19 +119,21 @@ def clipped_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Minus the clipped objective of Eq. 2, weighted: ``-sum(w * min(r A, clip(r, 1-eps_low, 1+eps_high) A))``.
 
+    The ratio r is that of one token, and each token is clipped by itself.
+
     Args:
         logprobs: (N, S) under the current policy, differentiable. old_logprobs: (N, S), recorded when sampling.
-        advantages: (N,), one per row. weights: (N, S) from :func:`token_weights`; 0 masks a token out.
+        advantages: (N,), one per row. weights: (N, S) from :func:`token_weights`; 0 masks a token.
         entropy: (N, S) in nats, for the metric only; without it the metric is the sampled estimate ``-logprobs``.
 
     Returns:
         The scalar loss and detached metrics over the tokens with weight > 0: ``approx_kl`` (the estimate
-        (r - 1) - ln r, never negative), ``clip_frac`` (tokens whose gradient the clip cuts off), ``ratio_mean``,
+        (r - 1) - ln r, never negative), ``clip_frac`` (share of tokens without a gradient because of the clip), ``ratio_mean``,
         ``ratio_error`` (of |r - 1|), ``entropy``: plain means; ``ratio_max`` and ``ratio_deviation`` (of |r - 1|): the
         largest; ``num_tokens``.
     """
     counted = weights > 0
-    # Masked tokens may hold anything, -inf and NaN included, and must not reach the gradient: 0 * inf is NaN.
+    # Masked tokens may have any value, including -inf and NaN, and must not reach the gradient: 0 * inf is NaN.
     log_ratio = torch.where(counted, logprobs - old_logprobs.detach(), torch.zeros_like(logprobs))
     ratio = log_ratio.exp()
     signed = advantages.detach()[:, None]
@@ -162,7 +167,7 @@ def grpo_loss(
     *,
     entropy: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Eq. 2 for N trajectories of S padded tokens, ``mask`` (N, S) True on the real ones; else as ``clipped_loss``."""
+    """Eq. 2 for N trajectories of S padded tokens; ``mask`` (N, S) is True on real tokens. See ``clipped_loss``."""
     weights = token_weights(mask, loss_type, torch.ones_like(logprobs[:, 0]).detach())
     return clipped_loss(
         logprobs,
@@ -176,7 +181,7 @@ def grpo_loss(
 
 
 def merge_metrics(parts: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Metrics of several ``clipped_loss`` calls as those of one call on all their tokens."""
+    """The metrics of several ``clipped_loss`` calls, as if one call had seen all their tokens."""
     counts = torch.stack([part["num_tokens"] for part in parts]).double()
     merged: dict[str, float] = {}
     for name in parts[0]:

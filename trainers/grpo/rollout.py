@@ -1,13 +1,12 @@
 """Groups of rollouts from a vector environment, for one policy update after another.
 
-All members of a group begin from one start and differ in their sampling and in the environment's noise. Rows of the
-environment carry members, not groups: a row whose episode is over takes the next member waiting, whichever group that
-belongs to (``envs/episodes.py``), so rows that are over cost nothing. Dream, simulator and null environments are all
-driven by this one loop.
+All members of a group begin from one start and differ in their sampling and in the environment's noise. A row of
+the environment runs members, not groups: when its episode is over it takes the next waiting member of any group
+(``envs/episodes.py``), so no row is idle. Dream, simulator and null environments are all driven by this one loop.
 
-Which groups are trained on never depends on ``num_envs`` or on which finish first: groups are numbered, a new one is
-opened only to replace one that was dropped, and so those kept are the first that are any good. Taking the first to
-*finish* would favour quick successes.
+Which groups are trained on never depends on ``num_envs`` or on which finish first: groups are numbered, and a new one is
+opened only to replace one that was dropped, so the usable groups with the lowest numbers are kept. Taking the first to
+*finish* would favor quick successes.
 
 With a remote judge, finished episodes wait for their verdicts while their rows go on with the next members
 (``envs/judging.py``); the groups kept, and their contents, are the same. A judge that gives no verdict for a while stops the
@@ -48,10 +47,10 @@ from rawdream_env.wrappers.dual_noise import DualNoiseVerification
 
 _STREAM_MEMBER, _STREAM_SAMPLING = 11, 12
 _POLL_S = 0.5
-"""How often to ask whether to stop, while there is nothing to do but wait for verdicts."""
+"""Seconds between checks of ``should_stop`` while only verdicts are waited for."""
 _OUTAGE = 16
-"""This many episodes in a row without a verdict (or two groups, if that is more) are an outage. Of a judge that fails to
-answer one time in four, one run in 4 billion episodes is as long.
+"""This many episodes in a row without a verdict (or two groups, if that is more) are an outage. With a judge that fails on
+one video in four, a series this long occurs once in 4 billion episodes.
 """
 
 
@@ -64,7 +63,7 @@ class NoUsableGroupError(RawDreamError, RuntimeError):
 
 
 class RolloutInterrupted(RawDreamError, RuntimeError):
-    """Collection was stopped from outside, between two steps of the environment."""
+    """Collection was stopped by the caller, between two steps of the environment."""
 
 
 @dataclass(frozen=True)
@@ -85,17 +84,32 @@ class Group:
 
 @dataclass
 class RolloutCounts:
-    """Counts over *all* rollouts of a step, also those of dropped groups."""
+    """Counts over *all* rollouts of a step, dropped groups included.
+
+    ``successes`` by the first verdict; ``flagged``: a success whose second dream failed; ``invalid``: no verdict, or a
+    success without a second one. The others are ``trusted``, with ``trusted_successes`` among them.
+    """
 
     rollouts: int = 0
     successes: int = 0
     flagged: int = 0
     invalid: int = 0
+    trusted_successes: int = 0
     chunks: int = 0
     groups: int = 0
     dropped: Counter[DropReason] = field(default_factory=Counter)
     task_rollouts: Counter[int] = field(default_factory=Counter)
     task_successes: Counter[int] = field(default_factory=Counter)
+
+    @property
+    def judged(self) -> int:
+        """Rollouts whose verdicts are known, flagged ones included."""
+        return self.rollouts - self.invalid
+
+    @property
+    def trusted(self) -> int:
+        """Rollouts that were judged and not flagged."""
+        return self.judged - self.flagged
 
     def add(self, group: Group) -> None:
         """Count a finished group."""
@@ -108,13 +122,18 @@ class RolloutCounts:
             self.successes += success
             self.flagged += member.flagged
             self.invalid += not member.valid and not member.flagged
+            self.trusted_successes += success and member.valid and not member.flagged
             self.chunks += len(member)
             self.task_rollouts[group.start.task_id] += 1
             self.task_successes[group.start.task_id] += success
 
     def __str__(self) -> str:
-        rate = 100 * self.successes / self.rollouts
-        return f"success {rate:.0f} % (n={self.rollouts}), {self.groups - self.dropped.total()} of {self.groups} groups kept"
+        rate = f"{100 * self.trusted_successes / self.trusted:.0f} %" if self.trusted else "unknown"
+        kept = self.groups - self.dropped.total()
+        return (
+            f"success {rate} (n={self.trusted}), {self.flagged} flagged, {self.invalid} INVALID, {kept} of {self.groups} "
+            "groups kept"
+        )
 
 
 @dataclass(frozen=True)
@@ -125,9 +144,14 @@ class Rollouts:
     counts: RolloutCounts
 
     def metrics(self) -> dict[str, float]:
-        """For the log. Rates are over all rollouts of the step, those of dropped groups included."""
+        """For the log. Counts are over all rollouts of the step, those of dropped groups included.
+
+        ``success_rate`` is the share of first verdicts that are SUCCESS, over all ``n`` rollouts: flagged ones count as
+        successes, INVALID ones as failures. ``trusted_success_rate`` leaves both out.
+        """
         counts = self.counts
         low, high = wilson_interval(counts.successes, counts.rollouts)
+        trusted_low, trusted_high = wilson_interval(counts.trusted_successes, counts.trusted)
         rewards = [member.reward for group in self.groups for member, _ in group.counted]
         tasks = sorted(counts.task_rollouts.items())
         return {
@@ -137,6 +161,13 @@ class Rollouts:
             "success_high": high,
             "flagged_rate": counts.flagged / counts.successes if counts.successes else 0.0,
             "invalid_rate": counts.invalid / counts.rollouts,
+            "judged": counts.judged,
+            "flagged": counts.flagged,
+            "invalid": counts.invalid,
+            "trusted": counts.trusted,
+            "trusted_success_rate": counts.trusted_successes / counts.trusted,
+            "trusted_success_low": trusted_low,
+            "trusted_success_high": trusted_high,
             "reward": sum(rewards) / len(rewards),
             "chunks_per_rollout": counts.chunks / counts.rollouts,
             "groups": counts.groups,
@@ -148,7 +179,7 @@ class Rollouts:
 
 @dataclass(frozen=True)
 class Batch:
-    """A step's training data: N trajectories cut into M chunks of L tokens; ``trajectory`` (M,) says whose."""
+    """A step's training data: N trajectories cut into M chunks of L tokens; ``trajectory`` (M,) is a chunk's trajectory."""
 
     images: Tensor  # uint8 (M, H, W, 3)
     instructions: list[str]
@@ -196,12 +227,12 @@ class GroupCollector:
         group_size: members of a group (TRL: ``num_generations``), at least 2.
         num_groups: groups wanted per step.
         max_groups: maximum number of groups to open for a step; the rest is made up of replacements for dropped ones.
-        temperature: of sampling. max_flagged, scale_rewards: see ``losses.group_advantages``.
-        seed: with the step, group and member it names every start and every draw: nothing else is random.
+        temperature: sampling temperature. max_flagged, scale_rewards: see ``losses.group_advantages``.
+        seed: with step, group and member it determines every start and every draw.
         should_stop: asked before every environment step; True raises ``RolloutInterrupted``.
         on_group: called with the counts so far after each finished group.
-        overlap: judge finished episodes while the next are imagined; None: where the judge is ``remote`` and it can be
-            done.
+        overlap: judge finished episodes while the next are imagined; None: if the judge is ``remote`` and the
+            environment allows it.
 
     Raises:
         InvalidOptionError: sizes that do not fit, another autoreset mode, or ``overlap`` where it cannot be done.
@@ -259,7 +290,7 @@ class GroupCollector:
         Raises ``NoUsableGroupError`` when every group was dropped, ``RolloutInterrupted`` when asked to stop,
         ``JudgeUnavailableError`` when many episodes in a row could not be judged.
         """
-        self._runner.clear()  # of a step that was interrupted
+        self._runner.clear()  # episodes of an interrupted step
         if self._judging is not None:
             self._judging.forget()
         self._unjudged = 0
@@ -311,7 +342,7 @@ class GroupCollector:
         self._runner.begin([replace(r, start=starts[r.tag[0]]) for r in taken if r.tag[1] > 0])
 
     def _advance(self) -> list[Rollout]:
-        """One chunk on every running row, if there is one; the rollouts whose result is known by this."""
+        """Run one chunk on every running row; returns the rollouts whose result is now known."""
         finished = self._runner.step()
         if self._judging is None:
             return finished
@@ -320,7 +351,7 @@ class GroupCollector:
         return broken + self._judging.results(wait_s=0.0 if len(self._runner) else _POLL_S)
 
     def _look_for_outage(self, rollout: Rollout) -> None:
-        """Stop rather than wait for hours, imagine in vain, and drop group after group."""
+        """Stop the collection in an outage of the judge, instead of dropping group after group for hours."""
         self._unjudged = 0 if rollout.valid or rollout.flagged else self._unjudged + 1
         if self._unjudged >= max(_OUTAGE, 2 * self.group_size) and getattr(self.env.unwrapped, "judge", None):
             raise JudgeUnavailableError(
@@ -341,8 +372,8 @@ class GroupCollector:
 
 
 def can_overlap(env: VectorEnv[Any, Any, Any]) -> bool:
-    """Whether the verdicts of ``env`` may come later: a dream judged at the horizon, without a reflector, and with nothing
-    around it that looks at verdicts but dual-noise verification.
+    """Whether verdicts of ``env`` may arrive later: a dream judged at the horizon, without a reflector, and without
+    wrappers that use verdicts, except dual-noise verification.
     """
     *wrappers, base = chain(env)
     return (
@@ -358,6 +389,8 @@ def why_none(counts: RolloutCounts, max_flagged: int) -> str:
     """One sentence on why every group of a step was dropped, and what to change."""
     reasons = ", ".join(f"{count} {name}" for name, count in sorted(counts.dropped.items()))
     rate = f"{counts.successes} of {counts.rollouts} rollouts succeeded"
+    if counts.flagged or counts.invalid:
+        rate += f", {counts.flagged} of them flagged; {counts.invalid} INVALID"
     most = counts.dropped.most_common(1)[0][0]
     advice = {
         "all_success": "the policy solves these starts: stop here, choose harder ones (layout, task), raise temperature",

@@ -1,20 +1,20 @@
 """Clips and questions for training a judge: windows of recorded episodes with hindsight labels, and imagined clips.
 
-Shape letters: R rows (frames) in memory, N windows, G goals, F frames the judge looks at, B clips, Q questions a clip.
+Shape letters: R rows (frames) in memory, N windows, G goals, F frames the judge uses, B clips, Q questions per clip.
 
-Every window of an episode is a clip about which many things can be asked: each goal the robot's grammar can put into
-words (``GoalGrammar``) either came true in it or did not. Nothing is tied to a task. Windows
-are chunk-aligned in length, because that is how environments ask, and gather around the moments a relation begins to
-hold: shortly after (success), shortly before (still in the gripper: the near misses that matter).
+Every window of an episode is a clip with many possible questions: each goal of the robot's grammar (``GoalGrammar``)
+either came true in it or did not. No question is tied to a task. Windows are whole chunks long, as in environments, and
+are concentrated around the moments at which a relation begins to hold: shortly after (success) and shortly before (the
+object is still in the gripper: a near miss).
 
-**Imagined clips** make the judge used to dreams. They are ``*.safetensors`` files with
+**Imagined clips** adapt the judge to imagined videos. They are ``*.safetensors`` files with
 
 - ``frames`` uint8 (n, F, H, W, 3), the start frame first;
 - ``labels`` uint8 (n,), 1 when the same actions succeeded in the simulator;
 - metadata ``instructions``: JSON list of n texts, and ``robot`` (none: the default robot);
-- ``object_poses`` float32 (n, 2, O, 7), absent objects all zeros (such a file holds no NaN), and ``relations`` uint8
-  (n, 2, R), optional and together: the simulator's truth at the first and the last frame. With them every goal can be
-  asked about the clip, not only its own instruction.
+- ``object_poses`` float32 (n, 2, O, 7), absent objects all zeros (the files contain no NaN), and ``relations`` uint8
+  (n, 2, R), both or neither: the simulator's state at the first and the last frame. With them every goal can be asked
+  about the clip, not only its own instruction.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ MAX_CHUNKS = 8
 TEXT = "text:"
 """Prefix of a goal that is a verbatim instruction of an imagined clip."""
 UNKNOWN = -1
-"""Label of a goal that cannot be asked about a window: an object is absent, it was true already, or it is moot."""
+"""Label of a goal that cannot be asked about a window: an object is absent, the goal held at the start, or
+the grammar gives it no meaning there."""
 
 Int64Array = NDArray[np.int64]
 Int8Array = NDArray[np.int8]
@@ -52,11 +53,11 @@ Int8Array = NDArray[np.int8]
 
 @dataclass(frozen=True)
 class ClipSet:
-    """Windows over frames in memory, and what is true of each.
+    """Windows over frames in memory, with their labels.
 
     ``frames`` uint8 (R, H, W, 3); ``spans`` (N, 2) first and last row; ``labels`` (N, G): 1, 0 or UNKNOWN; ``goals``
     the G names; ``positions`` (R, O, 3) metres, NaN for what is absent or unknown; ``episodes`` (N,) unique over all
-    folders; ``robot``: whose goals they are.
+    folders; ``robot``: the robot of the goals.
     """
 
     frames: UInt8Array
@@ -83,7 +84,7 @@ class ClipSet:
         return replace(self, spans=self.spans[windows], labels=self.labels[windows], episodes=self.episodes[windows])
 
     def rows(self, windows: Int64Array) -> Int64Array:
-        """The rows (B, F) of the frames the judge looks at."""
+        """The rows (B, F) of the frames the judge uses."""
         first, last = self.spans[windows].T
         table = np.array([frame_indices(int(n)) for n in last - first + 1], dtype=np.int64).reshape(-1, NUM_FRAMES)
         return np.asarray(first[:, None] + table)
@@ -101,17 +102,17 @@ def grammar_of(robot: str) -> GoalGrammar:
 
 
 def goal_objects(goal: str, grammar: GoalGrammar) -> tuple[str, ...]:
-    """The objects a goal is about, in order; none for a verbatim text."""
+    """The objects of a goal, in order; empty for a verbatim text."""
     return () if goal.startswith(TEXT) else grammar.goal_objects(goal)
 
 
 def is_held_out(goal: str, grammar: GoalGrammar) -> bool:
-    """Whether a goal is about an object pair that is kept out of training."""
+    """Whether a goal is about an object pair that is excluded from training."""
     return goal_objects(goal, grammar) in {tuple(pair) for pair in grammar.held_out_pairs}
 
 
 def instruction_for(goal: str, grammar: GoalGrammar, rng: np.random.Generator) -> str:
-    """Words for a goal."""
+    """An instruction for a goal."""
     return goal.removeprefix(TEXT) if goal.startswith(TEXT) else grammar.paraphrase(goal, rng)
 
 
@@ -152,8 +153,8 @@ def _three_valued(labels: ClipLabels) -> Int8Array:
 def episode_windows(placed: NDArray[np.bool_], rng: np.random.Generator, stride: int) -> Int64Array:
     """Windows (n, 2) of one episode, first and last row, whole chunks long.
 
-    Three sorts: from the episode's start, as an environment asks; anywhere, every ``stride`` rows; and around each
-    moment a placing relation begins to hold, ending up to 12 rows before it (near misses) or 24 after.
+    Three kinds: from the episode's start, as in environments; anywhere, every ``stride`` rows; and around each moment at
+    which a placing relation begins to hold, ending up to 12 rows before it (near misses) or 24 after it.
     ``placed`` bool (rows, relations).
     """
     last = len(placed) - 1
@@ -169,14 +170,14 @@ def episode_windows(placed: NDArray[np.bool_], rng: np.random.Generator, stride:
 
 
 def imagined_clips(folder: str | Path) -> ClipSet:
-    """Clips from a folder of imagined videos; the format is in the module's text.
+    """Clips from a folder of imagined videos; the module's docstring has the format.
 
     Raises:
         DatasetError: no files, or one that does not follow the format.
     """
     paths = sorted(Path(folder).glob("*.safetensors"))
     if not paths:
-        raise DatasetError(f"{folder} holds no *.safetensors files of imagined clips")
+        raise DatasetError(f"{folder} contains no *.safetensors files of imagined clips")
     return merge([_imagined_file(path) for path in paths])
 
 
@@ -215,12 +216,14 @@ def merge(parts: Sequence[ClipSet]) -> ClipSet:
     """Several sets as one; goals are united, episodes stay distinct.
 
     Raises:
-        DatasetError: they are of different robots.
+        DatasetError: they are of different robots, or their frames differ in size.
     """
     if len(parts) == 1:
         return parts[0]
     if len(robots := sorted({part.robot for part in parts})) > 1:
         raise DatasetError(f"the clips are of different robots, {', '.join(robots)}; train one judge for each.")
+    if len(sizes := sorted({part.frames.shape[1:3] for part in parts})) > 1:
+        raise DatasetError(f"The clips have frames of different sizes, {sizes}; record or imagine them at one size.")
     goals = tuple(sorted({goal for part in parts for goal in part.goals}))
     spans, labels, episodes, rows, seen = [], [], [], 0, 0
     for part in parts:
@@ -245,7 +248,7 @@ def merge(parts: Sequence[ClipSet]) -> ClipSet:
 
 
 def split(clips: ClipSet, share: float, *, seed: int, salt: int) -> tuple[ClipSet, ClipSet]:
-    """(the rest, ``share`` of the episodes): whole episodes, chosen by a hash, so that no frame is on both sides."""
+    """(the rest, ``share`` of the episodes): whole episodes, chosen by a hash, so that no frame is in both parts."""
     numbers = np.unique(clips.episodes)
     chosen = np.array([mix(seed, salt, int(number)) % 10_000 < share * 10_000 for number in numbers], dtype=bool)
     inside = np.isin(clips.episodes, numbers[chosen])
@@ -262,13 +265,13 @@ class Questions:
 
 
 class QuestionSampler:
-    """Draws clips and questions in balance.
+    """Draws balanced clips and questions.
 
-    A clip is drawn through one of its goals: kinds of goals by ``kind_weights``, the goals of a kind by the root of how
-    often they came true, success and failure evenly. Two thirds of the failures are hard: something else came true of
-    the same objects (the wrong relation, swapped roles, another target). The other questions about the clip are its
-    successes and further failures, hard ones first. ``weights`` afterwards evens out success and failure for every
-    goal, so that the words alone say nothing about the answer.
+    A clip is drawn by one of its goals: kinds of goals by ``kind_weights``, the goals of a kind by the square root of
+    how often they came true, success and failure equally. Two thirds of the failures are hard: another goal of the same
+    objects came true (the wrong relation, swapped roles, another target). The other questions about the clip are its
+    successes and further failures, hard ones first. ``weights`` then balances success and failure for every goal, so
+    that the text alone does not predict the answer.
     """
 
     kind_weights: ClassVar[dict[str, float]] = {"on": 3.0, "in": 3.0, "text": 4.0}
@@ -298,11 +301,13 @@ class QuestionSampler:
             member = kinds == kind
             counts[member] *= self.kind_weights.get(str(kind), 1.0) / max(counts[member].sum(), 1e-9)
         if counts.sum() <= 0:
-            raise DatasetError(f"{len(self.clips)} clips hold no goal with both successes and failures; collect more")
+            raise DatasetError(
+                f"{len(self.clips)} clips contain no goal with both successes and failures; collect more data"
+            )
         return np.asarray(counts / counts.sum(), dtype=np.float64)
 
     def balance(self, seed: int, draws: int = 4000) -> None:
-        """Set ``weights`` (2, G) from a trial run: half of each goal's weight on success, half on failure."""
+        """Set ``weights`` (2, G) from ``draws`` trial draws: half of each goal's weight on success, half on failure."""
         batch = self.draw(np.random.default_rng(seed), draws)
         answers = batch.labels.astype(np.int64)
         counts = np.ones((2, len(self.clips.goals)))
@@ -329,16 +334,16 @@ class QuestionSampler:
         for table in (self.true, self.hard, self.false):
             columns = rng.permutation(np.flatnonzero(table[window]))
             room = self.questions - len(asked)
-            # Leave room for the next sort: at most half of what remains, except for the last.
+            # Leave room for the next kind: at most half of what remains, except for the last.
             limit = room if table is self.false else (room + 1) // 2
             asked += [int(column) for column in columns if column not in asked][:limit]
         return (asked * self.questions)[: self.questions]
 
 
 def examination(clips: ClipSet, per_goal: int, *, seed: int) -> list[JudgeClip]:
-    """Questions for a report: of every goal up to ``per_goal`` successes and as many failures, half of those hard.
+    """Questions for a report: up to ``per_goal`` successes of every goal and as many failures, half of those hard.
 
-    Where successes are rare there are still ``per_goal / 4`` failures.
+    A goal with few successes still has ``per_goal / 4`` failures.
     """
     sampler, grammar = QuestionSampler(clips, 1, include_held_out=True), clips.grammar
     rng = np.random.default_rng(mix(seed, 2))
@@ -362,7 +367,7 @@ def _some(rng: np.random.Generator, pool: Int64Array, count: int) -> Int64Array:
 
 
 def positions_of(clips: ClipSet, rows: Int64Array, goals: Int64Array) -> Float32Array:
-    """Where the first two objects of every question's goal are: (B, Q, F, 2, 3) metres, NaN when there is none."""
+    """Positions of the first two objects of every question's goal: (B, Q, F, 2, 3) metres, NaN if absent."""
     grammar = clips.grammar
     places = [[grammar.objects.index(name) for name in goal_objects(goal, grammar)][:2] for goal in clips.goals]
     table = [[places[g] for g in row] for row in goals]

@@ -1,12 +1,12 @@
-"""Imagined clips for the judge: recorded actions dreamt again, with the simulator's truth of what they did.
+"""Imagined clips for the judge: replays of recorded actions, with labels from the simulator.
 
-The judge will look at dreams, so part of its training looks like dreams: windows of play that the world model has not
-seen are imagined from their first frame with their own actions, and labelled by the simulator's relations. The format
-is that of ``rawdream_env.trainers.judge.clips``. Each file is a function of the configuration and its number, and is
-skipped when it exists: an interrupted run continues.
+The judge is used on imagined videos, so it is also trained on them: windows of play data that the world model has not
+been trained on are imagined from their first frame with the recorded actions, and labeled by the simulator's relations.
+The format is that of ``rawdream_env.trainers.judge.clips``. Each file is a function of the configuration and its number,
+and an existing file is skipped: rerun the same command to resume.
 
-Where the dream went wrong, the label is that of the simulator all the same: a judge that is shown an object that
-vanished and told "success" learns to be unsure, which is what we want of it.
+The label is the simulator's even if the imagined video is wrong. A judge trained on such clips, for example with a
+vanished object labeled as a success, becomes less certain about them, which is intended.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ class DreamClipsConfig:
     world_model: str = "embedded"
     """Name or folder of the world model."""
     clips: int = 1200
-    """How many, over all lengths."""
+    """Number of clips, over all lengths."""
     clips_per_file: int = 32
-    """Clips of one length in a file (a clip of 65 frames is 0.8 MB)."""
+    """Number of clips in a file, all of one length (a clip of 65 frames is 0.8 MB)."""
     stride: int = 4
     """Rows between the ends of candidate windows."""
     seed: int = 0
-    """Names windows, instructions and noise."""
+    """Seed of windows, instructions and noise."""
     device: str = "cpu"
-    """Where the world model runs."""
+    """Device of the world model."""
     progress: bool = True
     """Show a progress bar."""
 
@@ -65,11 +65,11 @@ class _File:
 
 
 def make_dream_clips(config: DreamClipsConfig, *, world_model: WorldModel | None = None) -> Path:
-    """Imagine the clips that are still missing; returns the folder.
+    """Imagine the missing clips; returns the folder.
 
     Raises:
-        DatasetError: the data lack the privileged columns, or hold no window with an askable goal; or the folder holds
-            clips of another configuration.
+        DatasetError: the data lack the privileged columns, or contain no window with an askable goal; or the folder
+            contains clips of another configuration.
         CheckpointError: the world model is missing or damaged.
     """
     model = load_world_model(config.world_model, device=config.device) if world_model is None else world_model
@@ -88,13 +88,13 @@ def make_dream_clips(config: DreamClipsConfig, *, world_model: WorldModel | None
 
 
 def _claim(folder: Path, config: DreamClipsConfig) -> None:
-    """Refuse to mix configurations in one folder; remember this one."""
+    """Write the configuration; ``DatasetError`` if the folder has another one."""
     path = folder / "config.json"
     wanted = {key: value for key, value in asdict(config).items() if key not in ("out", "device", "progress")}
     if not path.exists():
         atomic_write_json(path, wanted)
     elif json.loads(path.read_text(encoding="utf-8")) != wanted:
-        raise DatasetError(f"{folder} holds clips of another configuration (see {path}); give another folder.")
+        raise DatasetError(f"{folder} contains clips of another configuration (see {path}); give another folder.")
 
 
 def _path(folder: Path, file: _File) -> Path:
@@ -102,7 +102,7 @@ def _path(folder: Path, file: _File) -> Path:
 
 
 def plan(arrays: EpisodeArrays, config: DreamClipsConfig) -> list[_File]:
-    """Which windows are imagined, and what is asked: half are successes if there are as many, held-out pairs never."""
+    """The windows to imagine and their goals: half are successes if there are enough, held-out pairs are excluded."""
     rng = np.random.default_rng(mix(config.seed, 0xD12E))
     grammar = grammar_of(arrays.robot_type)
     truth = arrays.privileged.get("relations")
@@ -115,13 +115,15 @@ def plan(arrays: EpisodeArrays, config: DreamClipsConfig) -> list[_File]:
     spans = np.concatenate(windows)
     labels = grammar.label_windows(arrays, spans[:, 0], spans[:, 1])
     goals = grammar.sample_goals(labels, rng, allowed=grammar.goal_mask(exclude_pairs=grammar.held_out_pairs))
-    # Few windows end in a success: take those first, and as many others.
+    # Few windows end in a success: take those first, and an equal number of others.
     reached = (goals >= 0) & labels.reached[np.arange(len(spans)), goals]
     successes, failures = (rng.permutation(np.flatnonzero(mask)) for mask in (reached, (goals >= 0) & ~reached))
     half = min(config.clips // 2, len(successes))
     chosen = np.concatenate([successes[:half], failures[: config.clips - half]])
     if not len(chosen):
-        raise DatasetError(f"{config.data}: nothing can be asked about any of its {len(spans)} windows; collect more.")
+        raise DatasetError(
+            f"{config.data}: none of its {len(spans)} windows has a goal to ask about; collect more data."
+        )
     lengths = spans[chosen, 1] - spans[chosen, 0]
     files: list[_File] = []
     for length in np.unique(lengths):

@@ -1,4 +1,4 @@
-"""What the judge's training adds to the network: the losses, a helper that finds objects, and dream-like frames.
+"""What training adds to the judge's network: losses, a head that locates objects, and the augmentation.
 
 Shape letters: B clips, Q questions, F frames, P places of the feature map, D width, H W image, N = B * F pictures, O objects.
 """
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from rawdream_env.judges.embedded_network import to_metres
 
 POSITION_SCALE = 20.0
-"""Makes an error of 5 cm count 1 in the localisation losses."""
+"""Scales the localization losses: an error of 5 cm counts 1."""
 
 
 class Locator(nn.Module):
-    """Says from the features alone where every object is: features (N, P, D) -> metres (N, O, 3).
+    """Predicts the position of every object from the features: features (N, P, D) -> metres (N, O, 3).
 
-    Used in training only. A yes or no teaches the trunk little about what is where; O positions in every frame do, and
-    once the features tell the objects apart the words find them quickly.
+    Used in training only. A binary label teaches the trunk little about positions; O positions in every frame do, and
+    once the features separate the objects the text attends to them quickly.
     """
 
     def __init__(self, width: int, objects: int) -> None:
@@ -39,7 +39,7 @@ def answer_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
 
 
 def place_loss(found: Tensor, places: Tensor) -> Tensor:
-    """Smooth L1 between found and true places (..., 3) in metres; NaN truths (absent objects) do not count."""
+    """Smooth L1 between found and true places (..., 3) in metres; NaN targets (absent objects) have weight 0."""
     known = ~torch.isnan(places)
     truth = torch.nan_to_num(places) * POSITION_SCALE
     error = F.smooth_l1_loss(found.float() * POSITION_SCALE, truth, reduction="none")
@@ -47,11 +47,11 @@ def place_loss(found: Tensor, places: Tensor) -> Tensor:
 
 
 def look_imagined(frames: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Make part of the clips look as if a world model had drawn them.
+    """Make a share of the clips look as if a world model had imagined them.
 
-    ``frames`` uint8 (B, F, H, W, 3) -> float32 in [0, 255] of the same shape. Every clip gets a small change of light
-    and colour; in a ``share`` of them the frames after the first are smoothed as by an autoencoder (down and up again),
-    blurred and noisy, each to its own extent. The start frame stays sharp there: it is real in a dream too.
+    ``frames`` uint8 (B, F, H, W, 3) -> float32 in [0, 255] of the same shape. Every clip gets a small change of
+    brightness and color. In a ``share`` of them the frames after the first are smoothed as by an autoencoder (down- and
+    upsampled), blurred and noisy, by random amounts. The start frame stays sharp: in a dream it is a real image.
     """
     b, f, h, w, _ = frames.shape
     device = frames.device

@@ -4,9 +4,9 @@
 
 RAW-Dream appendix A.6. Windows of 8 frames: *positives* are the ends of demonstrations with the instruction of their own
 task; *negatives* are their beginnings, and any window with the instruction of another task. Half of each batch is
-positive; of the negatives half are beginnings and half are other tasks. Kept of the paper: that, the task embedding and
-the thresholds. Added: random light, colors and the softness of imagined frames, without which the network memorizes a
-dozen videos at once.
+positive; half of the negatives are beginnings and half are other tasks. Kept from the paper: these windows, the task
+embedding and the thresholds. Added: random brightness, color and smoothness as in imagined frames, without which the
+network memorizes a dozen videos.
 
 The data do not say at which frame a demonstration succeeds, so ``ending`` and ``beginning`` are shares of the episode:
 the part between them is not used. Every batch is a function of (seed, step): an interrupted run, resumed with the same
@@ -54,7 +54,7 @@ class Windows:
 
 @dataclass(frozen=True)
 class RewardModelResult:
-    """The trained judge, its folder, and how it does on the windows it was trained on."""
+    """The trained judge, its folder, and its rates on its training windows."""
 
     judge: VideoMAEJudge
     folder: Path
@@ -77,7 +77,7 @@ def load_windows(config: RewardModelConfig, image_size: int) -> Windows:
     readers = [LeRobotReader(folder) for folder in config.data]
     tasks = tuple(dict.fromkeys(task for reader in readers for task in reader.tasks))
     if len(tasks) < 2:
-        raise DatasetError(f"the demonstrations are of {len(tasks)} tasks; negatives need at least 2.")
+        raise DatasetError(f"the demonstrations have {len(tasks)} tasks; negatives need at least 2.")
     taken, row = dict.fromkeys(tasks, 0), 0
     for reader in readers:
         for index in range(len(reader)):
@@ -90,8 +90,8 @@ def load_windows(config: RewardModelConfig, image_size: int) -> Windows:
             early, late = int(config.beginning * len(clip)) - WINDOW, int((1 - config.ending) * len(clip))
             if early < 0 or late > last:
                 raise DatasetError(
-                    f"{reader.root}: episode {index} has {len(clip)} frames, so that no window of {WINDOW} fits into its "
-                    f"first {config.beginning:g} or its last {config.ending:g}; use longer shares."
+                    f"{reader.root}: episode {index} has {len(clip)} frames, and no window of {WINDOW} fits into the first "
+                    f"{config.beginning:g} or the last {config.ending:g} of it; increase beginning or ending."
                 )
             number = tasks.index(task)
             beginnings += [(row + start, number) for start in range(early + 1)]
@@ -109,7 +109,8 @@ def train_reward_model(config: RewardModelConfig) -> RewardModelResult:
     """Train and save; see the module's docstring. Writes ``judge/`` and ``metrics.json`` into the run folder.
 
     Raises:
-        DatasetError: see ``load_windows``. CheckpointError: ``init`` is no VideoMAE. RunDirError: another run's folder.
+        DatasetError: see ``load_windows``. CheckpointError: ``init`` is not a VideoMAE folder. RunDirError: the folder
+            belongs to another run.
     """
     network = _initial(config)
     windows = load_windows(config, network.config.image_size)
@@ -131,7 +132,9 @@ def train_reward_model(config: RewardModelConfig) -> RewardModelResult:
 
 def _initial(config: RewardModelConfig) -> VideoMAENetwork:
     tasks = tuple(dict.fromkeys(task for folder in config.data for task in LeRobotReader(folder).tasks))
-    with torch.random.fork_rng(devices=[]):  # modules draw their weights from the global generator: borrow, return it
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # modules draw their weights from the global generator; restore it afterwards
         torch.manual_seed(mix(config.seed, 31))
         if config.init:
             network = from_transformers(config.init, tasks)
@@ -176,7 +179,7 @@ def batch(config: RewardModelConfig, windows: Windows, step: int) -> tuple[Tenso
     quarter = (config.batch_size - half) // 2
     own = windows.ends[rng.integers(len(windows.ends), size=half)]
     early = windows.beginnings[rng.integers(len(windows.beginnings), size=quarter)]
-    # Ends of other tasks and now and then their beginnings: "something was finished" must not be enough.
+    # Ends of other tasks and some of their beginnings: a finished motion of another task must not be enough.
     pool = np.concatenate(
         [windows.ends, windows.beginnings[:: max(1, len(windows.beginnings) // len(windows.ends) * 4)]]
     )
@@ -191,7 +194,7 @@ def batch(config: RewardModelConfig, windows: Windows, step: int) -> tuple[Tenso
 
 
 def _measure(judge: VideoMAEJudge, windows: Windows) -> dict[str, float]:
-    """Share of the demonstrations' own windows on the right side of the threshold."""
+    """Share of the training windows above the threshold, by kind."""
 
     def passed(rows: Int64Array, shift: int) -> float:
         hits = []

@@ -1,17 +1,17 @@
-"""Train the bundled judge on play data with hindsight labels, and on imagined clips once there are some.
+"""Train the bundled judge on play data with hindsight labels, and optionally on imagined clips.
 
     rawdream judge train --data PLAY EXPERT --run-dir RUN
 
-The paper takes an off-the-shelf vision-language model as its judge (section 3.2). At the bundled size we train a
-classifier of 1.6 M parameters instead, on the world model's own task-agnostic play: every window of an episode is a
-clip about which every goal of the robot's grammar can be asked, true or not. The evaluation tasks are treated like any
-other pair of objects. Some pairs (the grammar's ``held_out_pairs``) are never asked about in training: the report shows how
-well the judge generalizes to them.
+The paper uses an off-the-shelf vision-language model as its judge (section 3.2). The bundled judge is a classifier of
+1.6 M parameters, trained on the task-agnostic play data of the world model: every window of an episode is a clip, and
+every goal of the robot's grammar is a question about it, true or false. The evaluation tasks are treated like any other
+pair of objects. Some pairs (the grammar's ``held_out_pairs``) are excluded from training; the report shows how well the
+judge generalizes to them.
 
-A step draws clips and questions in balance, makes the frames look imagined, asks, and compares the answers and the
-places of the named objects with the truth. Every batch and every augmentation is a function of (seed, step): an
-interrupted run resumes to bit-identical weights when its budget is in steps. At the end the threshold is calibrated for
-precision on one half of the held-out episodes, and everything is measured on the other half.
+A step draws balanced clips and questions, augments the frames to look imagined, and computes the losses of the answers
+and of the positions of the named objects. Every batch and every augmentation is a function of (seed, step): an
+interrupted run resumes to bit-identical weights if its budget is in steps. At the end the threshold is calibrated for
+precision on one half of the held-out episodes, and the report is measured on the other half.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def train_judge(config: JudgeTrainConfig, *, progress: bool = True) -> JudgeResu
     into the run folder.
 
     Raises:
-        DatasetError: the data cannot be read, or hold no goal with both successes and failures.
+        DatasetError: the data cannot be read, have frames of another size than the network, or contain no goal with both
+            successes and failures.
         RunDirError: the run folder belongs to another configuration.
     """
     sets = _load(config, progress)
@@ -119,8 +120,11 @@ def _fit(config: JudgeTrainConfig, clips: list[ClipSet], progress: bool) -> tupl
     for number, sampler in enumerate(samplers):
         sampler.balance(mix(config.seed, number, 3))
     network = _initial(config).to(torch.device(config.device))
+    _check_frames(network.config.frame_size, clips)
     averaged = copy.deepcopy(network).requires_grad_(False)
-    with torch.random.fork_rng(devices=[]):  # modules draw their weights from the global generator: borrow, return it
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # modules draw their weights from the global generator; restore it afterwards
         torch.manual_seed(mix(config.seed, 12))
         locator = Locator(network.config.width, len(clips[0].grammar.objects)).to(config.device)
     trained = nn.ModuleDict({"network": network, "locator": locator})
@@ -152,10 +156,21 @@ def _fit(config: JudgeTrainConfig, clips: list[ClipSet], progress: bool) -> tupl
                 loop.log(lr=loop.rate, **means)
                 recent.clear()
             if loop.every(config.save_every):
-                recent.clear()  # a resumed run has none either: its log lines stay the same
+                recent.clear()  # as in a resumed run, so that the log lines are the same
         seconds = loop.seconds
         averaged.load_state_dict(loop.averaged())
     return averaged, loop.step, seconds
+
+
+def _check_frames(size: int, clips: list[ClipSet]) -> None:
+    """``DatasetError`` unless the frames have the network's size: training looks at them as they are."""
+    for part in clips:
+        height, width = part.frames.shape[1:3]
+        if (height, width) != (size, size):
+            raise DatasetError(
+                f"The {part.source} clips have frames of {height}x{width} pixels, the judge looks at {size}x{size}. Set "
+                f"--model.frame-size {height}{'' if height == width else ' and give data with square frames'}."
+            )
 
 
 def _initial(config: JudgeTrainConfig) -> JudgeNetwork:
@@ -174,7 +189,7 @@ def _loss(
     samplers: list[QuestionSampler],
     step: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of the batch of a step: the answers, where the named objects are, and where all objects are."""
+    """Loss of a step's batch: answers, positions of the named objects, and positions of all objects."""
     rng = np.random.default_rng(mix(config.seed, step, 5))
     dreams = round(config.batch_size * config.imagined_share) if len(clips) > 1 else 0
     batches = [
@@ -229,8 +244,8 @@ def _examinations(config: JudgeTrainConfig, held: list[ClipSet]) -> tuple[list[J
 def calibrate(judge: EmbeddedJudge, clips: list[JudgeClip], target_precision: float, kinds: tuple[str, ...]) -> float:
     """The lowest threshold in [0.05, 0.99] whose precision on ``clips`` reaches the target.
 
-    Where none does: the one with the best F0.5, which counts precision twice as heavily as recall. Only goals of
-    ``kinds`` count (all, when there is none of them); held-out pairs take no part.
+    If none does: the one with the best F0.5, which weighs precision twice as much as recall. Only goals of ``kinds``
+    count (all goals, if there are none of these kinds); held-out pairs are excluded.
     """
     trained = [clip for clip in clips if not clip.held_out]
     trained = [clip for clip in trained if clip.relation.split(":", 1)[0] in kinds] or trained

@@ -1,6 +1,6 @@
 """Stage 1 of training the bundled world model: the autoencoder of packed frames, and the scale of its latents.
 
-Pixels that differ from the background, an arm and a few small objects, weigh five times as much as the table; a little
+Pixels that differ from the background (the arm and a few small objects) have five times the weight of the others. A little
 noise on the latents makes the decoder robust to small errors of the transformer.
 
 Shape letters: N frames of an episode, H W frame size.
@@ -23,7 +23,7 @@ from rawdream_env.world_models.autoencoders import PackedFrameAutoencoder, pack_
 
 
 def train_autoencoder(config: WorldModelTrainConfig, frames: Sequence[UInt8Array]) -> PackedFrameAutoencoder:
-    """Stage 1: the averaged model, with normalized latents. ``frames``: one uint8 (N + 1, H, W, 3) array per episode."""
+    """Stage 1; returns the averaged model, with normalised latents. ``frames``: a uint8 (N + 1, H, W, 3) array per episode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mix(config.seed, 1))
         model = PackedFrameAutoencoder(replace(config.autoencoder_model, image_size=frames[0].shape[1]))

@@ -1,16 +1,14 @@
-"""Encode a data set once: latents of every episode in safetensors shards that training reads by the row.
+"""Encode a data set once: latents of all episodes in safetensors shards, which training reads by rows.
 
-The files are described in ``latent_dataset.py``. A shard is written whole and then entered in the index, with its SHA-256:
-an interrupted run continues after the last entry and ends with the same bytes. One process writes; the other ranks of a
-training run wait for it.
+``latent_dataset.py`` describes the files. Each shard is written atomically and then added to the index with its SHA-256: an
+interrupted run resumes after the last entry and produces the same bytes. One process writes; the other ranks wait for it.
 
-Shape letters: K actions in a chunk, G = K / 4 latents in a chunk, T chunks and M = G T latents of an episode, C h w latent,
-H W frame, A action dims, P state dims.
+Shape letters: K actions in a chunk, G = K / 4 latents in a chunk, T chunks and M = G T latents of an episode, W chunks in a
+window, C h w latent, H W frame, A action dims, P state dims.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import time
@@ -31,17 +29,17 @@ from tqdm import tqdm
 from rawdream_env.data import schema
 from rawdream_env.data.reader import Episode, LeRobotReader
 from rawdream_env.errors import DatasetError
-from rawdream_env.files import atomic_write_bytes, atomic_write_json, serialize_safetensors
+from rawdream_env.files import atomic_write_bytes, atomic_write_json, lock_file, remove_litter, serialize_safetensors
 from rawdream_env.trainers.common.run_dir import to_json
 from rawdream_env.trainers.world_model.latent_dataset import FORMAT, INDEX, read_index, verify_shard
 from rawdream_env.world_models.autoencoders import FRAMES_PER_LATENT
 
 
 class FrameEncoder(Protocol):
-    """The half of ``FrameCodec`` that is needed here. Frames are uint8, on the device of ``CacheConfig``."""
+    """The encoding methods of ``FrameCodec``. Frames are uint8, on the device of ``CacheConfig``."""
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Pictures (N, H, W, 3), each on its own -> (N, C, h, w)."""
+        """Still images (N, H, W, 3) -> (N, C, h, w)."""
         ...
 
     def encode_video(self, frames: Tensor) -> Tensor:
@@ -50,24 +48,27 @@ class FrameEncoder(Protocol):
 
 
 FocusFunction = Callable[[Episode], NDArray[np.uint8]]
-"""The cells (M, h, w) that the loss is to look at (1), of an episode already cut to whole chunks.
+"""An episode, cut to whole chunks -> cells (M, h, w), 1 where the loss has a larger weight.
 
-The index knows whether there is one, not which: cache into another folder to change it.
+The index records only whether there is such a function: use another folder to change it.
 """
 
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """What a cache is made of, besides data and codec."""
+    """Settings of a cache, in addition to data and codec."""
 
     chunk_len: int = 8
-    """Actions in a chunk, K; a multiple of 4."""
+    """Number of actions in a chunk, K; a multiple of 4."""
     shard_bytes: int = 256 * 2**20
     """Size at which a shard is closed."""
+    window_chunks: int = 0
+    """Chunks of a training window, W. Above 0, every window is also encoded as a video that starts at its own anchor, as a
+    rollout starts: for codecs whose latents depend on earlier ones, at W times the work and space."""
     still_batch: int = 16
-    """Pictures encoded at a time."""
+    """Number of still images encoded at a time."""
     device: str = "cpu"
-    """Where the codec lives."""
+    """Device of the codec."""
     progress: bool = True
     """Show a progress bar."""
 
@@ -75,14 +76,16 @@ class CacheConfig:
 def codec_fingerprint(codec: FrameEncoder) -> str:
     """SHA-256 of a codec's configuration and weights.
 
-    The codec's own ``fingerprint`` (a string or a method) where it has one; else of the ``config`` of the module and of
-    every module in it, and of their tensors. Configuration keys with an underscore (paths, versions) do not count.
+    The codec's own ``fingerprint`` (a string or a method) if it has one; else a hash of the ``config`` of the module and of
+    all its submodules, and of their tensors. Configuration keys that start with an underscore (paths, versions) are ignored.
     """
     own = getattr(codec, "fingerprint", None)
     if own is not None:
         return str(own() if callable(own) else own)
     if not isinstance(codec, nn.Module):
-        raise TypeError(f"{type(codec).__name__} is no torch module: give it a `fingerprint`, a string that names it.")
+        raise TypeError(
+            f"{type(codec).__name__} is no torch module: give it a `fingerprint`, a string that identifies it."
+        )
     configs = {name: to_json(part.config) for name, part in codec.named_modules() if hasattr(part, "config")}
     plain = {name: {k: v for k, v in config.items() if k[0] != "_"} for name, config in configs.items()}
     digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
@@ -94,7 +97,7 @@ def codec_fingerprint(codec: FrameEncoder) -> str:
 
 
 def source_fingerprint(reader: LeRobotReader, episodes: Sequence[int]) -> str:
-    """SHA-256 of a data set's metadata, of the names and sizes of its files, and of how they are read."""
+    """SHA-256 of a data set's metadata, the names and sizes of its files, and the settings of the reader."""
     how = [reader.image_key, reader.image_size, reader.action_key, reader.state_key, list(episodes)]
     digest = hashlib.sha256(json.dumps(how).encode())
     for path in sorted(reader.root.glob("meta/**/*.parquet")) + [reader.root / schema.INFO_PATH]:
@@ -117,13 +120,13 @@ def cache_latents(
     rank: int = 0,
     patience_s: float = 86400.0,
 ) -> Path:
-    """Encode ``episodes`` (default: all) of a data set into ``folder``; a finished cache is used as it is.
+    """Encode ``episodes`` (default: all) of a data set into ``folder``; a finished cache is reused.
 
-    Rank 0 encodes, other ranks wait for it, at most ``patience_s`` seconds. Episodes shorter than a chunk are left out.
+    Rank 0 encodes; other ranks wait for it for at most ``patience_s`` seconds. Episodes shorter than a chunk are skipped.
 
     Raises:
-        DatasetError: the frames are not of the codec's size, the folder is a cache of something else or in use, a shard is
-            damaged, or values are not finite.
+        DatasetError: the frames do not have the codec's size, the folder is in use or holds a cache of other data or
+            settings, a shard is damaged, or values are not finite.
     """
     folder = Path(folder)
     if config.chunk_len < 1 or config.chunk_len % FRAMES_PER_LATENT:
@@ -142,6 +145,7 @@ def cache_latents(
         "chunk_len": config.chunk_len,
         "shard_bytes": config.shard_bytes,
         "focus": focus is not None,
+        "window_chunks": config.window_chunks,
     }
     if rank:
         _wait(folder, identity, patience_s)
@@ -156,13 +160,15 @@ def cache_latents(
 
 
 def check_identity(folder: Path, index: dict[str, Any], identity: dict[str, Any]) -> None:
-    """Refuse a cache of something else, saying of what."""
+    """Raise ``DatasetError`` when the cache is of other data or settings; the message names the difference."""
     names = {
         "codec": "another codec",
         "source": "other data",
         "chunk_len": "another chunk_len",
         "format": "another format",
+        "window_chunks": "other windows (option window_latents)",
     }
+    index = {"window_chunks": 0} | index  # earlier versions had none
     for name, value in identity.items():
         if index.get(name) != value:
             was, now = (x[:12] if isinstance(x, str) else x for x in (index.get(name), value))
@@ -173,9 +179,8 @@ def check_identity(folder: Path, index: dict[str, Any], identity: dict[str, Any]
 
 
 def _begin(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """The index to continue from."""
-    for left_over in folder.glob(".*.tmp"):  # of a killed process: the lock is ours
-        left_over.unlink()
+    """The index to resume from, or a new one."""
+    remove_litter(folder)
     if not (folder / INDEX).exists():
         return identity | {"complete": False, "skipped": [], "shards": []}
     index = read_index(folder)
@@ -191,7 +196,7 @@ def _wait(folder: Path, identity: dict[str, Any], patience_s: float) -> None:
     while True:
         if (folder / INDEX).exists():
             index = read_index(folder)
-            check_identity(folder, index, identity)  # at once: rank 0 stops for the same reason
+            check_identity(folder, index, identity)  # rank 0 raises the same error
             if index["complete"]:
                 return
         if time.monotonic() > end:
@@ -203,11 +208,11 @@ def _wait(folder: Path, identity: dict[str, Any], patience_s: float) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    with (folder / ".lock").open("a") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go when the process dies
-        except OSError as error:
-            raise DatasetError(f"{folder} is being written by another process. Wait for it, or give rank=1.") from error
+    try:
+        lock = lock_file(folder / ".lock")
+    except BlockingIOError as error:
+        raise DatasetError(f"{folder} is being written by another process. Wait for it, or give rank=1.") from error
+    with lock:
         yield
 
 
@@ -247,7 +252,7 @@ def _encode_all(
 
 
 def _ahead(reader: LeRobotReader, episodes: Sequence[int]) -> Iterator[Episode]:
-    """The episodes in order; the next one is decoded while the codec works on this one."""
+    """The episodes in order; the next one is decoded while the codec encodes this one."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         following = pool.submit(reader.episode, episodes[0]) if episodes else None
         for number in range(len(episodes)):
@@ -280,6 +285,11 @@ def _encode(
         "actions": torch.from_numpy(np.ascontiguousarray(cut.actions, np.float32)),
         "poses": torch.from_numpy(np.ascontiguousarray(cut.state, np.float32)),
     }
+    if config.window_chunks:
+        length = config.window_chunks * config.chunk_len
+        starts = range(0, n - length + 1, config.chunk_len)
+        windows = [codec.encode_video(frames[None, s : s + length + 1])[0, 1:].half().cpu() for s in starts]
+        tensors["windows"] = torch.cat([tensors["latents"][:0], *windows])
     if focus is not None:
         tensors["focus"] = torch.from_numpy(focus(cut))
     _check(tensors, n, config, f"{reader.root}, episode {episode.index}")
@@ -288,15 +298,16 @@ def _encode(
 
 def _check(tensors: dict[str, Tensor], n: int, config: CacheConfig, where: str) -> None:
     m = n // FRAMES_PER_LATENT
-    lengths = {"latents": m, "stills": n // config.chunk_len + 1, "actions": n, "poses": n + 1, "focus": m}
+    chunks = n // config.chunk_len
+    lengths = {"latents": m, "stills": chunks + 1, "actions": n, "poses": n + 1, "focus": m}
+    lengths["windows"] = max(chunks - config.window_chunks + 1, 0) * config.window_chunks * (m // chunks)
     for name, tensor in tensors.items():
         if len(tensor) != lengths[name]:
             raise DatasetError(f"{where}: {len(tensor)} rows of {name}, expected {lengths[name]} of {n} steps.")
         bad = 0 if name == "focus" else int((~tensor.isfinite()).sum())
         if bad:
-            cause = (
-                "The codec overflows in fp16 or diverged" if name in ("latents", "stills") else "The data are damaged"
-            )
+            encoded = name in ("latents", "stills", "windows")
+            cause = "The codec overflows in fp16 or diverged" if encoded else "The data are damaged"
             raise DatasetError(
                 f"{where}: {bad} of {tensor.numel()} {name} are not finite. {cause}; leave the episode out."
             )

@@ -1,20 +1,21 @@
-"""Read a latent cache, which ``latent_cache.py`` has written, by the row.
+"""Read a latent cache, written by ``latent_cache.py``, by rows.
 
 A cache folder::
 
-    index.json             what the cache is of (codec, data, chunk length), action statistics, the episodes of each shard
-    shard-00000.safetensors ...  about 256 MB each; the episodes of a shard one after the other
+    index.json             identity of the cache (codec, data, chunk length), action statistics, the episodes of each shard
+    shard-00000.safetensors ...  about 256 MB each, with the episodes concatenated
 
-Tensors of a shard, over its episodes e with T_e whole chunks (what is left of an episode after the last is cut off):
+Tensors of a shard, over its episodes with T whole chunks each (the remainder of an episode is dropped):
 
-    latents  fp16  (sum G T, C, h, w)   4 frames each; the frame before the first chunk is the anchor and not among them
-    stills   fp16  (sum T + 1, C, h, w) the frame before each chunk, and the last one, encoded as a picture: an anchor
-    actions  fp32  (sum K T, A)         as the data have them
+    latents  fp16  (sum G T, C, h, w)   4 frames each; without the frame before the first chunk, the anchor
+    windows  fp16  (sum (T - W + 1) G W, C, h, w)  each window of W chunks, encoded from its own anchor; only if asked for
+    stills   fp16  (sum T + 1, C, h, w) the frame before each chunk, and the last one, encoded as still images: anchors
+    actions  fp32  (sum K T, A)         raw
     poses    fp32  (sum K T + 1, P)     the state before each action, and after the last; P may be 0
-    focus    uint8 (sum G T, h, w)      where the loss is to look; only if asked for
+    focus    uint8 (sum G T, h, w)      1 where the loss has a larger weight; only if asked for
 
 Shape letters: K actions in a chunk, G = K / 4 latents in a chunk, T chunks and M = G T latents of an episode (in a window, M
-are its own), C h w latent, A action dims, P state dims.
+latents of the window), C h w latent, A action dims, P state dims.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from torch import Tensor
 from rawdream_env.data import schema
 from rawdream_env.errors import DatasetError
 from rawdream_env.files import sha256_file
+from rawdream_env.types import Float32Array
 from rawdream_env.world_models.autoencoders import FRAMES_PER_LATENT
 
 FORMAT = 1
@@ -42,14 +44,14 @@ QuantileBounds = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """The index of a cache; a ``DatasetError`` when there is none."""
+    """The index of a cache; ``DatasetError`` when it is missing."""
     if not (folder / INDEX).is_file():
-        raise DatasetError(f"{folder / INDEX} is missing: {folder} is no latent cache. Make one with cache_latents.")
+        raise DatasetError(f"{folder / INDEX} is missing: {folder} is no latent cache. Create one with cache_latents.")
     return schema.read_json(folder / INDEX)
 
 
 def verify_shard(folder: Path, shard: dict[str, Any]) -> Path:
-    """The path of a shard that matches the index; ``DatasetError`` for a missing or damaged one."""
+    """The path of a shard that matches the index; ``DatasetError`` when it is missing or damaged."""
     path = folder / str(shard["file"])
     size = path.stat().st_size if path.is_file() else None
     if size != shard["bytes"] or sha256_file(path) != shard["sha256"]:
@@ -61,7 +63,7 @@ def verify_shard(folder: Path, shard: dict[str, Any]) -> Path:
 
 @dataclass(frozen=True)
 class LatentWindow:
-    """Consecutive chunks of one episode, as they are in the cache.
+    """Consecutive chunks of one episode, as stored in the cache.
 
     ``anchor`` fp16 (C, h, w): the frame before the window as a still; ``latents`` fp16 (M, C, h, w); ``actions`` fp32
     (4 M, A), raw; ``poses`` fp32 (4 M + 1, P), before each action and after the last; ``focus`` uint8 (M, h, w) or None.
@@ -75,18 +77,18 @@ class LatentWindow:
 
 
 class LatentDataset:
-    """A finished latent cache. Only the rows that are asked for are read; a shard is checked when it is first opened.
+    """A finished latent cache. Only requested rows are read; a shard is checked when it is first opened.
 
     Args:
-        folder: what ``cache_latents`` returned.
-        verify: compare every shard with its SHA-256 at its first use (reads it once, about 0.2 s for 256 MB).
+        folder: the result of ``cache_latents``.
+        verify: compare every shard with its SHA-256 at its first use (reads the whole file, about 0.2 s for 256 MB).
 
     Attributes:
         chunks: int64 (E,), whole chunks of each episode; episodes: int64 (E,), their numbers in the data set.
         index: ``index.json``. latent_shape: (C, h, w). chunk_len, action_dim, pose_dim: K, A, P.
 
     Raises:
-        DatasetError: no cache, an unfinished one, or a missing or damaged shard.
+        DatasetError: there is no cache, it is unfinished, or a shard is missing or damaged.
     """
 
     def __init__(self, folder: str | Path, *, verify: bool = True) -> None:
@@ -101,13 +103,16 @@ class LatentDataset:
         self.chunks = np.concatenate([s["chunks"] for s in shards]).astype(np.int64)
         self.episodes = np.concatenate([s["episodes"] for s in shards]).astype(np.int64)
         self.latent_shape: tuple[int, int, int] = tuple(self.index["latent_shape"])
+        self.window_chunks = int(self.index.get("window_chunks", 0))
         self.chunk_len, self.action_dim, self.pose_dim = (
             int(self.index[name]) for name in ("chunk_len", "action_dim", "pose_dim")
         )
         self._shard = np.repeat(np.arange(len(shards)), [len(s["chunks"]) for s in shards])
-        # Chunks and episodes before each episode in its own shard: where its rows begin.
+        # Number of chunks and episodes before each episode in its shard, for the offsets of its rows.
         self._before = np.concatenate([np.cumsum(s["chunks"]) - s["chunks"] for s in shards]).astype(np.int64)
         self._place = np.concatenate([np.arange(len(s["chunks"])) for s in shards])
+        windows = [np.maximum(np.asarray(s["chunks"], np.int64) - self.window_chunks + 1, 0) for s in shards]
+        self._windows_before = np.concatenate([np.cumsum(count) - count for count in windows])
         self._files: dict[int, Any] = {}
 
     def __len__(self) -> int:
@@ -115,14 +120,36 @@ class LatentDataset:
         return len(self.chunks)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Open files stay behind when a dataset is sent to a worker process."""
+        """Open files are not pickled with a dataset."""
         return self.__dict__ | {"_files": {}}
 
     @property
     def bounds(self) -> QuantileBounds:
-        """The data set's own action quantiles q01 and q99."""
+        """The action quantiles q01 and q99 of this data set."""
         low, high = (np.asarray(self.index["statistics"][name], np.float64) for name in ("q01", "q99"))
         return low, high
+
+    def latents_from_anchor(self, episode: int, first_chunk: int, num_chunks: int) -> Tensor:
+        """The latents of a window, encoded as a video that starts at the window's own anchor: fp16 (M, C, h, w).
+
+        When the cache has no separate windows, these are the latents of the episode, which are the same for a codec whose
+        latents do not depend on earlier frames.
+        """
+        g = self.chunk_len // FRAMES_PER_LATENT
+        if not self.window_chunks:
+            begin = int(self._before[episode]) + first_chunk
+            return self._rows(episode, "latents", begin * g, (begin + num_chunks) * g)
+        if num_chunks != self.window_chunks:
+            raise DatasetError(
+                f"{self.folder} has windows of {self.window_chunks} chunks, asked for {num_chunks}; cache the data again."
+            )
+        row = (int(self._windows_before[episode]) + first_chunk) * num_chunks * g
+        return self._rows(episode, "windows", row, row + num_chunks * g)
+
+    def all_actions(self) -> Float32Array:
+        """The raw actions of all episodes: (N, A)."""
+        files = [self._file(number) for number in range(len(self.index["shards"]))]
+        return np.concatenate([file.get_tensor("actions").numpy() for file in files])
 
     def still(self, episode: int, boundary: int) -> Tensor:
         """The frame at chunk boundary 0 ... T of an episode, encoded as a picture: fp16 (C, h, w)."""
@@ -156,16 +183,19 @@ class LatentDataset:
         return int(self._before[episode]) * self.chunk_len + int(self._place[episode])
 
     def _rows(self, episode: int, name: str, begin: int, end: int) -> Tensor:
-        number = int(self._shard[episode])
+        rows: Tensor = self._file(int(self._shard[episode])).get_slice(name)[begin:end]
+        return rows
+
+    def _file(self, number: int) -> Any:
+        """A shard, checked and opened at its first use."""
         shard = self.index["shards"][number]
         try:
             if number not in self._files:
                 path = verify_shard(self.folder, shard) if self.verify else self.folder / shard["file"]
                 self._files[number] = safe_open(path, framework="pt")
-            rows: Tensor = self._files[number].get_slice(name)[begin:end]
         except (SafetensorError, OSError) as error:
             raise DatasetError(
                 f"{self.folder / shard['file']} is missing or damaged ({error}). Copy it again, or delete the folder and "
                 "cache the data again."
             ) from error
-        return rows
+        return self._files[number]

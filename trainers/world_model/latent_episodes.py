@@ -1,4 +1,4 @@
-"""Whole episodes in latent space, held in memory: the data of the objective "episode" (the bundled size).
+"""Whole episodes in latent space, in memory: the data of the objective "episode" (the bundled size).
 
 Shape letters: E episodes, N actions of an episode, M latents after the anchor, G latents of a chunk, C h w latent, H W
 frame, O objects.
@@ -32,7 +32,7 @@ from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer
 
 @dataclass(frozen=True)
 class RawEpisodes:
-    """Episodes cut to whole chunks, one entry each: ``frames`` uint8 (N+1, H, W, 3), ``actions`` (N, A), ``poses`` (N+1, P)
+    """Episodes cut to whole chunks, a list entry each: ``frames`` uint8 (N+1, H, W, 3), ``actions`` (N, A), ``poses`` (N+1, P)
     and ``focus`` uint8 (M, h, w).
     """
 
@@ -43,10 +43,10 @@ class RawEpisodes:
 
 
 def model_kinematics(config: WorldModelTrainConfig, pose_dim: int) -> Kinematics | None:
-    """The kinematics of the data's robot, where the model takes poses or maps.
+    """The kinematics of the data's robot, when the model takes poses or maps.
 
     Raises:
-        DatasetError: the data's states have ``pose_dim`` dimensions, which are not those of the robot's poses.
+        DatasetError: ``pose_dim``, the width of the data's states, is not the width of the robot's poses.
     """
     arch, rollout = config.model, config.rollout
     if not (arch.pose_dim or arch.map_channels):
@@ -62,10 +62,10 @@ def model_kinematics(config: WorldModelTrainConfig, pose_dim: int) -> Kinematics
 
 
 def with_robot(config: WorldModelTrainConfig, readers: Sequence[LeRobotReader]) -> WorldModelTrainConfig:
-    """The configuration with the robot that the data name, unless one is given.
+    """The configuration with the robot named in the data, unless one is given.
 
     Raises:
-        DatasetError: the model takes poses or maps, and the data are of several robots or of one without kinematics.
+        DatasetError: the model takes poses or maps, and the data are of several robots or of a robot without kinematics.
     """
     names = sorted({reader.robot_type for reader in readers} - {""})
     if config.robot or not names:
@@ -75,8 +75,8 @@ def with_robot(config: WorldModelTrainConfig, readers: Sequence[LeRobotReader]) 
     if (arch.pose_dim or arch.map_channels) and not len(names) == len(known) == 1:
         raise DatasetError(
             f"the model takes {arch.pose_dim} pose dimensions and {arch.map_channels} map channels, for data of one robot "
-            f"with kinematics; the data are of {names}, known are {known}. Register the robot, or --model.pose-dim 0 "
-            "--model.arm-map-channels 0 --model.no-warp-last-frame."
+            f"with kinematics; the data are of {names}, of which {known} have kinematics. Register the robot, or "
+            "--model.pose-dim 0 --model.arm-map-channels 0 --model.no-warp-last-frame."
         )
     return replace(config, robot=names[0] if len(names) == 1 else "")
 
@@ -111,7 +111,7 @@ class LatentEpisodes:
     """E episodes of whole chunks in latent space, one after the other; episode i has ``chunks[i]`` of them.
 
     ``chunks`` int64 (E,); ``latents`` fp16 (sum M, C, h, w) with M = G chunks; ``stills`` fp16 (sum chunks + 1, C, h, w),
-    the frame before each chunk (and the last frame) encoded as a still; ``actions`` (sum N, A); ``poses`` (sum N + 1, P)
+    the frame before each chunk (and the last frame), encoded as a still image; ``actions`` (sum N, A); ``poses`` (sum N + 1, P)
     commanded poses, before each action; ``focus`` uint8 (sum M, h, w), 1 where ``object_weight`` applies.
     """
 
@@ -134,7 +134,7 @@ def encode_episodes(
     chunk_len: int,
     bf16: bool,
 ) -> LatentEpisodes:
-    """Encode every episode once; the cache is reused when it exists."""
+    """Encode every episode once; an existing ``cache`` file is read instead."""
     if cache.exists():
         return LatentEpisodes(**load_safetensors(cache))
     device = model.latent_mean.device
@@ -160,9 +160,9 @@ def focus_cells(
 ) -> UInt8Array:
     """Latent cells in which an object moves or is within 5 cm of the tool: uint8 (M, h, w).
 
-    ``places`` (N + 1, O, 3) in metres, NaN for absent objects, or None when they are not known; ``poses`` (N + 1, P)
-    commanded poses. Without places or kinematics nothing is in focus. An object is marked where it is in each of a
-    latent's frames and where it was before the chunk, from where it may have to vanish.
+    ``places`` (N + 1, O, 3): object positions in metres, NaN for absent objects, or None when unknown; ``poses`` (N + 1, P)
+    commanded poses. Without places or kinematics no cell is in focus. An object marks the cells of its positions in each of
+    a latent's frames and at the start of the chunk, where it may have to be erased.
     """
     _, h, w = model.latent_shape
     n, g = model.actions_per_latent, model.chunk_latents
@@ -179,14 +179,14 @@ def focus_cells(
     pixels = kinematics.project(np.nan_to_num(shown.reshape(-1, 3)), w)
     u, v = pixels.reshape(*shown.shape[:3], 2).transpose(3, 0, 1, 2)
     rows, columns = np.arange(h)[:, None] + 0.5, np.arange(w) + 0.5
-    reach = 0.9  # cells: an object is smaller than one and marks those it can touch
+    reach = 0.9  # cells: objects are smaller than a cell and mark all cells that they can touch
     hit = (np.abs(u[..., None, None] - columns) < reach) & (np.abs(v[..., None, None] - rows) < reach)
     cells[(hit & chosen[:, None, :, None, None]).any((1, 2))] = 1
     return cells
 
 
 class EpisodeSampler:
-    """Draws training episodes: an anchor still at any chunk boundary and the chunks that follow it."""
+    """Draws training episodes: an anchor at any chunk boundary and the chunks that follow it."""
 
     def __init__(self, episodes: LatentEpisodes, config: WorldModelTrainConfig) -> None:
         self.episodes, self.config = episodes, config
@@ -208,7 +208,7 @@ class EpisodeSampler:
         index = self.usable[torch.from_numpy(rng.integers(len(self.usable), size=batch_size))]
         start = torch.from_numpy(rng.integers((e.chunks[index] - c + 1).numpy()))
         chunk = self.first[index] + start
-        # ``stills`` and ``poses`` have one entry more per episode than there are chunks and steps
+        # ``stills`` and ``poses`` have one more entry per episode than chunks and steps
         frames = chunk[:, None] * g + torch.arange(c * g)
         latents = torch.cat([e.stills[chunk + index][:, None], e.latents[frames]], 1).float()
         steps = chunk[:, None] * k + torch.arange(c * k)
@@ -217,11 +217,11 @@ class EpisodeSampler:
         held = e.poses[chunk * k + index][:, None, None].expand(-1, 1, poses.shape[2], -1)
         actions = torch.cat([torch.zeros_like(actions[:, :1]), actions], 1)
         poses = torch.cat([held, poses], 1)
-        parts = [(actions - self.mid) / self.half]
+        parts = [((actions - self.mid) / self.half).clamp(-1, 1)]  # as in a rollout
         maps = None
         if self.arm_map is not None:
             parts.append(self.arm_map.normalise(poses))
-            # poses before each frame's chunk: the anchor's own, then the last one of the frame before the chunk
+            # pose before each latent's chunk: for the anchor its own, else the last pose of the latent before the chunk
             before = poses[:, torch.arange(c) * g, -1].repeat_interleave(g, 1)
             before = torch.cat([poses[:, :1, -1], before], 1)
             maps = draw_maps(
@@ -240,9 +240,9 @@ def _rows(batch: EpisodeBatch, rows: list[int]) -> EpisodeBatch:
 
 
 class EpisodeObjective:
-    """The loss of a step's rows; batches and noise are drawn whole and a process keeps its rows.
+    """The loss of the rows of a step; every process draws the whole batch and its noise and keeps its own rows.
 
-    ``stream`` separates uses of one seed: 2 is training.
+    ``stream`` separates the uses of one seed; 2 is training.
     """
 
     def __init__(self, episodes: LatentEpisodes, config: WorldModelTrainConfig, *, stream: int = 2) -> None:
@@ -250,7 +250,7 @@ class EpisodeObjective:
         self.forcing_from = round(config.transformer.steps * (1 - config.loss.self_forcing))
 
     def losses(self, step: int, parts: Sequence[Sequence[int]], batch_size: int) -> Iterator[LossFunction]:
-        """One function of the model for each of ``parts``, which name rows of the global batch of ``step``."""
+        """A loss function for each of ``parts``, the row numbers in the global batch of ``step``."""
         seed, loss = self.config.seed, self.config.loss
         rng = np.random.default_rng(mix(seed, self.stream, step, 0))
         batch = self.sampler.draw(rng, batch_size)

@@ -1,14 +1,15 @@
-"""Windows of mixed data sets as the transformer takes them: the data of the objective "window" (the paper's).
+"""Windows of a mixture of data sets: the data of the objective "window" (the paper's).
 
-A window is the anchor, R recent latents and the G of a chunk: 33 frames at the paper's sizes. A batch has to look as the
-same frames would look in a rollout (``world_models/wan/rollout.py``):
+A window has an anchor, R recent latents and the G latents of a chunk: 33 frames at the paper's sizes. The model has to
+receive them as in a rollout (``world_models/wan/rollout.py``):
 
-- The first new latent of autoregressive step s lies at position min(G s + 1, max_time), its context just before it, the
-  anchor at 0. With all of the context, R latents, the first new one of a window with offset o lies at o + R + 1, so
-  offsets go up to max_time - R - 1: then training sees every position that a rollout uses, and none beyond.
+- At autoregressive step s, counted from 0, the first new latent has position min(G s + 1, max_time), the context precedes it
+  and the anchor has position 0. In a window with offset o and a whole context (R latents) the first new latent has position
+  o + R + 1. Offsets up to max_time - R - 1 therefore cover exactly the positions of a rollout.
+- The context has min(G s, R) latents. Behind a far anchor it is always whole (``draw_window_noise``).
 - The anchor's four actions are zeros *before* they are normalised.
-- The tool's motion in the maps of generated latents counts from the end of the context, whose last frame is the base that
-  ``warp_last_frame`` shifts; in the maps of context latents it counts from before their own chunk.
+- In the maps of generated latents, the tool's motion is measured from the end of the context, whose last frame is the base
+  that ``warp_last_frame`` shifts. In the maps of context latents it is measured from the start of their own chunk.
 
 Shape letters: B rows, M latents after the anchor, F = 1 + M, R recent latents, G latents of a chunk, K actions of a chunk,
 A action dims, P pose dims, C h w latent.
@@ -16,7 +17,7 @@ A action dims, P pose dims, C h w latent.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,21 +41,23 @@ from rawdream_env.world_models.wan.kinematics import draw_maps, load_kinematics
 from rawdream_env.world_models.wan.rollout import RolloutConfig
 from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer
 
-_NEVER = 1e6  # half the width of the bounds of an action dimension without information: any value becomes about 0
-
 
 @dataclass(frozen=True)
 class DataEntry:
-    """A data set of a mixture: ``FOLDER[,weight=W][,name=N][,camera=C]`` on the command line."""
+    """A data set of a mixture: ``FOLDER[,weight=W][,name=N][,camera=C][,embodiment=E]`` on the command
+    line.
+    """
 
     path: str
     """LeRobotDataset v3.0 folder."""
     weight: float = 1.0
-    """Its share of the windows is its weight over the sum of weights, however large it is."""
+    """Share of the windows: this weight over the sum of weights, independent of the size of the data set."""
     name: str = ""
-    """What it is called in the statistics; the folder's name by default."""
+    """Name in the saved statistics; by default the folder's name."""
     camera: str = ""
-    """Which camera to read; the first one by default."""
+    """Camera to read; by default the first one."""
+    embodiment: str = ""
+    """Robot and action convention; entries of one embodiment share their action bounds (``action_bounds.py``)."""
 
     @classmethod
     def parse(cls, text: str) -> DataEntry:
@@ -63,25 +66,30 @@ class DataEntry:
         values: dict[str, str] = {}
         for setting in settings:
             key, found, value = setting.partition("=")
-            if key not in ("weight", "name", "camera") or not found or not value:
+            if key not in ("weight", "name", "camera", "embodiment") or not found or not value:
                 raise InvalidOptionError(
-                    f"{setting!r} in the data entry {text!r} is no setting; write FOLDER,weight=2,name=play,camera=front "
-                    "(all but the folder may be left out)."
+                    f"{setting!r} in the data entry {text!r} is no setting; write FOLDER,weight=2,name=play,camera=front,"
+                    "embodiment=piper (all but the folder may be left out)."
                 )
             values[key] = value
         try:
             weight = float(values.pop("weight", "1"))
         except ValueError as error:
-            raise InvalidOptionError(f"the weight in the data entry {text!r} is no number.") from error
+            raise InvalidOptionError(f"the weight in the data entry {text!r} is no number; write weight=2.") from error
         return cls(path, weight, **values)
 
+    @property
+    def label(self) -> str:
+        """``name``, the default filled in."""
+        return self.name or Path(self.path).name
+
     def reader(self, image_size: tuple[int, int] | None = None) -> LeRobotReader:
-        """Its reader; frames are resized to ``image_size``."""
+        """Its reader, which resizes frames to ``image_size``."""
         return LeRobotReader(self.path, image_key=self.camera or None, image_size=image_size)
 
 
 class _HalfCodec:
-    """The bundled codec in bfloat16 autocast, as it is trained: several times as fast on a CPU."""
+    """The bundled codec in bfloat16 autocast, as in its training: several times faster on a CPU."""
 
     def __init__(self, codec: FrameCodec, device: str) -> None:
         self.codec, self.device = codec, device.split(":")[0]
@@ -102,52 +110,47 @@ def cached_mixture(
     folder: Path,
     config: WorldModelTrainConfig,
     group: ProcessGroup,
-    bounds: QuantileBounds | None = None,
+    bounds: Mapping[str, QuantileBounds] | None = None,
 ) -> Mixture:
-    """Encode the data sets into ``folder``, a cache for each, and mix them. Process 0 encodes, the others wait."""
+    """Encode the data sets into ``folder``, one cache each, and mix them. Process 0 encodes, the other processes wait.
+
+    A latent of Wan's VAE depends on earlier frames, back to the start of the video. In a rollout the video starts at the
+    anchor; with ``window_latents="anchored"`` the video of each window does too.
+    """
     size = (codec.frame_shape[0], codec.frame_shape[1])
     focused = config.model.residual and config.loss.object_weight > 0
-    cache = CacheConfig(config.model.chunk_len, device=group.device, progress=group.first)
+    separate = config.window_latents == "anchored" and not isinstance(codec, PackedFrameAutoencoder)
+    chunks = window_chunks(config.model) if separate else 0
+    cache = CacheConfig(config.model.chunk_len, window_chunks=chunks, device=group.device, progress=group.first)
     half = config.bf16 and isinstance(codec, PackedFrameAutoencoder)
     source = _HalfCodec(codec, group.device) if half else codec
     kinematics = load_kinematics(config.robot, config.rollout.arm_map) if focused else None
     mixture = []
     for entry in entries:
-        label = MixtureEntry(entry.path, name=entry.name).label
         cached = cache_latents(
             entry.reader(size),
             source,
-            folder / label,
+            folder / entry.label,
             cache,
             focus=(lambda episode: episode_focus(episode, config.model, kinematics)) if focused else None,
             rank=group.rank,
         )
-        mixture.append(MixtureEntry(str(cached), entry.weight, label))
+        mixture.append(MixtureEntry(str(cached), entry.weight, entry.label, entry.embodiment))
     return Mixture(mixture, action_dim=config.model.action_dim, bounds=bounds)
 
 
-def deployed_entry(mixture: Mixture, name: str) -> int:
-    """The place of the entry called ``name`` (the first when empty); ``InvalidOptionError`` lists the existing ones."""
-    labels = [entry.label for entry in mixture.entries]
+def deployed_entry(entries: Sequence[DataEntry], name: str) -> int:
+    """The index of the entry called ``name`` (the first when empty); ``InvalidOptionError`` lists the existing ones."""
+    labels = [entry.label for entry in entries]
     if name and name not in labels:
-        raise InvalidOptionError(f"deploy={name!r} is none of the data entries; name one of {', '.join(labels)}.")
+        raise InvalidOptionError(f"deploy={name!r} is not among the data entries; choose from {', '.join(labels)}.")
     return labels.index(name) if name else 0
 
 
-def rollout_bounds(bounds: QuantileBounds, action_dim: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """``action_low`` and ``action_high`` of a rollout that normalises like ``normalise_actions``: dimensions that never
-    moved, and those the data do not have, become 0.
-    """
-    low, high = (np.pad(np.asarray(side, np.float64), (0, action_dim - len(side))) for side in bounds)
-    still = high - low < 1e-6
-    low, high = np.where(still, -_NEVER, low), np.where(still, _NEVER, high)
-    return tuple(low.tolist()), tuple(high.tolist())
-
-
 class WindowObjective:
-    """The loss of a step's rows; a process reads and draws only its own.
+    """The loss of the rows of a step; a process reads and draws only its own rows.
 
-    ``stream`` separates uses of one seed: 2 is training.
+    ``stream`` separates the uses of one seed; 2 is training.
     """
 
     def __init__(self, mixture: Mixture, config: WorldModelTrainConfig, *, device: str, stream: int = 2) -> None:
@@ -155,7 +158,7 @@ class WindowObjective:
         if mixture.latent_shape != arch.latent_shape:
             raise DatasetError(f"the data's latents are {mixture.latent_shape}, the model's {arch.latent_shape}.")
         self.mixture, self.config, self.device, self.stream = mixture, config, device, stream
-        self.chunks = (arch.context_latents + arch.chunk_latents) // arch.chunk_latents
+        self.chunks = window_chunks(arch)
         self.max_offset = max_window_offset(arch, rollout)
         self.arm_map = model_kinematics(config, mixture.pose_dim)
         self.anchor_actions = torch.zeros(len(mixture.datasets), arch.action_dim)
@@ -164,7 +167,7 @@ class WindowObjective:
             self.anchor_actions[row, : len(low)] = torch.from_numpy(zero)
 
     def losses(self, step: int, parts: Sequence[Sequence[int]], batch_size: int) -> Iterator[LossFunction]:
-        """One function of the model for each of ``parts``, which name rows of the global batch of ``step``."""
+        """A loss function for each of ``parts``, the row numbers in the global batch of ``step``."""
         for rows in parts:
             batch = self.draw(step, rows, batch_size)
 
@@ -174,7 +177,7 @@ class WindowObjective:
             yield compute
 
     def draw(self, step: int, rows: Sequence[int], batch_size: int) -> WindowBatch:
-        """Some ``rows`` of the global batch of ``step``: row i is the same whoever draws it."""
+        """Some ``rows`` of the global batch of ``step``; row i is the same on every process."""
         seed, loss = self.config.seed, self.config.loss
         rng = np.random.default_rng(mix(seed, self.stream, step, 0))
         windows = self.mixture.draw(
@@ -182,7 +185,7 @@ class WindowObjective:
         )
         seeds = [mix(seed, self.stream, step, 1, row) for row in rows]
         arch = self.config.model
-        drawn = draw_window_noise(seeds, windows.times, arch.latent_shape, arch, loss)
+        drawn = draw_window_noise(seeds, windows.far, arch.latent_shape, arch, loss)
         conditions, maps = self.conditions(windows, drawn.context)
         batch = WindowBatch(
             windows.latents, conditions, windows.times, maps, windows.focus if arch.residual else None, drawn
@@ -204,17 +207,22 @@ class WindowObjective:
         return torch.cat(parts, -1).flatten(2), maps
 
 
+def window_chunks(arch: WanConfig) -> int:
+    """Chunks in a window: R latents of context and a chunk to generate."""
+    return (arch.context_latents + arch.chunk_latents) // arch.chunk_latents
+
+
 def max_window_offset(arch: WanConfig, rollout: RolloutConfig) -> int:
     """The largest offset of a window's positions, max_time - R - 1 (see the module's docstring)."""
     return rollout.max_time - arch.context_latents - 1
 
 
 def poses_before(poses: Tensor, start: Tensor, context: Tensor, chunk_latents: int) -> Tensor:
-    """The pose the tool's motion counts from: ``poses`` (B, F, 4, P), ``start`` (B, P) at the start of the window, ``context``
-    (B,) -> (B, F, P).
+    """The pose from which the tool's motion is measured: ``poses`` (B, F, 4, P), ``start`` (B, P) at the start of the window,
+    ``context`` (B,) -> (B, F, P).
 
-    That before a context latent's own chunk, for generated latents the one at the end of the context, and for the anchor
-    its own.
+    For context latents the pose at the start of their own chunk, for generated latents the pose at the end of the context,
+    for the anchor its own pose.
     """
     ends = torch.cat([start[:, None], poses[:, 1:, -1]], 1)  # after 0, 1, 2, ... latents of the window
     latent = torch.arange(1, poses.shape[1])

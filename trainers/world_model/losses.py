@@ -1,15 +1,16 @@
-"""The objectives of the world model as pure functions: batch and noise in, loss out.
+"""The objectives of the world model as pure functions of a batch and its noise.
 
-Rectified flow (paper Eq. 1): z_tau = tau * eps + (1 - tau) * z0, velocity v = eps - z0. Two ways to lay out a pass:
+Rectified flow (paper, Eq. 1): z_tau = tau * eps + (1 - tau) * z0, velocity v = eps - z0. There are two objectives:
 
-- ``window_loss`` (the paper's): 33 frames, an anchor and M latents. The anchor and the first n latents are context, each at
-  a small noise level of its own; the others are generated, all of a row at one tau, and they alone have a loss.
+- ``window_loss`` (the paper's): 33 frames, an anchor and M latents. The anchor and the first n latents are context, each
+  with its own small noise level. The other latents are generated, all of a row at one tau; only they contribute to the loss.
 - ``episode_loss`` (the bundled size): every chunk of a whole episode is a target in one pass (``teacher_forcing.py``).
 
-A model with ``residual`` predicts the clean sample, others the velocity. Errors of residual models and of whole episodes
-are weighted towards cells that change and, where the data have object poses, towards handled objects; the paper's are not.
+A model with ``residual`` predicts the clean sample, other models the velocity. Errors of residual models and of whole
+episodes have larger weights in cells that change and, when the data have object poses, near handled objects; the paper's
+loss has no weights.
 
-A loss is a mean over rows. Other metrics are returned as sums and counts, which are added up over micro-batches and
+A loss is a mean over rows. Other metrics are returned as sums and counts, which are accumulated over micro-batches and
 processes before they are divided.
 
 Shape letters: B rows, M latents after the anchor, F = 1 + M, G latents of a chunk, R recent latents a rollout looks back
@@ -30,14 +31,16 @@ from rawdream_env.world_models.wan.config import WanConfig
 from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer
 
 Sums = dict[str, Tensor]
-"""Name -> (2,): a sum and how many numbers are in it."""
+"""Name -> (2,): a sum and its number of terms."""
 LossFunction = Callable[[WanWorldModelTransformer], tuple[Tensor, Sums]]
-"""The loss of some rows, of which only the model is missing."""
+"""The loss of some rows as a function of the model."""
 _LIFT = (..., None, None, None)  # a level per latent -> one per latent cell
 
 
 class BatchNoise:
-    """Noise of some ``rows`` of a batch of ``total``: the whole batch is drawn, so no row depends on who computes it."""
+    """Noise of some ``rows`` of a batch of ``total`` rows. The whole batch is drawn, so that a row does not depend on the
+    process that computes it.
+    """
 
     def __init__(self, generator: torch.Generator, total: int, rows: Sequence[int] | None = None) -> None:
         self.generator, self.total = generator, total
@@ -57,7 +60,7 @@ class BatchNoise:
 
 @dataclass(frozen=True)
 class WindowNoise:
-    """What is drawn for B windows: ``context`` int64 (B,), how many latents after the anchor are context; ``level`` (B, F)
+    """Random values of B windows: ``context`` int64 (B,), the number of context latents after the anchor; ``level`` (B, F)
     noise levels; ``noise`` (B, F, C, h, w).
     """
 
@@ -67,15 +70,15 @@ class WindowNoise:
 
 
 def draw_window_noise(
-    seeds: Sequence[int], times: Tensor, latent_shape: tuple[int, ...], arch: WanConfig, config: LossConfig
+    seeds: Sequence[int], far: Tensor, latent_shape: tuple[int, ...], arch: WanConfig, config: LossConfig
 ) -> WindowNoise:
-    """Split, levels and noise of every row, each from its own seed.
+    """Context length, noise levels and noise of every row, each from its own seed.
 
-    ``times`` int64 (B, F): positions. The context is n latents long, n a multiple of G from 0 to R, all equally likely;
-    behind a far anchor (whose window begins later than 1) it is R long, for a rollout that has moved away from its start
-    has all its context.
+    ``far`` bool (B,): the anchor is earlier than the frame before the window. The context has n latents, a multiple of G
+    from 0 to R, all equally likely. Behind a far anchor it always has R: a rollout that has moved away from its start frame
+    has a whole context. Positions do not tell the two apart, because they saturate at ``max_time``.
     """
-    b, f = times.shape
+    b, f = len(seeds), 1 + arch.context_latents + arch.chunk_latents
     choice, uniform, noise = [], [], []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
@@ -86,7 +89,7 @@ def draw_window_noise(
     tau = config.timestep_shift * u[:, 0] / (1 + (config.timestep_shift - 1) * u[:, 0])
     tau = torch.where(u[:, 1] < config.pure_noise, torch.ones(b), tau)
     full = torch.full((b,), arch.context_latents)
-    context = torch.where(times[:, 1] > 1, full, torch.stack(choice) * arch.chunk_latents)
+    context = torch.where(far, full, torch.stack(choice) * arch.chunk_latents)
     level = torch.where(generated_positions(context, f), tau[:, None], config.context_noise * u[:, 2:])
     return WindowNoise(context, level, torch.stack(noise))
 
@@ -99,7 +102,7 @@ def generated_positions(context: Tensor, frames: int) -> Tensor:
 @dataclass(frozen=True)
 class WindowBatch:
     """B windows, the anchor first: ``latents`` (B, F, C, h, w), ``conditions`` (B, F, D_c), ``times`` int64 (B, F), ``maps``
-    (B, F, C_m, h, w) or None, ``focus`` uint8 (B, M, h, w) or None, and what was drawn for them.
+    (B, F, C_m, h, w) or None, ``focus`` uint8 (B, M, h, w) or None, and the random values.
     """
 
     latents: Tensor
@@ -117,9 +120,9 @@ class WindowBatch:
 
 
 def window_loss(model: WanWorldModelTransformer, batch: WindowBatch, config: LossConfig) -> tuple[Tensor, Sums]:
-    """Rectified-flow loss of the generated positions (Eq. 1): their mean in every window, then the mean of windows.
+    """Rectified-flow loss of the generated positions (Eq. 1): the mean over each window, then over windows.
 
-    The base of a residual model is the last context frame as the model sees it, noise included.
+    The base of a residual model is the last context frame as the model receives it, with noise.
     """
     latents, noise, level = batch.latents, batch.drawn.noise, batch.drawn.level
     b, f = level.shape
@@ -140,7 +143,7 @@ def window_loss(model: WanWorldModelTransformer, batch: WindowBatch, config: Los
 
 
 def cell_weight(target: Tensor, base: Tensor, focus: Tensor | None, config: LossConfig) -> Tensor:
-    """Weights of cells that change and of those in focus: ``target`` (B, F, C, h, w), ``base`` broadcastable to it,
+    """Weights, larger in cells that change and in cells in focus: ``target`` (B, F, C, h, w), ``base`` broadcastable to it,
     ``focus`` (B, F, h, w) or None -> (B, F, 1, h, w).
     """
     change = (target - base).abs().mean(2, keepdim=True)
@@ -149,14 +152,14 @@ def cell_weight(target: Tensor, base: Tensor, focus: Tensor | None, config: Loss
 
 
 def clean_sample_weight(level: Tensor) -> Tensor:
-    """Weight of a squared clean-sample error at ``level`` (B, F) -> (B, F, 1, 1, 1): near that of a velocity loss,
-    1 / level^2, without its blow-up at level -> 0.
+    """Weight of a squared clean-sample error at ``level`` (B, F) -> (B, F, 1, 1, 1): close to that of a velocity loss,
+    1 / level^2, but finite at level 0.
     """
     return 0.5 / (level[_LIFT] ** 2 + 0.15)
 
 
 def _sums(error: Tensor, chosen: Tensor) -> Tensor:
-    """Sum and number of the entries of ``error`` (B, F, C, h, w) in chosen frames (B, F): (2,)."""
+    """Sum and number of the entries of ``error`` (B, F, C, h, w) in the frames ``chosen`` (B, F): (2,)."""
     with torch.no_grad():
         mask = chosen[_LIFT].float()
         return torch.stack([(error * mask).sum(), mask.expand_as(error).sum()])
@@ -174,11 +177,11 @@ def episode_loss(
     depth: int = 0,
     usual_noise: float = 0.05,
 ) -> tuple[Tensor, Sums]:
-    """Rectified-flow loss over all chunks of the episodes; ``depth`` > 0 unrolls the context with the model's own
-    predictions. ``usual_noise``: the context noise level of a rollout.
+    """Rectified-flow loss over all chunks of the episodes. ``usual_noise``: the context noise level of a rollout.
 
-    Self-forcing in parallel: predicting every chunk from the true context gives a context one chunk deep in the model's
-    own world; predicting again from that, two deep; and so on, at one pass each.
+    ``depth`` > 0: replace the context by the model's own predictions (self-forcing). One pass predicts every chunk from the
+    true context; each further pass predicts every chunk from the predictions of the pass before, so that after ``depth``
+    passes the context contains errors of up to ``depth`` consecutive chunks.
     """
     latents = batch.latents
     m, g, device = latents.shape[1] - 1, model.arch.chunk_latents, latents.device

@@ -1,11 +1,10 @@
-"""Mix several latent caches into training batches.
+"""Draw training batches from a mixture of latent caches.
 
-Every data set keeps its own action statistics: the same number is another distance on another robot, and one set of bounds
-over all would squeeze most of them into a corner of [-1, 1]. The statistics are saved with the checkpoint, and a rollout
-uses those of one entry.
+Data sets of one embodiment share their action bounds (``action_bounds.py``). The bounds are saved with the checkpoint; a
+rollout uses those of one entry.
 
-A batch is a pure function of the generator it is drawn with: a trainer that makes the generator from ``mix(seed, step)``
-can draw any batch again.
+A batch is a pure function of its random generator: a trainer that seeds the generator with ``mix(seed, step)`` can draw
+any batch again.
 
 Shape letters: B batch, K actions in a chunk, G = K / 4 latents in a chunk, T chunks of an episode, M latents of a window,
 C h w latent, A action dims, P state dims.
@@ -13,7 +12,7 @@ C h w latent, A action dims, P state dims.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,14 @@ from torch import Tensor
 
 from rawdream_env.errors import DatasetError
 from rawdream_env.files import atomic_write_json
+from rawdream_env.trainers.world_model.action_bounds import bounds_of_data
 from rawdream_env.trainers.world_model.latent_dataset import LatentDataset, QuantileBounds
 from rawdream_env.types import Float32Array
 from rawdream_env.world_models.autoencoders import FRAMES_PER_LATENT
 
 
 def normalise_actions(actions: Float32Array, low: NDArray[np.float64], high: NDArray[np.float64]) -> Float32Array:
-    """Raw actions (..., A) so that [low, high] becomes [-1, 1], clipped (paper, section 3.1).
+    """Map raw actions (..., A) from [low, high] to [-1, 1], clipped (paper, appendix A.1).
 
     A dimension that never moves (high = low) becomes 0.
     """
@@ -48,9 +48,11 @@ class MixtureEntry:
     path: str
     """Folder of its latent cache."""
     weight: float = 1.0
-    """Its share of the draws is its weight over the sum of weights, however large it is."""
+    """Share of the draws: this weight over the sum of weights, independent of the size of the data set."""
     name: str = ""
-    """Its name in the saved statistics; by default the folder's name."""
+    """Name in the saved statistics; by default the folder's name."""
+    embodiment: str = ""
+    """Robot and action convention of the data; entries of one embodiment share action bounds."""
 
     @property
     def label(self) -> str:
@@ -60,14 +62,14 @@ class MixtureEntry:
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """B windows, each of one data set. Row 0 of the time axis is the anchor.
+    """B windows, each from one data set. Index 0 of the time axis is the anchor.
 
-    ``latents`` fp32 (B, 1+M, C, h, w); ``actions`` fp32 (B, 1+M, 4, A) in [-1, 1], those that lead to each latent, zero
-    for the anchor and in dimensions the data set does not have; ``poses`` fp32 (B, 1+M, 4, P), after each of these actions,
-    for the anchor its own four times, zero-padded; ``times`` int64 (B, 1+M), positions in latents, 0 for the anchor;
-    ``before`` fp32 (B, P), the state at the start of the window, that of the anchor unless it is a far one; ``focus`` uint8
-    (B, M, h, w), zero where a data set has none; ``source`` int64 (B,), which entry; ``places`` int64 (B, 3): episode, first
-    chunk, and the chunk boundary of the anchor.
+    ``latents`` fp32 (B, 1+M, C, h, w); ``actions`` fp32 (B, 1+M, 4, A) in [-1, 1], the four actions that lead to each latent,
+    zero for the anchor and in dimensions that the data set does not have; ``poses`` fp32 (B, 1+M, 4, P), after each of these
+    actions, for the anchor its own pose four times, zero-padded; ``times`` int64 (B, 1+M), positions in latents, 0 for the
+    anchor; ``before`` fp32 (B, P), the state at the start of the window; ``focus`` uint8 (B, M, h, w), zero where a data set
+    has none; ``source`` int64 (B,), index of the entry; ``places`` int64 (B, 3): episode, first chunk, and the chunk boundary
+    of the anchor.
     """
 
     latents: Tensor
@@ -78,6 +80,11 @@ class LatentBatch:
     focus: Tensor
     source: Tensor
     places: Tensor
+
+    @property
+    def far(self) -> Tensor:
+        """bool (B,): the anchor is an earlier frame than the one before the window."""
+        return self.places[:, 2] < self.places[:, 1]
 
     def to(self, device: str | torch.device) -> LatentBatch:
         """The same batch on another device."""
@@ -90,15 +97,16 @@ class Mixture:
     Args:
         entries: the data sets and their weights.
         action_dim: A of the model; data with fewer dimensions are padded with zeros. Default: the largest.
-        bounds: action bounds of all entries, instead of each entry's own: of the training data, for held-out ones.
+        bounds: action bounds by embodiment: of a model that is trained further, or of the training data for held-out
+            data. An embodiment without given bounds gets those of all its data together.
         verify: as in ``LatentDataset``.
 
     Attributes:
-        bounds: the action bounds by which each entry's actions are normalised.
+        bounds: the action bounds that normalise each entry's actions.
 
     Raises:
-        DatasetError: caches that do not fit together, more action dimensions than the model has, two entries of one name
-            or no positive weight.
+        DatasetError: caches that do not fit together, more action dimensions than the model has, different action
+            dimensions in one embodiment, two entries of one name or no positive weight.
     """
 
     def __init__(
@@ -106,7 +114,7 @@ class Mixture:
         entries: Sequence[MixtureEntry],
         *,
         action_dim: int | None = None,
-        bounds: QuantileBounds | None = None,
+        bounds: Mapping[str, QuantileBounds] | None = None,
         verify: bool = True,
     ) -> None:
         if not entries or any(not (0 < entry.weight < float("inf")) for entry in entries):
@@ -134,18 +142,20 @@ class Mixture:
         self.chunk_len, self.latent_shape = first.chunk_len, first.latent_shape
         weights = np.array([entry.weight for entry in entries], np.float64)
         self._upto = np.cumsum(weights / weights.sum())[:-1]
-        self.bounds = [dataset.bounds if bounds is None else bounds for dataset in self.datasets]
+        self.bounds = bounds_of_data(self.datasets, [entry.embodiment for entry in entries], bounds or {})
         self._windows: dict[int, list[NDArray[np.int64]]] = {}
 
     def statistics(self) -> dict[str, Any]:
-        """What ``save_statistics`` writes: per entry its weight, cache and action statistics."""
+        """The content of ``save_statistics``: weight, cache, own action statistics and action bounds of each entry."""
         return {
-            entry.label: {"path": entry.path, "weight": entry.weight} | dataset.index["statistics"]
-            for entry, dataset in zip(self.entries, self.datasets, strict=True)
+            entry.label: {"path": entry.path, "weight": entry.weight, "embodiment": entry.embodiment}
+            | {"action_low": low.tolist(), "action_high": high.tolist()}
+            | dataset.index["statistics"]
+            for entry, dataset, (low, high) in zip(self.entries, self.datasets, self.bounds, strict=True)
         }
 
     def save_statistics(self, path: str | Path) -> None:
-        """Write the action statistics of all entries, for the checkpoint."""
+        """Write the action statistics of all entries, beside the checkpoint."""
         atomic_write_json(path, self.statistics())
 
     def draw(
@@ -158,14 +168,15 @@ class Mixture:
         max_offset: int = 64,
         rows: Sequence[int] | None = None,
     ) -> LatentBatch:
-        """Draw windows of ``num_chunks`` chunks: a data set by weight, then one of its windows, all equally likely.
+        """Draw windows of ``num_chunks`` chunks: a data set by weight, then one of its windows with equal probability.
 
-        With probability ``far_anchor`` the anchor is not the frame just before the window but an earlier chunk boundary of
-        the episode, all equally likely, as in a long rollout, where it is the start frame while the context has moved on (a
-        window at the very start has no earlier one). The window's times then begin at 1 + the gap in latents, at most
-        1 + ``max_offset``: positions the model never sees in training would mean nothing to it.
+        With probability ``far_anchor`` the anchor is an earlier chunk boundary of the episode (with equal probability)
+        instead of the frame just before the window, as late in a rollout. A window at the start of an episode has no
+        earlier boundary. In a cache with separate windows the far anchor is always the first frame of the episode, whose
+        video has the latents of the whole episode. The positions of the window then start at 1 + the gap in latents, at most
+        1 + ``max_offset``, as in a rollout.
 
-        The result depends on the state of ``rng`` and the arguments alone, and which windows are drawn does not depend on
+        The result depends only on the state of ``rng`` and the arguments; the choice of windows does not depend on
         ``far_anchor`` or ``max_offset``. ``rows``: read and return only these of the ``batch_size`` rows.
         """
         ends = self._ends(num_chunks)
@@ -177,7 +188,8 @@ class Mixture:
         for row, (s, number) in enumerate(zip(source, window, strict=True)):
             episode = int(np.searchsorted(ends[s], number, side="right"))
             first = int(number - (ends[s][episode - 1] if episode else 0))
-            places[row] = episode, first, int(share[row] * first) if far[row] and first else first
+            earlier = 0 if self.datasets[s].window_chunks else int(share[row] * first)
+            places[row] = episode, first, earlier if far[row] and first else first
         if rows is not None:
             source, places = source[list(rows)], places[list(rows)]
         read = [self._row(s, e, c, a, num_chunks) for s, (e, c, a) in zip(source, places.tolist(), strict=True)]
@@ -196,7 +208,7 @@ class Mixture:
         )
 
     def _ends(self, num_chunks: int) -> list[NDArray[np.int64]]:
-        """Per data set the number of windows in the episodes up to and with each."""
+        """For each data set, the cumulative number of windows of its episodes."""
         if num_chunks not in self._windows:
             counts = [np.maximum(d.chunks - num_chunks + 1, 0) for d in self.datasets]
             for entry, dataset, count in zip(self.entries, self.datasets, counts, strict=True):
@@ -216,8 +228,9 @@ class Mixture:
         window = dataset.window(episode, first, num_chunks)
         near = anchor == first
         still = window.anchor if near else dataset.still(episode, anchor)
+        latents = dataset.latents_from_anchor(episode, first, num_chunks) if near else window.latents
         held = window.poses[0] if near else dataset.pose(episode, anchor)
-        m = len(window.latents)
+        m = len(latents)
         actions = torch.zeros(1 + m, FRAMES_PER_LATENT, self.action_dim)
         poses = torch.zeros(1 + m, FRAMES_PER_LATENT, self.pose_dim)
         normal = torch.from_numpy(normalise_actions(window.actions.numpy(), *self.bounds[source]))
@@ -227,4 +240,4 @@ class Mixture:
         focus = torch.zeros(m, *self.latent_shape[1:], dtype=torch.uint8) if window.focus is None else window.focus
         before = torch.zeros(self.pose_dim)
         before[: dataset.pose_dim] = window.poses[0]
-        return torch.cat([still[None], window.latents]).float(), actions, poses, before, focus
+        return torch.cat([still[None], latents]).float(), actions, poses, before, focus

@@ -1,8 +1,8 @@
-"""All chunks of an episode denoised in one pass: clean frames as context, a noisy copy of every chunk as target.
+"""Denoise all chunks of an episode in one pass: clean frames as context, a noisy copy of every chunk as target.
 
-The clean stream is anchor + latents 1..M-G (noised a little, as at inference); the noisy stream holds latents 1..M. A
-noisy chunk sees the anchor, its ``context_latents`` most recent clean frames and, causally, itself: what it sees in a
-rollout. About 2G frame passes per imagined chunk instead of the G + 7 of a window per chunk.
+The clean stream is the anchor and latents 1..M-G (with a little noise, as in a rollout); the noisy stream is latents 1..M. A
+noisy chunk attends to the anchor, the ``context_latents`` most recent clean frames and, causally, itself, as in a rollout.
+This takes about 2G frame passes per chunk; one window per chunk takes G + 7.
 
 Shape letters: B batch, M latent frames after the anchor, G latent frames per chunk, C H W latent frame.
 """
@@ -22,7 +22,7 @@ from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer
 @dataclass(frozen=True)
 class EpisodeBatch:
     """``latents`` (B, M+1, C, H, W), the anchor first; ``conditions`` (B, M+1, D_c); ``arm_maps`` (B, M+1, C_m, H, W)
-    or None; ``focus`` (B, M, H, W), 1 where the loss should look closer, or None.
+    or None; ``focus`` (B, M, H, W), 1 where the loss has a larger weight, or None.
     """
 
     latents: Tensor
@@ -32,9 +32,7 @@ class EpisodeBatch:
 
 
 def chunk_windows(num_latents: int, chunk_latents: int, context_latents: int) -> tuple[Tensor, Tensor]:
-    """The clean frames each chunk sees: indices (T, 1 + R) and whether they exist (T, 1 + R); the anchor comes
-    first.
-    """
+    """The clean frames that each chunk attends to, the anchor first: indices (T, 1 + R) and whether they exist (T, 1 + R)."""
     before = torch.arange(0, num_latents, chunk_latents)  # the last clean frame of each chunk
     recent = before[:, None] - torch.arange(context_latents - 1, -1, -1)
     index = torch.cat([torch.zeros_like(before)[:, None], recent.clamp(min=0)], 1)
@@ -52,7 +50,7 @@ def denoise_all_chunks(
     """Predict every latent after the anchor.
 
     ``clean`` (B, M-G+1, C, H, W) context with noise level ``clean_level`` (B, M-G+1); ``noisy`` (B, M, C, H, W) targets
-    at ``level`` (B, M). Returns the model output (B, M, C, H, W) and the base each frame's residual stands on.
+    at ``level`` (B, M). Returns the model output (B, M, C, H, W) and the base of each frame's residual.
     """
     arch, device = model.arch, noisy.device
     b, m = noisy.shape[:2]
@@ -71,7 +69,7 @@ def denoise_all_chunks(
     cos, sin = rope_tables(order, arch.grid, arch.attention_head_dim)
     prompt = model.prompt_keys()
 
-    frame = torch.arange(n)  # the clean stream: causal, no further back than the context reaches
+    frame = torch.arange(n)  # the clean stream: causal, limited to the length of the context
     visible = (frame[None] <= frame[:, None]) & ((frame[None] > frame[:, None] - r) | (frame[None] == 0))
     mask, clean_rope = token_mask(visible.to(device), p), (cos[: n * p], sin[: n * p])
     _, caches = model.run_blocks(tokens[:, :n], condition[:n], clean_rope, mask, None, prompt, keys_only=True)

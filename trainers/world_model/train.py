@@ -1,22 +1,22 @@
-r"""Train a world model: frame codec, latents, transformer (paper section 3.1, A.2). One trainer for both sizes.
+r"""Train a world model: frame codec, latents, transformer (paper, section 3.1 and appendix A.1). One trainer for both sizes.
 
     rawdream world-model train --data data/play --run-dir runs/world_model
     torchrun --nproc-per-node 8 -m rawdream_env world-model train --parallel fsdp2 --objective window \
         --init models/wan --model-name wan2.1-1.3b --data data/libero_90 --run-dir runs/zero_shot
 
-The codec is trained (the bundled size), or is that of ``init`` or ``codec`` (Wan's VAE); the transformer starts with the
-weights of ``init`` or at random. There are two objectives:
+The codec is trained (the bundled size) or taken from ``init`` or ``codec`` (Wan's VAE); the transformer starts from the
+weights of ``init`` or from scratch. There are two objectives:
 
-- "window" (the paper's): 33-frame windows of a weighted mixture of data sets, a random part of each its context, kept on
-  disk as latents (``latent_windows.py``);
-- "episode" (the bundled size): every chunk of an episode is a target in one pass, and the last part of training replaces
-  the context by the model's own predictions, so that it learns to correct its own errors (``latent_episodes.py``).
+- "window" (the paper's): 33-frame windows of a weighted mixture of data sets, with a random context length; latents are kept
+  on disk (``latent_windows.py``);
+- "episode" (the bundled size): every chunk of an episode is a target in one pass. The last part of training replaces the
+  context by the model's own predictions, so that the model learns to correct its own errors (``latent_episodes.py``).
 
-Kept of the paper: AdamW with warm-up and cosine, rectified flow, context noise per position, EMA. Added, each an option:
-some targets are pure noise, the loss of residual models weights cells that change, far anchors.
+From the paper: AdamW with warm-up and cosine, rectified flow, context noise per position. Added, each with an option:
+averaged weights (EMA), targets of pure noise, larger loss weights for cells that change (residual models), far anchors.
 
-Every batch and every noise draw is a function of (seed, step, row): an interrupted run resumes to bit-identical weights
-on a CPU, and the number of processes changes only the order of sums.
+Every batch and every noise draw is a function of (seed, step, row): on a CPU an interrupted run resumes to bit-identical
+weights, and the number of processes changes only the order of sums.
 """
 
 from __future__ import annotations
@@ -34,6 +34,12 @@ from rawdream_env.errors import CheckpointError, InvalidOptionError
 from rawdream_env.seeding import mix
 from rawdream_env.trainers.common.distributed import ProcessGroup, accumulating, join, micro_batches, spread, whole
 from rawdream_env.trainers.common.offload import HostCopies
+from rawdream_env.trainers.world_model.action_bounds import (
+    STATISTICS,
+    action_path_is_new,
+    bounds_of_model,
+    rollout_bounds,
+)
 from rawdream_env.trainers.world_model.autoencoder import train_autoencoder
 from rawdream_env.trainers.world_model.config import WorldModelTrainConfig
 from rawdream_env.trainers.world_model.latent_episodes import (
@@ -49,7 +55,6 @@ from rawdream_env.trainers.world_model.latent_windows import (
     WindowObjective,
     cached_mixture,
     deployed_entry,
-    rollout_bounds,
 )
 from rawdream_env.trainers.world_model.stage import stage_loop
 from rawdream_env.trainers.world_model.validation import Validation, assembled
@@ -63,12 +68,12 @@ from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer
 
 
 def train_world_model(config: WorldModelTrainConfig) -> Path:
-    """All stages; returns the folder of the finished world model.
+    """Run all stages; returns the folder of the finished world model.
 
     Raises:
-        InvalidOptionError: options that do not fit each other, the machine or the processes there are.
+        InvalidOptionError: options that do not fit each other, the machine or the number of processes.
         CheckpointError: ``init`` or ``codec`` is missing, damaged or of another architecture.
-        DatasetError: data that are missing or damaged, or lack inputs of the model.
+        DatasetError: data are missing or damaged, or lack inputs of the model.
         NotEnoughMemoryError: the transformer and its optimizer do not fit; raised before anything is allocated.
         RunDirError: ``run_dir`` holds a run with other settings.
     """
@@ -77,7 +82,7 @@ def train_world_model(config: WorldModelTrainConfig) -> Path:
         _check(config, group)
         _require_memory(config, group)
         for text in (*config.data, *config.validation):
-            DataEntry.parse(text).reader()  # data that cannot be read leave no folder
+            DataEntry.parse(text).reader()  # before the run folder is created
         Path(config.run_dir).mkdir(parents=True, exist_ok=True)
         train = _train_windows if config.objective == "window" else _train_episodes
         target = train(config, initial, group)
@@ -89,7 +94,7 @@ def train_world_model(config: WorldModelTrainConfig) -> Path:
 
 
 def _train_windows(config: WorldModelTrainConfig, initial: WanWorldModel | None, group: ProcessGroup) -> Path:
-    """The paper's objective on a mixture of data sets, each with its own action statistics."""
+    """The paper's objective on a mixture of data sets; those of one embodiment share their action bounds."""
     entries = [DataEntry.parse(text) for text in config.data]
     config = with_robot(config, [entry.reader() for entry in entries])
     run_dir = Path(config.run_dir)
@@ -97,27 +102,30 @@ def _train_windows(config: WorldModelTrainConfig, initial: WanWorldModel | None,
     if codec is None:
         codec = _trained_codec(config, read_episodes([entry.reader() for entry in entries], config.model), group)
     _fits(codec, config)
-    mixture = cached_mixture(entries, codec, run_dir / "latents", config, group)
-    deployed = deployed_entry(mixture, config.deploy)
-    bounds, fps = mixture.bounds[deployed], float(mixture.datasets[deployed].index["fps"])
+    known = bounds_of_model(initial, _folder(config.init))
+    mixture = cached_mixture(entries, codec, run_dir / "latents", config, group, known)
+    deployed = deployed_entry(entries, config.deploy)
+    bounds = mixture.bounds[deployed]
     low, high = rollout_bounds(bounds, config.model.action_dim)
+    fps = float(mixture.datasets[deployed].index["fps"])
     rollout = replace(config.rollout, action_low=low, action_high=high, fps=fps)
     objective = WindowObjective(mixture, config, device=config.device)
     validation = None
     if config.validation:
         held_out = [DataEntry.parse(text) for text in config.validation]
-        unseen = cached_mixture(held_out, codec, run_dir / "validation_latents", config, group, bounds)
+        shared = {"": bounds, entries[deployed].embodiment: bounds}
+        unseen = cached_mixture(held_out, codec, run_dir / "validation_latents", config, group, shared)
         measured = WindowObjective(unseen, config, device=config.device, stream=9)
         validation = Validation(config, rollout, codec, held_out, measured)
     transformer = train_transformer(config, initial, objective, validation, group)
     target = _save(config, transformer, codec, rollout)
     if group.first:
-        mixture.save_statistics(target / "statistics.json")
+        mixture.save_statistics(target / STATISTICS)
     return target
 
 
 def _train_episodes(config: WorldModelTrainConfig, initial: WanWorldModel | None, group: ProcessGroup) -> Path:
-    """Teacher forcing over whole episodes in memory, whose actions are in the rollout's bounds."""
+    """Teacher forcing over whole episodes in memory, with the action bounds of the rollout settings."""
     entries = [DataEntry.parse(text) for text in config.data]
     readers = [entry.reader() for entry in entries]
     config = with_robot(replace(config, rollout=replace(config.rollout, fps=readers[0].fps)), readers)
@@ -140,7 +148,7 @@ def _train_episodes(config: WorldModelTrainConfig, initial: WanWorldModel | None
 def _latent_episodes(
     config: WorldModelTrainConfig, codec: FrameCodec, raw: RawEpisodes, name: str, group: ProcessGroup
 ) -> LatentEpisodes:
-    """The episodes in latent space: process 0 encodes and writes them, the others wait and read."""
+    """The episodes in latent space: process 0 encodes and writes them, the other processes wait and read."""
     if not isinstance(codec, PackedFrameAutoencoder):
         raise InvalidOptionError('objective "episode" needs the bundled codec; give objective="window" for Wan\'s VAE.')
     _fits(codec, config)
@@ -199,7 +207,7 @@ def train_transformer(
 
 
 def _new_transformer(config: WorldModelTrainConfig, initial: WanWorldModel | None) -> WanWorldModelTransformer:
-    """A transformer with the weights of ``initial`` or random ones; parameters that never get a gradient are frozen."""
+    """A transformer with the weights of ``initial`` or random weights; parameters that never get a gradient are frozen."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mix(config.seed, 2))
         model = WanWorldModelTransformer(config.model)
@@ -216,7 +224,7 @@ def _new_transformer(config: WorldModelTrainConfig, initial: WanWorldModel | Non
 
 
 def _check(config: WorldModelTrainConfig, group: ProcessGroup) -> None:
-    """Refuse options that do not fit each other."""
+    """Raise ``InvalidOptionError`` for options that do not fit each other."""
     batch, arch = config.transformer.batch_size, config.model
     if batch % group.size:
         raise InvalidOptionError(
@@ -225,15 +233,25 @@ def _check(config: WorldModelTrainConfig, group: ProcessGroup) -> None:
         )
     if config.offload and config.parallel == "fsdp2":
         raise InvalidOptionError(
-            "offload is for a device that holds a whole optimizer: fsdp2 spreads it over the devices already; use one of them."
+            "offload is for a device that holds a whole optimizer, but fsdp2 spreads it over the devices already; "
+            "use one of the two."
         )
     if config.objective == "window" and arch.context_latents % arch.chunk_latents:
         raise InvalidOptionError(
-            f"context_latents {arch.context_latents} is no multiple of chunk_latents {arch.chunk_latents}, as objective "
-            '"window" needs it to be.'
+            f"context_latents {arch.context_latents} is no multiple of chunk_latents {arch.chunk_latents}, which objective "
+            '"window" requires; change --model.context-latents.'
         )
-    if config.objective == "episode" and (config.deploy or any(DataEntry.parse(x).weight != 1 for x in config.data)):
-        raise InvalidOptionError('weights of data entries and deploy are for objective="window"; add it.')
+    entries = [DataEntry.parse(text) for text in config.data]
+    if config.objective == "episode" and (config.deploy or any(x.weight != 1 or x.embodiment for x in entries)):
+        raise InvalidOptionError(
+            'weights and embodiments of data entries and deploy are for objective="window"; add --objective window.'
+        )
+    deployed = entries[deployed_entry(entries, config.deploy)].embodiment
+    if other := sorted({DataEntry.parse(text).embodiment for text in config.validation} - {deployed, ""}):
+        raise InvalidOptionError(
+            f"validation data are of embodiment {', '.join(other)}, the saved model is for {deployed or 'the unnamed one'}; "
+            "choose the embodiment with deploy, or leave these data out."
+        )
 
 
 def _require_memory(config: WorldModelTrainConfig, world: ProcessGroup) -> None:
@@ -253,22 +271,20 @@ def _require_memory(config: WorldModelTrainConfig, world: ProcessGroup) -> None:
     require_memory(parts, world.device, f"Training {rows} rows at a time", advice)
 
 
-def _read(folder: str) -> WanWorldModel:
-    """The world model in a folder, or the one that ships with the package."""
-    return read_world_model(
-        str(resources.files("rawdream_env.assets") / "world_model") if folder == "embedded" else folder
-    )
+def _folder(name: str) -> str:
+    """A folder, or that of the bundled world model."""
+    return str(resources.files("rawdream_env.assets") / "world_model") if name == "embedded" else name
 
 
 def _resolved(config: WorldModelTrainConfig) -> tuple[WorldModelTrainConfig, WanWorldModel | None]:
     """The configuration with architecture and rollout filled in, and the world model named by ``init``.
 
-    What is not given comes from ``init``, else from the named architecture. A wrong folder is noticed here, before the data
-    are read: ``CheckpointError``, also when its architecture is not the one asked for.
+    Settings that are not given come from ``init``, else from the named architecture. ``CheckpointError``, before the data are
+    read, when the folder of ``init`` is unusable or has another architecture than the run.
     """
     if config.init and config.codec:
-        raise InvalidOptionError("init brings its own codec: give init or codec, not both.")
-    initial = _read(config.init) if config.init else None
+        raise InvalidOptionError("init has its own codec: give init or codec, not both.")
+    initial = read_world_model(_folder(config.init)) if config.init else None
     model, rollout = config.model, config.rollout
     if config.model_name:
         model = wan_config(config.model_name)
@@ -276,19 +292,35 @@ def _resolved(config: WorldModelTrainConfig) -> tuple[WorldModelTrainConfig, Wan
         model = initial.transformer.arch
     if initial is not None and initial.transformer.arch != model:
         raise CheckpointError(
-            f"{config.init} has another architecture ({initial.transformer.arch}) than this run ({model})."
+            f"{config.init} has another architecture ({initial.transformer.arch}) than this run ({model}). Leave the "
+            "architecture out to use that of init."
         )
     pictures_alone = not (model.pose_dim or model.map_channels)
     if rollout == RolloutConfig():
         rollout = initial.config if initial is not None else WAN_ROLLOUT if pictures_alone else rollout
     if pictures_alone:
         rollout = replace(rollout, arm_map=None)
+    if initial is not None and not action_path_is_new(initial):
+        rollout = _with_bounds_of(initial, rollout, config.init)
     return replace(config, model=model, rollout=rollout, model_name=""), initial
 
 
+def _with_bounds_of(initial: WanWorldModel, rollout: RolloutConfig, name: str) -> RolloutConfig:
+    """``rollout`` with the action bounds that ``initial`` was trained with; ``InvalidOptionError`` for others."""
+    given, default, own = (
+        (config.action_low, config.action_high) for config in (rollout, RolloutConfig(), initial.config)
+    )
+    if given not in (default, own):
+        raise InvalidOptionError(
+            f"{name} was trained with action bounds {own}, the run gives {given}: the same action would mean another "
+            "condition. Leave rollout.action-low and rollout.action-high out."
+        )
+    return replace(rollout, action_low=own[0], action_high=own[1])
+
+
 def _codec(config: WorldModelTrainConfig, initial: WanWorldModel | None) -> FrameCodec | None:
-    """The frame codec that is given; None when it has to be trained."""
-    source = _read(config.codec) if config.codec else initial
+    """The given frame codec; None when it has to be trained."""
+    source = read_world_model(_folder(config.codec)) if config.codec else initial
     if source is None:
         return None
     cast(nn.Module, source.autoencoder).to(config.device)
@@ -296,7 +328,7 @@ def _codec(config: WorldModelTrainConfig, initial: WanWorldModel | None) -> Fram
 
 
 def _trained_codec(config: WorldModelTrainConfig, raw: RawEpisodes, group: ProcessGroup) -> PackedFrameAutoencoder:
-    """Stage 1, on process 0; the others wait for its weights."""
+    """Stage 1, on process 0; the other processes wait for its weights."""
     if group.first:
         codec = train_autoencoder(config, raw.frames)
     else:

@@ -1,8 +1,8 @@
 """Validation of the world model while it trains: held-out loss, open-loop rollouts with PSNR and SSIM by horizon, a video.
 
-All of it uses the averaged weights, on process 0, with the same noise at every validation: differences between two
-validations come from the weights. Rollouts get only the first frame and the actions
-(``evaluation/world_model/fidelity.py``); the video shows the real episode over the imagined one.
+Validation uses the averaged weights, on process 0, with the same noise each time, so that two validations differ only in
+the weights. Rollouts start from the first frame and recorded actions (``evaluation/world_model/fidelity.py``); the video
+shows the real episode above the imagined one.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class LossSource(Protocol):
 
 
 def assembled(arch: WanConfig, tensors: Mapping[str, Tensor]) -> WanWorldModelTransformer:
-    """A transformer with these weights (not copies of them)."""
-    with torch.device("meta"):  # neither memory nor random numbers for weights that are about to be replaced
+    """A transformer that uses these tensors as weights, without a copy."""
+    with torch.device("meta"):  # no memory and no random numbers for weights that are replaced below
         model = WanWorldModelTransformer(arch)
     model.load_state_dict(dict(tensors), assign=True)
     model.eval().requires_grad_(False)
@@ -49,14 +49,14 @@ def assembled(arch: WanConfig, tensors: Mapping[str, Tensor]) -> WanWorldModelTr
 
 
 class Validation:
-    """``run`` measures; the numbers go to the log of the run, ``val_...``, the film to its folder ``validation``.
+    """``run`` writes the metrics ``val_...`` to the log of the run and a video to its folder ``validation``.
 
     Args:
-        config: of the run.
-        rollout: settings of the rollouts, with the action bounds the model is deployed with.
+        config: configuration of the run.
+        rollout: rollout settings of the saved model, with its action bounds.
         codec: frames to latents and back.
-        entries: held-out data sets; the episodes imagined are the first of each.
-        objective: the training objective on their latents.
+        entries: held-out data sets; the first episodes of each are imagined.
+        objective: the training objective on the held-out latents.
     """
 
     def __init__(
@@ -74,16 +74,16 @@ class Validation:
         dims = config.model.action_dim
         self.episodes = [_padded(e, dims) for e in recorded if len(e.actions) >= config.model.chunk_len]
         if not self.episodes:
-            raise DatasetError(f"no validation episode is {config.model.chunk_len} steps long; give longer ones.")
+            raise DatasetError(f"no validation episode is {config.model.chunk_len} steps long; use longer episodes.")
 
     def begin(self, loop: TrainingLoop) -> None:
-        """Log the held-out loss before the first step. Every process has to call it."""
+        """Log the held-out loss before the first step. Call it on every process."""
         tensors = loop.averaged()
         if loop.group.first:
             loop.log(val_loss=self.loss(assembled(self.config.model, tensors).to(self.config.device)))
 
     def run(self, loop: TrainingLoop) -> None:
-        """Measure the averaged weights. Every process has to call it."""
+        """Evaluate the averaged weights. Call it on every process."""
         tensors = loop.averaged()
         if not loop.group.first:
             return
@@ -99,7 +99,7 @@ class Validation:
 
     @torch.no_grad()
     def loss(self, model: WanWorldModelTransformer) -> float:
-        """Mean loss of ``validation_windows`` held-out rows with fixed noise; the context is the true one."""
+        """Mean loss of ``validation_windows`` held-out rows with fixed noise and the true context."""
         total, n = 0.0, self.config.validation_windows
         parts = [list(range(i, min(i + 4, n))) for i in range(0, n, 4)]
         for part, compute in zip(parts, self.objective.losses(0, parts, n), strict=True):
@@ -109,7 +109,7 @@ class Validation:
 
 
 def horizon_scalars(fidelity: Fidelity) -> dict[str, float]:
-    """``val_<source>_<metric>_<first>_<last>`` for every horizon bucket; values that nothing was measured for are left out."""
+    """``val_<source>_<metric>_<first>_<last>`` for every horizon bucket; buckets without measurements are left out."""
     return {
         f"val_{source}_{metric}_{row['frames'][0]}_{row['frames'][1]}": float(row[source][metric]["value"])
         for row in fidelity.table
@@ -120,6 +120,6 @@ def horizon_scalars(fidelity: Fidelity) -> dict[str, float]:
 
 
 def _padded(episode: StoredEpisode, action_dim: int) -> StoredEpisode:
-    """Actions with zeros for the dimensions that the data do not have."""
+    """The episode with zeros in action dimensions that the data do not have."""
     missing = action_dim - episode.actions.shape[1]
     return replace(episode, actions=np.pad(episode.actions, ((0, 0), (0, missing))))

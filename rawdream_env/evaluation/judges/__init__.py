@@ -1,1 +1,1 @@
-"""A judge against episodes with known outcome."""
+"""Evaluation of a judge on episodes with a known outcome."""

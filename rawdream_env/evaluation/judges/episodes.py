@@ -1,10 +1,10 @@
-"""Episodes with a known outcome to measure a judge on: fresh ones from a simulator, or a recorded data set.
+"""Episodes with a known outcome, to evaluate a judge: new ones from a simulator, or a recorded data set.
 
-The label is the truth when the video ends, which is what a judge of the whole video can know. A fresh episode i depends
-on the seed and i alone, not on the number of processes. Tasks take turns, and three drivers do, because a judge is
-attacked by what nearly worked: the scripted expert (nearly all successes), the same with shaky hands (it often holds
-the object at its goal to the end and does not let go, which is no success), and the shipped policy at temperature 1 (the
-mistakes reinforcement learning starts from). Rates over all episodes depend on this mixture: look at each driver's.
+The label is whether the task is done at the end of the video, because a judge of the whole video sees that. Episode i
+depends only on the seed and i, not on the number of processes. Tasks alternate, and so do three drivers, because near misses
+are the hard cases: the scripted expert (nearly all successes), the expert with large action noise (it often holds the object
+at its goal without releasing it, which is a failure), and the bundled policy at temperature 1 (the mistakes that RL starts
+from). Rates over all episodes depend on this mixture; compare the drivers.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from rawdream_env.robots import find_goals, find_robot
 from rawdream_env.seeding import NoiseKey, mix
 from rawdream_env.types import Policy, Start, Video
 
-_BLANK = np.zeros((1, 1, 3), np.uint8)  # the simulator sets a start up from its seed
+_BLANK = np.zeros((1, 1, 3), np.uint8)  # the simulator makes the scene from the seed
 _STREAM = 0x1DD6E
 DRIVERS = {"expert": 0.1, "shaky expert": 0.7, "policy": 0.0}
-"""Who drives, with the standard deviation of the noise on its motion (1 is full speed)."""
+"""Drivers, with the standard deviation of the noise on their motion (1 is full speed)."""
 
 
 @dataclass(frozen=True)
 class FreshEpisodes:
-    """What to play in a robot's simulator: ``steps`` control steps each, frames of ``image_size`` pixels."""
+    """Which episodes to run in a robot's simulator: ``steps`` control steps each, frames of ``image_size`` pixels."""
 
     seed: int = 0
     layout: str = "narrow"
@@ -49,16 +49,16 @@ class FreshEpisodes:
     robot: str = ""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be played."""
+        """Check drivers and steps."""
         unknown = [name for name in self.drivers if name not in DRIVERS]
         if unknown or not self.drivers or self.steps < 1:
             raise InvalidOptionError(
-                f"drivers {self.drivers} must be among {', '.join(DRIVERS)}, steps {self.steps} at least 1."
+                f"drivers {self.drivers} must be among {', '.join(DRIVERS)}, and steps {self.steps} at least 1."
             )
 
 
 class Player:
-    """Plays fresh episodes, one after the other; close it afterwards.
+    """Runs new episodes, one at a time. Close it afterwards.
 
     Experts act step by step in the robot's episode source, as in ``rawdream data collect``; the policy acts in the simulator
     environment.
@@ -125,7 +125,7 @@ class Player:
                 part.close()
 
 
-# The player of a worker process, set by its first episode: so that "no renderer" reaches the user as it is.
+# The player of a worker process. Its first episode creates it, so that a RendererError reaches the user unchanged.
 _PLAYERS: dict[FreshEpisodes, Player] = {}
 
 
@@ -136,7 +136,7 @@ def _play(spec: FreshEpisodes, index: int) -> JudgeClip:
 
 
 def fresh_clips(spec: FreshEpisodes, episodes: int, *, workers: int = 0) -> Iterator[JudgeClip]:
-    """Play ``episodes`` episodes and yield them in order; ``workers`` processes, 0: here.
+    """Run ``episodes`` episodes and yield them in order; ``workers`` processes, 0: in this process.
 
     Raises:
         SimulatorError: a worker process died. RendererError: no OpenGL.
@@ -155,27 +155,27 @@ def fresh_clips(spec: FreshEpisodes, episodes: int, *, workers: int = 0) -> Iter
         for index in range(episodes):
             with starting_children():
                 running.append(pool.submit(_play, spec, index))
-            if len(running) > 4 * workers:  # so that played episodes do not pile up before a slow judge
+            if len(running) > 4 * workers:  # bounds the memory of episodes that wait for a slow judge
                 yield running.popleft().result()
         while running:
             yield running.popleft().result()
     except BrokenProcessPool as error:
         raise SimulatorError(
-            "a simulator process died (out of memory?); run the command again with fewer workers."
+            "a simulator process died (out of memory?); rerun the command with fewer --workers."
         ) from error
     finally:
         stop_pool(pool)
 
 
 def recorded_clips(folders: Sequence[str], *, success_key: str = "", limit: int | None = None) -> Iterator[JudgeClip]:
-    """Whole episodes of LeRobotDataset v3.0 folders, at most ``limit`` of each; the task is the question.
+    """Whole episodes of LeRobotDataset v3.0 folders, at most ``limit`` of each; the instruction is the episode's task.
 
-    Where the truth comes from, the first that a folder has: the column ``success_key`` if one is named; the last row of
-    ``privileged.success`` or of ``next.success`` (1: reached); ``privileged.relations`` together with the instruction of
-    one of the robot's tasks.
+    The label comes from the first of these that the folder has: the column ``success_key``, if given; the last row of
+    ``privileged.success`` or ``next.success`` (1: success); ``privileged.relations``, if the instruction is one of the
+    robot's tasks.
 
     Raises:
-        DatasetError: a folder is damaged or says nowhere whether its episodes succeeded.
+        DatasetError: a folder is damaged or has no success labels.
     """
     for folder in folders:
         yield from _recorded(folder, success_key, limit)
@@ -187,7 +187,7 @@ def _recorded(folder: str, success_key: str, limit: int | None) -> Iterator[Judg
     if success_key and success_key not in reader.features:
         raise DatasetError(f"{folder} has no column {success_key!r}; it has {', '.join(sorted(reader.features))}.")
     if key:
-        reader = LeRobotReader(folder, state_key=key)  # any numeric column can be read in the state's place
+        reader = LeRobotReader(folder, state_key=key)  # reads any numeric column as the state
     grammar = find_goals(reader.robot_type)
     tasks = {text: (name, grammar.relations.index(goal)) for name, text, goal in grammar.tasks} if grammar else {}
     for index in range(len(reader) if limit is None else min(limit, len(reader))):
@@ -199,7 +199,7 @@ def _recorded(folder: str, success_key: str, limit: int | None) -> Iterator[Judg
             success = float(episode.privileged["relations"][-1][column]) > 0.5
         else:
             raise DatasetError(
-                f"{folder}: nothing says whether episode {index} ({episode.task!r}) succeeded. Name the column that "
-                f"does with --success-key; there are {', '.join(sorted(reader.features))}."
+                f"{folder} has no success label for episode {index} ({episode.task!r}). Name the column of labels with "
+                f"--success-key; the columns are {', '.join(sorted(reader.features))}."
             )
         yield JudgeClip(Video(episode.frames, episode.fps), episode.task, success, source="recorded", task=name)

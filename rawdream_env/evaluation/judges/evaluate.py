@@ -1,12 +1,12 @@
-"""``rawdream judge evaluate``: how far a judge can be trusted, against the truth of simulator episodes.
+"""``rawdream judge evaluate``: measure a judge on episodes with a known outcome.
 
     rawdream judge evaluate --judge embedded --episodes 500
     rawdream judge evaluate --judge runs/reward/judge --data my_rollouts --out runs/judge
 
 Writes ``judge_report.json`` (every rate with n and its 95 % Wilson interval, per task and per driver, and the sweeps of
 the probability threshold and of the number of votes), ``mistakes.png`` (a contact sheet of the most confident wrong
-verdicts) and ``judge_report.html`` (table, plot and contact sheet on one page). INVALID verdicts are counted apart:
-they are neither right nor wrong, because they never become a reward.
+verdicts) and ``judge_report.html`` (table, charts and contact sheet on one page). INVALID verdicts are counted
+separately: they never become a reward, so they are neither right nor wrong.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from rawdream_env.evaluation.reporting import html
 from rawdream_env.evaluation.reporting.charts import Point, Series, line_chart
 from rawdream_env.evaluation.reporting.numbers import Json
 from rawdream_env.evaluation.reporting.provenance import provenance, usable_cores
-from rawdream_env.files import atomic_write_json, atomic_write_text
+from rawdream_env.files import atomic_write_json, atomic_write_text, check_output
 from rawdream_env.judges import load_judge
 from rawdream_env.types import Judge
 
@@ -36,7 +36,7 @@ _RATES = {
     "recall": ("recall", "s-last"),
     "false_positive_rate": ("false positives", "s-first"),
 }
-"""What is plotted over the thresholds: its name and the style of its line."""
+"""Rates plotted over the thresholds: label and style of the line."""
 
 
 @dataclass(frozen=True)
@@ -44,40 +44,40 @@ class EvaluateJudgeConfig:
     """Options of ``rawdream judge evaluate``."""
 
     judge: str = "embedded"
-    """"embedded", or the folder or address of a judge, as for the environments."""
+    """Judge to evaluate: "embedded", a folder, a server, hub id or module:factory."""
     episodes: int = 200
-    """Number of fresh episodes; of a data set, at most N episodes of each folder."""
+    """Number of simulator episodes; with ``data``, at most N episodes of each folder."""
     robot: str = ""
-    """Robot whose simulator plays the fresh episodes; the default robot when not given."""
+    """Robot whose simulator is used; default: piper."""
     data: tuple[str, ...] = ()
-    """LeRobotDataset v3.0 folders with success labels, instead of fresh episodes."""
+    """LeRobotDataset v3.0 folders with success labels, instead of simulator episodes."""
     success_key: str = ""
-    """Column of ``data`` that says whether an episode succeeded (its last row counts); default: looked for."""
+    """Column of ``data`` with the success labels (the last row of an episode counts); default: detected."""
     drivers: tuple[str, ...] = ("expert", "shaky expert", "policy")
-    """Who drives the fresh episodes, in turn."""
+    """Who acts in the simulator episodes, in turn: expert, shaky expert (large action noise), policy."""
     policy: str = "embedded"
-    """The policy that drives, by name or folder."""
+    """Policy of the driver "policy": "embedded", a folder, hub id or module:factory."""
     layout: Literal["narrow", "wide"] = "narrow"
-    """How far the objects of fresh episodes are scattered."""
+    """Start positions of objects: narrow (within 3 cm of the usual place) or wide (the whole workspace)."""
     workers: int = -1
     """Simulator processes; -1: one per core, 0: none besides this one. The result does not depend on it."""
     batch_size: int = 16
     """Videos per call of the judge."""
     mistakes: int = 12
-    """Wrong verdicts on the contact sheet."""
+    """Maximum number of wrong verdicts shown."""
     seed: int = 0
-    """Names the fresh episodes."""
+    """Seed of the simulator episodes."""
     device: str = "cpu"
-    """Where a judge that computes runs."""
+    """Torch device of a judge that runs in this process."""
     out: str = "runs/judge_evaluation"
-    """Folder of the report."""
+    """Folder for judge_report.html, judge_report.json and mistakes.png."""
     progress: bool = True
     """Show a progress bar."""
 
     def __post_init__(self) -> None:
-        """Refuse values that cannot work."""
-        lowest = {"episodes": 1, "batch_size": 1, "mistakes": 1, "workers": -1}
-        for name, minimum in lowest.items():
+        """Check the numbers."""
+        minima = {"episodes": 1, "batch_size": 1, "mistakes": 1, "workers": -1}
+        for name, minimum in minima.items():
             if getattr(self, name) < minimum:
                 raise InvalidOptionError(f"{name}={getattr(self, name)} must be at least {minimum}.")
 
@@ -93,22 +93,23 @@ class JudgeEvaluation:
         lines = [self.report.table()]
         if self.report.sweep:
             best = max(self.report.sweep, key=lambda point: point["f1"] or 0.0)
-            lines.append(f"Best F1 {best['f1']:.3f} of the sweep at threshold {best['threshold']}.")
+            lines.append(f"Best threshold on these episodes: {best['threshold']} (F1 {best['f1']:.3f}).")
         if self.report.vote_sweep:
             best = max(self.report.vote_sweep, key=lambda point: point["f1"] or 0.0)
-            lines.append(f"Best F1 {best['f1']:.3f} of the sweep when a success needs {best['need']} votes.")
+            lines.append(f"Best number of success votes on these episodes: {best['need']} (F1 {best['f1']:.3f}).")
         return "\n".join([*lines, f"The report is {self.folder}/judge_report.html."])
 
 
 def evaluate_judge(config: EvaluateJudgeConfig, *, judge: Judge | None = None) -> JudgeEvaluation:
-    """Collect, ask, count and write; see the module's text.
+    """Run or read the episodes, query the judge, and write the report.
 
-    ``judge``: measure this object instead of loading ``config.judge``.
+    ``judge``: evaluate this object instead of loading ``config.judge``.
 
     Raises:
-        InvalidOptionError, CheckpointError: no such judge or driver, or damaged. DatasetError: the data cannot be read or
-        hold no labels. RendererError, SimulatorError: fresh episodes cannot be played.
+        InvalidOptionError: no such judge or driver. CheckpointError: the judge or the policy is missing or damaged.
+        DatasetError: the data cannot be read or have no labels. RendererError, SimulatorError: the simulator fails.
     """
+    check_output(config.out)
     asked = load_judge(config.judge, device=config.device) if judge is None else judge
     begun = perf_counter()
     total = None if config.data else config.episodes
@@ -146,12 +147,12 @@ def page(content: Json, sheet: bytes | None, *, threshold: float | None = None, 
     """The report as one HTML page; ``threshold`` and ``need`` are the judge's own, ``sheet`` the contact sheet."""
     config = content["run"]["config"]
     charts = [
-        _chart("Other thresholds", "probability threshold", content["threshold_sweep"], "threshold", threshold),
-        _chart("Other numbers of votes", "votes a success needs", content["vote_sweep"], "need", need),
+        _chart("Rates by threshold", "probability threshold", content["threshold_sweep"], "threshold", threshold),
+        _chart("Rates by votes needed", "votes needed for a success", content["vote_sweep"], "need", need),
     ]
     return html.page(
         "judge.html",
-        f"How far to trust the judge {config['judge']}",
+        f"Judge evaluation: {config['judge']}",
         content,
         config,
         lines=[(label, css) for label, css in _RATES.values()],

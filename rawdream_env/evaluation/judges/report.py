@@ -1,8 +1,8 @@
-"""How far a judge can be trusted: precision, recall, F1, false-positive rate and INVALID share against the truth.
+"""Precision, recall, F1, false-positive rate and INVALID share of a judge against the truth.
 
-The judge is the part reinforcement learning attacks, so every rate comes per relation with its n and Wilson interval,
-and the worst mistakes come as pictures. INVALID verdicts are counted apart: they are neither right nor wrong, because
-they never become a reward.
+RL exploits the errors of its judge. Every rate is therefore reported per group, with n and its Wilson interval, and the
+worst mistakes are shown as pictures. INVALID verdicts are counted separately: they never become a reward, so they are neither
+right nor wrong.
 
     report = evaluate(judge, clips)
     print(report.table())
@@ -32,7 +32,7 @@ from rawdream_env.statistics import Confusion, Rate
 from rawdream_env.types import Judge, Outcome, UInt8Array, Verdict, Video
 
 SWEEP = tuple(round(0.05 * step, 2) for step in range(1, 20)) + (0.97, 0.99)
-"""Thresholds at which a judge with probabilities is measured again."""
+"""Thresholds at which a judge with probabilities is evaluated."""
 
 _THUMB = 96
 _COLUMNS = 8
@@ -40,11 +40,11 @@ _COLUMNS = 8
 
 @dataclass(frozen=True)
 class JudgeClip:
-    """A video, what was asked about it, and the truth.
+    """A video, its instruction and the true outcome.
 
-    ``relation`` is the goal's name ("on:cup:pot"); its first word is the kind under which it is summed. ``source`` says
-    whose frames they are ("simulator", "dream", or who drove); ``held_out`` marks object pairs the judge never trained
-    on. A clip of a whole episode has a ``task`` instead, and counts under that.
+    ``relation`` is the goal's name ("on:cup:pot"); its first word is its kind. ``source`` is where the frames come from
+    ("simulator", "dream", or the driver). ``held_out`` marks object pairs that are not in the judge's training data. A clip
+    of a whole episode has a ``task`` instead of a ``relation``.
     """
 
     video: Video
@@ -56,7 +56,7 @@ class JudgeClip:
     task: str = ""
 
     def groups(self) -> tuple[str, ...]:
-        """The rows of the table this clip counts in."""
+        """The rows of the table that include this clip."""
         if self.task:
             return "all", f"source {self.source}", f"task {self.task}"
         kind = self.relation.split(":", 1)[0]
@@ -68,7 +68,7 @@ class JudgeClip:
 
 @dataclass(frozen=True)
 class JudgeRow:
-    """One group of clips: the confusion over readable verdicts and how many were INVALID."""
+    """One group of clips: the confusion over readable verdicts, and the share of INVALID ones."""
 
     confusion: Confusion
     invalid: Rate
@@ -79,7 +79,7 @@ class JudgeRow:
 
 
 class JudgeReport:
-    """Counts verdicts as they come: rates per group, other thresholds, other numbers of votes, and the worst mistakes.
+    """Accumulates verdicts: rates per group, by threshold and by number of votes, and the worst mistakes.
 
     Only counts and the ``worst`` mistakes are kept, so memory does not grow with the number of clips.
 
@@ -130,7 +130,7 @@ class JudgeReport:
 
     @property
     def vote_sweep(self) -> tuple[dict[str, Any], ...]:
-        """Confusion and INVALID share if a success needed other numbers of votes; empty for judges that do not vote."""
+        """Confusion and INVALID share by the number of votes that a success needs; empty for judges that do not vote."""
         swept = []
         for need in range(1, max((len(votes) for votes, _ in self._votes), default=0) + 1):
             counts: Counter[tuple[Outcome, bool]] = Counter()
@@ -148,7 +148,7 @@ class JudgeReport:
         }
 
     def table(self, prefixes: Sequence[str] = ("all", "source", "task", "kind", "trained", "held-out")) -> str:
-        """A text table of the groups whose names begin with one of ``prefixes``; intervals are 95 % Wilson."""
+        """A text table of the groups whose names begin with one of ``prefixes``, with 95 % Wilson intervals."""
         columns = "".join(f"{title:<22}" for title in ("precision", "recall", "false positives"))
         lines = [f"{'group':<28}{'n':>6}  {columns}{'F1':>6}{'INVALID':>9}"]
         for name, row in self.rows.items():
@@ -176,11 +176,11 @@ class JudgeReport:
 
 
 def evaluate(judge: Judge, clips: Iterable[JudgeClip], *, batch_size: int = 32, worst: int = 12) -> JudgeReport:
-    """Ask the judge about every clip and count its answers per group; clips are read as they are needed.
+    """Query the judge about every clip and count its verdicts per group. Clips are read one batch at a time.
 
     Args:
         judge: any object with the ``Judge`` protocol.
-        clips: what to ask; the truth is ``clip.label``.
+        clips: videos with instructions; ``clip.label`` is the truth.
         batch_size: videos per call.
         worst: mistakes to keep.
 
@@ -197,12 +197,12 @@ def evaluate(judge: Judge, clips: Iterable[JudgeClip], *, batch_size: int = 32, 
         for clip, verdict in zip(part, verdicts, strict=True):
             report.add(clip, verdict)
     if not report.n:
-        raise DatasetError("there are no clips to evaluate the judge on; collect some episodes first")
+        raise DatasetError("there are no clips to evaluate the judge on; collect some episodes first.")
     return report
 
 
 def contact_sheet(mistakes: Sequence[tuple[JudgeClip, Verdict]]) -> UInt8Array:
-    """One line of pictures per mistake, the start frame left and the last frame right, captioned; uint8 (H, W, 3)."""
+    """One row of frames per mistake, from the first to the last frame, with a caption; uint8 (H, W, 3)."""
     line = _THUMB + 18
     sheet = Image.new("RGB", (_COLUMNS * _THUMB, line * len(mistakes)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -220,7 +220,7 @@ def contact_sheet(mistakes: Sequence[tuple[JudgeClip, Verdict]]) -> UInt8Array:
 
 
 def _row(counts: Counter[tuple[Outcome, bool]]) -> JudgeRow:
-    """From how often (verdict, truth) occurred."""
+    """The row of a group, from the counts of (verdict, truth)."""
     yes, no, unread = Outcome.SUCCESS, Outcome.FAILURE, Outcome.INVALID
     confusion = Confusion(counts[yes, True], counts[yes, False], counts[no, True], counts[no, False])
     return JudgeRow(confusion, Rate.of(counts[unread, True] + counts[unread, False], counts.total()))
@@ -232,7 +232,7 @@ def _group_order(name: str) -> tuple[int, str]:
 
 
 def _confidence(verdict: Verdict) -> float:
-    """How sure the judge was of its answer, in [0, 1]; 0.5 where it does not say."""
+    """The judge's confidence in its verdict, in [0, 1]; 0.5 if it gives no probability."""
     if verdict.probability is None:
         return 0.5
     return verdict.probability if verdict.outcome == Outcome.SUCCESS else 1.0 - verdict.probability

@@ -1,6 +1,6 @@
-"""One video file, one instruction, any judge: ``rawdream judge watch episode.mp4 --instruction "put ..."``.
+"""``rawdream judge watch episode.mp4 --instruction "put ..."``: judge one video file.
 
-``--judge "vlm_server:http://localhost:8000/v1"`` asks a vision-language model; ``judges.load_judge`` lists the others.
+``--judge "vlm_server:http://localhost:8000/v1"`` uses a vision-language model; ``judges.load_judge`` lists all judges.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ class WatchConfig:
     """Options of ``rawdream judge watch``."""
 
     video: Annotated[str, tyro.conf.Positional]
-    """A video file (mp4, gif, ...), the start frame first."""
+    """Video file (mp4, gif, ...) that begins with the start frame."""
     instruction: str
-    """What the robot was asked to do."""
+    """The instruction that the robot was given."""
     judge: str = "embedded"
-    """ "embedded", a folder, a .json file of options, "vlm_server:http://host:8000/v1", "vlm_local:FOLDER"."""
+    """Judge: "embedded", a folder, a .json file of options, "vlm_server:http://host:8000/v1", "vlm_local:FOLDER"."""
     fps: float = 0.0
-    """Frames a second; 0: as the file says."""
+    """Frames per second; 0: the frame rate of the file."""
     device: str = "cpu"
-    """torch device of a judge that computes here."""
+    """Torch device of a judge that runs in this process."""
 
 
 @dataclass(frozen=True)
 class Watched:
-    """A verdict and what it is about."""
+    """A verdict with its video and options."""
 
     config: WatchConfig
     video: Video
@@ -44,22 +44,22 @@ class Watched:
 
 
 def read_video(path: str | Path, fps: float = 0.0) -> Video:
-    """All frames of a video file; ``fps`` in Hz where the file's own rate is wrong.
+    """All frames of a video file; ``fps`` (Hz) overrides the frame rate of the file.
 
     Raises:
-        DatasetError: the file is missing or damaged, or states no frame rate.
+        DatasetError: the file is missing or damaged, or has no frame rate.
     """
     file = Path(path)
     if not file.is_file():
-        raise DatasetError(f"{path} cannot be read as a video: there is no such file.")
+        raise DatasetError(f"{path} does not exist; pass the path of a video file.")
     frames, rate = media.read_video(file)
     if fps <= 0 and rate <= 0:
-        raise DatasetError(f"{path} states no frame rate; give one with --fps.")
+        raise DatasetError(f"{path} has no frame rate; set one with --fps.")
     return Video(frames, fps or rate)
 
 
 def watch(config: WatchConfig) -> Watched:
-    """Judge one file.
+    """Judge one video file.
 
     Raises:
         DatasetError: the file cannot be read.
@@ -67,14 +67,14 @@ def watch(config: WatchConfig) -> Watched:
         JudgeUnavailableError: the judge's server cannot be reached.
     """
     if not 0 <= config.fps < float("inf"):
-        raise InvalidOptionError(f"fps={config.fps} must be a positive number, or 0 for the file's own.")
+        raise InvalidOptionError(f"fps={config.fps} must be a positive number, or 0 for the frame rate of the file.")
     video = read_video(config.video, config.fps)
     judge = load_judge(config.judge, device=config.device)
     return Watched(config, video, ask(judge, [video], [config.instruction])[0])
 
 
 def summary(watched: Watched) -> tuple[str, int]:
-    """What to print: verdict, votes, reason. The exit code is 0 for a verdict, 1 for INVALID."""
+    """The printed text (verdict, votes, reason) and the exit code: 0 for a verdict, 1 for INVALID."""
     video, verdict = watched.video, watched.verdict
     count, height, width = video.frames.shape[:3]
     lines = [

@@ -1,1 +1,1 @@
-"""HTML, charts, pictures and provenance shared by the reports."""
+"""HTML, charts, images and provenance shared by the reports."""

@@ -73,7 +73,7 @@ def line_chart(
 
     lines = []
     for s, line in enumerate(series):
-        offset = (s - (len(series) - 1) / 2) * 0.07  # bars of one category stand side by side
+        offset = (s - (len(series) - 1) / 2) * 0.07  # bars of one category are side by side
         points = [
             (x(i + offset), y(p[0]), y(p[1]), y(p[2]), f"{line.label}: {p[0]:.2f} [{p[1]:.2f}, {p[2]:.2f}]")
             for i, p in enumerate(line.points)
@@ -83,7 +83,7 @@ def line_chart(
         lines.append({"css": line.css, "label": line.label, "path": path, "points": points})
     marked = None
     if mark is not None:
-        side = 1 if mark[0] < len(labels) / 2 else -1  # the label stands where there is room
+        side = 1 if mark[0] < len(labels) / 2 else -1  # the label goes to the side with more room
         marked = {"x": x(mark[0]), "label": mark[1], "side": side}
     frame = {"width": width, "height": height, "left": left, "top": top, "right": right, "bottom": bottom}
     return Markup(

@@ -1,4 +1,4 @@
-"""HTML pages from the templates beside this file. Autoescape is on; a page loads nothing from anywhere."""
+"""HTML pages from the templates beside this file. Autoescape is on; a page loads no external files."""
 
 from __future__ import annotations
 

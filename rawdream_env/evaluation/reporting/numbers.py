@@ -1,4 +1,4 @@
-"""Rates and estimates, in their JSON form, as text: never without n, nor without the interval where there is room."""
+"""Rates and estimates, in their JSON form, as text with n and an interval."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def rate_text(rate: Json) -> str:
 
 
 def percent(rate: Json) -> str:
-    """A rate as "54 % (n=200)", for places whose interval stands elsewhere."""
+    """A rate as "54 % (n=200)", where the interval is shown elsewhere."""
     return "not measured" if rate["value"] is None else f"{100 * rate['value']:.0f} % (n={rate['n']})"
 
 
@@ -30,5 +30,5 @@ def estimate_text(estimate: Json, digits: int = 2) -> str:
 
 
 def _fixed(value: float, digits: int) -> str:
-    """``value`` with so many digits; a rounded minus zero is zero."""
+    """``value`` with ``digits`` decimals; -0.0 becomes 0.0."""
     return f"{round(value, digits) + 0.0:.{digits}f}"

@@ -1,4 +1,4 @@
-"""Borders and tiles: what the films of the reports are put together from.
+"""Borders and tiles for the films of the reports.
 
 Shapes: F frames, H W height and width; all pictures uint8 RGB.
 """

@@ -1,4 +1,4 @@
-"""What was run, with what, on what: the part of a report that makes its numbers repeatable."""
+"""Command, versions and hardware: what a reader needs to reproduce a report."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def usable_cores() -> int:
 
 
 def provenance(**more: Any) -> dict[str, Any]:
-    """Command, time (UTC), package versions and hardware; ``more`` is added as it is."""
+    """Command, time (UTC), package versions and hardware; ``more`` is added unchanged."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -51,7 +51,7 @@ def provenance(**more: Any) -> dict[str, Any]:
         "cores": usable_cores(),
         "system": f"{platform.system()} {platform.machine()}",
     }
-    torch = sys.modules.get("torch")  # asked only when somebody computes with it anyway
+    torch = sys.modules.get("torch")  # described only if it was imported
     if torch is not None:
         hardware["torch_threads"] = torch.get_num_threads()
         hardware["gpu"] = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None

@@ -1,6 +1,6 @@
 """From episode records to tables: rates with intervals, confusions, verification, gains, rank correlation, horizon.
 
-Everything here is a pure function of the records, so that a table can be made again from ``episodes.jsonl``.
+Everything here is a pure function of the records, so that the tables can be recomputed from ``episodes.jsonl``.
 """
 
 from __future__ import annotations
@@ -40,11 +40,10 @@ def aggregate(
     at_end: bool = True,
     config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The whole report as JSON; :mod:`rawdream_env.evaluation.side_by_side.evaluate` says what the names mean.
+    """The report as JSON; :mod:`rawdream_env.evaluation.side_by_side.evaluate` explains the names.
 
-    ``scores``: policy -> "dreamed_actions" or "simulator_actions" -> one entry per episode. ``at_end``: verdicts are
-    held against success at the end of the video, else against success after any chunk. The first policy is the
-    reference.
+    ``scores``: policy -> "dreamed_actions" or "simulator_actions" -> one entry per episode. ``at_end``: compare verdicts
+    with success at the end of the video, else with success after any chunk. The first policy is the reference.
     """
     names = list(dict.fromkeys(r.policy for r in records))
     tasks = list(dict.fromkeys(r.task for r in records))
@@ -59,6 +58,7 @@ def aggregate(
         policies.append(entry)
     config = dict(config or {})
     return {
+        "conclusions": conclusions(policies),
         "policies": policies,
         "reference": names[0] if names else None,
         "ranking": rank_policies(records) if len(names) > 1 else None,
@@ -71,7 +71,7 @@ def aggregate(
 def describe(records: Sequence[EpisodeRecord], at_end: bool) -> dict[str, Any]:
     """Rates and confusions of some episodes of one policy.
 
-    ``at_end``: verdicts are held against success at the end of the video, else against success after any chunk.
+    ``at_end``: compare verdicts with success at the end of the video, else with success after any chunk.
     """
     dreams = [r for r in records if r.dream >= 0]
     truth = [r.simulator_end if at_end else r.simulator for r in dreams]
@@ -105,11 +105,11 @@ def _acted_truth(records: Sequence[EpisodeRecord], at_end: bool) -> list[bool]:
 
 
 def verification(dreams: Sequence[EpisodeRecord], at_end: bool) -> dict[str, Any] | None:
-    """What dual-noise verification did: share flagged, and agreement with the simulator before and after.
+    """Effect of dual-noise verification: share flagged, and agreement with the simulator before and after.
 
     ``before`` counts every readable verdict, ``after`` only those that are not flagged (and whose second verdict was
-    readable). Against the dreamed actions' true outcome where that was run, else against the closed-loop episode.
-    ``flagged_wrong``: share of the flagged successes that were indeed false. None when nothing was verified.
+    readable). The truth is the outcome of the dreamed actions in the simulator if it was measured, else that of the
+    closed-loop episode. ``flagged_wrong``: share of flagged successes that are false. None when nothing was verified.
     """
     successes = [r for r in dreams if r.dream == 1]
     if not any(r.second is not None for r in successes):
@@ -135,8 +135,30 @@ def verification(dreams: Sequence[EpisodeRecord], at_end: bool) -> dict[str, Any
     }
 
 
+def conclusions(policies: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One sentence per policy with a gain: whether it improved, which only the simulator can confirm."""
+    sentences = []
+    for entry in policies:
+        gains = entry.get("gain")
+        if gains is None:
+            continue
+        dream, simulator = gains["dream"], gains["simulator"]
+        if simulator["low"] is None:
+            verdict = "was not measured in the simulator: nothing can be concluded."
+        elif simulator["low"] > 0:
+            verdict = "really got better: the simulator confirms it."
+        elif simulator["high"] >= 0:
+            verdict = "shows no clear change in the simulator; more starts narrow the interval."
+        elif dream["low"] is not None and dream["low"] > 0:
+            verdict = "got better in the dream and worse in the simulator: it learned where the dream is wrong."
+        else:
+            verdict = "really got worse."
+        sentences.append(f"{entry['name']!r} {verdict}")
+    return sentences
+
+
 def gain(before: Sequence[EpisodeRecord], after: Sequence[EpisodeRecord]) -> dict[str, Any]:
-    """Difference of success rates on the same starts, paired bootstrap over starts; simulator and dream apart."""
+    """Difference of success rates on the same starts with a paired interval; simulator and dream apart."""
     known = {(r.task, r.index): r for r in before}
     pairs = [(known[r.task, r.index], r) for r in after]
     both = [(a, b) for a, b in pairs if a.dream >= 0 and b.dream >= 0]
@@ -147,11 +169,11 @@ def gain(before: Sequence[EpisodeRecord], after: Sequence[EpisodeRecord]) -> dic
 
 
 def rank_policies(records: Sequence[EpisodeRecord], *, resamples: int = 500, seed: int = 0) -> dict[str, Any]:
-    """Do dream and simulator order the policies alike? Correlation of their success rates.
+    """Rank correlation of the policies' success rates in the dream and in the simulator.
 
-    Spearman and Kendall over policies, and Spearman over (policy, task) cells, which has more points but mixes in how
-    hard tasks are. Intervals resample *starts* (the same ones for every policy): they say how sure the order is for
-    these policies, not for policies in general, of which a handful is no sample.
+    Spearman and Kendall over policies, and Spearman over (policy, task) cells, which has more points but also reflects the
+    difficulty of the tasks. Intervals resample *starts* (the same ones for every policy): they hold for these policies, not
+    for policies in general.
     """
     policies = list(dict.fromkeys(r.policy for r in records))
     tasks = list(dict.fromkeys(r.task for r in records))
@@ -204,7 +226,7 @@ def _nan_means(table: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _swapped(names: Sequence[str], dream: NDArray[np.float64], simulator: NDArray[np.float64]) -> list[list[str]]:
-    """Pairs of policies that the dream orders the other way round than the simulator."""
+    """Pairs of policies that dream and simulator rank in opposite order."""
     pairs = itertools.combinations(range(len(names)), 2)
     return [[names[i], names[j]] for i, j in pairs if (dream[i] - dream[j]) * (simulator[i] - simulator[j]) < 0]
 

@@ -1,28 +1,28 @@
-"""The same policy, the same starts, in the dream and in the simulator: how far the dream can be trusted.
+"""Side-by-side evaluation: the same policies from the same starts in the dream and in the simulator.
 
-For every start (task, index) and every policy up to six things are recorded:
+Up to five outcomes are recorded for every start (task, index) and every policy:
 
-1. *simulator*: the policy acts in the simulator; success by the simulator's predicate.
-2. *dream*: the policy acts in the dream; the judge's verdict. With dual-noise verification (paper section 3.3) each
-   success is dreamt again with fresh noise; one that does not repeat is *flagged*.
-3. *dreamed actions*: what the policy did in the dream, executed in the simulator from the same start. Outcome and
-   frames compare one to one: this is the fair test of a dream, since both worlds get the same actions.
-4. *simulator's actions*: what it did in the simulator, through the world model, judged.
-5. *judge*: the judge on the simulator's videos: its errors without the world model's.
+1. *simulator*: the policy acts in the simulator, which decides on success.
+2. *dream*: the policy acts in the dream, and the judge decides. With dual-noise verification (paper section 3.2 and
+   appendix A.2) each success is imagined again with fresh noise; one that does not repeat is *flagged*.
+3. *dreamed actions*: the actions of the dream, executed in the simulator from the same start. Both worlds get the same
+   actions, so outcomes and frames compare one to one.
+4. *simulator's actions*: the actions of the simulator, imagined by the world model and judged.
+5. *judge*: the judge on the simulator's videos, which isolates the judge's errors from the world model's.
 
-3, 4 and 5 are the ``diagnose`` part. The gap between dream and simulator splits into the judge's share (5) and the
-world model's (3 and 4 beyond 5). Verdicts that are INVALID are counted and left out, never taken for failures.
+``diagnose`` adds 3, 4 and 5. They split the gap between dream and simulator into the judge's share (5) and the world model's
+(3 and 4 beyond 5). INVALID verdicts are counted separately and are not failures.
 
-Both worlds are vector environments driven by :func:`rawdream_env.envs.episodes.run_episodes`. Any simulator can stand in
-that is registered under an id (``sim_env``) or passed in: a Gymnasium vector environment with our infos that lists its
-``tasks``, (name, instruction) pairs in the order of the task ids, begins from a ``Start`` with a seed and a task id, has a
-verdict after every chunk and goes on to its horizon (options ``max_episode_steps``, ``return_frames``,
+Both worlds are vector environments that :func:`rawdream_env.envs.episodes.run_episodes` steps. ``sim_env`` (an id) or
+``simulator`` (an object) replaces the simulator by any Gymnasium vector environment that has our infos, lists its ``tasks``
+((name, instruction) pairs in the order of the task ids), starts from a ``Start`` with a seed and a task id, gives a verdict
+after every chunk, and continues to its horizon (options ``max_episode_steps``, ``return_frames``,
 ``end_on_success=False``).
 
-*Truth*: a judge that sees the whole video once (``judge_every="episode"``) can only say whether the goal holds at its
-end, so verdicts are compared with that; with ``judge_every="chunk"`` with success after any chunk. The simulator's
-headline rate is success after any chunk, which is what ``rawdream/PiperSim-v0`` rewards; the other is reported beside
-it.
+*Truth*: a judge that sees the whole video once (``judge_every="episode"``) can only tell whether the goal holds at its end,
+so its verdicts are compared with success at the end; with ``judge_every="chunk"``, with success after any chunk. The
+simulator's success rate is success after any chunk, which ``rawdream/PiperSim-v0`` rewards; the rate at the end is reported
+as well.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from rawdream_env.evaluation.side_by_side.aggregate import Scores, aggregate
 from rawdream_env.evaluation.side_by_side.records import Clip, Clips, EpisodeRecord, SideBySide
 from rawdream_env.evaluation.side_by_side.report import write_report
 from rawdream_env.evaluation.world_model.fidelity import compare_episode
+from rawdream_env.files import check_output
 from rawdream_env.judges.base import ask
 from rawdream_env.policies import load_policy
 from rawdream_env.robots import find_robot
@@ -56,54 +57,55 @@ class EvaluateConfig:
     """Options of ``rawdream policy evaluate``."""
 
     policies: tuple[str, ...] = ("embedded",)
-    """Policies to compare, each name=folder or name=embedded; the first is the reference."""
+    """Policies to compare, each name=PART; the first is the reference. PART: "embedded", a folder, hub id or module:factory."""
     tasks: tuple[str, ...] = ()
-    """Names of the tasks to evaluate; all tasks of the simulator when not given."""
+    """Tasks to evaluate, by name; default: all tasks of the simulator."""
     episodes_per_task: int = 50
-    """Starts per task; 200 gives intervals of about +-7 points."""
+    """Starts per task; with 200 the 95 % interval is about +-7 points."""
     out: Path | None = Path("runs/evaluate")
     """Folder for report.html, report.json and episodes.jsonl."""
     dream_env: str = "rawdream/Dream-v0"
     """Environment id of the dream."""
     dream_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
-    """Further keyword arguments of the dream."""
+    """Keyword arguments of the dream environment, as KEY VALUE pairs."""
     sim_env: str = ""
-    """Environment id of the simulator; that of the dream's robot when not given."""
+    """Environment id of the simulator; default: that of the dream's robot."""
     sim_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
-    """Further keyword arguments of the simulator."""
+    """Keyword arguments of the simulator environment, as KEY VALUE pairs."""
     world_model: str = "embedded"
-    """World model of the dream: "embedded" or a folder."""
+    """World model of the dream: "embedded", a folder, hub id or module:factory."""
     judge: str = "embedded"
-    """Judge of the dream: "embedded" or a folder."""
-    judge_every: str = "episode"
-    """"episode": the whole video once; "chunk": after every chunk, ending at the first success."""
+    """Judge of the dream: "embedded", a folder, a server, hub id or module:factory."""
+    judge_every: str = "auto"
+    """"episode": judge the whole video once; "chunk": judge after every chunk and end at the first success; "auto": the
+    judge's default."""
     num_inference_steps: int | None = None
-    """Evaluations of the world model's sampler per chunk; the checkpoint's own when not given."""
+    """Denoising steps per chunk; default: the checkpoint's."""
     dtype: str | None = None
     """Precision of the world model: "float32" (the default, bit-reproducible) or "bfloat16" (faster)."""
     temperature: float = 0.0
     """Sampling temperature of the policy in both worlds; 0 is greedy."""
     verify: bool = True
-    """Dual-noise verification of dreamed successes."""
+    """Verify dreamed successes with a second noise draw (dual-noise verification)."""
     diagnose: bool = True
-    """Execute each world's actions in the other and judge the simulator's videos (about twice the time)."""
+    """Execute each world's actions in the other one and judge the simulator's videos; takes about twice the time."""
     max_episode_steps: int = 8
-    """Horizon in chunks."""
+    """Maximum number of chunks per episode."""
     num_envs: int = 16
-    """Episodes at once."""
+    """Number of episodes that run in parallel."""
     workers: int = 2
-    """Processes of the default simulator; 0 runs it in this one."""
+    """Simulator processes; 0: none besides this one, -1: one per core."""
     layout: str = "narrow"
-    """How far the default simulator spreads objects at the start: "narrow" or "wide"."""
+    """Start positions of objects in the default simulator: "narrow" (within 3 cm of the usual place) or "wide"."""
     videos: int = 2
-    """Videos in the report per policy and kind (agreeing successes, agreeing failures, each kind of disagreement)."""
+    """Videos in the report per policy and per kind of outcome (both succeed, both fail, only one succeeds)."""
     seed: int = 0
-    """Names the starts: equal seeds give equal starts for every policy."""
+    """Seed of the starts; the same seed gives every policy the same starts."""
     device: str = "cpu"
     """Torch device of the models."""
 
     def __post_init__(self) -> None:
-        """Refuse values that cannot work."""
+        """Check the number of episodes."""
         if self.episodes_per_task < 1:
             raise InvalidOptionError(f"nothing to run: {self.episodes_per_task} episodes per task; use at least 1.")
 
@@ -121,7 +123,7 @@ def parse_policies(specs: Sequence[str]) -> dict[str, str]:
             raise InvalidOptionError(f'policy {spec!r}: give each once as name=folder, for example "sft=runs/sft"')
         named[name] = folder
     if not named:
-        raise InvalidOptionError('no policy given; use for example --policies "sft=embedded" "rl=runs/grpo/policy"')
+        raise InvalidOptionError('no policy given; use for example --policies "sft=embedded" "rl=runs/grpo/policy".')
     return named
 
 
@@ -136,19 +138,21 @@ def evaluate(
     """Run the comparison and, with ``config.out``, write ``report.html``, ``report.json`` and ``episodes.jsonl``.
 
     Args:
-        config: what to compare.
-        policies: replace those of ``config``, by name.
-        dream: replaces the dream of ``config``: a ``DreamVectorEnv`` with a judge, autoreset disabled and
-            ``return_frames=True``.
-        simulator: replaces the simulator of ``config``; see the module's text.
-        progress: show a bar.
+        config: options.
+        policies: policies by name, instead of those of ``config``.
+        dream: a ``DreamVectorEnv`` with a judge, autoreset disabled and ``return_frames=True``, instead of that of
+            ``config``.
+        simulator: instead of that of ``config``; the module docstring lists the requirements.
+        progress: show a progress bar.
 
-    Environments that were passed in are not closed.
+    Environments that were passed in stay open.
 
     Raises:
-        InvalidOptionError: options or environments that do not fit.
+        InvalidOptionError: options or environments do not fit.
     """
     named = parse_policies(config.policies) if policies is None else {}
+    if config.out is not None:
+        check_output(config.out)
     actors = policies or {name: load_policy(folder, device=config.device) for name, folder in named.items()}
     records: list[EpisodeRecord] = []
     scores: dict[str, dict[str, list[Scores]]] = {}
@@ -158,7 +162,7 @@ def evaluate(
             dream = opened.enter_context(closing(_make_dream(config)))
         if getattr(dream.unwrapped, "judge", None) is None:
             raise InvalidOptionError(
-                "the dream has no judge: there is nothing to compare with the simulator; give judge=..."
+                "the dream has no judge, so it has no outcome to compare with the simulator; pass judge=..."
             )
         if simulator is None:
             simulator = opened.enter_context(closing(_make_simulator(config, dream)))
@@ -176,7 +180,7 @@ def evaluate(
                     bar.update(len(batch))
                     bar.set_postfix(_rates(name, records))
     chunk_len, fps = dream.single_action_space.shape[0], float(dream.unwrapped.fps)
-    at_end = config.judge_every == "episode"
+    at_end = dream.unwrapped.judge_every == "episode"
     report = aggregate(records, scores, chunk_len=chunk_len, at_end=at_end, config=config_dict(config))
     result = SideBySide(report, records, clips)
     if config.out is not None:
@@ -196,7 +200,7 @@ def _make_dream(config: EvaluateConfig) -> Any:
         device=config.device,
         dtype=config.dtype,
         return_frames=True,
-        **{"starts": "null", **config.dream_kwargs},  # every reset is given its starts
+        **{"starts": "null", **config.dream_kwargs},  # every reset passes its starts
     )
 
 
@@ -204,13 +208,13 @@ def _make_simulator(config: EvaluateConfig, dream: Any) -> Any:
     robot = find_robot(getattr(dream.unwrapped, "robot", ""))
     env_id = config.sim_env or robot.sim_env
     if not env_id:
-        raise InvalidOptionError(f"robot {robot.name!r} names no simulator; give the id of one with sim_env.")
+        raise InvalidOptionError(f"robot {robot.name!r} has no simulator; pass the id of one with --sim-env.")
     kwargs: dict[str, Any] = {
         "max_episode_steps": config.max_episode_steps,
         "return_frames": True,
         "end_on_success": False,
     }
-    if env_id == find_robot().sim_env:  # a simulator of somebody else has options of its own
+    if env_id == find_robot().sim_env:  # other simulators have other options
         image_size = dream.single_observation_space["image"].shape[0]
         kwargs |= {"num_workers": config.workers, "layout": config.layout, "image_size": image_size}
         kwargs["judge_every"] = "chunk"
@@ -222,24 +226,24 @@ def _task_list(simulator: Any) -> tuple[tuple[str, str], ...]:
     tasks: tuple[tuple[str, str], ...] = tuple(getattr(simulator.unwrapped, "tasks", ()))
     if not tasks:
         raise InvalidOptionError(
-            f"{type(simulator.unwrapped).__name__} does not list its tasks; give it an attribute 'tasks' with a "
-            "(name, instruction) pair for every task id."
+            f"{type(simulator.unwrapped).__name__} does not list its tasks; add an attribute 'tasks' with one "
+            "(name, instruction) pair per task id."
         )
     return tasks
 
 
 def _task_names(simulator: Any, chosen: Sequence[str]) -> tuple[str, ...]:
-    """The chosen tasks; all of them when none is."""
+    """The chosen tasks; default: all."""
     known = [name for name, _ in _task_list(simulator)]
     unknown = [name for name in chosen if name not in known]
     if unknown:
-        raise InvalidOptionError(f"task {unknown[0]!r} does not exist; choose among {', '.join(known)}")
+        raise InvalidOptionError(f"task {unknown[0]!r} does not exist; choose among {', '.join(known)}.")
     return tuple(chosen or known)
 
 
 def make_starts(simulator: Any, pairs: Sequence[tuple[str, int]], seed: int) -> list[Start]:
-    """One start per (task, index) pair, without its frame: the simulator sets it up from the seed ``mix(seed, task id,
-    index)`` and the task id.
+    """One start per (task, index) pair, without its frame: the simulator makes the scene from the task id and the seed
+    ``mix(seed, task id, index)``.
     """
     tasks = _task_list(simulator)
     ids = {name: task_id for task_id, (name, _) in enumerate(tasks)}
@@ -250,7 +254,7 @@ def make_starts(simulator: Any, pairs: Sequence[tuple[str, int]], seed: int) -> 
 def _compare(
     config: EvaluateConfig, name: str, policy: Policy, pairs: Sequence[tuple[str, int]], dream: Any, simulator: Any
 ) -> Iterator[tuple[Clip, dict[str, Scores]]]:
-    """One policy from one batch of starts: a clip with its record, and the scores of its frames, for each start."""
+    """Run one policy from one batch of starts; yields a clip with its record, and the scores of its frames, per start."""
     base, nothing = dream.unwrapped, [None] * len(pairs)
     starts = make_starts(simulator, pairs, config.seed)
     sims = list(run_episodes(simulator, starts, policy, temperature=config.temperature))
@@ -282,7 +286,7 @@ def _compare(
             judge_on_simulator=_outcome(judged[i]),
         )
         left = sim if did is None else did
-        happened = left.success_end if config.judge_every == "episode" else left.success_any
+        happened = left.success_end if dream.unwrapped.judge_every == "episode" else left.success_any
         clip = Clip(record, sim.start.instruction, _frames(left), _frames(imagined), happened, did is not None)
         horizon = {}
         if did is not None and echo is not None and echo.frames is not None:  # both worlds got the same actions
@@ -293,7 +297,7 @@ def _compare(
 
 
 def _second_verdicts(dream: Any, dreams: Sequence[Rollout]) -> list[Verdict | None]:
-    """Dual-noise verification (paper section 3.3): the second verdict of each success, None for the others."""
+    """Dual-noise verification (paper section 3.2): the second verdict of each success, None for the others."""
     chosen = [i for i, rollout in enumerate(dreams) if rollout.verdict is Outcome.SUCCESS and rollout.valid]
     second: list[Verdict | None] = [None] * len(dreams)
     trajectories = [t for i in chosen if (t := dreams[i].trajectory) is not None]
@@ -308,7 +312,9 @@ def _outcome(verdict: Verdict | None) -> int | None:
 
 def _frames(rollout: Rollout) -> UInt8Array:
     if rollout.frames is None:
-        raise InvalidOptionError("dream and simulator need return_frames=True: their frames are compared and shown.")
+        raise InvalidOptionError(
+            "dream and simulator need return_frames=True, because their frames are compared and shown."
+        )
     return rollout.frames
 
 

@@ -1,4 +1,4 @@
-"""What a side-by-side evaluation keeps: a record of every episode, a few clips to look at, and the result of it all."""
+"""Records of a side-by-side evaluation: one per episode, a few clips for the report, and the result."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rawdream_env.types import Outcome, UInt8Array, Verdict
 
 @dataclass(frozen=True)
 class EpisodeRecord:
-    """Everything kept of one start under one policy; verdicts are 1, 0 or -1 (INVALID), None: not asked."""
+    """Outcomes of one policy at one start. Verdicts are 1, 0 or -1 (INVALID); None: not measured."""
 
     policy: str
     task: str
@@ -28,13 +28,13 @@ class EpisodeRecord:
 
     @property
     def result(self) -> EpisodeResult:
-        """What the dream's verdicts amount to under the rule of dual-noise verification."""
+        """Result of the dream's verdicts under dual-noise verification."""
         second = None if self.second is None else Verdict(Outcome(self.second))
         return episode_result(Verdict(Outcome(self.dream)), second)
 
     @property
     def flagged(self) -> bool:
-        """Dreamed a success that did not repeat."""
+        """Whether the dream has a success that did not repeat."""
         return self.result.flagged
 
 
@@ -48,9 +48,9 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Clip:
-    """Frames for the report: ``left`` what happened in the simulator, ``right`` the dream, uint8 (F, H, W, 3).
+    """Frames for the report: ``left`` from the simulator, ``right`` from the dream, uint8 (F, H, W, 3).
 
-    ``happened``: whether the left one is a success; ``same_actions``: the left one executes the dream's actions.
+    ``happened``: whether the simulator's episode is a success; ``same_actions``: it executes the dream's actions.
     """
 
     record: EpisodeRecord
@@ -62,12 +62,12 @@ class Clip:
 
     @property
     def kind(self) -> str:
-        """Whether both worlds agree, and on what."""
+        """Which of the two worlds succeed."""
         return _KINDS.get((self.happened, self.record.dream), "no verdict")
 
 
 class Clips(list[Clip]):
-    """The first ``limit`` clips of each kind and policy: whatever comes first, so that none is picked by hand."""
+    """The first ``limit`` clips of each kind and policy, in the order of the episodes: clips are not selected."""
 
     def __init__(self, limit: int) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Clips(list[Clip]):
 
 @dataclass
 class SideBySide:
-    """The result: ``report`` (JSON), the ``records`` behind it and the ``clips`` to look at."""
+    """The result: ``report`` (JSON), the ``records`` it is computed from, and ``clips``."""
 
     report: dict[str, Any]
     records: list[EpisodeRecord]

@@ -1,7 +1,7 @@
-"""One self-contained HTML page from a side-by-side evaluation: tables, charts and films, nothing loaded from anywhere.
+"""The report of a side-by-side evaluation: one self-contained HTML page with tables, charts and films.
 
 ``write_report`` writes three files: ``report.html`` (style, SVG and MP4 films inside), ``report.json`` (every number of
-the page) and ``episodes.jsonl`` (one line per start and policy, from which the numbers can be computed again).
+the page) and ``episodes.jsonl`` (one line per start and policy, from which the numbers can be recomputed).
 """
 
 from __future__ import annotations
@@ -27,24 +27,29 @@ TITLE = "Dream and simulator, side by side"
 
 _MATRICES = (
     ("closed_loop", "Dream against simulator", "Same start, the policy acts in each.", "dream"),
-    ("dreamed_actions", "Dreamed actions executed", "Same start and actions: claimed, and what happened.", "dream"),
+    (
+        "dreamed_actions",
+        "Dreamed actions executed",
+        "Same start and actions: the verdict in the dream, the outcome in the simulator.",
+        "dream",
+    ),
     ("simulator_actions", "Simulator's actions dreamed", "Same start and actions, judged on the dream.", "dream"),
-    ("judge_on_simulator", "Judge alone", "The judge on the simulator's own videos.", "judge"),
+    ("judge_on_simulator", "Judge alone", "The judge on the simulator's videos.", "judge"),
 )
-"""Confusion tables: key in the report, title, note, and whose answers are the rows."""
+"""Confusion tables: key in the report, title, note, and whose verdicts are the rows."""
 _LINES = (("dream", "s-dream"), ("copy of the first frame", "s-first"), ("copy of the last true frame", "s-last"))
 _SOURCES = {"simulator_actions": "simulator's actions", "dreamed_actions": "dreamed actions"}
 _OUTCOMES = {1: "success", 0: "failure", -1: "invalid"}
 _LEGEND = {
     "success": "success",
     "failure": "failure",
-    "flagged": "dreamed success that did not repeat",
+    "flagged": "flagged: a dreamed success that did not repeat",
     "invalid": "no verdict",
 }
 
 
 def write_report(result: SideBySide, folder: str | Path, fps: float) -> Path:
-    """Write the three files into ``folder`` (made if missing); returns the path of the page."""
+    """Write the three files into ``folder``, which is created if missing; returns the path of the page."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({**asdict(record), "flagged": record.flagged}) for record in result.records]
@@ -76,22 +81,22 @@ def render(report: Json, clips: Sequence[Clip], fps: float) -> str:
 
 
 def _cards(overall: Json) -> list[tuple[str, Json, str]]:
-    """The two to four numbers to look at first: title, rate, note."""
+    """Two to four key numbers: title, rate, note."""
     closed = overall["closed_loop"]
     cards = [("Same outcome at the same start", closed["agreement"], f"kappa {estimate_text(closed['kappa'])}")]
     if "dreamed_actions" in overall:
         judge, precision = overall["judge_on_simulator"], overall["dreamed_actions"]["precision"]
         rates = f"precision {percent(judge['precision'])}, recall {percent(judge['recall'])}"
-        cards.append(("Dreamed successes that really happen", precision, "the dream's own actions in the simulator"))
-        cards.append(("Judge right on simulator videos", judge["agreement"], rates))
+        cards.append(("Dreamed successes that are true", precision, "the dream's actions, executed in the simulator"))
+        cards.append(("Judge correct on simulator videos", judge["agreement"], rates))
     if "verification" in overall:
         flagged, wrong = overall["verification"]["flagged"], overall["verification"]["flagged_wrong"]
-        cards.append(("Dreamed successes flagged", flagged, f"of those really false: {percent(wrong)}"))
+        cards.append(("Dreamed successes flagged", flagged, f"of these are false: {percent(wrong)}"))
     return cards
 
 
 def _charts(horizon: Json) -> list[Markup]:
-    """PSNR over the horizon, whole picture and moving region, for either world's actions."""
+    """PSNR over the horizon, whole image and moving region, for the actions of each world."""
     charts = []
     for source, rows in horizon.items():
         labels = [f"{row['frames'][0]}-{row['frames'][1]}" for row in rows]
@@ -105,7 +110,7 @@ def _charts(horizon: Json) -> list[Markup]:
 
 
 def clip_frames(clip: Clip, min_side: int = 192) -> UInt8Array:
-    """The film of a clip: simulator left, dream right, borders by outcome."""
+    """The film of a clip: simulator left, dream right; the border colour shows the outcome."""
     dream = "flagged" if clip.record.flagged else _OUTCOMES[clip.record.dream]
     scale = -(-min_side // clip.left.shape[1])
     left, right = (

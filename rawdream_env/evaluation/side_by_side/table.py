@@ -9,7 +9,7 @@ from rawdream_env.evaluation.reporting.numbers import rate_text
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """Success rates, a line per policy and task, dream beside simulator; then the gains and what they mean."""
+    """Success rates per policy and task in the dream and the simulator, then the gains and the conclusions."""
     lines = [("policy", "task", "dream", "simulator")]
     for entry in report["policies"]:
         parts = {"all tasks": entry["all"], **entry["tasks"]}
@@ -19,7 +19,7 @@ def table(report: Mapping[str, Any]) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(4)]
     text = ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     text.insert(1, "-" * max(map(len, text)))
-    return "\n".join([*text, *_gains(report), *_conclusions(report)])
+    return "\n".join([*text, *_gains(report), *report["conclusions"]])
 
 
 def _gains(report: Mapping[str, Any]) -> list[str]:
@@ -33,24 +33,4 @@ def _gains(report: Mapping[str, Any]) -> list[str]:
                 ends = f"{100 * gain['low']:+.1f}, {100 * gain['high']:+.1f}" if known else "no interval"
                 number = f"{100 * gain['value']:+.1f} points [{ends}], n={gain['n']} starts"
             lines.append(f"gain of {entry['name']!r} over {report['reference']!r}, {world}: {number}")
-    return lines
-
-
-def _conclusions(report: Mapping[str, Any]) -> list[str]:
-    """What the gains mean, in words: a dreamed gain counts for nothing without the simulator's."""
-    lines = []
-    for entry in report["policies"]:
-        gain = entry.get("gain")
-        if not gain or any(gain[world]["low"] is None for world in ("dream", "simulator")):
-            continue
-        dream, simulator = gain["dream"], gain["simulator"]
-        if simulator["low"] > 0:
-            said = "really got better: the simulator confirms it."
-        elif simulator["high"] < 0:
-            said = "really got worse."
-            if dream["low"] > 0:
-                said = "got better in the dream and worse in the simulator: it learned where the dream is wrong."
-        else:
-            said = "neither gained nor lost clearly in the simulator; more starts would narrow the interval."
-        lines.append(f"{entry['name']!r} {said}")
     return lines

@@ -1,12 +1,13 @@
-"""How far a world model's imagined frames follow the recorded ones: ``rawdream world-model evaluate``.
+"""``rawdream world-model evaluate``: compare imagined frames with recorded ones.
 
-Recorded episodes are imagined from their first frame and actions alone, and every frame is held against the recorded
-one: PSNR, SSIM, LPIPS and FVD by horizon, whole picture and moving region, beside two baselines; whether actions matter;
-whether moved objects come back as ghosts. :mod:`rawdream_env.evaluation.world_model.fidelity` says what the numbers mean.
+The world model imagines recorded episodes from their first frame and their actions only. Every frame is compared with the
+recorded one: PSNR, SSIM, LPIPS and FVD by horizon, over the whole image and the moving region, with two baselines. The
+report also tells whether actions have an effect and whether objects that were moved away reappear.
+:mod:`rawdream_env.evaluation.world_model.fidelity` defines the numbers.
 
-Writes into the output folder, each file whole or not at all, the page last:
+Writes these files atomically, the page last:
 
-- ``fidelity.json``: every number, with the configuration and what it was run on;
+- ``fidelity.json``: every number, with the configuration, versions and hardware;
 - ``grid.mp4``, ``grid.gif``: episodes as rows, real | imagined | difference;
 - ``report.html``: table, charts and the film in one file.
 
@@ -43,35 +44,35 @@ class EvaluateWorldModelConfig:
     """Options of ``rawdream world-model evaluate``."""
 
     data: tuple[str, ...]
-    """LeRobotDataset v3 folders of recorded episodes that the world model was not trained on."""
+    """LeRobotDataset v3.0 folders of recorded episodes that are not training data of the world model."""
     world_model: str = "embedded"
-    """World model: "embedded" or a folder."""
+    """World model: "embedded", a folder, hub id or module:factory."""
     out: str = "runs/evaluate_world_model"
     """Folder for fidelity.json, report.html, grid.mp4 and grid.gif."""
     episodes: int = 100
-    """The first so many episodes of every folder; 0: all. Intervals are over episodes."""
+    """Use at most N episodes of each folder; 0: all."""
     horizon: int = 0
-    """Frames to imagine of each episode; 0: to its end."""
+    """Use at most N frames of each episode; 0: all."""
     batch_size: int = 16
-    """Episodes imagined at once."""
+    """Number of episodes imagined in parallel."""
     sensitivity_episodes: int = 16
-    """Episodes imagined three times more, with other actions and with other noise; 0: leave it out."""
+    """Number of episodes for the action-sensitivity test (3 more replays of each); 0: skip the test."""
     videos: int = 6
-    """Episodes in the film."""
+    """Number of episodes in the film."""
     device: str = "cpu"
     """Torch device of the models."""
     dtype: str | None = None
     """Precision of the world model: "float32" (the default, bit-reproducible) or "bfloat16" (faster)."""
     num_inference_steps: int | None = None
-    """Evaluations of the world model's sampler per chunk; the checkpoint's own when not given."""
+    """Denoising steps per chunk; default: the checkpoint's."""
     approximations: tuple[str, ...] = ()
-    """Opt-in shortcuts of the world model that cost accuracy: rolling_cache, tiny_decoder, fp8."""
+    """Faster, less accurate variants of the world model: rolling_cache, tiny_decoder, fp8."""
     seed: int = 0
-    """Seed of the imagination's noise."""
+    """Seed of the world model's noise."""
     lpips: str = ""
-    """Folder with alexnet-owt-7be5be79.pth and alex.pth; empty: LPIPS is not measured."""
+    """Folder with alexnet-owt-7be5be79.pth and alex.pth; without it LPIPS is not measured."""
     fvd: str = ""
-    """The file i3d_torchscript.pt; empty: FVD is not measured. It is code: name only a file you trust."""
+    """The file i3d_torchscript.pt; without it FVD is not measured. The file contains code: use one you trust."""
 
 
 @dataclass(frozen=True)
@@ -96,25 +97,26 @@ def evaluate_world_model(
     video_features: VideoFeatures | None = None,
     progress: bool = True,
 ) -> WorldModelEvaluation:
-    """Measure a world model on recorded episodes and write the files the module names. Running it again replaces them.
+    """Evaluate a world model on recorded episodes and write the report; existing files are replaced.
 
     Args:
-        config: what to measure on what.
-        world_model: replaces the one ``config`` names.
-        frame_features: measures LPIPS instead of what ``config.lpips`` names.
-        video_features: measures FVD instead of what ``config.fvd`` names.
-        progress: show bars.
+        config: options.
+        world_model: instead of ``config.world_model``.
+        frame_features: extractor for LPIPS, instead of ``config.lpips``.
+        video_features: extractor for FVD, instead of ``config.fvd``.
+        progress: show progress bars.
 
     Raises:
-        InvalidOptionError: an option is out of range, or nothing is left to measure on.
-        CheckpointError: the world model or an extractor's file is missing or does not fit.
-        DatasetError: a data folder is damaged, or its frames are not the world model's.
+        InvalidOptionError: an option is out of range.
+        CheckpointError: the world model or the file of an extractor is missing or does not fit.
+        DatasetError: a data folder is damaged, or has no episode of at least one chunk.
     """
     from rawdream_env.evaluation.world_model.report import render
-    from rawdream_env.files import atomic_write_bytes, atomic_write_json, atomic_write_text
+    from rawdream_env.files import atomic_write_bytes, atomic_write_json, atomic_write_text, check_output
 
     _check(config)
     folder = Path(config.out)
+    check_output(folder)
     if frame_features is None and config.lpips:
         from rawdream_env.evaluation.world_model.lpips import LpipsAlex
 
@@ -134,7 +136,7 @@ def evaluate_world_model(
             approximations=config.approximations,
         )
     episodes, notes = _read(config, world_model)
-    folder.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written is known before the work
+    folder.mkdir(parents=True, exist_ok=True)
     fidelity = evaluate_fidelity(
         world_model,
         episodes,
@@ -161,21 +163,21 @@ def evaluate_world_model(
 
 
 def _check(config: EvaluateWorldModelConfig) -> None:
-    """Refuse what cannot be meant, before anything is loaded."""
+    """Check the options before anything is loaded."""
     if not config.data:
-        raise InvalidOptionError("no data given; name recorded episodes with --data FOLDER [FOLDER ...].")
+        raise InvalidOptionError("no data given; pass folders of recorded episodes with --data FOLDER [FOLDER ...].")
     for name in ("episodes", "horizon", "sensitivity_episodes", "videos", "seed"):
         parse_positive_int(name, getattr(config, name), minimum=0)
     parse_positive_int("batch_size", config.batch_size)
 
 
 def _read(config: EvaluateWorldModelConfig, model: WorldModel) -> tuple[list[Recording], list[str]]:
-    """Episodes of all folders cut to the horizon, and sentences on what about them to beware of."""
+    """Episodes of all folders cut to the horizon, and warnings about them."""
     from rawdream_env.data.reader import LeRobotReader
 
     if 0 < config.horizon < model.chunk_len:
         raise InvalidOptionError(
-            f"horizon={config.horizon} is less than one chunk; the world model imagines {model.chunk_len} frames at once."
+            f"horizon={config.horizon} is less than one chunk; use at least {model.chunk_len} frames, or 0 for all."
         )
     found: list[Recording] = []
     notes: list[str] = []
@@ -183,11 +185,11 @@ def _read(config: EvaluateWorldModelConfig, model: WorldModel) -> tuple[list[Rec
         recorded = LeRobotReader(folder).frame_shape
         reader = LeRobotReader(folder, image_size=(model.frame_shape[0], model.frame_shape[1]))
         if recorded != tuple(model.frame_shape):
-            notes.append(f"{folder} has frames of {recorded}, resized here to {tuple(model.frame_shape)}.")
+            notes.append(f"{folder} has frames of shape {recorded}; they are resized to {tuple(model.frame_shape)}.")
         if abs(reader.fps - model.fps) > 1e-3:
             notes.append(
-                f"{folder} was recorded at {reader.fps:g} frames a second, the world model was trained at {model.fps:g}: "
-                "an action means another motion."
+                f"{folder} was recorded at {reader.fps:g} frames per second, but the world model was trained at "
+                f"{model.fps:g}: the same action is a different motion."
             )
         found += episodes_from_dataset(reader, limit=config.episodes or None, horizon=config.horizon or None)
     for note in notes:
@@ -196,11 +198,11 @@ def _read(config: EvaluateWorldModelConfig, model: WorldModel) -> tuple[list[Rec
 
 
 def _film(fidelity: Fidelity) -> dict[str, bytes]:
-    """File name -> content of the grid; empty when no episode is to be shown."""
+    """File name -> content of the grid of episodes; empty without episodes to show."""
     if not fidelity.samples:
         return {}
     side = fidelity.samples[0][0].shape[1]
-    scale = -(-128 // side)  # small pictures are enlarged for the film, not for the heavier GIF
+    scale = -(-128 // side)  # small images are enlarged in the film; the GIF would become too large
     return {
         "grid.mp4": encode_video([fidelity.comparison(scale)], fidelity.fps),
         "grid.gif": encode_gif(fidelity.comparison(), fidelity.fps),

@@ -1,22 +1,22 @@
-"""Open-loop fidelity: recorded actions through a world model, its frames against what the camera really saw.
+"""Open-loop fidelity: replay recorded actions in a world model and compare its frames with the recorded ones.
 
-The model gets the first recorded frame, the first proprioception and then only actions; nothing recorded later reaches
-it. PSNR, SSIM and, with an extractor of features, LPIPS are reported per *horizon bucket* (frames 0-8, 8-16, 16-32,
-32-64, ... after the start) and over all frames, over the whole picture and over the *moving region*; FVD, with an
-extractor, over the whole picture. Beside them two baselines that know nothing about actions:
+The model receives the first recorded frame, the first proprioception and then only actions. PSNR, SSIM and, with a feature
+extractor, LPIPS are reported per *horizon bucket* (frames 0-8, 8-16, 16-32, 32-64, ... after the start) and over all frames,
+for the whole image and for the *moving region*; FVD, with an extractor, for the whole image. Two baselines ignore the
+actions:
 
 - ``copy_first``: the start frame, repeated;
-- ``copy_last``: the last *true* frame before the current chunk. It is given the truth every chunk, which the model never
-  is, so it is a hard baseline late in an episode; beating it at 0-8 (where both know the same) is the minimum.
+- ``copy_last``: the last *true* frame before the current chunk. It receives the true frame at every chunk and the model does
+  not, so it is hard to beat late in an episode. At 0-8 both have the same information; a useful model is better there.
 
-Averages are of per-frame values (PSNR capped at 60 dB, about the quantisation noise of 8-bit frames, since a still
-frame copied exactly has infinite PSNR), first within an episode, then over episodes; intervals are bootstrapped over
-episodes. See also :mod:`rawdream_env.evaluation.world_model.ghosting` and, for the replay and the sensitivity to actions,
-:mod:`rawdream_env.evaluation.world_model.replay`.
+Values are averaged over the frames of an episode, then over episodes; intervals are bootstrapped over episodes. PSNR is
+capped at 60 dB per frame, about the quantisation noise of 8-bit frames, because an exact copy has infinite PSNR. See also
+:mod:`rawdream_env.evaluation.world_model.ghosting`, and :mod:`rawdream_env.evaluation.world_model.replay` for the replay and
+the sensitivity to actions.
 
-Shape letters: E episodes, K actions in a chunk, F frames, M metrics, H W C picture.
-Paper: table of world-model fidelity (PSNR, SSIM, LPIPS, FVD); ours adds the horizon, the moving region, the baselines and
-ghosting.
+Shape letters: E episodes, K actions in a chunk, F frames, M metrics, H W C image.
+Paper: table of world-model fidelity (PSNR, SSIM, LPIPS, FVD); the horizon, the moving region, the baselines and
+ghosting are additions.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ __all__ = [
 Float64Array = NDArray[np.float64]
 
 ALL_METRICS = (*METRICS, "lpips", "lpips_moving")
-"""Columns of the scores of an episode; the last two only with an extractor."""
+"""Columns of the scores of an episode; the last two need an extractor."""
 
 
 def compare_episode(
@@ -76,7 +76,7 @@ def compare_episode(
     """Scores (F, 4) of the dream (F, H, W, 3) and of both baselines against ``truth`` (F+1 or more frames, start
     first); (F, 6) with LPIPS when ``features`` are given.
 
-    ``reference`` (H, W, 3) is what the moving region is measured against; the start frame when None.
+    The moving region is where the truth differs from ``reference`` (H, W, 3); default: the start frame.
     """
     n = len(dream)
     target = truth[1 : n + 1]
@@ -92,7 +92,7 @@ def compare_episode(
 def _lpips_scores(
     dream: UInt8Array, truth: UInt8Array, chunk_len: int, region: NDArray[np.bool_], features: FrameFeatures
 ) -> dict[str, Float64Array]:
-    """LPIPS (F, 2), whole picture and moving region. Frames of the baselines are the truth's: seen once."""
+    """LPIPS (F, 2), whole image and moving region. The baselines reuse the features of the true frames."""
     from rawdream_env.evaluation.world_model.lpips import distance
 
     parts: dict[str, list[Float64Array]] = {name: [] for name in SOURCES}
@@ -142,7 +142,7 @@ def _mean_interval(values: Float64Array) -> Estimate:
 class Fidelity:
     """The result: ``table`` (see :func:`summarise`; with ``ghosting`` and, if measured, ``fvd``), ``sensitivity`` (see
     :func:`~rawdream_env.evaluation.world_model.replay.action_sensitivity`), number of episodes, a few (truth, dream) clips
-    for the pictures, ``overall`` (one more row, of all frames) and ``notes``, sentences on what to beware of.
+    for the pictures, ``overall`` (one more row, of all frames) and ``notes`` (warnings).
     """
 
     table: list[dict[str, Any]]
@@ -154,7 +154,7 @@ class Fidelity:
     notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON form, without the pictures."""
+        """JSON form, without images."""
         return {
             "episodes": self.episodes,
             "psnr_cap_db": PSNR_CAP_DB,
@@ -179,8 +179,8 @@ class Fidelity:
         return pictures.grid(rows)
 
     def comparison(self, scale: int = 1) -> UInt8Array:
-        """Moving grid (F, H', W', 3): a row per sample episode, real | imagined | their difference, three times as
-        strong; a shorter episode holds its last frame.
+        """Moving grid (F, H', W', 3): a row per sample episode, real | imagined | difference times 3. A shorter episode
+        repeats its last frame.
         """
         length = max(len(dream) for _, dream in self.samples)
         rows = []
@@ -218,24 +218,23 @@ def evaluate_fidelity(
 ) -> Fidelity:
     """Replay ``episodes`` through ``world_model`` and score every frame.
 
-    An episode's frames are forgotten when it is scored: for a data set (``episodes_from_dataset``) memory does not grow
-    with the number of episodes, except by a few kB of scores each.
+    Frames are not kept once an episode is scored: with ``episodes_from_dataset`` memory grows by a few kB per episode.
 
     Args:
-        world_model: what is measured.
-        episodes: recorded episodes; those shorter than a chunk are left out.
-        seed: of the noise.
-        batch_size: episodes imagined at once.
-        region: what the moving region is measured against, "start" (each episode's first frame) or "background" (the
-            median picture of its camera).
-        sensitivity_episodes: how many episodes the sensitivity ratio uses (0: none; it costs three more replays of each).
-        samples: how many clips to keep for the pictures.
-        frame_features: measures LPIPS, for example ``LpipsAlex``.
-        video_features: measures FVD, for example ``I3DTorchScript``.
-        progress: show bars.
+        world_model: the model to evaluate.
+        episodes: recorded episodes; those shorter than a chunk are skipped.
+        seed: seed of the noise.
+        batch_size: number of episodes imagined in parallel.
+        region: reference of the moving region, "start" (each episode's first frame) or "background" (the median image
+            of its camera).
+        sensitivity_episodes: number of episodes for the sensitivity ratio, with three more replays of each; 0: skip it.
+        samples: number of clips to keep for the pictures.
+        frame_features: extractor for LPIPS, for example ``LpipsAlex``.
+        video_features: extractor for FVD, for example ``I3DTorchScript``.
+        progress: show progress bars.
 
     Raises:
-        DatasetError: there is no episode of at least one chunk.
+        DatasetError: no episode has at least one chunk.
         ValueError: ``region`` is neither of the two.
     """
     from tqdm import tqdm
@@ -245,7 +244,7 @@ def evaluate_fidelity(
     k = world_model.chunk_len
     usable = [e for e in episodes if len(e.actions) >= k]
     if not usable:
-        raise DatasetError(f"no episode is at least one chunk ({k} actions) long; collect longer episodes")
+        raise DatasetError(f"no episode is at least one chunk ({k} actions) long; collect longer episodes.")
     chosen = usable[:sensitivity_episodes] if sensitivity_episodes > 1 else []
     chosen = chosen if len(chosen) > 1 else []
     cameras = dict.fromkeys(e.camera for e in usable)
@@ -254,7 +253,7 @@ def evaluate_fidelity(
     scores = _Scores(longest, k, region, frame_features, video_features)
     chunks = sum(len(e.actions) // k for e in usable)
     more = 3 * sum(len(e.actions) // k for e in chosen)  # swapped, zeroed, fresh noise
-    dreams: list[UInt8Array] = []  # of the chosen episodes; the others are forgotten once they are scored
+    dreams: list[UInt8Array] = []  # of the chosen episodes; the others are not kept
     shown: list[tuple[UInt8Array, UInt8Array]] = []
     with tqdm(total=chunks + more, desc="imagining", unit="chunk", disable=not progress) as bar:
 
@@ -280,7 +279,7 @@ def evaluate_fidelity(
 
 
 class _Scores:
-    """What is kept of every episode: scores of its frames, ghosts and, with an extractor, features of its clips."""
+    """Accumulates the scores, the ghosts and, with an extractor, the video features of every episode."""
 
     def __init__(
         self,
@@ -301,7 +300,7 @@ class _Scores:
             self.videos = FrechetVideoDistances(self.spans, chunk_len, video_features)
 
     def add(self, dream: UInt8Array, truth: UInt8Array, behind: UInt8Array) -> None:
-        """Score an episode whose camera sees ``behind`` where nothing lies."""
+        """Score an episode; ``behind`` is the background image of its camera."""
         reference = behind if self.region == "background" else None
         self.frames.append(compare_episode(dream, truth, self.chunk_len, reference, self.frame_features))
         self.ghosts.append(episode_ghosts(dream, truth, behind, self.chunk_len))
@@ -321,18 +320,16 @@ class _Scores:
 
 
 def _notes(overall: dict[str, Any], sensitivity: dict[str, Any] | None) -> tuple[str, ...]:
-    """What a reader should beware of, a sentence each."""
+    """Warnings, one sentence each."""
     from rawdream_env.evaluation.world_model import fvd, lpips
 
     notes = [action_sensitivity_warning(sensitivity)] if sensitivity is not None else []
     if sensitivity is None:
         notes.append(
-            "Whether the model listens to its actions is not measured: that swaps actions between two episodes."
+            "The effect of the actions is not measured: the test swaps actions between episodes and needs at least two."
         )
     if overall["ghosting"]["pixels"] == 0:
-        notes.append(
-            "Ghosting is not measured: no object that lay still at the start left its place in these episodes."
-        )
+        notes.append("Ghosting is not measured: no object that rests at the start leaves its place in these episodes.")
     if "lpips" not in overall["dream"]:
         notes.append(lpips.HOW_TO_GET)
     if "fvd" not in overall["dream"]:

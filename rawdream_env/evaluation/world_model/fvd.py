@@ -1,4 +1,4 @@
-"""FVD, the Fréchet distance between recorded and imagined clips, over any extractor of video features.
+"""FVD: the Fréchet distance between the features of recorded and imagined clips, for any feature extractor.
 
 Two sets of clips become two Gaussians in feature space, and
 
@@ -7,11 +7,11 @@ Two sets of clips become two Gaussians in feature space, and
 With S = R^T R the eigenvalues of S1 S2 are the squared singular values of R1 R2^T, so the last trace is the sum of
 those: exact in float64 also for the rank-deficient covariances of few clips, where a matrix square root is not.
 
-The extractor in use elsewhere, and therefore the one to compare numbers with, is the I3D network trained on Kinetics
-as a TorchScript file; :class:`I3DTorchScript` runs it. Numbers depend on the number of clips and on their length: with
-fewer clips than features (400) FVD is biased upwards, and only runs of equal n may be compared.
+The common extractor is the I3D network trained on Kinetics, as a TorchScript file; :class:`I3DTorchScript` runs it. FVD
+depends on the number of clips and on their length: with fewer clips than features (400) it is biased upwards. Compare only
+runs with equal n.
 
-Shape letters: N clips, F frames, H W picture, D features, n_i clips of episode i.
+Shape letters: N clips, F frames, H W image, D features, n_i clips of episode i.
 Sources: Unterthiner et al. 2018 (arXiv 1812.01717); Dowson and Landau 1982; for the extractor's call StyleGAN-V, Skorokhodov
 et al. 2022.
 """
@@ -39,8 +39,8 @@ CLIP_FRAMES = 16
 
 HOW_TO_GET = (
     "FVD is not measured: download i3d_torchscript.pt (I3D trained on Kinetics-400, published with "
-    "universome/fvd-comparison on GitHub, about 50 MB) and name it with --fvd FILE; TorchScript is code, so name only a "
-    "file you trust."
+    "universome/fvd-comparison on GitHub, about 50 MB) and pass it with --fvd FILE. A TorchScript file contains code; "
+    "use one you trust."
 )
 
 _JACKKNIFE_GROUPS = 20
@@ -94,8 +94,8 @@ def frechet_video_distance(real: Sequence[Float64Array], fake: Sequence[Float64A
     value = over(pairs)
     groups = min(n, _JACKKNIFE_GROUPS)
     left_out = np.array([over([p for i, p in enumerate(pairs) if i % groups != g]) for g in range(groups)])
-    half = math.nan
-    if groups > 2 and np.isfinite(left_out).all():
+    half = math.nan  # equal groups have no interval: one of zero width would claim certainty
+    if groups > 2 and np.isfinite(left_out).all() and np.ptp(left_out) > 0:
         half = 1.96 * math.sqrt((groups - 1) / groups * float(((left_out - left_out.mean()) ** 2).sum()))
     low = float(np.maximum(0.0, value - half))  # keeps NaN
     return {**Estimate(value, low, value + half, n).as_dict(), "clips": clips, "features": size}
@@ -116,17 +116,17 @@ def caution(value: Mapping[str, Any]) -> str:
     if value["clips"] > value["features"]:
         return ""
     return (
-        f"FVD rests on {value['clips']} clips of {value['features']} features: with fewer clips than features the "
-        "covariances have no full rank and FVD is biased; compare it only with runs on the same clips."
+        f"FVD uses {value['clips']} clips of {value['features']} features. With fewer clips than features the covariances "
+        "do not have full rank and FVD is biased; compare it only with runs on the same clips."
     )
 
 
 class FrechetVideoDistances:
-    """FVD of every horizon span, fed with one episode after the other; only features are kept.
+    """FVD of every horizon span. Episodes are added one at a time; only their features are kept.
 
     Args:
         spans: frames [lo, hi) after the start.
-        chunk_len: actions in a chunk, for the baseline that is given the last frame before each.
+        chunk_len: actions in a chunk, for the baseline that receives the last true frame before each.
         features: the extractor.
     """
 
@@ -167,7 +167,7 @@ class I3DTorchScript:
     least 10 frames: a shorter clip holds its last frame.
 
     Args:
-        path: the file. TorchScript is code that runs when it is opened and called: only a file the user names is.
+        path: the file. TorchScript is code that runs when it is loaded and called; use a file you trust.
         device: torch device.
         batch_size: clips at once.
 

@@ -1,21 +1,21 @@
 """First-frame ghosting: does an object that was moved away reappear where it was at the start?
 
-Measured from frames of a fixed camera alone; the episodes have to differ in where things lie, or else the background
-holds the things. In each episode
+Measured from the frames of a fixed camera. Objects must lie in different places in different episodes; otherwise they become
+part of the background. In each episode
 
-- an *object's place* is what differs from the background (the median picture) in the start frame and lies still for
-  the first chunk: a patch of foreground any part of which moves in that time is taken for the arm and left out;
+- an *object's place* is what differs from the background (the median image) in the start frame and rests during the
+  first chunk: a patch of foreground that moves in that time, even in part, counts as the arm and is excluded;
 - a pixel of it is *vacated* at frame t when the truth there differs from the start frame and is background again;
 - a vacated pixel is a *ghost* when the imagined frame is closer to the start frame than to the truth.
 
 The ghosting rate is ghosts over vacated pixels, by horizon bucket. Copying the first frame scores 1, the truth 0. Two
-stricter shares stand beside it. A ghost is *alike* the start when it is nearer to the start frame than half the way from
-there to the truth: another thing in a vacated place, such as a dark arm over a bright table, may also be closer to the
-object than to the table. And a ghost that was gone in an earlier imagined frame, while the pixel was vacated, has
-*reappeared*; the others never left, as when the imagined arm misses an object.
+stricter shares are reported as well. A ghost is *alike* the start when its distance to the start frame is below half of the
+distance from there to the truth: another object in a vacated place, such as a dark arm over a bright table, can also be closer
+to the object than to the table. A ghost *reappeared* when an earlier imagined frame showed the vacated pixel without it; the
+other ghosts never left, for example when the imagined arm misses an object.
 
-Shape letters: F frames after the start, E episodes, H W C picture.
-Source: the failure that the anchor noise of RAW-Dream (arXiv 2605.12334, section 3.1) is there to cure; this number is ours.
+Shape letters: F frames after the start, E episodes, H W C image.
+The anchor noise of RAW-Dream (arXiv 2605.12334, section 3.1) is meant to prevent ghosting; the metric is not in the paper.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ Counts = NDArray[np.int64]
 
 
 def _differs(a: UInt8Array, b: UInt8Array, levels: int = MOVING_LEVELS) -> BoolArray:
-    """Where two pictures (..., H, W, 3) differ by more than ``levels`` in a channel: (..., H, W)."""
+    """Where two images (..., H, W, 3) differ by more than ``levels`` in a channel: (..., H, W)."""
     return np.asarray((np.abs(a.astype(np.int16) - b.astype(np.int16)) > levels).any(-1))
 
 
 def _grow(seeds: BoolArray, inside: BoolArray) -> BoolArray:
-    """The connected patches (8 neighbours) of ``inside`` that hold a seed, all (H, W)."""
+    """The connected patches (8 neighbours) of ``inside`` that contain a seed, all (H, W)."""
     grown = seeds & inside
     while True:
         padded = np.pad(grown, 1)
@@ -54,7 +54,7 @@ def _grow(seeds: BoolArray, inside: BoolArray) -> BoolArray:
 
 
 def object_places(truth: UInt8Array, background: UInt8Array, still_frames: int) -> BoolArray:
-    """Where objects lie at the start of ``truth`` (F+1, H, W, 3) that rest for ``still_frames`` frames: (H, W)."""
+    """Where objects are at the start of ``truth`` (F+1, H, W, 3) that rest for ``still_frames`` frames: (H, W)."""
     foreground = _differs(truth[0], background)
     moved = np.asarray(_differs(truth[1 : still_frames + 1], truth[0]).any(0))
     return foreground & ~_grow(moved, foreground)

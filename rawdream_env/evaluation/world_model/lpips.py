@@ -1,14 +1,14 @@
-"""LPIPS, the learned perceptual distance of two pictures, over any extractor of features.
+"""LPIPS, the learned perceptual distance between two images, for any feature extractor.
 
 For every layer l the features are scaled to unit length along their channels; the distance is the weighted squared
 difference of these, averaged over the layer's positions and summed over the layers:
 
     d(x, y) = sum_l 1/(H_l W_l) sum_hw sum_c w_lc (x_lhwc - y_lhwc)^2
 
-:class:`LpipsAlex` is the usual extractor, AlexNet with the linear heads of LPIPS v0.1, from two files the user brings:
-the architecture is written out here, torchvision is not needed.
+:class:`LpipsAlex` is the usual extractor, AlexNet with the linear heads of LPIPS v0.1, from two files that the
+user provides. The architecture is defined here; torchvision is not needed.
 
-Shape letters: N frames, H W picture, C_l h_l w_l channels and positions of layer l.
+Shape letters: N frames, H W image, C_l h_l w_l channels and positions of layer l.
 Source: Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", CVPR 2018, Eq. 1.
 """
 
@@ -35,7 +35,7 @@ ALEXNET_FILE, HEADS_FILE = "alexnet-owt-7be5be79.pth", "alex.pth"
 
 HOW_TO_GET = (
     f"LPIPS is not measured: put {ALEXNET_FILE} (torchvision's AlexNet weights, published by PyTorch, 233 MB) and "
-    f"{HEADS_FILE} (lpips/weights/v0.1 of richzhang/PerceptualSimilarity on GitHub, 6 KB) into one folder and name it "
+    f"{HEADS_FILE} (lpips/weights/v0.1 of richzhang/PerceptualSimilarity on GitHub, 6 KB) into one folder and pass it "
     "with --lpips FOLDER."
 )
 

@@ -1,6 +1,6 @@
-"""Picture metrics in plain numpy: PSNR and SSIM as scikit-image defines them, whole picture or part of it.
+"""Image metrics in numpy: PSNR and SSIM as defined by scikit-image, over the whole image or part of it.
 
-Shape letters: F frames, H W C picture. Everything is computed in float64.
+Shape letters: F frames, H W C image. All computations use float64.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ Float64Array = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
 
 PSNR_CAP_DB = 60.0
-"""Where per-frame PSNR is cut before averaging: equal frames have infinite PSNR, 8-bit rounding alone about 59 dB."""
+"""Cap of the PSNR of a frame before averaging: equal frames have infinite PSNR, 8-bit rounding gives about 59 dB."""
 
 MOVING_LEVELS = 16
-"""A pixel moves when a channel differs by more than this many of 255 levels from the reference picture."""
+"""A pixel moves when a channel differs from the reference image by more than this many of 255 levels."""
 
 
 def psnr(prediction: UInt8Array, truth: UInt8Array, mask: BoolArray | None = None) -> Float64Array:
@@ -41,7 +41,7 @@ def psnr(prediction: UInt8Array, truth: UInt8Array, mask: BoolArray | None = Non
 
 def _window_mean(x: Float64Array, size: int) -> Float64Array:
     """Mean over every full ``size`` x ``size`` window of (..., H, W): (..., H-size+1, W-size+1)."""
-    # Windowed sums rather than one cumulative sum: no loss of digits on large pictures.
+    # Windowed sums rather than one cumulative sum: no loss of precision on large images.
     height, width = x.shape[-2] - size + 1, x.shape[-1] - size + 1
     rows = np.zeros((*x.shape[:-2], height, x.shape[-1]))
     for i in range(size):
@@ -61,7 +61,7 @@ def ssim(prediction: UInt8Array, truth: UInt8Array, mask: BoolArray | None = Non
     """
     win = 7
     if min(prediction.shape[-3:-1]) < win:
-        raise ValueError(f"SSIM needs pictures of at least {win}x{win} pixels, got {prediction.shape[-3:-1]}")
+        raise ValueError(f"SSIM needs images of at least {win}x{win} pixels, got {prediction.shape[-3:-1]}")
     x = np.moveaxis(prediction.astype(np.float64), -1, -3)
     y = np.moveaxis(truth.astype(np.float64), -1, -3)
     ux, uy = _window_mean(x, win), _window_mean(y, win)
@@ -82,7 +82,7 @@ def ssim(prediction: UInt8Array, truth: UInt8Array, mask: BoolArray | None = Non
 def moving_region(frames: UInt8Array, reference: UInt8Array, levels: int = MOVING_LEVELS) -> BoolArray:
     """Pixels of ``frames`` (F, H, W, 3) that differ from ``reference`` (H, W, 3) in any channel: bool (F, H, W).
 
-    Against the start frame this is where something came to or left; against the median picture it is the foreground.
+    With the start frame as reference, this is where something arrived or left; with the median image, the foreground.
     """
     difference = np.abs(frames.astype(np.int16) - reference.astype(np.int16))
     return np.asarray((difference > levels).any(-1))

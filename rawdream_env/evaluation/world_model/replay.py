@@ -1,9 +1,8 @@
-"""Recorded episodes through a world model, open loop: the first frame and proprioception, then only actions.
+"""Replay of recorded episodes in a world model, open loop: the first frame and proprioception, then only actions.
 
-Nothing recorded after the first frame reaches the model. :func:`dream_episodes` is the replay,
-:func:`action_sensitivity` asks with it whether the model listens to the actions at all.
+:func:`dream_episodes` is the replay. :func:`action_sensitivity` uses it to test whether actions have an effect.
 
-Shape letters: B episodes, N actions in an episode, K actions in a chunk, P proprio, H W C picture.
+Shape letters: B episodes, N actions in an episode, K actions in a chunk, P proprio, H W C image.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from rawdream_env.data.recorded import Recording
 from rawdream_env.errors import DatasetError
+from rawdream_env.evaluation.reporting.numbers import estimate_text
 from rawdream_env.seeding import NoiseKey
 from rawdream_env.statistics import bootstrap_ratio
 from rawdream_env.types import Float32Array, UInt8Array, WorldModel
@@ -23,19 +23,19 @@ from rawdream_env.types import Float32Array, UInt8Array, WorldModel
 Float64Array = NDArray[np.float64]
 
 SOURCES = ("dream", "copy_first", "copy_last")
-"""Whose frames are held against the truth: the world model's and those of :func:`baselines`."""
+"""Sources of frames that are compared with the truth: the world model and the :func:`baselines`."""
 
 
 def background(episodes: Sequence[Recording], samples: int = 200) -> UInt8Array:
-    """Median picture of a fixed camera over frames spread across the episodes: uint8 (H, W, 3)."""
+    """Median image of a fixed camera over frames spread across the episodes: uint8 (H, W, 3)."""
     every = max(1, sum(len(e.actions) + 1 for e in episodes) // samples)
     sample = np.concatenate([e.frames[::every].copy() for e in episodes])  # a view would hold all frames
     return np.asarray(np.median(sample, axis=0).astype(np.uint8))
 
 
 def baselines(truth: UInt8Array, frames: int, chunk_len: int) -> dict[str, UInt8Array]:
-    """What knows nothing of actions, uint8 (F, H, W, 3) each: the start of ``truth`` (F+1 or more, start first) for ever,
-    and the last true frame before every chunk.
+    """Baselines that ignore actions, uint8 (F, H, W, 3) each: the start frame of ``truth`` (F+1 or more, start first)
+    repeated, and the last true frame before every chunk.
     """
     last = truth[(np.arange(frames) // chunk_len) * chunk_len]
     return {"copy_first": np.broadcast_to(truth[0], last.shape), "copy_last": last}
@@ -56,7 +56,7 @@ def dream_episodes(
 
     Episode i uses noise key ``NoiseKey(seed, episode=i, draw=draw)`` whatever the batch. Shorter episodes leave the
     batch when they end. ``change_actions(i, actions)`` replaces the actions (used for the sensitivity ratio).
-    ``progress(n)`` is told of every n chunks imagined.
+    ``progress(n)`` is called after n more chunks.
     """
     import torch
 
@@ -88,7 +88,7 @@ def dream_episodes(
                     progress(len(rows))
         nothing = np.empty((0, *frames.shape[1:]), np.uint8)
         for row, clips in enumerate(imagined):
-            imagined[row] = []  # a dream that was passed on is not kept
+            imagined[row] = []  # frees the frames of this episode
             yield np.concatenate(clips) if clips else nothing
 
 
@@ -101,13 +101,13 @@ def action_sensitivity(
     recorded: Sequence[UInt8Array] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """How much the dream listens to its actions, relative to how much it changes with noise alone.
+    """How much the imagined frames depend on the actions, relative to how much they depend on the noise.
 
     Mean absolute pixel change (0-255) of the imagined frames when the actions are *swapped* with the next episode's and
     when motion is *zeroed* (the gripper command, which is absolute, is kept), divided by the change between noise draws
-    0 and 1 under the recorded actions. Well above 1: actions steer. About 1: noise does. ``ratio`` is None when the
-    draws are identical (a deterministic model). Intervals are bootstrapped over episodes. ``recorded``: the dreams of the
-    recorded actions under draw 0, where they have been made already. Needs at least two episodes.
+    0 and 1 under the recorded actions. Well above 1: actions dominate. About 1: noise does. ``ratio`` is None when the
+    draws are identical (a deterministic model). Intervals are bootstrapped over episodes. ``recorded``: the replays of the
+    recorded actions with draw 0, if they exist already. Needs at least two episodes.
 
     Returns:
         ``{"noise_change", "n", "swapped": {"change", "interval", "ratio"}, "zeroed": ...}``; ``interval`` is the
@@ -115,7 +115,7 @@ def action_sensitivity(
     """
     if len(episodes) < 2:
         raise DatasetError(
-            f"the action-sensitivity ratio swaps actions between episodes: need at least 2, got {len(episodes)}"
+            f"the action-sensitivity ratio swaps actions between episodes: need at least 2, got {len(episodes)}."
         )
 
     def swapped(i: int, actions: Float32Array) -> Float32Array:
@@ -162,9 +162,7 @@ def action_sensitivity(
 
 
 def action_sensitivity_warning(sensitivity: Mapping[str, Any]) -> str:
-    """One sentence when the world model cannot be seen to listen to its actions (see :func:`action_sensitivity`), else
-    the empty string.
-    """
+    """One sentence when the actions have no clear effect on the frames (see :func:`action_sensitivity`), else ""."""
     kinds = {"swapped": "another episode's actions", "zeroed": "no motion at all"}
     for name, said in kinds.items():
         change, ratio = sensitivity[name]["change"], sensitivity[name]["ratio"]
@@ -173,10 +171,9 @@ def action_sensitivity_warning(sensitivity: Mapping[str, Any]) -> str:
                 f"The world model ignores its actions: given {said}, it imagines exactly the same frames "
                 f"(n={sensitivity['n']})."
             )
-        if ratio is not None and ratio["low"] is not None and ratio["low"] <= 1.0:
+        if ratio is not None and (ratio["value"] if ratio["low"] is None else ratio["low"]) <= 1.0:
             return (
-                f"The world model cannot be seen to listen to its actions: given {said}, its frames change "
-                f"{ratio['value']:.2f} times as much as with fresh noise [{ratio['low']:.2f}, {ratio['high']:.2f}], "
-                f"n={ratio['n']}, where well above 1 is needed."
+                f"The actions have no clear effect: given {said}, the frames change {ratio['value']:.2f} times as much "
+                f"as with fresh noise ({estimate_text(ratio)}), where well above 1 is needed."
             )
     return ""

@@ -1,4 +1,4 @@
-"""A world model's fidelity as a table of text and as one self-contained HTML page; see ``fidelity.json`` for the input."""
+"""A world model's fidelity as a text table and as a self-contained HTML page, from the content of ``fidelity.json``."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from rawdream_env.evaluation.reporting.charts import Series, line_chart, point
 from rawdream_env.evaluation.reporting.numbers import Json, estimate_text
 
 _Line = tuple[str, str, list[Json]]
-"""A source's name, its class in the style sheet, and an estimate per column."""
+"""A source's name, its CSS class, and an estimate per column."""
 
-TITLE = "World model against the recording"
+TITLE = "World model evaluation"
 
 METRICS = (
-    ("psnr", "PSNR, whole picture", "dB, higher is better", 1),
+    ("psnr", "PSNR, whole image", "dB, higher is better", 1),
     ("psnr_moving", "PSNR, moving region", "dB, higher is better", 1),
-    ("ssim", "SSIM, whole picture", "higher is better", 3),
+    ("ssim", "SSIM, whole image", "higher is better", 3),
     ("ssim_moving", "SSIM, moving region", "higher is better", 3),
-    ("lpips", "LPIPS, whole picture", "lower is better", 3),
+    ("lpips", "LPIPS, whole image", "lower is better", 3),
     ("lpips_moving", "LPIPS, moving region", "lower is better", 3),
     ("fvd", "FVD, 16-frame clips", "lower is better", 1),
 )
@@ -47,7 +47,7 @@ def _columns(report: Json) -> list[tuple[str, Json]]:
 
 
 def _lines(metric: str, columns: Sequence[tuple[str, Json]]) -> list[_Line]:
-    """The lines of one metric; nothing measured where the report has none."""
+    """The lines of one metric; "not measured" where the report has no value."""
     return [(name, css, [row[key].get(metric, _NOTHING) for _, row in columns]) for key, name, css in _SOURCES]
 
 
@@ -60,7 +60,7 @@ def _measured(lines: Sequence[_Line]) -> bool:
 
 
 def _short(estimate: Json, digits: int, scale: float = 1.0) -> str:
-    """An estimate as "31.9 [30.1, 33.5]" with n where there is none in the head of the table."""
+    """An estimate as "31.9 [30.1, 33.5]"; n is in the head of the table."""
     if estimate["value"] is None:
         return "not measured"
     value, low, high = (None if estimate[k] is None else scale * estimate[k] for k in ("value", "low", "high"))
@@ -103,7 +103,7 @@ def _sensitivity_text(report: Json) -> list[str]:
         ratio = s[key]["ratio"]
         noise = "fresh noise changes nothing" if ratio is None else f"relative to fresh noise {estimate_text(ratio)}"
         change = estimate_text(s[key]["interval"])
-        lines.append(f"With {name} the frames change by (levels of 255) {change}; {noise}.")
+        lines.append(f"With {name} the frames change by {change} (levels of 255); {noise}.")
     return lines
 
 
@@ -137,7 +137,7 @@ def render(report: Json, film: bytes | None) -> str:
 
 
 def _cards(report: Json) -> list[tuple[str, str, str, str]]:
-    """The few numbers to look at first: title, value, interval, note."""
+    """Key numbers: title, value, interval, note."""
     overall, s = report["overall"], report["action_sensitivity"]
     cards = []
 
@@ -146,7 +146,7 @@ def _cards(report: Json) -> list[tuple[str, str, str, str]]:
         big = "not measured" if value is None else f"{scale * value:.1f}{unit}"
         cards.append((title, big, f"{_short(estimate, 1, scale)}, n={estimate['n']}", note))
 
-    for metric, name in (("psnr", "PSNR, whole picture"), ("psnr_moving", "PSNR, moving region")):
+    for metric, name in (("psnr", "PSNR, whole image"), ("psnr_moving", "PSNR, moving region")):
         copy = estimate_text(overall["copy_first"][metric], 1)
         card(name, overall["dream"][metric], 1.0, " dB", f"copy of the first frame: {copy}")
     ghosts = overall["ghosting"]
@@ -156,7 +156,7 @@ def _cards(report: Json) -> list[tuple[str, str, str, str]]:
     if s is not None:
         ratio = s["swapped"]["ratio"]
         value, unit = (s["swapped"]["interval"], " levels") if ratio is None else (ratio, " x")
-        card("Change with other actions", value, 1.0, unit, "relative to fresh noise, where that does any")
+        card("Change with other actions", value, 1.0, unit, "relative to fresh noise, if noise has an effect")
     return cards
 
 

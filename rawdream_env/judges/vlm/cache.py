@@ -1,9 +1,9 @@
-"""Replies of a vision-language judge, kept by the hash of what was asked.
+"""Cache of a vision-language judge's replies, by the hash of the request.
 
-The key is the SHA-256 of the request: frames, instruction, model, prompt, votes, sampling and seed. What is kept are the
-replies themselves, which are read again, so a stricter reader is strict with old replies too. In memory up to a number
-of videos, and in a folder (one small file each) when there is one: then a run that is taken up again, or a second
-evaluation of the same videos, asks nothing twice.
+The key is the SHA-256 of the request: frames, instruction, model, prompt, votes, sampling and seed. The cache stores the
+replies and not the verdicts, so a change of the reader applies to cached replies too. It holds a number of videos in
+memory and, with a folder, one small file per video: a resumed run or a second evaluation of the same videos repeats no
+request.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class ReplyCache:
-    """Thread-safe; the least recently used replies are forgotten. ``folder`` "" keeps nothing on disk."""
+    """Thread-safe, least recently used first out. ``folder`` "": memory only."""
 
     def __init__(self, size: int, folder: str = "") -> None:
         self._size = size
@@ -30,7 +30,7 @@ class ReplyCache:
         self._warned = False
 
     def get(self, key: str) -> tuple[str, ...] | None:
-        """The replies under ``key``, or None; a damaged file counts as none."""
+        """The replies for ``key``; None if there are none or the file is damaged."""
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
@@ -47,7 +47,7 @@ class ReplyCache:
         return tuple(replies)
 
     def put(self, key: str, replies: tuple[str, ...]) -> None:
-        """Keep ``replies``. A folder that cannot be written is said once and costs nothing but the repetition."""
+        """Store ``replies``. If the folder cannot be written, a warning is logged once and the memory cache is used."""
         self._remember(key, replies)
         if self._folder is None:
             return
@@ -57,7 +57,11 @@ class ReplyCache:
         except (OSError, UnicodeError) as error:
             if not self._warned:
                 self._warned = True
-                log.warning("The judge's replies cannot be kept in %s (%s); going on without.", self._folder, error)
+                log.warning(
+                    "The judge's replies cannot be stored in %s (%s); continuing without the folder.",
+                    self._folder,
+                    error,
+                )
 
     def _path(self, key: str) -> Path:
         assert self._folder is not None

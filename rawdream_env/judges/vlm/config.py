@@ -1,11 +1,11 @@
-"""How a vision-language judge is named: in words on a command line, as JSON in an environment's options, in a file.
+"""Options of vision-language judges: as text on a command line, as a mapping, or as a JSON file.
 
     "vlm_server:http://localhost:8000/v1?model=Qwen/Qwen3-VL-8B-Instruct"       several servers: separated by commas
     {"kind": "vlm_server", "servers": ["http://localhost:8000/v1"], "model": "Qwen/Qwen3-VL-8B-Instruct"}
     "judge.json"                                                                the same JSON in a file
     "vlm_local:models/Qwen3-VL-8B-Instruct?dtype=bfloat16"
 
-Keys are the fields of the classes below. An API key is none of them: it is read from ``RAWDREAM_JUDGE_API_KEY``.
+Keys are the fields of the classes below. The API key is not an option: it is read from ``RAWDREAM_JUDGE_API_KEY``.
 """
 
 from __future__ import annotations
@@ -20,29 +20,31 @@ from urllib.parse import parse_qsl, urlsplit
 from rawdream_env.errors import InvalidOptionError
 
 API_KEY = "RAWDREAM_JUDGE_API_KEY"
-"""Environment variable with the servers' API key. Never in a configuration: those are written to run folders."""
+"""Environment variable with the servers' API key. Not an option, because options are written to run folders."""
 
 
 @dataclass(frozen=True)
 class VLMConfig:
-    """What the judge looks at and how often it is asked (paper section 3.2 and appendix A.5)."""
+    """The question, the frames and the sampling (paper section 3.2 and appendix A.5)."""
 
     votes: int = 5
-    """Replies sampled for every video."""
+    """Number of replies sampled per video."""
     need: int = 4
-    """Success needs so many of them."""
+    """Number of votes that make a success."""
     temperature: float = 0.7
-    """Of the sampling; 0 is greedy."""
+    """Sampling temperature; 0 is greedy."""
     max_tokens: int = 768
-    """Of one reply. A reply that is cut is INVALID."""
+    """Maximum length of a reply. A truncated reply is INVALID."""
     seed: int = 0
-    """Of the sampling."""
+    """Sampling seed."""
+    prompt: str = "plain"
+    """"plain" (the paper's question), "strict" (defaults to Failure), or a text file with {instruction} in it."""
     sample_fps: float = 4.0
-    """Frames a second the model sees."""
+    """Frames per second the model sees."""
     max_frames: int = 128
-    """At most so many; longer videos are looked at more rarely."""
+    """Maximum number of frames; longer videos are sampled at a lower rate."""
     min_side: int = 256
-    """Smaller frames are enlarged to at least so many pixels; 0: never."""
+    """Smaller frames are enlarged to at least this many pixels; 0: never."""
 
     def __post_init__(self) -> None:
         positive = {"votes", "need", "max_tokens", "sample_fps", "max_frames"} | self._positive()
@@ -58,8 +60,10 @@ class VLMConfig:
                 raise InvalidOptionError(f"{field.name}={value!r} of the judge must be {what} {least}.")
         if not self.votes // 2 < self.need <= self.votes:
             raise InvalidOptionError(
-                f"need={self.need} of votes={self.votes}: a success needs more than half of the votes and at most all."
+                f"need={self.need} of votes={self.votes}: a success needs more than half of the votes."
             )
+        if not isinstance(self.prompt, str):
+            raise InvalidOptionError(f"prompt={self.prompt!r} of the judge must be text: a name or the path of a file.")
         if self.max_frames < 2:
             raise InvalidOptionError(f"max_frames={self.max_frames} must be at least 2: the first frame and the last.")
 
@@ -73,27 +77,27 @@ class VLMServerConfig(VLMConfig):
     """Options of ``vlm_server``; times in seconds."""
 
     servers: tuple[str, ...] = ()
-    """Base URLs, with the path up to /v1."""
+    """Base URLs, including /v1."""
     model: str = ""
-    """The name the server serves the model by; empty: the only one it serves."""
+    """Name of the model on the server; empty: the only one it serves."""
     encoding: str = "jpeg"
-    """How frames travel: "jpeg" or "png" (exact)."""
+    """Encoding of the frames: "jpeg" or "png" (lossless)."""
     max_in_flight: int = 16
-    """Requests at the same time, over all servers and calls."""
+    """Maximum number of simultaneous requests, over all servers and calls."""
     deadline_s: float = 300.0
-    """A video that has no answer after so long is INVALID, whatever happened to its requests meanwhile."""
+    """Maximum time for a video; without an answer by then it is INVALID."""
     request_timeout_s: float = 120.0
-    """After so long a request is given up and sent again, to another server where there is one."""
+    """Maximum time for a request; then it is repeated, on another server if there is one."""
     backoff_s: float = 0.5
     """Wait before the second attempt; doubles with every further one."""
     max_backoff_s: float = 15.0
-    """The longest wait between attempts."""
+    """Maximum wait between attempts."""
     max_retry_after_s: float = 60.0
-    """A server that asks for patience (Retry-After) is given at most so much of it."""
+    """Maximum wait that a server can ask for (Retry-After)."""
     cache_size: int = 10_000
-    """Verdicts kept in memory; 0: none."""
+    """Number of videos whose replies are cached in memory; 0: none."""
     cache_dir: str = ""
-    """Folder that keeps verdicts between runs; empty: none."""
+    """Folder that keeps replies between runs; empty: none."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "servers", (self.servers,) if isinstance(self.servers, str) else tuple(self.servers))
@@ -118,9 +122,9 @@ class VLMLocalConfig(VLMConfig):
     model: str = ""
     """A Qwen3-VL checkpoint: a folder, or "owner/name" of the Hugging Face hub."""
     dtype: str = "auto"
-    """Of the weights: "auto" (as saved), "bfloat16", "float32"."""
+    """Precision of the weights: "auto" (as saved), "bfloat16", "float32"."""
     device: str = ""
-    """torch device; empty: the environment's."""
+    """torch device; empty: that of the environment."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -135,10 +139,10 @@ KINDS: dict[str, type[VLMServerConfig] | type[VLMLocalConfig]] = {
 
 
 def parse_vlm_spec(spec: str | Mapping[str, Any]) -> VLMServerConfig | VLMLocalConfig:
-    """The configuration a spec (see the module's text) stands for.
+    """The configuration for a spec (see the module's docstring).
 
     Raises:
-        InvalidOptionError: an unknown kind or key, a value out of range, an API key where none belongs.
+        InvalidOptionError: an unknown kind or key, a value out of range, or an API key among the options.
     """
     options = dict(spec) if isinstance(spec, Mapping) else _from_words(spec)
     kind = options.pop("kind", None)
@@ -149,7 +153,7 @@ def parse_vlm_spec(spec: str | Mapping[str, Any]) -> VLMServerConfig | VLMLocalC
         if "key" in str(name).lower():
             raise InvalidOptionError(
                 f"the judge's options contain {name!r}; put the API key into the environment variable {API_KEY}, "
-                "where no run folder keeps it."
+                "which is not written to run folders."
             )
         if name not in known:
             raise InvalidOptionError(f"{kind} has no option {name!r}; known: {', '.join(known)}.")
@@ -160,7 +164,7 @@ def parse_vlm_spec(spec: str | Mapping[str, Any]) -> VLMServerConfig | VLMLocalC
 
 
 def _from_words(spec: str) -> dict[str, Any]:
-    """Options of ``kind:place?name=value&...``; numbers where the option is one."""
+    """Options of ``kind:place?name=value&...``, converted to numbers where needed."""
     kind, _, rest = spec.partition(":")
     place, _, query = rest.partition("?")
     kinds = {field.name: field.type for field in dataclasses.fields(KINDS[kind])} if kind in KINDS else {}

@@ -1,9 +1,12 @@
-"""One HTTP request that is over by its deadline, whatever the server does, and servers that take turns.
+"""One HTTP request that ends by its deadline, and servers that take turns.
 
-Time-outs of the usual clients count from byte to byte: a server that sends one byte a second holds them for ever. Here
-every read is given what is left until the deadline. A connection carries one request and is closed, so a late reply
-cannot be read as that of the next; redirects are not followed, so a key goes only where it was meant to go; proxies are
-not used.
+The timeouts of the usual clients apply to each read: a server that sends one byte per second is never cut off. Here
+every read gets the time left until the deadline. A connection carries one request and is closed, so a late reply
+cannot be taken for the next one. Redirects are not followed, so the API key reaches only the server it belongs to;
+proxies are not used.
+
+Everything a server sends leaves this module through ``request``, which removes the API key from it: a server that
+echoes the key in a status line, a header, a model name or a reply cannot put it into an error, a verdict or a file.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import email.utils
 import http.client
 import io
 import os
+import re
 import socket
 import ssl
 import threading
@@ -23,26 +27,30 @@ from functools import cache
 from typing import Any, cast
 from urllib.parse import urlsplit
 
+from rawdream_env.errors import InvalidOptionError
 from rawdream_env.judges.vlm.config import API_KEY
 
 MAX_BODY = 16 * 2**20
-"""Bytes of a response: many times what the longest replies need."""
+"""Maximum size of a response in bytes, many times the longest reply."""
+
+_SECRET_LEN = 4
+"""A shorter key is no secret, and removing it would damage every reply."""
 
 
 class TransportError(Exception):
-    """No whole response: refused, reset, cut short, too long, or not there in time."""
+    """No complete response: refused, reset, cut short, too long, or too late."""
 
 
 @dataclass(frozen=True)
 class Response:
-    """Status, lower-case headers and body of an answer."""
+    """Status, lower-case headers and body of a response."""
 
     status: int
     headers: Mapping[str, str]
     body: bytes
 
     def retry_after(self) -> float | None:
-        """Seconds of patience the server asks for (a number or a date), None where it does not or writes nonsense."""
+        """The Retry-After header in seconds (a number or a date); None where it is missing or unreadable."""
         text = self.headers.get("retry-after", "").strip()
         if not text:
             return None
@@ -57,7 +65,7 @@ class Response:
 
 
 class _Reader(io.RawIOBase):
-    """A socket as a file whose reads all end by one deadline (``time.monotonic``)."""
+    """A socket as a file. Every read ends by one deadline (``time.monotonic``)."""
 
     def __init__(self, connection: socket.socket, deadline: float) -> None:
         self._connection, self._deadline = connection, deadline
@@ -71,7 +79,7 @@ class _Reader(io.RawIOBase):
 
 
 class _FileSocket:
-    """What ``http.client.HTTPResponse`` wants of a socket."""
+    """The part of a socket that ``http.client.HTTPResponse`` uses."""
 
     def __init__(self, reader: _Reader) -> None:
         self._reader = reader
@@ -80,37 +88,52 @@ class _FileSocket:
         return io.BufferedReader(self._reader, 65536)
 
 
-def request(url: str, deadline: float, body: bytes | None = None, headers: Mapping[str, str] | None = None) -> Response:
-    """GET ``url``, or POST a JSON ``body`` to it.
+def request(
+    url: str,
+    deadline: float,
+    body: bytes | None = None,
+    headers: Mapping[str, str] | None = None,
+    *,
+    key_variable: str = API_KEY,
+) -> Response:
+    """GET ``url``, or POST ``body`` to it (JSON, unless ``headers`` name another content type).
 
-    The API key of the environment travels along as a bearer token.
+    The API key in the environment variable ``key_variable`` is sent as a bearer token. It is removed from everything
+    that is returned or raised, and error messages contain no control characters.
 
     Raises:
-        TransportError: no whole response by ``deadline`` (seconds of ``time.monotonic``).
+        TransportError: no complete response by ``deadline`` (seconds of ``time.monotonic``), or the key cannot be sent.
     """
+    key = ""
     try:
-        return _request(url, deadline, body, dict(headers or {}))
+        key = api_key(key_variable)
+        response = _request(url, deadline, body, dict(headers or {}), key)
     except TimeoutError:
-        raise TransportError("no whole answer in time") from None
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise TransportError(
-            f"{type(error).__name__}: {str(error)[:200]}" if str(error) else type(error).__name__
-        ) from None
+        raise TransportError("no complete response in time") from None
+    except (OSError, http.client.HTTPException, ValueError, TransportError) as error:
+        name = "" if isinstance(error, TransportError | InvalidOptionError) else f"{type(error).__name__}: "
+        said = _redacted(str(error).encode("utf-8", "replace"), key).decode("utf-8", "replace")
+        raise TransportError(f"{name}{readable(said, 200)}".removesuffix(": ")) from None
+    clean = {
+        name: _redacted(value.encode("utf-8", "replace"), key).decode("utf-8", "replace")
+        for name, value in response.headers.items()
+    }
+    return Response(response.status, clean, _redacted(response.body, key))
 
 
-def _request(url: str, deadline: float, body: bytes | None, headers: dict[str, str]) -> Response:
+def _request(url: str, deadline: float, body: bytes | None, headers: dict[str, str], key: str) -> Response:
     parts = urlsplit(url)
     host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
     method = "GET" if body is None else "POST"
     headers = {"Host": parts.netloc, "Accept": "application/json", "Connection": "close", **headers}
     if body is not None:
-        headers |= {"Content-Type": "application/json", "Content-Length": str(len(body))}
-    if key := api_key():
+        headers = {"Content-Type": "application/json", **headers, "Content-Length": str(len(body))}
+    if key:
         headers["Authorization"] = f"Bearer {key}"
     head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     with _connect(host, port, deadline, parts.scheme == "https") as connection:
         connection.settimeout(_left(deadline))
-        # A server may refuse a request before it has read all of it; its answer says why.
+        # A server may refuse a request before it has read all of it; its response says why.
         with contextlib.suppress(ConnectionResetError, BrokenPipeError):
             connection.sendall(f"{method} {parts.path or '/'} HTTP/1.1\r\n{head}\r\n".encode("latin-1") + (body or b""))
         response = http.client.HTTPResponse(
@@ -119,14 +142,14 @@ def _request(url: str, deadline: float, body: bytes | None, headers: dict[str, s
         response.begin()
         content = response.read(MAX_BODY + 1)
         if len(content) > MAX_BODY:
-            raise TransportError(f"the answer has more than {MAX_BODY} bytes")
+            raise TransportError(f"the response has more than {MAX_BODY} bytes")
         if response.length:  # read(amount) does not complain about a body that ends early
-            raise TransportError(f"the answer ends {response.length} bytes early")
+            raise TransportError(f"the response ends {response.length} bytes early")
         return Response(response.status, {name.lower(): value for name, value in response.getheaders()}, content)
 
 
 def _connect(host: str, port: int, deadline: float, secure: bool) -> socket.socket:
-    """Connect to the first address that answers; all of them share the deadline."""
+    """Connect to the first address that accepts; all of them share the deadline."""
     last: OSError | None = None
     for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
         connection = socket.socket(family, kind, protocol)
@@ -145,7 +168,7 @@ def _connect(host: str, port: int, deadline: float, secure: bool) -> socket.sock
 
 @cache
 def _tls() -> ssl.SSLContext:
-    """Certificates are checked; reading them takes longer than a request."""
+    """Certificates and host names are verified. Cached, because reading the certificates takes longer than a request."""
     return ssl.create_default_context()
 
 
@@ -156,22 +179,43 @@ def _left(deadline: float) -> float:
     return left
 
 
-def api_key() -> str:
-    """The key in the environment, read anew for every request so that no object holds it; "" where there is none."""
-    key = os.environ.get(API_KEY, "").strip()
-    return key if key.isascii() and key.isprintable() else ""
+def api_key(variable: str = API_KEY) -> str:
+    """The key in the environment, "" where there is none. Read for every request, so that no object holds it.
+
+    Raises:
+        InvalidOptionError: it has a character that an HTTP header cannot carry.
+    """
+    key = os.environ.get(variable, "").strip()
+    wrong = next((i for i, character in enumerate(key) if not (character.isascii() and character.isprintable())), None)
+    if wrong is not None:
+        raise InvalidOptionError(
+            f"Character {wrong + 1} of the {len(key)} in the environment variable {variable} is not printable ASCII; "
+            "set the variable to the server's API key."
+        )
+    return key
+
+
+def _redacted(content: bytes, key: str) -> bytes:
+    """``content`` with ``[key]`` in place of the API key, however often JSON has escaped it."""
+    if len(key) < _SECRET_LEN:
+        return content
+    return _pattern(key).sub(b"[key]", content)
+
+
+def _pattern(key: str) -> re.Pattern[bytes]:
+    """Matches each character as itself or as backslash-u, after any number of backslashes (nested JSON strings)."""
+    characters = [rf"(?:{re.escape(c)}|u00(?i:{ord(c):02x}))" if c != "\\" else "(?:u00(?i:5c))?" for c in key]
+    return re.compile("".join([r"(?<!\\)", *(rf"\\*+{character}" for character in characters)]).encode())
 
 
 def readable(text: str, limit: int = 300) -> str:
-    """What a server said, fit for a log: one line, bounded, without the API key it may have quoted."""
-    if key := api_key():
-        text = text.replace(key, "[key]")
+    """A server's text as one line of printable characters, at most ``limit``: fit for a terminal and a log."""
     return "".join(character if character.isprintable() else " " for character in text[:limit])
 
 
 @dataclass
 class Server:
-    """One address and how it has been doing."""
+    """One address and its state."""
 
     url: str
     checked: bool = False
@@ -180,14 +224,14 @@ class Server:
     """Whether its replies carry the id of their request."""
     failures: int = 0
     rests_until: float = 0.0
-    """Others are asked first until then (``time.monotonic``)."""
+    """Until then (``time.monotonic``) other servers are asked first."""
     closed_until: float = 0.0
-    """It has asked not to be asked before then (Retry-After)."""
+    """The server has asked for no request before then (Retry-After)."""
 
 
 @dataclass
 class Servers:
-    """Round-robin over servers. One that fails rests; when all rest, the one that rests the shortest is asked."""
+    """Round-robin over servers. A server that fails rests; when all rest, the one with the shortest rest is asked."""
 
     all: Sequence[Server]
     max_rest_s: float
@@ -197,7 +241,7 @@ class Servers:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def pick(self) -> tuple[Server, float]:
-        """Whom to ask next, and how many seconds not to ask anybody yet because all have asked for patience."""
+        """The next server, and the seconds to wait because every server has sent Retry-After."""
         with self._lock:
             now = time.monotonic()
             order = [self.all[(self._turn + i) % len(self.all)] for i in range(len(self.all))]
@@ -212,7 +256,7 @@ class Servers:
             self.heard_at = time.monotonic()
 
     def failed(self, server: Server, first_rest_s: float, retry_after_s: float | None) -> None:
-        """``server`` gave none; ``retry_after_s`` is the patience it asked for."""
+        """``server`` gave no usable answer; ``retry_after_s`` is its Retry-After."""
         with self._lock:
             now = time.monotonic()
             server.failures += 1
@@ -222,6 +266,6 @@ class Servers:
                 server.closed_until = max(server.closed_until, now + retry_after_s)
 
     def any_free(self) -> bool:
-        """Whether some server neither rests nor has asked for patience."""
+        """Whether some server neither rests nor waits for its Retry-After."""
         now = time.monotonic()
         return any(max(server.rests_until, server.closed_until) <= now for server in self.all)

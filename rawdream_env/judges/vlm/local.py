@@ -2,13 +2,13 @@
 
     judge = VLMLocalJudge.from_pretrained(VLMLocalConfig(model="models/Qwen3-VL-8B-Instruct"), device="cuda")
 
-Prompt, frames and reader are those of ``vlm_server``; what differs is that nothing constrains the replies, so a model
-that does not follow the prompt gives INVALID verdicts. One video at a time: its prompt is computed once, then ``votes``
-replies are sampled side by side from it. Every vote has a generator of its own, seeded by the judge's seed and the
-question, so a verdict does not depend on what else is judged.
+Prompt, frames and reader are those of ``vlm_server``, but the replies are not constrained, so a model that does not
+follow the prompt gives INVALID verdicts. It judges one video at a time: the prompt is computed once, then ``votes``
+replies are sampled from it in one batch. Every vote has its own generator, seeded by the judge's seed and the question,
+so a verdict does not depend on what else is judged.
 
-transformers' video processor needs torchvision; what it does to frames that are already chosen is little: resize to
-whole squares, normalise, cut into patches (``qwen_video``).
+The video processor of transformers needs torchvision. For frames that are already chosen it only resizes to whole
+patches, normalizes and cuts into patches; ``qwen_video`` does the same.
 
 Shape letters: N frames (even), H W image size, P patches, L tokens, V votes.
 """
@@ -40,18 +40,18 @@ MERGE = 2
 PATCH = 16
 _SIDE = PATCH * MERGE
 _PIXELS = (4096, 25_165_824)
-"""Fewest and most pixels of a whole video, where the checkpoint does not say."""
+"""Minimum and maximum number of pixels of a video, if the checkpoint does not specify them."""
 _MAX_ASPECT = 200
 
 
 class VLMLocalJudge:
-    """A loaded model behind the ``Judge`` protocol; see the module's text and :class:`VLMLocalConfig`.
+    """A loaded model behind the ``Judge`` protocol; see the module's docstring and :class:`VLMLocalConfig`.
 
     Args:
         model: a ``Qwen3VLForConditionalGeneration``.
         tokenizer: its tokenizer.
-        config: votes, sampling, frames.
-        pixels: fewest and most pixels of a whole video.
+        config: votes, sampling, prompt and frames.
+        pixels: minimum and maximum number of pixels of a video.
     """
 
     def __init__(self, model: Any, tokenizer: Any, config: VLMLocalConfig, pixels: tuple[int, int] = _PIXELS) -> None:
@@ -59,13 +59,14 @@ class VLMLocalJudge:
         self.tokenizer = tokenizer
         self.config = config
         self.pixels = pixels
+        self.prompt = prompt.load_prompt(config.prompt)
         ends = model.generation_config.eos_token_id
         self._ends = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
-        self._lock = threading.Lock()  # the model keeps position offsets between prompt and reply
+        self._lock = threading.Lock()  # the model stores position offsets between prompt and reply
 
     @classmethod
     def from_pretrained(cls, config: VLMLocalConfig, device: str = "cpu") -> VLMLocalJudge:
-        """Load ``config.model``, a folder or "owner/name" of a Qwen3-VL checkpoint (safetensors; none of its code is run).
+        """Load ``config.model``, a folder or "owner/name" of a Qwen3-VL checkpoint (safetensors; its code is not run).
 
         Raises:
             CheckpointError: the folder is missing, damaged, or of another architecture.
@@ -118,10 +119,10 @@ class VLMLocalJudge:
         return verdict_of(replies, config.votes, config.need, timer.seconds())
 
     def _replies(self, sample: prompt.Sample, instruction: str) -> list[tuple[object, str]]:
-        """``votes`` sampled replies and why each ended: "stop" or "length"."""
+        """``votes`` sampled replies with their finish reasons: "stop" or "length"."""
         config, device = self.config, self.model.device
         patches, grid = qwen_video(sample.frames, self.pixels)
-        text = qwen_text(sample.timestamps, grid, instruction)
+        text = qwen_text(sample.timestamps, grid, instruction, self.prompt)
         tokens = self.tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
         logits, cache = self._read(tokens.to(device), patches.to(device), grid)
         seed = hashlib.sha256(f"{config.seed} {text}".encode() + sample.frames.tobytes()).digest()
@@ -150,11 +151,13 @@ class VLMLocalJudge:
         return [(text, "length" if vote in open_votes else "stop") for vote, text in enumerate(texts)]
 
     def _read(self, tokens: Tensor, patches: Tensor, grid: tuple[int, int, int]) -> tuple[Tensor, Any]:
-        """The prompt, once: logits (1, vocabulary) of the first token, and the cache to go on from."""
+        """Compute the prompt: logits (1, vocabulary) of the first token, and the key-value cache."""
         kinds = torch.zeros_like(tokens)
         kinds[tokens == self.model.config.video_token_id] = 2
         if int((kinds == 2).sum()) != math.prod(grid) // MERGE**2:
-            raise ValueError("the tokenizer does not know Qwen3-VL's <|video_pad|>; the checkpoint's files do not fit")
+            raise ValueError(
+                "the tokenizer lacks Qwen3-VL's <|video_pad|>; the checkpoint's files do not belong together"
+            )
         output = self.model(
             input_ids=tokens,
             attention_mask=torch.ones_like(tokens),
@@ -176,24 +179,29 @@ class VLMLocalJudge:
         return [int(torch.multinomial(row, 1, generator=generator)) for row, generator in pairs]
 
 
-def qwen_text(timestamps: Sequence[float], grid: tuple[int, int, int], instruction: str) -> str:
-    """The chat as Qwen3-VL reads it: every pair of frames behind its mean time, then the question."""
+def qwen_text(
+    timestamps: Sequence[float],
+    grid: tuple[int, int, int],
+    instruction: str,
+    template: prompt.Prompt = prompt.PLAIN,
+) -> str:
+    """The chat as Qwen3-VL reads it: the mean time of each pair of frames and the pair, then the question."""
+    system = f"<|im_start|>system\n{template.system}<|im_end|>\n" if template.system else ""
     pads = "<|video_pad|>" * (grid[1] * grid[2] // MERGE**2)
     frames = "".join(
         f"<{(timestamps[i] + timestamps[i + 1]) / 2:.1f} seconds><|vision_start|>{pads}<|vision_end|>"
         for i in range(0, len(timestamps), 2)
     )
     return (
-        f"<|im_start|>system\n{prompt.SYSTEM}<|im_end|>\n"
-        f"<|im_start|>user\n{frames}{prompt.question(instruction)}<|im_end|>\n<|im_start|>assistant\n"
+        f"{system}<|im_start|>user\n{frames}{prompt.question(instruction, template)}<|im_end|>\n<|im_start|>assistant\n"
     )
 
 
 def qwen_video(frames: UInt8Array, pixels: tuple[int, int] = _PIXELS) -> tuple[Tensor, tuple[int, int, int]]:
     """Frames uint8 (N, H, W, 3) as patches float32 (P, 3 * 2 * 16 * 16) and their grid (N / 2, rows, columns).
 
-    Patches stand in the order in which the model merges them: 2 x 2 neighbours together. ``ValueError`` for an aspect
-    ratio beyond 200.
+    Patches are in the order in which the model merges them: 2 x 2 neighbors together. ``ValueError`` for an aspect ratio
+    above 200.
     """
     count, height, width = frames.shape[:3]
     size = fitted_size(count, height, width, pixels)
@@ -207,7 +215,7 @@ def qwen_video(frames: UInt8Array, pixels: tuple[int, int] = _PIXELS) -> tuple[T
 
 
 def fitted_size(count: int, height: int, width: int, pixels: tuple[int, int] = _PIXELS) -> tuple[int, int]:
-    """Height and width in whole squares of 32 pixels such that the video has between ``pixels`` pixels in all."""
+    """Height and width as multiples of 32 pixels, so that the number of pixels of the video is within ``pixels``."""
     if max(height, width) > _MAX_ASPECT * min(height, width):
         raise ValueError(f"frames of {height}x{width} pixels are too long; at most {_MAX_ASPECT} to 1")
     if min(height, width) < _SIDE:

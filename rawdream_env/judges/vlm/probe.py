@@ -1,12 +1,11 @@
-"""Is there a server, has it the model, and does it do as it is told? Asked once, before anything depends on it.
+"""The start-up probe of a judge server: can it be reached, does it serve the model, does it support what is needed?
 
-Structured output is the part that fails silently: a server that does not know the field answers 200 with free text (vLLM
-ignores the older ``guided_json`` so since 0.12). The probe therefore demands a reply that a model cannot give by chance
-nor by understanding: the schema is that of a reply, and allows as its answer a single random word that the question does not
-contain. The same request has a
-video and asks for all votes, so a text-only model and a server that ignores ``n`` are found as well. A second request
-with a longer video must count more tokens: a server that ignores ``media_io_kwargs`` shows its model 32 frames of it,
-at wrong times, without a word. (Newer vLLMs refuse the field unless they are told to trust it, which is said here.)
+Structured output fails silently: a server that does not know the field answers 200 with free text (as vLLM does with the
+older ``guided_json`` since 0.12). The probe therefore demands a reply that a model cannot give by chance: the schema
+allows as its answer a single random word that is not in the question. The same request contains a video and asks for
+all votes, which detects text-only models and servers that ignore ``n``. A second request with a longer video must
+count more tokens: a server that ignores ``media_io_kwargs`` silently shows its model 32 frames, at wrong times. (Newer
+versions of vLLM refuse the field without ``--trust-request-mm-kwargs``; the error message suggests that option.)
 """
 
 from __future__ import annotations
@@ -31,16 +30,17 @@ log = logging.getLogger(__name__)
 
 _MAX_TOKENS = 1024  # enough for the longest reply by the schema
 _SHORT, _LONG = 34, 66
-"""Frames of the probe's videos: both more than the 32 a server keeps that is not told otherwise."""
+"""Frames of the probe's videos, both above the 32 that a server keeps by default."""
 
 
 def check_servers(servers: Sequence[Server], config: VLMServerConfig) -> str:
     """Probe every server; returns the model's name.
 
-    A server that is away is logged and left for later as long as another one works: it is probed before its first use.
+    An unreachable server is logged as long as another one works, and probed before its first use.
 
     Raises:
-        JudgeUnavailableError: none can be reached, or one that can does not fit; its address and version are named.
+        JudgeUnavailableError: no server can be reached, or one lacks a required feature; the message has its address and
+            version.
     """
     away, models = [], {}
     for server in servers:
@@ -54,17 +54,17 @@ def check_servers(servers: Sequence[Server], config: VLMServerConfig) -> str:
     if len(away) == len(servers):
         raise JudgeUnavailableError(
             f"No judge server answers: {'; '.join(away)}. Start one (`vllm serve MODEL --port 8000`) and wait until it "
-            "says that it is ready."
+            "is ready."
         )
     if len(set(models.values())) > 1:
         raise JudgeUnavailableError(f"The judge servers serve different models, {models}; set model=... of the judge.")
     for sentence in away:
-        log.warning("%s; asking the others meanwhile.", sentence)
+        log.warning("%s; using the other servers.", sentence)
     return next(iter(models.values()))
 
 
 def probe(server: Server, config: VLMServerConfig, deadline: float) -> tuple[str, str]:
-    """(name of the model, why the server is refused or ""). Marks the server as checked when it is not refused.
+    """(name of the model, the reason to refuse the server or ""). Marks an accepted server as checked.
 
     Raises:
         TransportError: it cannot be reached.
@@ -88,7 +88,7 @@ def probe(server: Server, config: VLMServerConfig, deadline: float) -> tuple[str
 
 
 def _structured_video(server: Server, name: str, model: str, config: VLMServerConfig, deadline: float) -> str:
-    """Why a video and a schema do not get the replies they should; "" when they do."""
+    """The reason why the server cannot judge videos with a schema; "" if it can."""
     word, request_id = secrets.token_hex(6), secrets.token_hex(16)
     response = _ask(
         server,
@@ -99,7 +99,7 @@ def _structured_video(server: Server, name: str, model: str, config: VLMServerCo
     said = readable(response.body.decode("utf-8", "replace"))
     if response.status != 200 and "media_io_kwargs" in said:
         return (
-            f"{name} refuses to be told which frames of a video to keep and their times (status {response.status}); "
+            f"{name} refuses media_io_kwargs, the frames of a video and their times (status {response.status}); "
             "start it with --trust-request-mm-kwargs."
         )
     if response.status != 200:
@@ -125,7 +125,7 @@ def _structured_video(server: Server, name: str, model: str, config: VLMServerCo
     if None not in counts and counts[0] == counts[1]:
         return (
             f"{name} ignores media_io_kwargs: videos of {_SHORT} and {_LONG} frames both make {counts[0]} tokens, so it "
-            "drops frames and their times. Use a newer vLLM, with --trust-request-mm-kwargs."
+            "drops frames. Use a newer vLLM, with --trust-request-mm-kwargs."
         )
     server.echoes_id = request_id in str(completion.get("id"))
     return ""
@@ -134,7 +134,7 @@ def _structured_video(server: Server, name: str, model: str, config: VLMServerCo
 def _question(
     model: str, frames: int, votes: int, max_tokens: int, temperature: float, word: str = ""
 ) -> dict[str, Any]:
-    """A request about a grey video; with ``word``, the schema allows no other answer."""
+    """A request about a gray video; with ``word``, the schema allows no other answer."""
     sample = prompt.Sample(np.full((frames, 32, 32, 3), 127, np.uint8), tuple(range(frames)), 4.0, frames)
     body: dict[str, Any] = {
         "model": model,
@@ -166,7 +166,7 @@ def _answers(text: object, word: str) -> bool:
 
 
 def _prompt_tokens(response: Response) -> int | None:
-    """Tokens of the prompt, where the server counts them."""
+    """Number of prompt tokens; None if the server does not report it."""
     try:
         return int(json.loads(response.body)["usage"]["prompt_tokens"])
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -174,7 +174,7 @@ def _prompt_tokens(response: Response) -> int | None:
 
 
 def _version(server: Server, deadline: float) -> str:
-    """ " (vLLM 0.32.0)" where the server says so, else nothing."""
+    """ " (vLLM 0.32.0)" if the server reports its version, else ""."""
     parts = urlsplit(server.url)
     root = f"{parts.scheme}://{parts.netloc}{parts.path.removesuffix('/v1')}"
     response = request(f"{root}/version", deadline)

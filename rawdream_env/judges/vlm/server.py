@@ -3,14 +3,14 @@
     vllm serve Qwen/Qwen3-VL-8B-Instruct --port 8000
     judge = VLMServerJudge(VLMServerConfig(servers=("http://localhost:8000/v1",)))
 
-One request per video asks for all votes at once (they share the prompt's computation), constrained to the reply's JSON
-schema; the strict reader reads every vote again. What can go wrong on the way is INVALID with its reason, never a
-failure of the robot: a video is asked about again until it has an answer or its deadline is over, at another server
-where there is one. Only the start-up probe raises, so that a run does not begin with a judge that cannot work.
+One request per video asks for all votes (they share the computation of the prompt), constrained to the JSON schema of
+the reply; the strict reader checks every vote again. An error on the way gives INVALID with its reason, never FAILURE:
+the request is repeated until it has an answer or the deadline has passed, on another server if there is one. Only the
+start-up probe raises, so that a run does not start with a judge that cannot work.
 
-A call with N videos starts min(N, max_in_flight) threads, which end with it; the judge holds no connection and no
-thread between calls, may be called from several threads, and answers in the order of the videos: a verdict's place is
-that of its video from the first to the last, and every connection carries one request only.
+A call with N videos starts min(N, max_in_flight) threads, which end with the call. The judge holds no connection and no
+thread between calls and may be called from several threads. Verdicts are in the order of the videos, and every
+connection carries one request only.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ from rawdream_env.judges.verdict import verdict_of
 from rawdream_env.judges.vlm import prompt
 from rawdream_env.judges.vlm.cache import ReplyCache
 from rawdream_env.judges.vlm.config import VLMServerConfig
-from rawdream_env.judges.vlm.http import Response, Server, Servers, TransportError, readable, request
+from rawdream_env.judges.vlm.http import Response, Server, Servers, TransportError, api_key, readable, request
 from rawdream_env.judges.vlm.probe import check_servers, probe
 from rawdream_env.types import Outcome, Verdict, Video
 
 log = logging.getLogger(__name__)
 
 _GRACE_S = 0.3
-"""Beyond the deadline: for a thread held where no time-out reaches it, such as the name service."""
+"""Seconds after the deadline, for threads where no timeout applies, such as in name resolution."""
 
 _URL = "{video}"
-"""Stands for the video while JSON is written; no instruction contains it, ``prompt.task_data`` takes braces away."""
+"""Stands for the video while JSON is written. No instruction contains it: ``prompt.task_data`` removes braces."""
 
 _TRANSIENT = frozenset({408, 409, 425, 429})
-"""What passes by itself, beside every status from 500 on; any other refusal is about this request, and final."""
+"""Statuses that are retried, beside 500 and above; any other status concerns this request and is final."""
 
 
 @dataclass
 class _Call:
-    """One call of the judge: its videos are worked off in order by a few threads."""
+    """One call of the judge: a few threads process its videos in order."""
 
     videos: Sequence[Video]
     instructions: Sequence[str]
@@ -60,30 +60,33 @@ class _Call:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def next_place(self) -> int | None:
-        """The next video nobody has taken yet."""
+        """The index of the next video, None after the last."""
         with self.lock:
             return next(self.places, None)
 
 
 class VLMServerJudge:
-    """Asks one server or several in turn; see the module's text and :class:`VLMServerConfig`.
+    """Asks one server or several in turn; see the module's docstring and :class:`VLMServerConfig`.
 
     Args:
-        config: servers, model, votes and patience.
-        check: probe the servers now; without, before their first use, and ``config.model`` has to be named.
+        config: servers, model, prompt, votes and timeouts.
+        check: probe the servers now. If False, they are probed before their first use and need ``config.model``.
 
-    ``remote`` is True: asking means waiting, and several threads may ask at once.
+    ``remote`` is True: a call waits for a server, and several threads may call at once.
 
     Raises:
-        JudgeUnavailableError: no server can be reached, or one has not the model, takes no video, samples not as many
-            replies as asked, or ignores the JSON schema. Only here: a call never raises for a server's sake.
+        InvalidOptionError: the prompt or the API key cannot be used.
+        JudgeUnavailableError: no server can be reached, or one lacks the model, video input, multiple replies or JSON
+            schemas. Raised only here: a call never raises because of a server.
     """
 
     remote = True
 
     def __init__(self, config: VLMServerConfig, *, check: bool = True) -> None:
+        api_key()  # a key that cannot be sent is an error here, not an INVALID verdict later
         self.config = config
         self.model = config.model
+        self.prompt = prompt.load_prompt(config.prompt)
         self.servers = Servers([Server(url.rstrip("/")) for url in config.servers], config.max_backoff_s)
         self._cache = ReplyCache(config.cache_size, config.cache_dir)
         self._slots = threading.BoundedSemaphore(config.max_in_flight)
@@ -99,7 +102,7 @@ class VLMServerJudge:
     def __call__(self, videos: Sequence[Video], instructions: Sequence[str]) -> list[Verdict]:
         """See :class:`Judge`.
 
-        Returns at the latest ``deadline_s`` and a second after a server last gave a usable answer, or after the call.
+        Returns at most ``deadline_s`` plus one second after the last usable answer of a server (or after the call).
         """
         check_pairs(videos, instructions)
         call = _Call(videos, instructions, iter(range(len(videos))), [None] * len(videos))
@@ -109,7 +112,7 @@ class VLMServerJudge:
         ]
         started: list[threading.Thread] = []
         try:
-            with contextlib.suppress(RuntimeError):  # no more threads: those there are do the work
+            with contextlib.suppress(RuntimeError):  # no more threads: the ones that started do the work
                 for thread in threads:
                     thread.start()
                     started.append(thread)
@@ -124,7 +127,7 @@ class VLMServerJudge:
         return [late if verdict is None else verdict for verdict in list(call.verdicts)]
 
     def _limit(self, call: _Call) -> float:
-        """When to give up because no server has given a usable answer for a whole deadline."""
+        """The time to give up, because no server has given a usable answer for ``deadline_s``."""
         return max(call.began, self.servers.heard_at) + self.config.deadline_s
 
     def _work(self, call: _Call) -> None:
@@ -160,13 +163,13 @@ class VLMServerJudge:
         return verdict
 
     def request_body(self, sample: prompt.Sample, instruction: str) -> bytes:
-        """The JSON of a chat completion about ``sample``; equal for equal questions."""
+        """The JSON of a chat completion about ``sample``; equal questions give equal bytes."""
         config = self.config
         pictures = prompt.encode_frames(sample.frames, cast(prompt.Encoding, config.encoding))
         body = json.dumps(
             {
                 "model": self.model,
-                "messages": prompt.chat_messages(_URL, instruction),
+                "messages": prompt.chat_messages(_URL, instruction, self.prompt),
                 "n": config.votes,
                 "temperature": config.temperature,
                 "max_tokens": config.max_tokens,
@@ -175,12 +178,12 @@ class VLMServerJudge:
                 "media_io_kwargs": prompt.media_options(sample),
             }
         )
-        # Put in afterwards: half a megabyte of base64 has nothing that JSON would have to escape.
+        # Inserted afterwards: half a megabyte of base64 needs no JSON escapes.
         return body.replace(_URL, prompt.video_url(pictures), 1).encode()
 
     def _ask_until(self, call: _Call, body: bytes, deadline: float) -> list[tuple[object, str]] | str:
-        """Replies with their finish reasons, or why there are none: asked until the deadline or a final refusal."""
-        config, attempts, backoff, last = self.config, 0, self.config.backoff_s, "every server asked for patience"
+        """Replies with their finish reasons, or the error: retried until the deadline or a final refusal."""
+        config, attempts, backoff, last = self.config, 0, self.config.backoff_s, "every server sent Retry-After"
         while not call.over.is_set():
             limit = min(deadline, self._limit(call))
             server, closed_s = self.servers.pick()
@@ -210,10 +213,13 @@ class VLMServerJudge:
         return f"no answer within {config.deadline_s:g} s, {attempts} attempts; the last: {last}"
 
     def _ask(self, server: Server, body: bytes, deadline: float) -> tuple[list[tuple[object, str]] | str, float | None]:
-        """One attempt: replies, or what went wrong and the patience asked for (0: none; None: asking again is no use)."""
+        """One attempt: replies, or an error and the server's Retry-After (0: none; None: the error is final)."""
         try:
             if not server.checked and (refusal := probe(server, self.config, deadline)[1]):
-                return refusal, 0.0  # it was away at the start; until it is mended it is as good as away
+                return (
+                    refusal,
+                    0.0,
+                )  # it was unreachable at the start; until it passes the probe it counts as unreachable
             name = uuid.uuid4().hex
             response = request(f"{server.url}/chat/completions", deadline, body, {"X-Request-Id": name})
         except TransportError as error:
@@ -227,9 +233,9 @@ class VLMServerJudge:
 
 
 def read_completion(response: Response, votes: int, name: str = "") -> list[tuple[object, str]] | str:
-    """The replies in a chat completion and why each ended ("stop", "length"), or what is wrong with it as a whole.
+    """The replies in a chat completion with their finish reasons ("stop", "length"), or the error of the response.
 
-    ``name`` is the id the completion must carry: one that belongs to another request is not taken for this one's.
+    ``name`` is the id that the completion must contain, so that the response to another request is not used.
     """
     try:
         completion = json.loads(response.body)
@@ -249,7 +255,7 @@ def read_completion(response: Response, votes: int, name: str = "") -> list[tupl
 
 
 def _unpickled(config: VLMServerConfig, model: str) -> VLMServerJudge:
-    """A copy in another process: its servers have been probed by the original."""
+    """A copy in another process; the original has probed the servers."""
     judge = VLMServerJudge(config, check=False)
     judge.model = model
     for server in judge.servers.all:

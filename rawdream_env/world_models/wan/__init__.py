@@ -1,1 +1,1 @@
-"""The Wan video transformer as a causal, action-conditioned world model."""
+"""Wan's video transformer as a causal, action-conditioned world model."""

@@ -1,12 +1,12 @@
 """Attention of the world-model transformer: block-causal over latent frames, rotary in time, row and column.
 
-Module names follow diffusers' ``WanTransformer3DModel``. Keys leave ``WanAttention.project`` normalised but not rotated,
-so that a cache may be read at other positions than it was written at.
+Module names follow diffusers' ``WanTransformer3DModel``. ``WanAttention.project`` returns keys that are normalised but not
+rotated, so that a cache can be read at other positions than it was written at.
 
-The prompt of a world model never changes, so what Wan's cross-attention reads is known beforehand. Equal rows are
-collapsed: n equal keys weigh as much as one key whose score is raised by log(n), which is exact. Wan pads every prompt to
-512 rows that nothing masks, so an empty prompt is two different rows, and an all-zero one a single row, whose attention is
-a constant per layer, whatever the query.
+The prompt of a world model is fixed, so the inputs of Wan's cross-attention are known in advance. Equal rows are merged: n
+equal keys have the weight of one key whose score is raised by log(n), which is exact. Wan pads every prompt to 512 rows and
+does not mask the padding: an empty prompt has two different rows, an all-zero prompt has one, and its attention is a
+constant per layer, independent of the query.
 
 Shape letters: B batch, F latent frames, P tokens in a frame, L = F P tokens, D width, N heads, U different prompt rows.
 """
@@ -31,16 +31,16 @@ KeyValues = list[KeyValue]
 Rope = tuple[Tensor, Tensor]
 """cos and sin, each (L, D/N/2) or broadcastable to (B, N, L, D/N/2)."""
 Mask = Tensor | BlockMask | None
-"""What may be seen: boolean (..., Lq, Lk), a FlexAttention block mask, or None for everything."""
+"""Visible keys: boolean (..., Lq, Lk), a FlexAttention block mask, or None for all."""
 PromptKeys = Tensor | tuple[Tensor, Tensor, Tensor]
-"""What a block's cross-attention makes of the prompt: keys, values (N, U, D/N) and log counts (1, U); or, for a single
-row, the constant (D,) that it adds."""
+"""The prompt in a block's cross-attention: keys, values (N, U, D/N) and log counts (1, U); or, for a single row, the
+constant (D,) that it adds."""
 
 _FLEX_BLOCK = 128
 
 
 def rope_tables(frames: Tensor, grid: tuple[int, int], head_dim: int) -> Rope:
-    """Wan's 3-D rotary tables. ``frames`` (F,) integer times -> cos, sin (F*P, head_dim/2), time, row, column."""
+    """Wan's 3-D rotary tables over time, row and column: ``frames`` (F,) integer times -> cos, sin (F*P, head_dim/2)."""
     dim_hw = 2 * (head_dim // 6)
     dims = (head_dim - 2 * dim_hw, dim_hw, dim_hw)
     rows, cols = torch.arange(grid[0], device=frames.device), torch.arange(grid[1], device=frames.device)
@@ -79,9 +79,9 @@ def _block_mask(visible: tuple[tuple[bool, ...], ...], tokens: int, device: str)
 def frame_mask(visible: Tensor, tokens: int, device: torch.device, *, flex: bool | None = None) -> Mask:
     """The attention mask of frame-level visibility (Fq, Fk), in the form that is fastest on ``device``.
 
-    A CPU gets a dense mask, always, so that results do not depend on which frames happen to be in one call. A GPU gets
-    nothing when everything is visible, a FlexAttention block mask when a frame is whole blocks (256 tokens are), and a
-    dense mask otherwise. ``flex`` chooses by hand.
+    On a CPU the mask is always dense, so that results do not depend on which frames share a call. On a GPU it is None when
+    everything is visible, a FlexAttention block mask when a frame is a multiple of the block size (256 tokens are), and
+    dense otherwise. ``flex`` overrides the choice.
     """
     if flex is None:
         if device.type != "cpu" and bool(visible.all()):
@@ -101,7 +101,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """Scaled dot-product attention (B, N, Lq, Dh) under ``mask``; FlexAttention for a block mask."""
     if not isinstance(mask, BlockMask):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    compiled = q.device.type == "cuda" and not torch.compiler.is_compiling()  # inside a compiled caller it is already
+    compiled = q.device.type == "cuda" and not torch.compiler.is_compiling()  # a compiled caller compiles it too
     flex = _compiled_flex() if compiled else flex_attention
     out: Tensor = flex(q, k, v, block_mask=mask)
     return out
@@ -141,15 +141,15 @@ class WanAttention(nn.Module):
 
 
 class WanCrossAttention(WanAttention):
-    """Attention to the prompt's different rows, each weighing as much as the rows it stands for."""
+    """Attention to the different rows of the prompt, each with the weight of the rows it replaces."""
 
     def prepare(self, rows: Tensor, counts: Tensor) -> PromptKeys:
-        """Embedded rows (U, D) and how often each occurs, integers (U,) -> what ``add`` needs."""
+        """Embedded rows (U, D) and their counts, integers (U,) -> the argument ``prompt`` of ``add``."""
         if len(rows) == 1:
             constant: Tensor = self.to_out[0](self.to_v(rows))[0]
             return constant
         k, v = self.project(rows)
-        exact = torch.float64 if k.dtype == torch.float64 else torch.float32  # bfloat16 cannot tell 511 from 512
+        exact = torch.float64 if k.dtype == torch.float64 else torch.float32  # bfloat16 rounds 511 to 512
         return k, v, counts.to(exact).log()[None]
 
     def add(self, x: Tensor, normed: nn.Module, prompt: PromptKeys) -> Tensor:
@@ -161,7 +161,7 @@ class WanCrossAttention(WanAttention):
         if q.dtype == log_counts.dtype:
             size = (len(x), -1, -1, -1)
             out = F.scaled_dot_product_attention(q, k.expand(size), v.expand(size), log_counts)
-        else:  # the kernel would round the counts; few rows are cheap by hand
+        else:  # the kernel would round the counts; with few rows the explicit form is cheap
             scores = (q @ k.to(q.dtype).transpose(-1, -2)).float() / q.shape[-1] ** 0.5 + log_counts
             out = scores.softmax(-1).to(q.dtype) @ v.to(q.dtype)
         y: Tensor = x + self.to_out[0](out.transpose(1, 2).flatten(2))
@@ -171,7 +171,7 @@ class WanCrossAttention(WanAttention):
 def collapse_prompt(embeds: Tensor) -> tuple[Tensor, Tensor]:
     """A prompt's embedding (L, text_dim), padding included -> its different rows (U, text_dim) and counts (U,).
 
-    The order of keys does not matter to attention.
+    Attention does not depend on the order of keys.
     """
     rows, counts = torch.unique(embeds, dim=0, return_counts=True)
     return rows, counts

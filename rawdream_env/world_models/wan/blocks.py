@@ -1,6 +1,6 @@
-"""What the Wan transformer is made of: conditions on noise level and action, feed-forward layers, the block.
+"""Parts of the Wan transformer: conditions on noise level and action, feed-forward layers, the block.
 
-Module names follow diffusers' ``WanTransformer3DModel``, so that its weights load as they are.
+Module names follow diffusers' ``WanTransformer3DModel``, so that its weights load without conversion.
 
 Shape letters: B batch, F latent frames, P tokens in a frame, D width.
 """
@@ -54,7 +54,7 @@ class _Projection(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """The feed-forward layers of a block (diffusers keeps a dropout, of no effect, between the two)."""
+    """The feed-forward layers of a block. The ``Identity`` is at the index of diffusers' dropout."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class FeedForward(nn.Module):
 
 @dataclass(frozen=True)
 class Condition:
-    """What conditions latent frames: ``vector`` (B, F, D) for the ends of the model, ``modulation`` (B, F, 6, D) for the
+    """Conditions of latent frames: ``vector`` (B, F, D) for the ends of the model, ``modulation`` (B, F, 6, D) for the
     blocks. Conditions on time and on action add up; dims of size 1 are broadcast.
     """
 
@@ -83,7 +83,7 @@ class Condition:
 
 
 class ConditionEmbedder(nn.Module):
-    """Noise levels, actions and the prompt -> what the blocks take."""
+    """Embeds noise levels, actions and the prompt for the blocks."""
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class ConditionEmbedder(nn.Module):
         self.text_embedder = MLP(config.text_dim, d, nn.GELU(approximate="tanh")) if config.text_dim else None
         self.action_embedder = MLP(config.condition_dim, d, nn.SiLU())
         self.action_proj = nn.Linear(d, 7 * d)
-        nn.init.zeros_(self.action_proj.weight)  # a new action path changes nothing
+        nn.init.zeros_(self.action_proj.weight)  # a new action path has no effect
         nn.init.zeros_(self.action_proj.bias)
 
     def time(self, noise_level: Tensor) -> Condition:
@@ -155,7 +155,7 @@ class WanBlock(nn.Module):
         return x + self.ffn(self.norm3(x) * (1 + scale_f) + shift_f) * gate_f, own
 
     def keys_values(self, x: Tensor, modulation: Tensor) -> KeyValue:
-        """Own keys and values alone: all that the last block owes to a context."""
+        """Only this block's keys and values, which is all that a context needs from the last block."""
         shift, scale = self._table(modulation, x.dtype)[:2]
         return self.attn1.project((self.norm1(x) * (1 + scale) + shift).flatten(1, 2))
 

@@ -1,16 +1,18 @@
-"""One autoregressive step of the denoiser: the context's keys and values once, the new frames at each evaluation.
+"""One autoregressive step of the denoiser: context keys and values once per step, new frames at each evaluation.
 
-The context noise is held for the whole step, so the context's keys and values are the same at every evaluation of the
-sampler: computing them once is exact. What else is saved without changing a bit of the result:
+Context noise is drawn once per step, so the context's keys and values are the same at every evaluation of the sampler and
+computing them once is exact. (The paper does not say whether it draws the noise once per step or at each evaluation.) Other
+savings that do not change the result:
 
-- the anchor sees only itself, so rows that share a start picture share its keys and values (a group of GRPO does);
+- the anchor sees only itself, so rows with the same start frame share its keys and values (a group of GRPO does);
 - the last block of the context pass stops after its keys and values;
-- timestep modulation comes from a table (all rows of an evaluation have one noise level), the action's once per step;
+- timestep modulation comes from a table (all rows of an evaluation have one noise level), action modulation is computed
+  once per step;
 - the prompt's keys and values are constants of the model.
 
-Modes of ``ContextCache``: ``step`` is the above; ``none`` recomputes all frames at every evaluation (same result; to compare);
-``rolling`` keeps keys and values across steps and computes only those of the newest frames, an approximation: a frame's
-keys then come from the context it was first seen in.
+Modes of ``ContextCache``: ``step`` is the above. ``none`` recomputes all frames at every evaluation, with the same result.
+``rolling`` keeps keys and values across steps and computes only those of the newest frames; it is an approximation, because
+the keys of a frame come from the context in which it was first seen.
 
 Shape letters: B rows, U different anchors, R recent latent frames, G new ones, C H W latent frame, P tokens in a frame.
 """
@@ -32,7 +34,7 @@ ContextCache = Literal["step", "none", "rolling"]
 
 
 class ConditionCache:
-    """What depends on the weights alone: the prompt's keys and values, and timestep conditions by noise level."""
+    """Values that depend only on the weights: the prompt's keys and values, and timestep conditions by noise level."""
 
     def __init__(self, model: WanWorldModelTransformer) -> None:
         self._model = model
@@ -63,7 +65,7 @@ class ConditionCache:
 
 @dataclass(frozen=True)
 class Context:
-    """What B rows look back on, noise added; their contexts are equally long.
+    """The context of B rows, with noise; all rows have the same number of context frames.
 
     ``frames`` (B, 1 + n, C, H, W), the anchor first; ``anchor_level`` and ``anchor_name`` of each row; ``conditions``
     (B, 1 + n, D_c); ``maps`` (B, 1 + n, C_m, H, W); ``times``: each row's position of the first new frame; ``cache``: rolling
@@ -81,7 +83,7 @@ class Context:
 
 
 class ChunkDenoiser:
-    """Clean-sample estimate of G new frames at a noise level; call it as ``sample_flow`` wants."""
+    """Clean-sample estimate of G new frames at a noise level: the ``denoise`` argument of ``sample_flow``."""
 
     def __init__(
         self,
@@ -105,7 +107,7 @@ class ChunkDenoiser:
         self.keys_values = None if context_cache == "none" else self._context_keys()
 
     def _positions(self, device: torch.device) -> Rope:
-        """Rotary tables of all frames: (L, Dh/2), or (B, 1, L, Dh/2) when rows have come to different times."""
+        """Rotary tables of all frames: (L, Dh/2), or (B, 1, L, Dh/2) when rows are at different times."""
         arch, times = self.model.arch, self.context.times
 
         def table(time: int) -> Rope:
@@ -127,7 +129,7 @@ class ChunkDenoiser:
         return self.rope[0][..., tokens, :], self.rope[1][..., tokens, :]
 
     def _context_condition(self, rows: Tensor | None, frames: slice) -> Condition:
-        """Conditions of context frames: all of the anchor's, or all of the recent ones'."""
+        """Conditions of context frames, either of the anchor or of the recent frames."""
         c = self.context
         given = c.conditions[:, frames] if rows is None else c.conditions[rows][:, frames]
         if frames.start == 0:
@@ -138,7 +140,9 @@ class ChunkDenoiser:
         return self.condition_cache.time(c.level) + self.model.condition_embedder.action(given)
 
     def _pass(self, rows: Tensor | None, frames: slice, before: KeyValues | None) -> KeyValues:
-        """Keys (not rotated) and values of some context frames that see ``before`` (rotated) and, causally, themselves."""
+        """Keys (not rotated) and values of some context frames, which attend to ``before`` (rotated) and, causally, to
+        themselves.
+        """
         c, arch = self.context, self.model.arch
         condition = self._context_condition(rows, frames)
         pictures, maps = (x[:, frames] if rows is None else x[rows][:, frames] for x in (c.frames, c.maps))
@@ -179,12 +183,12 @@ class ChunkDenoiser:
         return _joined(before, new, self._rope(slice(1 + old, n)))
 
     def _pad(self, caches: KeyValues) -> tuple[Tensor, ...]:
-        """Right-aligned in room for R frames, so that rows of any age can share a batch."""
+        """Pad to R frames, right-aligned, so that rows at different steps can share a batch."""
         room = self.model.arch.context_latents * self.model.arch.tokens_per_frame
         return tuple(torch.nn.functional.pad(x, (0, 0, room - x.shape[2], 0)) for pair in caches for x in pair)
 
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
-        """``x`` (B, G, C, H, W) at noise level ``sigma`` -> the clean sample expected from it."""
+        """``x`` (B, G, C, H, W) at noise level ``sigma`` -> the estimate of the clean sample."""
         model, prompt = self.model, self.condition_cache.prompt
         condition = self.condition_cache.time(sigma) + self.action
         tokens, stem = model.embed(x, self.base, self.maps, condition)
@@ -197,7 +201,7 @@ class ChunkDenoiser:
         return out if model.arch.residual else x - sigma * out
 
     def _joint(self, tokens: Tensor, condition: Condition, prompt: Sequence[PromptKeys | None]) -> Tensor:
-        """Features of the new frames with everything computed anew."""
+        """Features of the new frames, computed together with the context."""
         c, n = self.context, self.n
         parts = [self._context_condition(None, slice(0, 1))]
         if n > 1:
@@ -212,8 +216,8 @@ class ChunkDenoiser:
 
 
 def _joined(before: KeyValues, after: KeyValues, rope: Rope) -> KeyValues:
-    """Rotated keys and values ``before``, then those ``after``, rotated here; both lists are emptied on the way, so that
-    hardly more than the result is ever in memory.
+    """Rotated keys and values ``before``, followed by those ``after``, which are rotated here. Both lists are emptied
+    meanwhile, so that memory holds little more than the result.
     """
     out: KeyValues = []
     while after:
@@ -223,7 +227,7 @@ def _joined(before: KeyValues, after: KeyValues, rope: Rope) -> KeyValues:
 
 
 def _shared(names: Sequence[object], device: torch.device) -> tuple[Tensor, Tensor]:
-    """One row for each different name (U,), and for every row the place of its own among them (B,)."""
+    """The index of the first row with each different name (U,), and for every row the index of its name (B,)."""
     place = {name: i for i, name in enumerate(dict.fromkeys(names))}
     first = [names.index(name) for name in place]
     inverse = [place[name] for name in names]

@@ -1,18 +1,21 @@
 """Sizes of the world-model transformer: one frozen dataclass, two named configurations.
 
-``embedded`` is what ships with the package, ``wan2.1-1.3b`` the paper's (Wan2.1-T2V-1.3B at 256 x 256 pixels).
+``embedded`` is the bundled model, ``wan2.1-1.3b`` the paper's (Wan2.1-T2V-1.3B at 256 x 256 pixels).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-from rawdream_env.errors import CheckpointError
+from rawdream_env.errors import CheckpointError, InvalidOptionError
 
 MOTION_CHANNELS = 4
 """The tool's motion since the last context frame: u, v in latent cells at a latent's first and last video frame."""
 PROMPT_ROWS = 512
-"""Rows to which Wan pads a prompt's embedding; nothing masks the padding, so its attention sees it."""
+"""Rows to which Wan pads a prompt's embedding. The padding is not masked, so attention sees it."""
+
+_COUNTS = ("num_layers", "stem_blocks", "head_blocks")
+_MAY_BE_ZERO = ("text_dim", "pose_dim", "arm_map_channels", "stem_channels", "context_latents")
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ class WanConfig:
     text_dim: int = 0
     """Width of the prompt embedding that Wan's cross-attention reads; 0 for a model without cross-attention."""
     text_rows: int = 1
-    """Different rows of the prompt embedding: 1 for an all-zero prompt, 2 for Wan's empty prompt and its padding."""
+    """Number of different rows of the prompt embedding: 1 for an all-zero prompt, 2 for Wan's empty prompt and its
+    padding."""
     action_dim: int = 7
     """Action dimensions A."""
     actions_per_latent: int = 4
@@ -46,8 +50,8 @@ class WanConfig:
     arm_map_channels: int = 0
     """Channels of the arm map at latent resolution, per latent frame; 0 for none."""
     warp_last_frame: bool = False
-    """Show each new frame the last context frame shifted with the tool, to its first and last video frame, beside the
-    shift itself (4 more map channels, then 2 C of picture); needs the arm map and ``residual``."""
+    """Give each new frame, as extra input channels, the last context frame shifted by the tool's motion up to its first and
+    up to its last video frame (2 C channels), and the motion itself (4 map channels); needs the arm map and ``residual``."""
     stem_channels: int = 96
     """Width of the convolutional stem and head; 0 for Wan's plain patch embedding."""
     stem_blocks: int = 2
@@ -55,7 +59,7 @@ class WanConfig:
     head_blocks: int = 3
     """Residual blocks of the head."""
     context_latents: int = 6
-    """Most recent latent frames in the context, besides the anchor."""
+    """Number of recent latent frames in the context, in addition to the anchor."""
     chunk_latents: int = 2
     """Latent frames imagined per action chunk (G in the paper)."""
     residual: bool = True
@@ -95,13 +99,22 @@ class WanConfig:
         return self.grid[0] * self.grid[1]
 
     def check(self) -> None:
-        """Raise ``ValueError`` for settings that do not fit each other."""
+        """Raise ``InvalidOptionError`` for sizes out of range and for settings that do not fit each other."""
+        for name, value in asdict(self).items():
+            least, most = (0, 1000) if name in _COUNTS else (0 if name in _MAY_BE_ZERO else 1, 65_536)
+            sizes = value if isinstance(value, tuple) else () if isinstance(value, (bool, float)) else (value,)
+            if any(not least <= size <= most for size in sizes):
+                raise InvalidOptionError(f"{name} is {value}; it must be between {least} and {most}.")
         if self.latent_shape[1] % self.patch_size or self.latent_shape[2] % self.patch_size:
-            raise ValueError(f"latent_shape {self.latent_shape} is not a multiple of patch_size {self.patch_size}")
+            raise InvalidOptionError(
+                f"latent_shape {self.latent_shape} is not a multiple of patch_size {self.patch_size}"
+            )
         if self.attention_head_dim % 2:
-            raise ValueError(f"attention_head_dim {self.attention_head_dim} is odd: rotary positions need pairs")
+            raise InvalidOptionError(
+                f"attention_head_dim {self.attention_head_dim} is odd: rotary positions need pairs"
+            )
         if self.warp_last_frame and not (self.residual and self.arm_map_channels):
-            raise ValueError(
+            raise InvalidOptionError(
                 "warp_last_frame needs residual and arm_map_channels: it shifts the last context frame with the arm"
             )
 
@@ -125,7 +138,7 @@ WAN_CONFIGS: dict[str, WanConfig] = {
 
 
 def wan_config(name: str) -> WanConfig:
-    """The configuration called ``name``; ``CheckpointError`` lists the names there are."""
+    """The configuration called ``name``; for an unknown name, ``CheckpointError`` lists the available ones."""
     if name not in WAN_CONFIGS:
         raise CheckpointError(
             f"there is no world-model configuration {name!r}; choose among {', '.join(map(repr, WAN_CONFIGS))}."

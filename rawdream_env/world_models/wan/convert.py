@@ -2,10 +2,10 @@
 
 Two layouts are read: the folder of diffusers (``transformer/``, ``vae/``) and Wan's original release (one file for the
 transformer, ``Wan2.1_VAE.pth`` for the VAE). The transformer's names are those of diffusers; Wan's own differ as in
-``ORIGINAL_NAMES``. Action modules, which Wan lacks, are new and start at zero, so that the converted model is Wan 2.1.
+``ORIGINAL_NAMES``. Wan has no action modules; new ones start at zero, so that the converted model computes what Wan 2.1 does.
 
-What Wan saw as an empty prompt is one row of its text encoder's and 511 rows of padding. The prompt of a converted model
-is all zero, the padding alone, unless the embedding is given.
+Wan's empty prompt is one row from its text encoder and 511 rows of padding. The prompt of a converted model is all zero
+(padding only), unless an embedding is given.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _PREFIX = "model.diffusion_model."  # of files that hold a whole pipeline
 
 
 def _added(name: str) -> bool:
-    """Whether a tensor is ours, not Wan's."""
+    """Whether a tensor is one that Wan does not have."""
     return name.startswith(("condition_embedder.action_", "prompt_"))
 
 
@@ -97,7 +97,7 @@ def build_transformer(tensors: Tensors, config: WanConfig, where: str | Path) ->
 
 
 def _new_tensors(config: WanConfig) -> dict[str, Tensor]:
-    """What Wan lacks: the action path, random but for its last layer, which is zero, and an all-zero prompt."""
+    """Tensors that Wan does not have: the action path, random except for its last layer, which is zero, and a zero prompt."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         small = WanWorldModelTransformer(replace(config, num_layers=0))
@@ -161,8 +161,8 @@ def read_wan_transformer(
 ) -> WanWorldModelTransformer:
     """Wan's transformer as a world model, from a folder of diffusers, a folder of Wan's release or one file.
 
-    ``latent_size``: rows and columns of a latent frame (pixels / 8). ``prompt`` (L, text_dim): the text embedding that the
-    model will always see; all zero when None.
+    ``latent_size``: rows and columns of a latent frame (pixels / 8). ``prompt`` (L, text_dim): the fixed text embedding
+    of the model; all zero when None.
     """
     base = wan_config("wan2.1-1.3b") if base is None else base
     path = Path(source)
@@ -219,15 +219,15 @@ class ConvertWanConfig:
     src: Annotated[str, Positional]
     """Folder of Wan2.1-T2V-1.3B in diffusers' layout or of Wan's own release, or its transformer's single file."""
     out: str
-    """Folder of the world model to write; must not hold one yet."""
+    """Folder to write the world model to; must not contain one."""
     vae: str = ""
-    """Folder or file of the VAE, when it is not where it belongs in SRC (vae/ or Wan2.1_VAE.pth)."""
+    """Folder or file of the VAE; by default vae/ or Wan2.1_VAE.pth in SRC."""
     image_size: int = 256
     """Height and width of the frames in pixels; a multiple of 16."""
     prompt: Literal["zero", "empty"] = "zero"
-    """The prompt the model will always see: all zero, or Wan's empty prompt, which needs SRC/text_encoder."""
+    """The fixed prompt of the model: all zero, or Wan's empty prompt, which needs SRC/text_encoder."""
     fps: float = 10.0
-    """Frames per second of the robot data it will be trained on."""
+    """Frames per second of the training data."""
 
 
 def convert_wan(config: ConvertWanConfig) -> Path:
@@ -251,4 +251,4 @@ def _find_vae(source: Path) -> Path:
     for place in (folder / "vae", folder / "Wan2.1_VAE.pth", folder / "Wan2.1_VAE.safetensors"):
         if place.exists():
             return place
-    raise CheckpointError(f"there is neither vae/ nor Wan2.1_VAE.pth in {folder}; say where the VAE is with --vae.")
+    raise CheckpointError(f"there is neither vae/ nor Wan2.1_VAE.pth in {folder}; give the VAE's path with --vae.")

@@ -1,7 +1,7 @@
 """The state of B imagined episodes: latents, conditions and caches, batched along dim 0.
 
-Rows can be picked, mixed and joined without touching the others: partial resets, finished episodes that leave the batch
-and replays that join it are ``state[rows]``, ``DreamState.where`` and ``DreamState.cat``.
+Rows can be selected, mixed and joined without an effect on other rows: ``DreamState.where`` resets some rows,
+``state[rows]`` removes finished episodes, and ``DreamState.cat`` adds replays.
 
 Shape letters: B rows, R recent latent frames, C H W latent frame, P pose dims.
 """
@@ -73,7 +73,7 @@ def _build(
     tensor: Callable[[list[Tensor]], Tensor],
     label: Callable[[list[tuple[object, ...]]], tuple[object, ...]],
 ) -> DreamState:
-    """A state made field by field from the fields of ``states``."""
+    """A state whose fields are computed from the same fields of ``states``."""
     out: dict[str, object] = {name: tensor([getattr(s, name) for s in states]) for name in _TENSORS}
     for name in _GROUPS:
         groups = zip(*(getattr(s, name) for s in states), strict=True)

@@ -1,8 +1,8 @@
-"""Eight-bit floating-point matrix products for the transformer's blocks: opt-in, approximate, for GPUs that have them.
+"""Eight-bit floating-point matrix products in the transformer's blocks: an opt-in approximation.
 
-Weights are e4m3 with one scale per output channel, activations e4m3 with one scale per token, found as they pass. On an
-NVIDIA GPU of compute capability 8.9 or more the product runs in fp8; elsewhere the same rounding is done to both factors
-and the product is an ordinary one, so that the price in accuracy can be measured anywhere, without the gain in speed.
+Weights are e4m3 with one scale per output channel, activations e4m3 with one dynamic scale per token. On an NVIDIA GPU of
+compute capability 8.9 or more the product runs in fp8. Elsewhere both factors are rounded in the same way and multiplied in
+the original precision: the loss of accuracy can be measured on any device, without the gain in speed.
 
 Shape letters: M tokens, K in, N out.
 """
@@ -58,9 +58,10 @@ def has_fp8(device: torch.device) -> bool:
 
 
 def use_fp8(model: WanWorldModelTransformer) -> int:
-    """Replace the linear layers of all blocks, in place; how many. Do it after ``to``, which would widen the weights.
+    """Replace the linear layers of all blocks in place; returns their number. Call it after ``to``, which would cast the
+    weights back.
 
-    Layers whose sizes are not multiples of 16, which the hardware cannot multiply, are left as they are.
+    Layers whose sizes are not multiples of 16 are not replaced: the hardware cannot multiply them.
     """
     count = 0
     for block in model.blocks:

@@ -23,10 +23,10 @@ def needs_exact_rows(x: Tensor) -> bool:
 
 
 def each_row(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``function`` of every element of dim 0 on its own where rows must not depend on the batch, else of all at once.
+    """Apply ``function`` to each element of dim 0 separately where rows must not depend on the batch, else to all at once.
 
-    For small inputs: matrix products of few rows and the vectorised ends of elementwise functions round differently by
-    the place of a row in the batch.
+    For small inputs: matrix products of few rows, and elementwise functions at the end of a vector, round differently
+    depending on the position of a row in the batch.
     """
     if not needs_exact_rows(x) or len(x) == 1:
         return function(x)
@@ -55,9 +55,9 @@ class RowExactConv2d(nn.Conv2d):
 
 
 class RowExactLinear(nn.Linear):
-    """``Linear`` for inputs with only a few rows, where CPU kernels depend on their number.
+    """``Linear`` for inputs with few rows, where the result of CPU kernels depends on the number of rows.
 
-    In CPU fp32 inference each row is multiplied on its own; elsewhere it is an ordinary ``Linear``.
+    In CPU fp32 inference each row is multiplied separately; elsewhere it is an ordinary ``Linear``.
     """
 
     def forward(self, x: Tensor) -> Tensor:

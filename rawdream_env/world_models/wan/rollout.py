@@ -1,11 +1,19 @@
-"""The world model as one object: frame codec, transformer, keyed noise, autoregressive rollout (paper section 3.1,
-A.3).
+"""The world model as one object: frame codec, transformer, keyed noise, autoregressive rollout (paper, section 3.1 and
+appendix A.1).
 
-Each call of ``imagine`` makes G latent frames from the anchor and the most recent ones, wholly in latent space; frames are
-decoded as a stream, each latent once. The context gets noise level 0.05 (t = 50 of 1000), drawn once per chunk, so its keys
-and values are the same at every evaluation and are computed once (``chunk.py``). The anchor's level follows t(s) = min(10 *
-max(s - 3, 0), 300), which cures first-frame ghosting; its noise is named by the start picture, chunk and draw, so that
-episodes from one start share it.
+Each call of ``imagine`` generates G latent frames from the anchor and the most recent ones, in latent space; frames are
+decoded as a stream, each latent once. Recent context frames have noise level 0.05 (t = 50 of 1000). The anchor's noise level
+t(s) = min(10 * max(s - 3, 0), 300) prevents first-frame ghosting.
+
+Where the paper leaves the reading open, this implementation chooses:
+
+- Step s counts from 0. The anchor is clean in chunks 0 to 3, and chunk 3 is the first with a whole context (2 s = 6 recent
+  latents). Counting from 1 is ``anchor_noise_start=2``.
+- Context and anchor noise are drawn once per step and held for all evaluations of the sampler. The context's keys and
+  values are then the same at every evaluation and are computed once (``chunk.py``).
+- All noise is drawn afresh at every step. Noise of recent frames and new latents belongs to the episode; noise of the anchor
+  is keyed by start frame, chunk and draw, so that episodes from one start (a group of GRPO) share it and the anchor's keys
+  and values. The second dream of dual-noise verification (section 3.2) is draw 1: it redraws all three at every step.
 
 Shape letters: B rows, K actions in a chunk, A action dims, R recent latent frames, G new ones, C H W latent frame.
 """
@@ -20,7 +28,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from rawdream_env.errors import InvalidActionError
+from rawdream_env.errors import InvalidActionError, InvalidOptionError
 from rawdream_env.robots import ArmMapConfig
 from rawdream_env.seeding import NoiseKey, keyed_normal
 from rawdream_env.world_models.autoencoders import FRAMES_PER_LATENT, FrameCodec
@@ -41,25 +49,46 @@ class RolloutConfig:
     fps: float = 10.0
     """Frames per second of the imagined video."""
     num_inference_steps: int = 5
-    """Evaluations of the sampler per chunk; 1 is the named fast option (it returns the conditional mean)."""
+    """Evaluations of the sampler per chunk; 1 is the fast option, which returns the conditional mean."""
     shift: float = 1.0
     """Flow shift of the sampler's noise levels."""
     context_noise: float = 0.05
     """Noise level of the recent context (t = 50 of 1000)."""
     anchor_noise_step: float = 0.01
-    """Growth of the anchor's noise level per chunk after ``anchor_noise_start``."""
+    """Increase of the anchor's noise level per chunk after ``anchor_noise_start``."""
     anchor_noise_start: int = 3
-    """Chunk index up to which the anchor is clean."""
+    """Last chunk, counted from 0, in which the anchor is clean."""
     anchor_noise_max: float = 0.3
-    """Largest noise level of the anchor."""
+    """Maximum noise level of the anchor."""
     max_time: int = 15
-    """Largest distance in latent frames between the anchor and the first new frame that the positions express."""
+    """Maximum position of the first new latent frame; the anchor's position is 0. Later chunks keep this position."""
     action_low: tuple[float, ...] = (-1.0,) * 7
-    """q01 of the training actions; conditions are (action - low) / (high - low) * 2 - 1, at most 1 in size."""
+    """q01 of the training actions; conditions are (action - low) / (high - low) * 2 - 1, clipped to [-1, 1]."""
     action_high: tuple[float, ...] = (1.0,) * 7
     """q99 of the training actions."""
     arm_map: ArmMapConfig | None = field(default_factory=ArmMapConfig)
-    """The arm map, or None."""
+    """Settings of the arm map; None: no arm map."""
+
+    def check(self) -> None:
+        """Raise ``InvalidOptionError`` for settings that no rollout can have."""
+        levels = (self.context_noise, self.anchor_noise_step, self.anchor_noise_max)
+        if not (0 < self.fps <= 1000 and 1 <= self.num_inference_steps <= 1000 and 0 < self.shift <= 1000):
+            raise InvalidOptionError(
+                f"fps {self.fps}, num_inference_steps {self.num_inference_steps} and shift {self.shift} must be above 0 and at "
+                "most 1000; the paper evaluates the sampler 5 times."
+            )
+        if not all(0 <= level <= 1 for level in levels):
+            raise InvalidOptionError(
+                f"the noise levels of context and anchor are {levels}; they must be between 0 and 1."
+            )
+        pairs = list(zip(self.action_low, self.action_high, strict=False))
+        if len(self.action_low) != len(self.action_high) or not all(low < high for low, high in pairs):
+            raise InvalidOptionError(
+                f"action_low {self.action_low} and action_high {self.action_high} must be equally long, each low below "
+                "its high."
+            )
+        if self.arm_map is not None and not 1 <= self.arm_map.resolution <= 1024:
+            raise InvalidOptionError(f"the arm map's resolution {self.arm_map.resolution} must be between 1 and 1024.")
 
     def anchor_noise(self, chunk: int) -> float:
         """Noise level of the anchor at autoregressive step ``chunk``."""
@@ -67,7 +96,7 @@ class RolloutConfig:
 
 
 WAN_ROLLOUT = RolloutConfig(shift=3.0, max_time=7, arm_map=None)
-"""Settings for a model that starts from Wan 2.1: nine latents at positions 0 to 8, Wan's own flow shift at this size."""
+"""Settings for a model initialized from Wan 2.1: nine latents at positions 0 to 8, Wan's flow shift for this size."""
 
 
 class WanWorldModel:
@@ -80,8 +109,8 @@ class WanWorldModel:
         autoencoder: frames to latents and back.
         config: rollout settings.
         robot: name of the robot whose kinematics turn actions into poses and maps; empty: the default robot.
-        context_cache: which keys and values of the context are kept, see ``chunk.py``. "step" is exact, "none" its slow
-            equal, "rolling" the named approximation.
+        context_cache: which keys and values of the context are kept, see ``chunk.py``: "step" is exact, "none" has the same
+            result and is slower, "rolling" is an approximation.
         micro_batch_size: rows that are denoised, encoded or decoded at once, to bound the memory for activations; 0: all,
             or after ``prepare`` as many as fit.
     """
@@ -96,6 +125,7 @@ class WanWorldModel:
         context_cache: ContextCache = "step",
         micro_batch_size: int = 0,
     ) -> None:
+        config.check()
         transformer.eval().requires_grad_(False)
         self.transformer = transformer
         cast(nn.Module, autoencoder).eval().requires_grad_(False)
@@ -111,10 +141,10 @@ class WanWorldModel:
         if autoencoder.latent_shape != arch.latent_shape:
             raise ValueError(
                 f"the frame codec makes latents {autoencoder.latent_shape}, the transformer takes {arch.latent_shape}; use "
-                "the codec it was trained with, at the same image size"
+                "the codec it was trained with, at the same image size."
             )
         if config.max_time <= arch.context_latents:
-            raise ValueError(f"max_time {config.max_time} must exceed context_latents {arch.context_latents}")
+            raise ValueError(f"max_time {config.max_time} must exceed context_latents {arch.context_latents}.")
         self.robot = robot
         self._arm_map = load_kinematics(robot, config.arm_map)
         if self._arm_map is not None and arch.pose_dim not in (0, self._arm_map.state_dim):
@@ -129,14 +159,14 @@ class WanWorldModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the model lives."""
+        """The device of the model."""
         return self.transformer.patch_embedding.weight.device
 
     def to(self, device: str | torch.device, dtype: torch.dtype = torch.float32) -> WanWorldModel:
-        """Move to a device and precision (in place); bf16 is the fast option on CPUs with AVX512-BF16 and on GPUs.
+        """Move to a device and precision (in place); bf16 is faster on GPUs and on CPUs with AVX512-BF16.
 
         Raises:
-            NotEnoughMemoryError: the weights do not fit there; nothing has been moved.
+            NotEnoughMemoryError: the weights do not fit; nothing has been moved.
         """
         if torch.device(device) != self.device:
             weights = module_bytes((self.transformer, cast(nn.Module, self.autoencoder)), dtype)
@@ -147,9 +177,9 @@ class WanWorldModel:
         return self
 
     def prepare(self, num_envs: int) -> None:
-        """Check that ``num_envs`` episodes fit into the memory that is free, before the first of them begins.
+        """Check that ``num_envs`` episodes fit into the free memory, before the first of them begins.
 
-        With ``micro_batch_size`` 0 as many rows are computed at once as fit.
+        With ``micro_batch_size`` 0, as many rows as fit are computed at once.
 
         Raises:
             NotEnoughMemoryError: they do not fit.
@@ -163,9 +193,7 @@ class WanWorldModel:
 
     @torch.no_grad()
     def start(self, frames: Tensor, keys: Sequence[NoiseKey], proprio: Tensor | None = None) -> DreamState:
-        """Begin B episodes. ``frames`` uint8 (B, H, W, 3); ``proprio`` (B, P) commanded pose, needed with an arm
-        map.
-        """
+        """Start B episodes. ``frames`` uint8 (B, H, W, 3); ``proprio`` (B, P) commanded pose, required with an arm map."""
         frames = torch.as_tensor(frames)
         if frames.shape[1:] != self.frame_shape or frames.dtype != torch.uint8:
             raise ValueError(
@@ -175,9 +203,8 @@ class WanWorldModel:
         if len(keys) != len(frames):
             raise ValueError(f"{len(frames)} start frames but {len(keys)} noise keys")
         arch = self.transformer.arch
-        width = (
-            7 if self._arm_map is None else self._arm_map.state_dim
-        )  # zeros are part of the name of the anchor's noise
+        # Without an arm map the pose is zeros, which are part of the key of the anchor's noise.
+        width = 7 if self._arm_map is None else self._arm_map.state_dim
         if proprio is None and not arch.pose_dim:
             proprio = torch.zeros(len(frames), width)
         if proprio is None or (self._arm_map is not None and tuple(proprio.shape) != (len(frames), width)):
@@ -226,7 +253,7 @@ class WanWorldModel:
         new_maps = self._maps(poses.unflatten(1, split), state.pose)
         new = state.anchor.new_empty(len(state), arch.chunk_latents, *state.anchor.shape[1:])
         cache = [torch.empty_like(x) for x in state.cache]
-        light = replace(state, decoder=())  # the decoder's memory is large and of no use here
+        light = replace(state, decoder=())  # large, and not needed to denoise
         lengths = [min(arch.context_latents, self._time(chunk) - 1) for chunk in state.chunks]
         for length in sorted(set(lengths)):  # rows whose contexts are equally long are denoised together
             rows = [i for i, n in enumerate(lengths) if n == length]
@@ -262,11 +289,11 @@ class WanWorldModel:
         return replace(nxt, decoder=tuple(decoder)), frames
 
     def _by_rows(self, what: str, n: int, compute: Callable[[slice], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """``compute`` over all ``n`` rows such that, on a CPU in fp32, each row is what it would be alone.
+        """``compute`` for all ``n`` rows. On a CPU in fp32, each row is bit-identical to the same row computed alone.
 
-        CPU kernels may sum in another order for another batch size. The first time a batch size is met its first and
-        last rows are compared with those rows computed alone; if they differ on this machine, rows are computed one by
-        one from then on, wherever ``what`` is done.
+        CPU kernels may sum in another order for another batch size. At the first use of a batch size, the first and last
+        row are compared with the same rows computed alone; if they differ on this machine, ``what`` is computed row by row
+        from then on.
         """
         at_once = self.micro_batch_size or self._fitting
         if 0 < at_once < n:
@@ -282,7 +309,7 @@ class WanWorldModel:
                 whole = whole or tuple(part.new_empty(n, *part.shape[1:]) for part in parts)
                 for i, target in enumerate(whole):
                     target[first : first + size] = parts[i]
-                del parts  # or they would be alive beside the next ones
+                del parts  # before the next ones are allocated
             return whole
         everything = slice(None)
         weight = self.transformer.patch_embedding.weight
@@ -360,6 +387,6 @@ class WanWorldModel:
 
 
 def _name(frame: Tensor, pose: Tensor) -> int:
-    """A 63-bit name of a start: the same for the same picture and pose."""
+    """A 63-bit key of a start: equal for equal frames and poses."""
     digest = hashlib.sha256(frame.numpy().tobytes() + pose.numpy().tobytes()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

@@ -1,15 +1,15 @@
-"""An opt-in tiny decoder for Wan 2.1's latents: a twenty-fifth of the VAE decoder's cost, a little blurred.
+"""An opt-in tiny decoder for Wan 2.1's latents: a twenty-fifth of the VAE decoder's cost, slightly blurred frames.
 
-Reads the decoder of TAEHV (madebyollin/taehv, weights "taew2_1") under its own tensor names. Facts of that format:
+Reads the decoder of TAEHV (madebyollin/taehv, weights "taew2_1") with its own tensor names. That format:
 
-- Input are latents as the transformer makes them, normalised: "TAEHV does not use any latent scales / shifts" (its
-  README), so latents_mean and latents_std are *not* undone here, unlike for the VAE.
-- Output is RGB in [0, 1]. Every latent makes four frames; the first three of a video are cut off, so the anchor is one
-  frame and 1 + M latents are 1 + 4M frames, as with the VAE.
-- Convolutions are 2-D. Time enters through the memory blocks, which also see their input of the frame before (zeros
-  before the first one), and through layers that make two frames of one.
+- Inputs are the normalised latents of the transformer: "TAEHV does not use any latent scales / shifts" (its README).
+  Unlike for the VAE, latents_mean and latents_std are *not* applied.
+- Output is RGB in [0, 1]. Every latent is decoded to four frames; the first three of a video are dropped, so that the
+  anchor is one frame and 1 + M latents are 1 + 4M frames, as with the VAE.
+- Convolutions are 2-D. The memory blocks also take their input of the previous frame (zeros before the first one), and
+  other layers turn one frame into two.
 
-The decoder's state is therefore the last input of each of its nine memory blocks.
+The decoder's state is the last input of each of its nine memory blocks.
 
 Shape letters: N rows, G latents of a chunk, F frames, C channels, H W frame size, h w latent size.
 """
@@ -31,7 +31,7 @@ SOURCE = "https://github.com/madebyollin/taehv"
 
 
 class SoftClamp(nn.Module):
-    """Bends values smoothly into (-3, 3)."""
+    """Maps values smoothly into (-3, 3)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape."""
@@ -39,7 +39,7 @@ class SoftClamp(nn.Module):
 
 
 class MemoryBlock(nn.Module):
-    """Residual block that also sees its input of the frame before."""
+    """Residual block that also takes its input of the previous frame."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class MemoryBlock(nn.Module):
 
 
 class TimeGrow(nn.Module):
-    """Makes ``times`` frames of each."""
+    """Turns each frame into ``times`` frames."""
 
     def __init__(self, channels: int, times: int) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class TinyDecoder(nn.Module):
     def forward(self, state: DecoderState, latents: Tensor) -> tuple[DecoderState, Tensor]:
         """Normalised latents (N, G, C, h, w) -> next state, fp32 (N, 4G, 3, H, W) in [0, 1].
 
-        From ``empty_state`` the first three frames come before the anchor's and mean nothing.
+        After ``empty_state``, the first three frames precede the anchor's and are to be dropped.
         """
         n, memories, remembered = len(latents), iter(state), []
         x = latents.flatten(0, 1).to(state[0].dtype)
@@ -119,7 +119,7 @@ class TinyDecoder(nn.Module):
     def from_pretrained(
         cls, path: str | Path, latent_channels: int = 16, widths: tuple[int, int, int, int] = (256, 128, 64, 64)
     ) -> TinyDecoder:
-        """Load taew2_1.safetensors or taew2_1.pth in fp32, wholly or not at all; an encoder in it is left aside.
+        """Load taew2_1.safetensors or taew2_1.pth in fp32, completely or not at all; an encoder in the file is ignored.
 
         Raises:
             CheckpointError: the file is missing or damaged; one error names every decoder tensor that is missing,
@@ -131,7 +131,7 @@ class TinyDecoder(nn.Module):
                 "it belongs to Wan 2.1."
             )
         tensors = {name: tensor for name, tensor in load_tensors(path).items() if not name.startswith("encoder.")}
-        with torch.device("meta"):  # neither memory nor random numbers for weights that are about to be replaced
+        with torch.device("meta"):  # no memory and no random numbers for weights that are replaced below
             decoder = cls(latent_channels, widths)
         check_weights(tensors, decoder.state_dict(), path, "architecture (TAEHV's taew2_1)")
         decoder.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
@@ -141,7 +141,7 @@ class TinyDecoder(nn.Module):
 class TinyDecoderCodec(nn.Module):
     """A ``FrameCodec`` that encodes with Wan's VAE and decodes with the tiny decoder.
 
-    Approximate: latents are the VAE's own, only what is seen of them differs.
+    Approximate: latents are the VAE's own, only the decoded frames differ.
 
     Raises:
         ValueError: ``decoder`` is for latents of another number of channels.

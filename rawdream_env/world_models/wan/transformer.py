@@ -1,16 +1,16 @@
 """The action-conditioned, block-causal Wan diffusion transformer (paper section 3.1).
 
-One implementation, two sizes: ``wan2.1-1.3b`` is the paper's, ``embedded`` the small one that ships with the package.
-Module names follow diffusers' ``WanTransformer3DModel``. What is added to Wan 2.1:
+One implementation, two sizes: ``wan2.1-1.3b`` is the paper's, ``embedded`` the bundled one. Module names follow diffusers'
+``WanTransformer3DModel``. Additions to Wan 2.1:
 
 - per-frame timesteps: each latent frame has its own noise level, so clean context and noisy targets share one pass;
 - actions by AdaLN: an MLP over the actions of a latent frame is added to the timestep modulation of every block;
 - block-causal attention: full inside a latent frame, causal across frames;
-- optional levers of the embedded size: a convolutional stem, the arm map and the last context frame as extra input
+- options of the embedded size: a convolutional stem, the arm map and the last context frame as extra input
   channels, and the clean sample predicted as a residual over that last frame.
 
-The action path starts at zero: with pre-trained weights, full attention and one noise level for all frames the model is
-Wan 2.1 itself.
+The action path starts at zero: with pre-trained weights, full attention and one noise level for all frames, the model
+computes what Wan 2.1 does.
 
 Shape letters: B batch, F latent frames, C latent channels, H W latent height and width, P tokens in a frame, D width,
 N heads, U different prompt rows.
@@ -30,6 +30,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rawdream_env.errors import CheckpointError, InvalidOptionError
 from rawdream_env.world_models.pretrained import (
     dataclass_from_json,
     find_folder,
@@ -66,11 +67,11 @@ def shifted(pictures: Tensor, motion: Tensor) -> Tensor:
 class WanWorldModelTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Denoises latent frames given earlier ones, actions and noise levels.
 
-    ``embed`` -> ``run_blocks`` -> ``predict`` are separate so that a rollout computes the context's keys and values
-    once per chunk and only the new frames at each evaluation of the sampler; ``forward`` is all of it in one pass.
+    ``embed`` -> ``run_blocks`` -> ``predict`` are separate so that a rollout computes the context's keys and values once per
+    chunk, and only the new frames at each evaluation of the sampler. ``forward`` runs all three in one pass.
 
     A ``ModelMixin`` of diffusers: ``from_pretrained``, ``save_pretrained``, ``enable_gradient_checkpointing``. ``arch``
-    is its ``WanConfig``; ``config`` is the same as diffusers keeps it.
+    is its ``WanConfig``; ``config`` is diffusers' copy of it.
     """
 
     _supports_gradient_checkpointing = True
@@ -109,7 +110,7 @@ class WanWorldModelTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.prompt_counts: Tensor
 
     def to(self, *args: Any, **kwargs: Any) -> WanWorldModelTransformer:
-        """As of any module; diffusers' own warns of modules that it would rather keep in fp32, of which there are none."""
+        """As for any module. diffusers' version warns about modules to keep in fp32; there are none."""
         nn.Module.to(self, *args, **kwargs)
         return self
 
@@ -128,7 +129,7 @@ class WanWorldModelTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.prompt_counts.copy_(counts)
 
     def prompt_keys(self) -> Sequence[PromptKeys | None]:
-        """What each block's cross-attention reads, from the fixed prompt; constant while the weights are."""
+        """Inputs of each block's cross-attention from the fixed prompt; constant for given weights."""
         embedder = self.condition_embedder.text_embedder
         if embedder is None:
             return [None] * len(self.blocks)
@@ -156,7 +157,7 @@ class WanWorldModelTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """All frames in one pass: what ``predict`` returns, (B, F, C, H, W).
 
         ``latents``, ``noise_level``, ``conditions``, ``arm_map`` and ``base`` as for ``embed``; ``times`` (F,) or (B, F)
-        positions of the frames, 0, 1, 2, ... by default; ``causal=False`` lets every frame see every other, as in Wan.
+        positions of the frames, 0, 1, 2, ... by default; ``causal=False``: every frame attends to every other, as in Wan.
         """
         f, device, arch = latents.shape[1], latents.device, self.arch
         if times is None:
@@ -199,7 +200,9 @@ class WanWorldModelTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
             x = self.stem_in(x)
             for block in self.stem:
                 x = block(x, condition.vector)
-        tokens = self.patch_embedding(x).flatten(2).transpose(1, 2).contiguous()  # a linear layer sums others otherwise
+        tokens = (
+            self.patch_embedding(x).flatten(2).transpose(1, 2).contiguous()
+        )  # other strides change the summation order
         return tokens.reshape(b, f, -1, tokens.shape[-1]), x
 
     def run_blocks(
@@ -216,9 +219,9 @@ class WanWorldModelTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
     ) -> tuple[Tensor, KeyValues]:
         """All blocks over (B, F, P, D); returns features and each block's own keys (not rotated) and values.
 
-        ``context``: rotated keys and values that come first; ``prompt``: ``prompt_keys()`` when already known.
-        ``keys_only`` stops in the last block once its keys and values are there; the features are then of no use.
-        ``keep=False`` returns no keys and values, which would fill the memory for nothing.
+        ``context``: rotated keys and values that come first; ``prompt``: the result of ``prompt_keys()``, when it is known.
+        ``keys_only``: stop after the keys and values of the last block; the features are then not usable.
+        ``keep=False``: return no keys and values, to save memory.
         """
         caches: KeyValues = []
         prompt = self.prompt_keys() if prompt is None else prompt
@@ -257,22 +260,26 @@ class WanWorldModelTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     @classmethod
     def from_config(cls, config: Any = None, **kwargs: Any) -> WanWorldModelTransformer:
-        """A model with random weights from what ``config.json`` holds."""
+        """A model with random weights from the content of ``config.json``."""
         values = {k: v for k, v in {**dict(config or {}), **kwargs}.items() if not k.startswith("_")}
         if "carry" in values:  # the name of earlier versions
             values["warp_last_frame"] = values.pop("carry")
-        return cls(dataclass_from_json(WanConfig, values, "the transformer's configuration"))
+        arch = dataclass_from_json(WanConfig, values, "the transformer's configuration")
+        try:
+            return cls(arch)
+        except InvalidOptionError as error:
+            raise CheckpointError(f"the transformer's configuration cannot be used: {error}") from error
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], **kwargs: Any) -> WanWorldModelTransformer:
-        """Load a folder written by ``save_pretrained``, or a repository of a model hub, strictly and wholly.
+        """Load a folder written by ``save_pretrained``, or a repository of a model hub, strictly and completely.
 
         ``torch_dtype`` chooses the precision (fp32 by default); ``subfolder``, ``revision`` and ``local_files_only`` as in
         diffusers. ``CheckpointError`` names every tensor that does not fit; nothing is loaded then.
         """
         dtype = kwargs.pop("torch_dtype", torch.float32)
         path = find_folder(folder, **kwargs)
-        with torch.device("meta"):  # neither memory nor random numbers for weights that are about to be replaced
+        with torch.device("meta"):  # no memory and no random numbers for weights that are replaced below
             model = cls.from_config(read_config(path, cls.__name__))
         load_pretrained(model, path)
         model.to(dtype).eval()

@@ -1,13 +1,13 @@
-"""Wan 2.1's causal 3-D VAE as a ``FrameCodec``: C = 16, stride (4, 8, 8), a decoder that goes on where it stopped.
+"""Wan 2.1's causal 3-D VAE as a ``FrameCodec``: C = 16, stride (4, 8, 8), a decoder that continues from a state.
 
-The network is diffusers' ``AutoencoderKLWan``; this file adds normalised latents, strict loading, and decoding whose
-memory lies outside the module, so that many episodes of any age share one batch (paper section A.3; one chunk costs a
-quarter of decoding its window again).
+The network is diffusers' ``AutoencoderKLWan`` (paper, appendix A.1). This file adds normalised latents, strict loading, and
+a decoder whose state is outside the module, so that episodes at different steps share a batch; decoding one chunk costs a
+quarter of decoding its window again.
 
-That memory is one tensor per causal convolution of three frames: the last two frames it saw. After the anchor there
-was only one; the other is zero, which is what the convolution pads with. The two layers that double the frame rate let
-the anchor pass and pad with zeros afterwards, so theirs begins as zeros. Hence a state is the same tuple of tensors at
-every age, and decoding from it equals decoding the whole video.
+The state has one tensor per causal convolution over three frames: the last two frames of its input. After the anchor there
+is only one such frame; the other is zero, like the convolution's padding. The two layers that double the frame rate skip the
+anchor and pad with zeros afterwards, so their state starts at zero. A state therefore has the same shapes at every step, and
+decoding from it equals decoding the whole video.
 
 Two layouts are read: diffusers' folder and Wan's own single file (``Wan2.1_VAE.pth``).
 
@@ -27,7 +27,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rawdream_env.errors import CheckpointError, InvalidOptionError
-from rawdream_env.files import atomic_write_json, check_weights, load_tensors, read_json, save_safetensors
+from rawdream_env.files import (
+    atomic_write_json,
+    check_weights,
+    load_tensors,
+    read_json,
+    save_safetensors,
+    sealed_folder,
+)
 from rawdream_env.world_models.autoencoders import DecoderState, check_frames, check_latents
 from rawdream_env.world_models.pretrained import WEIGHTS, read_folder
 
@@ -51,7 +58,7 @@ class WanVAE(nn.Module):
     def __init__(self, vae: Any, image_size: int = 256) -> None:
         super().__init__()
         if image_size < 16 or image_size % 16:
-            raise InvalidOptionError(f"image_size must be a multiple of 16, got {image_size}; 256 is the paper's")
+            raise InvalidOptionError(f"image_size must be a multiple of 16, got {image_size}; the paper uses 256.")
         config: Mapping[str, Any] = vae.config
         _check_config(config, "this network")
         self.vae = vae.eval().requires_grad_(False)
@@ -79,7 +86,7 @@ class WanVAE(nn.Module):
     def encode_video(self, frames: Tensor) -> Tensor:
         """uint8 (N, 1 + 4M, H, W, 3) -> (N, 1 + M, C, h, w), the anchor first.
 
-        diffusers walks through the video four frames at a time, so activations do not grow with its length.
+        diffusers encodes four frames at a time, so that activations do not grow with the length of the video.
         """
         check_frames(frames, self.frame_shape, video=True)
         return self._encode(frames)
@@ -92,7 +99,9 @@ class WanVAE(nn.Module):
         self.vae.decoder(self._unnormalised(anchors[:, None]), feat_cache=cache, feat_idx=used, first_chunk=True)
         state: list[Tensor] = []
         for entry in cache[: used[0]]:
-            if isinstance(entry, str):  # a doubler of the frame rate; it works on what the layer before it saw
+            if isinstance(
+                entry, str
+            ):  # a layer that doubles the frame rate; its input has the shape of the previous entry
                 state.append(torch.zeros_like(state[-1]))
             else:
                 state.append(F.pad(entry, (0, 0, 0, 0, 2 - entry.shape[2], 0)))
@@ -115,7 +124,7 @@ class WanVAE(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, image_size: int = 256) -> WanVAE:
-        """Load a checkpoint in fp32, wholly or not at all.
+        """Load a checkpoint in fp32, completely or not at all.
 
         Args:
             path: a folder in diffusers' layout (config.json and diffusion_pytorch_model.safetensors, or its shards
@@ -136,9 +145,10 @@ class WanVAE(nn.Module):
             config = {"base_dim": ORIGINAL_BASE_DIM if first is None or first.dim() != 5 else len(first)}
         else:
             config = _read_config(path)
+            _check_kind(config, str(path))  # before it is built: its counts bound the network
             tensors, where = read_folder(path)
         try:
-            with torch.device("meta"):  # neither memory nor random numbers for weights that are about to be replaced
+            with torch.device("meta"):  # no memory and no random numbers for weights that are replaced below
                 vae = build(config)
         except (TypeError, ValueError, IndexError, ZeroDivisionError, RuntimeError) as error:
             raise CheckpointError(f"{path / 'config.json'} describes no Wan VAE ({error}); restore it") from error
@@ -152,9 +162,9 @@ class WanVAE(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write diffusers' layout to ``folder`` (created); ``AutoencoderKLWan.from_pretrained`` reads it too."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_safetensors(folder / WEIGHTS, self.vae.state_dict(), {"format": "pt"})
-        atomic_write_json(folder / "config.json", json.loads(self.vae.to_json_string()))
+        with sealed_folder(folder):
+            save_safetensors(folder / WEIGHTS, self.vae.state_dict(), {"format": "pt"})
+            atomic_write_json(folder / "config.json", json.loads(self.vae.to_json_string()))
 
     def _encode(self, frames: Tensor) -> Tensor:
         """uint8 (N, F, H, W, 3) -> normalised latents fp32 (N, 1 + (F - 1) / 4, C, h, w)."""
@@ -214,8 +224,8 @@ _PARTS = {
 }
 
 
-def _check_config(config: Mapping[str, Any], where: str) -> None:
-    """Refuse what is no Wan 2.1 VAE (Wan 2.2's has 48 channels and stride 16) and statistics that do not fit."""
+def _check_kind(config: Mapping[str, Any], where: str) -> None:
+    """Refuse what is no Wan 2.1 VAE (Wan 2.2's has 48 channels and stride 16)."""
     wanted = {
         "is_residual": False,
         "patch_size": None,
@@ -230,11 +240,20 @@ def _check_config(config: Mapping[str, Any], where: str) -> None:
             f"{where} is not the VAE of Wan 2.1: {other}, expected { {name: wanted[name] for name in other} }. "
             "Use the VAE of Wan2.1-T2V-1.3B."
         )
+    for name in ("base_dim", "z_dim"):
+        size = config.get(name, 16)
+        if not isinstance(size, int) or not 1 <= size <= 1024:
+            raise CheckpointError(f"{where} describes no Wan VAE: {name} is {size!r}, expected 1 to 1024; restore it.")
+
+
+def _check_config(config: Mapping[str, Any], where: str) -> None:
+    """Refuse another kind of VAE and statistics that do not fit."""
+    _check_kind(config, where)
     mean, std, channels = config["latents_mean"], config["latents_std"], config["z_dim"]
     try:
         numbers = torch.tensor([mean, std], dtype=torch.float64)
         usable = numbers.shape == (2, channels) and bool(numbers.isfinite().all()) and bool((numbers[1] > 0).all())
-    except (TypeError, ValueError):  # no numbers, or not equally many
+    except (TypeError, ValueError):  # not numbers, or of different lengths
         usable = False
     if not usable:
         raise CheckpointError(

@@ -182,7 +182,7 @@ class PiperTwin:
                 f"finite ({ACTION_DIM},) vector in [-1, 1]; clip it to the action space."
             )
         if not self.present:
-            raise ResetNeededError("call reset before step.")
+            raise ResetNeededError("step() was called before reset(); call reset() first.")
         self.pose = geo.integrate_action(self.pose, act)
         before, self._joints = self._joints, self._solve(self._joints)
         data = self.data

@@ -60,3 +60,12 @@ class JudgeError(RawDreamError, TypeError):
 
 class NotEnoughMemoryError(RawDreamError, MemoryError):
     """A request does not fit into free memory; nothing has been allocated."""
+
+
+def shorten(value: object, limit: int = 160) -> str:
+    """``repr`` of a foreign value for a message: one line without control characters, at most about ``limit`` long."""
+    text = repr(value)
+    if len(text) <= limit:
+        return text
+    total = f" ({len(value)} in all)" if isinstance(value, list | tuple | dict | set) else ""
+    return f"{text[:limit]}...{total}"

@@ -16,6 +16,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
@@ -30,6 +31,12 @@ PathLike = str | os.PathLike[str]
 M = TypeVar("M", bound="Module")
 MANIFEST = "manifest.json"
 SKIP_CHECKSUMS = "RAWDREAM_SKIP_CHECKSUMS"
+
+
+def require_regular(path: PathLike) -> None:
+    """``OSError`` unless ``path`` is a regular file: opening a named pipe would wait for a writer."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(f"{path} is no regular file")
 
 
 def fsync_folder(path: PathLike) -> None:
@@ -121,6 +128,7 @@ def read_json(
 ) -> dict[str, Any]:
     """The JSON object in a file; ``error``, ending with ``advice``, when it is missing or holds anything else."""
     try:
+        require_regular(path)
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as reason:
         raise error(f"{path} is missing; {advice}.") from reason
@@ -287,7 +295,8 @@ def check_weights(
         if bad := _non_finite(theirs):
             problems.append(f"{name} holds {bad} non-finite of {theirs.numel()} values")
     if problems:
-        shown = "; ".join(sorted(problems)[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        shown = "; ".join(problem[:200] for problem in sorted(problems)[:8]) + more
         raise CheckpointError(
             f"{where} does not fit its {config}, {len(problems)} problems: {shown}. Use the file that was saved with it."
         )

@@ -50,9 +50,9 @@ def test_full_chroma_keeps_the_colour_of_small_objects(tmp_path: Path) -> None:
 def test_a_clip_is_read_from_its_own_start(tmp_path: Path) -> None:
     clips = [clip(n, seed=20 * i) for i, n in enumerate((5, 9, 7))]
     path = write(tmp_path / "a.mp4", *clips, pix_fmt="yuv444p", crf=8, gop=4)
-    whole = np.stack(list(media.iterate_video(path, 10.0)))
+    whole = np.stack(list(media.frames_at(path, np.arange(21) / 10, 0.01)))
     assert len(whole) == 21 and np.abs(whole.astype(int) - np.concatenate(clips)).mean() < 3
-    later = np.stack(list(media.iterate_video(path, 10.0, start=0.5)))
+    later = np.stack(list(media.frames_at(path, np.arange(5, 21) / 10, 0.01)))
     np.testing.assert_array_equal(later, whole[5:])
     np.testing.assert_array_equal(media.read_video(path)[0], whole)
 
@@ -77,7 +77,34 @@ def test_pictures_round_trip(tmp_path: Path) -> None:
 
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "noise.mp4").write_bytes(bytes(range(256)) * 9)
-    for read in (media.read_video, lambda path: list(media.iterate_video(path, 10.0))):
+    for read in (media.read_video, lambda path: list(media.frames_at(path, [0.0], 0.01))):
         for name in ("noise.mp4", "missing.mp4"):
             with pytest.raises(DatasetError, match=f"{name}: cannot be read as a video"):
                 read(tmp_path / name)
+
+
+def rotated(path: Path, content: bytes, turn: str) -> Path:
+    """An MP4 file whose track says that players turn it: the matrix of its ``tkhd`` box, 16.16 fixed-point."""
+    matrices = {"right": (0, 1, 0, -1, 0, 0), "left": (0, -1, 0, 1, 0, 0), "over": (-1, 0, 0, 0, -1, 0)}
+    at = content.index(b"tkhd") + 4 + 40
+    matrix = b"".join((65536 * n).to_bytes(4, "big", signed=True) for n in matrices[turn])
+    path.write_bytes(content[:at] + matrix + content[at + 24 :])
+    return path
+
+
+@pytest.mark.parametrize(("turn", "quarters"), [("right", -1), ("left", 1), ("over", 2)])
+def test_a_turned_video_is_read_upright(tmp_path: Path, turn: str, quarters: int) -> None:
+    content = media.encode_video([clip(5)], 10.0, pix_fmt="yuv444p", crf=8)
+    plain = tmp_path / "plain.mp4"
+    plain.write_bytes(content)
+    expected = np.rot90(media.read_video(plain)[0], quarters, axes=(1, 2))
+    path = rotated(tmp_path / "turned.mp4", content, turn)
+    np.testing.assert_array_equal(media.read_video(path)[0], expected)
+    np.testing.assert_array_equal(np.stack(list(media.frames_at(path, np.arange(5) / 10, 0.01))), expected)
+
+
+def test_a_turned_photo_is_read_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turn right to view
+    Image.fromarray(clip(1)[0]).save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(media.read_picture(tmp_path / "a.png"), np.rot90(clip(1)[0], -1))

@@ -1,1 +1,1 @@
-"""Data sets: LeRobotDataset v3.0 folders, and instructions for play in hindsight. Import the modules directly."""
+"""Data sets in LeRobotDataset v3.0 folders: reading, writing, collecting, importing. Import the modules directly."""

@@ -1,4 +1,4 @@
-"""Frames of any size to the size a model wants, and pictures kept as PNG or JPEG inside Parquet files.
+"""Frames of any size resized for a model, and pictures stored as PNG or JPEG inside Parquet files.
 
 Shape letters: F frames, H W image size, RGB channels last, uint8.
 """
@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image
 
-from rawdream_env.errors import DatasetError
+from rawdream_env.data.metadata import inside
+from rawdream_env.errors import DatasetError, shorten
+from rawdream_env.files import require_regular
 from rawdream_env.media import read_picture
 from rawdream_env.types import UInt8Array
 
@@ -22,17 +25,15 @@ if TYPE_CHECKING:
 def resize_frames(frames: UInt8Array, size: tuple[int, int]) -> UInt8Array:
     """Frames uint8 (F, H, W, 3) as (F, *size, 3): bilinear, with antialiasing where it makes them smaller.
 
-    The whole picture is kept: another aspect ratio is squeezed, not cut, since the cut-off border may hold the object
-    that the task is about. Frames that have the size already come back as they are, without a copy.
+    The whole picture is kept: another aspect ratio is squeezed, not cropped, since the cropped border may hold the object
+    that the task is about. Frames that already have the size are returned without a copy.
     """
-    from PIL import Image
-
     height, width = size
     if frames.shape[1:3] == (height, width):
         return frames
     out = np.empty((len(frames), height, width, 3), np.uint8)
     for target, frame in zip(out, frames, strict=True):
-        # PIL widens the filter when it shrinks a picture: that is the antialiasing.
+        # Pillow widens the filter when it shrinks a picture, which is the antialiasing.
         target[:] = np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BILINEAR))
     return out
 
@@ -41,14 +42,18 @@ def decode_pictures(column: pa.ChunkedArray, root: Path) -> UInt8Array:
     """Frames (F, H, W, 3) of a column of ``dtype: image``: cells with ``bytes``, or with a ``path`` below ``root``.
 
     Raises:
-        DatasetError: a picture is missing or damaged, or not of its neighbours' size.
+        DatasetError: a picture is missing or damaged, or has another size than those before it.
     """
     pictures = []
     for row, cell in enumerate(column.to_pylist()):
-        source = io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else root / str(cell["path"])
+        if not isinstance(cell, dict) or cell.keys() < {"bytes", "path"}:
+            raise DatasetError(f"{root}: the picture of row {row} is {shorten(cell)}, expected bytes or a path.")
+        source = io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else inside(root, cell["path"])
         try:
+            if isinstance(source, Path):
+                require_regular(source)
             pictures.append(read_picture(source))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # as Pillow's formats do
             raise DatasetError(
                 f"{root}: the picture of row {row} of an episode cannot be read ({error}). Copy the data file again."
             ) from error

@@ -1,8 +1,8 @@
-"""Turn LIBERO and robomimic demonstration files into a LeRobotDataset v3.0 folder.
+"""Convert LIBERO and robomimic demonstration files into a LeRobotDataset v3.0 folder.
 
     rawdream data import-hdf5 --src datasets/libero_90 --out data/libero_90
 
-The files are looked through before anything is written, so that a missing camera or an incomplete file is known at once.
+All files are checked before anything is written, so that a missing camera or an incomplete file is reported at once.
 Sharding and resuming are in ``recording``, the reading of the files in ``hdf5``.
 """
 
@@ -19,6 +19,7 @@ from rawdream_env.data.hdf5 import Demo, Flip, Timing, list_demos, read_demo
 from rawdream_env.data.lerobot import EpisodeData
 from rawdream_env.data.recording import claim_folder, record
 from rawdream_env.errors import DatasetError
+from rawdream_env.files import sha256_file
 
 _CONFIG_PATH = "meta/import.json"
 _ENDINGS = (".hdf5", ".h5")
@@ -26,28 +27,28 @@ _ENDINGS = (".hdf5", ".h5")
 
 @dataclass(frozen=True)
 class ImportConfig:
-    """What to import, and where to."""
+    """What to import, and into which folder."""
 
     src: str
     """An HDF5 file, or a folder that is searched for them."""
     out: str
-    """Folder of the data set. An interrupted import into it is resumed."""
+    """Folder of the data set. Rerun the same command to resume an interrupted import."""
     camera: str = "agentview"
     """Which camera: agentview or eye_in_hand (LIBERO), agentview or robot0_eye_in_hand (robomimic), or a full name."""
     flip: Flip = "auto"
-    """How pictures are turned. auto: rotate180 where they are stored upside down, as published LIBERO policies see them."""
+    """How pictures are turned. auto: rotate180 if they are stored upside down, as published LIBERO policies see them."""
     timing: Timing = "auto"
-    """Whether a row's picture was taken before or after its action. auto: measured on the arm's joints."""
+    """Whether a row's picture was taken before or after its action. auto: measured from the joints, once per file."""
     image_size: int = 256
     """Height and width of the frames in pixels (even)."""
     task: str = ""
-    """The instruction of files that hold none."""
+    """The instruction of demonstrations that hold none."""
     skip: tuple[str, ...] = ()
-    """Demonstrations to leave out, as error messages name them: file.hdf5:demo_3."""
+    """Demonstrations to leave out, by the names in error messages: file.hdf5:demo_3."""
     workers: int = 0
-    """Worker processes; 0 imports in this process. The result does not depend on it."""
+    """Worker processes; 0 imports in this process. The result does not depend on their number."""
     episodes_per_shard: int = 8
-    """Episodes in one file, the unit of work and of loss when a process dies."""
+    """Episodes per file. If the process dies, at most one unfinished file per worker is lost."""
     progress: bool = True
     """Show a progress bar."""
 
@@ -56,7 +57,8 @@ def import_hdf5(config: ImportConfig) -> Path:
     """Import all demonstrations and return the folder of the data set.
 
     Raises:
-        DatasetError: a file cannot be read or lacks something, or the folder holds another import.
+        DatasetError: a file cannot be read or lacks something, or the folder holds another import, or one of these files
+            before they were changed.
         MissingDependencyError: h5py is not installed.
     """
     if config.image_size < 2 or config.image_size % 2 or config.episodes_per_shard < 1 or config.workers < 0:
@@ -70,8 +72,9 @@ def import_hdf5(config: ImportConfig) -> Path:
     settings |= {
         "demonstrations": [demo.label for demo in source.demos],
         "steps": [demo.steps for demo in source.demos],
+        "files": _fingerprints(source.demos, config.progress),
     }
-    claim_folder(config.out, _CONFIG_PATH, settings, "imported")
+    claim_folder(config.out, _CONFIG_PATH, settings, "imported", added=("files",))
     return record(
         source,
         config.out,
@@ -84,6 +87,13 @@ def import_hdf5(config: ImportConfig) -> Path:
     )
 
 
+def _fingerprints(demos: list[Demo], progress: bool) -> list[str]:
+    """Label and SHA-256 of every source file: an import of changed files is another data set."""
+    labels = {demo.path: demo.label.rpartition(":")[0] for demo in demos}
+    bar = tqdm(labels.items(), desc="fingerprint", unit="file", disable=not progress)
+    return [f"{label} sha256:{sha256_file(path)}" for path, label in bar]
+
+
 def plan(config: ImportConfig) -> list[Demo]:
     """All demonstrations in the order of file name and number; one episode each.
 
@@ -93,13 +103,15 @@ def plan(config: ImportConfig) -> list[Demo]:
     src = Path(config.src)
     found = [path for path in sorted(src.rglob("*")) if path.suffix in _ENDINGS] if src.is_dir() else [src]
     if not found or not src.exists():
-        raise DatasetError(f"{src}: no {' or '.join(_ENDINGS)} file there. Check the path.")
+        raise DatasetError(f"{src}: no {' or '.join(_ENDINGS)} file found. Check the path.")
     demos: list[Demo] = []
-    for path in tqdm(found, desc="look through", unit="file", disable=not config.progress):
+    for path in tqdm(found, desc="check", unit="file", disable=not config.progress):
         label = path.relative_to(src).as_posix() if src.is_dir() else path.name
-        demos += list_demos(path, camera=config.camera, task=config.task, label=label, skip=config.skip)
+        demos += list_demos(
+            path, camera=config.camera, task=config.task, label=label, skip=config.skip, timing=config.timing
+        )
     if not demos:
-        raise DatasetError(f"{src}: skip leaves none of the demonstrations of its {len(found)} files.")
+        raise DatasetError(f"{src}: skip excludes all demonstrations of its {len(found)} files.")
     first = demos[0]
     for demo in demos:
         for name in ("fps", "action_dim", "state_dim"):

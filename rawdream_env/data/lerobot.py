@@ -1,8 +1,8 @@
-"""Write data sets in the LeRobotDataset v3.0 layout, with pyarrow and PyAV alone (no ``lerobot`` package needed).
+"""Write data sets in the LeRobotDataset v3.0 layout with pyarrow and PyAV; the ``lerobot`` package is not needed.
 
-Episodes are written in *shards*: one data file, one video file and one episode file of the same number. A shard becomes
-visible with its episode file, which is written last; all three are renamed into place, so a crash at any moment leaves
-the finished shards and nothing half-visible.
+Episodes are written in *shards*: a data file, a video file and an episode file with the same number. A shard becomes
+visible with its episode file, which is written last. All three are renamed into place, so that a crash at any moment
+leaves only finished shards.
 
 Shape letters: N actions in an episode (N + 1 frames), F rows, H W image size, A action dimensions, P proprio.
 """
@@ -33,7 +33,7 @@ __all__ = ["Episode", "EpisodeArrays", "EpisodeData", "LeRobotReader", "LeRobotW
 class EpisodeData:
     """One episode to be written.
 
-    ``frames`` uint8 (N+1, H, W, 3): frame t is what the camera sees before action t, the last one is seen after all.
+    ``frames`` uint8 (N+1, H, W, 3): frame t is seen before action t, and the last one after the last action.
     ``actions`` float32 (N, A); ``state`` float32 (N+1, P); ``privileged`` name -> (N+1, ...) without its prefix.
     """
 
@@ -67,6 +67,9 @@ class ShardWriter:
         self.fps = fps
         self.image_shape = image_shape
         self.numeric: dict[str, dict[str, Any]] = {name: dict(feature) for name, feature in features.items()}
+        self.default = dict(schema.DEFAULT_FEATURES)
+        if self._marks_padding():
+            self.default[schema.PADDING_KEY] = schema.PADDING_FEATURE
 
     def path(self, template: str, shard: int) -> Path:
         """The file of a shard, for one of the templates of ``schema``."""
@@ -78,7 +81,7 @@ class ShardWriter:
     ) -> None:
         """Write one shard: episodes ``first_episode``, ``first_episode + 1``, ..., their rows from ``first_row`` on.
 
-        ``tasks`` is the data set's task table so far; every episode's task must be in it.
+        ``tasks`` is the current task table of the data set; it must contain the task of every episode.
         """
         for offset, episode in enumerate(episodes):
             self._check(episode, first_episode + offset)
@@ -89,6 +92,11 @@ class ShardWriter:
         self._replace(self.path(schema.VIDEO_PATH, shard), video)
         self._replace(self.path(schema.DATA_PATH, shard), schema.parquet_bytes(data))
         self._replace(self.path(schema.EPISODES_PATH, shard), schema.parquet_bytes(pa.Table.from_pylist(rows)))
+
+    def _marks_padding(self) -> bool:
+        """All files of a data set have the same columns: one begun by an earlier version does not mark padding rows."""
+        first = next(self.root.glob("data/chunk-*/file-*.parquet"), None)
+        return first is None or schema.PADDING_KEY in schema.read_parquet(first, [schema.PADDING_KEY]).column_names
 
     @staticmethod
     def _replace(path: Path, content: bytes) -> None:
@@ -118,7 +126,7 @@ class ShardWriter:
     def _column(self, episode: EpisodeData, name: str) -> NDArray[Any]:
         """One numeric column of an episode, (N+1, dim)."""
         if name == schema.ACTION_KEY:
-            # One extra row with a zero action carries the frame seen after the last action.
+            # One extra row with a zero action, marked as padding, carries the frame seen after the last action.
             return np.concatenate([episode.actions, np.zeros_like(episode.actions[:1])])
         values = episode.state if name == schema.STATE_KEY else episode.privileged[_short(name)]
         return np.asarray(values).reshape(len(episode.frames), -1)
@@ -136,8 +144,11 @@ class ShardWriter:
             "index": first_row + np.arange(sum(lengths)),
             "task_index": np.repeat([list(tasks).index(episode.task) for episode in episodes], lengths),
         }
-        features = self.numeric | schema.DEFAULT_FEATURES
-        return pa.table({name: schema.to_column(values, features[name]) for name, values in columns.items()})
+        columns[schema.PADDING_KEY] = frame_index == np.repeat(lengths, lengths) - 1
+        features = self.numeric | self.default
+        return pa.table(
+            {name: schema.to_column(values, features[name]) for name, values in columns.items() if name in features}
+        )
 
     def _episode_rows(
         self, shard: int, episodes: Sequence[EpisodeData], first_episode: int, first_row: int
@@ -170,7 +181,7 @@ class ShardWriter:
         return rows
 
     def shard_episodes(self) -> dict[int, int]:
-        """Visible shards on disk: shard number -> how many episodes it holds."""
+        """Visible shards on disk: shard number -> number of episodes."""
         found = {}
         for path in self.root.glob("meta/episodes/chunk-*/file-*.parquet"):
             shard = schema.CHUNKS_SIZE * int(path.parent.name[6:]) + int(path.stem[5:])
@@ -182,7 +193,7 @@ class ShardWriter:
     def finalize(self, tasks: Sequence[str], *, robot_type: str | None = None) -> int:
         """Write info, tasks and statistics over the shards 0, 1, ... without a gap; returns the number of episodes.
 
-        May be called again whenever there is more; shards behind a gap wait for it to be filled.
+        Call it again when more shards exist; shards after a gap are left out until the gap is filled.
         """
         present = self.shard_episodes()
         shards: list[int] = []
@@ -207,7 +218,7 @@ class ShardWriter:
             "splits": {"train": f"0:{len(episodes)}"},
             "data_path": schema.DATA_PATH,
             "video_path": schema.VIDEO_PATH,
-            "features": {schema.IMAGE_KEY: video, **self.numeric, **schema.DEFAULT_FEATURES},
+            "features": {schema.IMAGE_KEY: video, **self.numeric, **self.default},
         }
         atomic_write_json(self.root / schema.INFO_PATH, info)
         return len(episodes)
@@ -226,16 +237,17 @@ class ShardWriter:
 class LeRobotWriter:
     """Append episodes one by one to a LeRobotDataset v3.0 folder.
 
-    Episodes are gathered and written ``episodes_per_shard`` at a time; ``finalize`` writes the rest and the metadata.
-    With ``resume=True`` the episodes already in the folder are kept and counted; up to ``episodes_per_shard - 1`` that
-    were only in memory when a process died are lost, never half-written.
+    Episodes are buffered and written ``episodes_per_shard`` at a time; ``finalize`` writes the rest and the metadata.
+    With ``resume=True`` the episodes already in the folder are kept and counted. If the process dies, the buffered episodes
+    (at most ``episodes_per_shard - 1``) are lost; none is written in part.
 
     >>> writer = LeRobotWriter(root, fps=10, image_shape=(64, 64, 3), features=features)  # doctest: +SKIP
     >>> writer.add_episode(frames, actions, state, task="stack the blue block")  # doctest: +SKIP
     >>> writer.finalize()  # doctest: +SKIP
 
     Raises:
-        DatasetError: the folder holds a data set of another fps, image size or columns, or (``resume=False``) any.
+        DatasetError: the folder holds a data set of another fps, image size or columns, or, with ``resume=False``, any
+            data set.
     """
 
     def __init__(
@@ -258,7 +270,7 @@ class LeRobotWriter:
         self._pending: list[EpisodeData] = []
         self._next_shard = 0
         if not resume and (self.shards.root / schema.INFO_PATH).exists():
-            raise DatasetError(f"{root} already holds a data set: give another folder, or resume=True to add to it.")
+            raise DatasetError(f"{root} already holds a data set: choose another folder, or resume=True to add to it.")
         self._resume()
 
     def _resume(self) -> None:
@@ -287,7 +299,7 @@ class LeRobotWriter:
             )
 
     def _recover_tasks(self, data: pa.Table, rows: pa.Table) -> None:
-        """The task table of shards whose process died before ``finalize``: from the rows themselves."""
+        """Rebuild from the rows the task table of shards whose process died before ``finalize``."""
         by_episode = dict(zip(data["episode_index"].to_pylist(), data["task_index"].to_pylist(), strict=True))
         for episode, names in zip(rows["episode_index"].to_pylist(), rows["tasks"].to_pylist(), strict=True):
             index = by_episode[episode]
@@ -325,7 +337,7 @@ class LeRobotWriter:
         self._pending = []
 
     def finalize(self) -> None:
-        """Write what is still in memory and the metadata; the writer may go on being used afterwards."""
+        """Write the buffered episodes and the metadata; more episodes may be added afterwards."""
         self._flush()
         self.shards.finalize(self.tasks, robot_type=self.robot_type)
 

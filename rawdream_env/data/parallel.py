@@ -1,4 +1,4 @@
-"""Do numbered pieces of work in this process or in several, interruptible and with a running count."""
+"""Process numbered pieces of work in this process or in several, interruptible and with progress counts."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from rawdream_env.processes import follow_parent, in_main_thread, starting_child
 
 
 class Worker(Protocol):
-    """Does one piece of work after the other; made once in every process."""
+    """Processes one piece of work after the other; created once per process."""
 
     def __call__(self, piece: int, tick: Callable[[], None], stopped: Callable[[], bool]) -> None:
-        """Do piece ``piece``: call ``tick`` after every small step, and return early when ``stopped()``."""
+        """Process ``piece``: call ``tick`` after every small step, and return early when ``stopped()`` is true."""
         ...
 
     def close(self) -> None:
-        """Free what the worker holds."""
+        """Free the worker's resources."""
         ...
 
 
@@ -29,16 +29,16 @@ WorkerFactory = Callable[[], Worker]
 def run_pieces(
     pieces: Sequence[int], factory: WorkerFactory, *, workers: int, count: Callable[[int], Any]
 ) -> Iterator[int]:
-    """Do all pieces and yield how many are finished, each time one is.
+    """Process all pieces; after each one, yield the number of finished pieces.
 
     Args:
-        pieces: numbers of the pieces; started in this order.
-        factory: makes a ``Worker``; must be picklable when ``workers`` > 0.
-        workers: processes; 0 works here.
-        count: called now and then with the number of ticks since the last time.
+        pieces: numbers of the pieces, started in this order.
+        factory: creates a ``Worker``; must be picklable when ``workers`` > 0.
+        workers: number of processes; 0 works in this process.
+        count: called periodically with the number of ticks since the last call.
 
     Raises:
-        BrokenProcessPool: a process died. Other errors of a worker are raised as they are.
+        BrokenProcessPool: a process died. Other errors of a worker are raised unchanged.
 
     When the caller is interrupted or closes the iterator, workers return the next time they check ``stopped``. A worker that
     does not return within seconds is killed.
@@ -97,7 +97,7 @@ def _start_process(factory: WorkerFactory, stop: Any, ticks: Any, from_main_thre
 
 
 def _do_piece(piece: int) -> None:
-    if "worker" not in _PROCESS:  # here and not in _start_process, so that "no renderer" reaches the user as it is
+    if "worker" not in _PROCESS:  # not in _start_process, so that an error such as "no renderer" reaches the user
         worker = _PROCESS["worker"] = _PROCESS["factory"]()
         Finalize(None, worker.close, exitpriority=10)  # an OpenGL context left open complains when the process ends
 

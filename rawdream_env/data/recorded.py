@@ -1,4 +1,4 @@
-"""Recorded episodes as evaluation and training look at them: in memory, or left on disk until their frames are needed.
+"""Recorded episodes for evaluation and training: in memory, or with frames that stay on disk until they are needed.
 
 Shape letters: N actions in an episode, A action dimensions, P proprio, H W picture.
 """
@@ -15,8 +15,8 @@ from rawdream_env.types import Float32Array, UInt8Array
 
 @dataclass(frozen=True)
 class RecordedEpisode:
-    """What really happened: ``frames`` uint8 (N+1, H, W, 3), frame t seen before action t; ``actions`` float32 (N, A);
-    ``proprio`` float32 (P,) at the start, or None. Episodes of equal ``camera`` were filmed by the same fixed camera.
+    """A recorded episode: ``frames`` uint8 (N+1, H, W, 3), frame t seen before action t; ``actions`` float32 (N, A);
+    ``proprio`` float32 (P,) at the start, or None. Episodes with the same ``camera`` come from the same fixed camera.
     """
 
     frames: UInt8Array
@@ -28,8 +28,8 @@ class RecordedEpisode:
 
 @dataclass(frozen=True)
 class StoredEpisode:
-    """A recorded episode of a data set whose frames stay on disk: ``frames`` decodes them each time it is read, so that
-    memory does not grow with the number of episodes.
+    """A recorded episode of a data set whose frames stay on disk: each access to ``frames`` decodes them, so that memory
+    does not grow with the number of episodes.
     """
 
     reader: LeRobotReader
@@ -44,12 +44,12 @@ class StoredEpisode:
 
     @property
     def name(self) -> str:
-        """Number and instruction."""
+        """Index and instruction."""
         return f"{self.index}: {self.reader.task(self.index)}"
 
     @property
     def camera(self) -> str:
-        """All episodes of a folder have one camera."""
+        """The folder: all its episodes have the same camera."""
         return str(self.reader.root)
 
 
@@ -59,8 +59,8 @@ Recording = RecordedEpisode | StoredEpisode
 def episodes_from_dataset(
     reader: LeRobotReader, indices: Iterable[int] | None = None, limit: int | None = None, horizon: int | None = None
 ) -> Iterator[StoredEpisode]:
-    """Recorded episodes of a data set, ``indices`` (say, the held-out ones) or all, at most ``limit``; of each the first
-    ``horizon`` actions.
+    """Recorded episodes of a data set: those of ``indices`` (for example the held-out ones) or all, at most ``limit``, cut
+    after ``horizon`` actions.
     """
     for index in islice(range(len(reader)) if indices is None else indices, limit):
         episode = reader.episode(index, frames=False)

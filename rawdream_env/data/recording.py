@@ -1,7 +1,7 @@
 """Write a data set shard by shard, in this process or in several, so that it can be interrupted and resumed.
 
-Episode i depends on its number alone, so the files do not depend on the number of workers nor on interruptions. A shard
-of ``episodes_per_shard`` episodes is written whole or not at all; running the same command again writes the missing ones.
+Episode i depends only on its number, so the files depend neither on the number of workers nor on interruptions. A shard
+of ``episodes_per_shard`` episodes is written whole or not at all; rerun the same command to write the missing ones.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from rawdream_env.errors import DatasetError, RawDreamError
 from rawdream_env.files import atomic_write_json, lock_file, remove_litter
 
 FINALIZE_EVERY = 32
-"""Shards after which the metadata are written, so that training can start on an unfinished data set."""
+"""Number of shards after which the metadata are written, so that training can start on an unfinished data set."""
 
 
 class EpisodeSource(Protocol):
-    """Makes the episodes of a data set by their number.
+    """Produces the episodes of a data set by their number.
 
-    Light to make and to pickle: what is heavy (a simulator, a policy) opens at the first episode, in its own process.
+    Cheap to create and to pickle: a simulator or a policy is opened at the first episode, in the worker's process.
     """
 
     @property
@@ -44,7 +44,7 @@ class EpisodeSource(Protocol):
 
     @property
     def features(self) -> schema.Features:
-        """Numeric columns (``schema.numeric_feature``): state, action, and ``privileged.`` ones where there are any."""
+        """Numeric columns (``schema.numeric_feature``): state, action, and any ``privileged.`` ones."""
         ...
 
     @property
@@ -58,41 +58,46 @@ class EpisodeSource(Protocol):
         ...
 
     def steps(self, index: int) -> int:
-        """Actions of episode ``index``, known before it is made."""
+        """Number of actions of episode ``index``, known before it is produced."""
         ...
 
     def __call__(self, index: int) -> EpisodeData:
-        """Episode ``index``, whatever was made before it."""
+        """Episode ``index``; it does not depend on the episodes produced before it."""
         ...
 
     def close(self) -> None:
-        """Free what was opened."""
+        """Free the resources that were opened."""
         ...
 
 
-def claim_folder(out: str | Path, config_path: str, settings: Mapping[str, Any], done: str) -> None:
+def claim_folder(
+    out: str | Path, config_path: str, settings: Mapping[str, Any], done: str, *, added: Sequence[str] = ()
+) -> None:
     """Store the ``settings`` of a data set (JSON values) in its folder, or compare them with those stored.
 
+    Settings named in ``added`` may be missing in folders of earlier versions.
+
     Raises:
-        DatasetError: the folder holds a data set of other settings, or one that was not ``done`` ("collected") here.
+        DatasetError: the folder holds a data set with other settings, or one that was not ``done`` ("collected") by this
+            package.
     """
     path = Path(out) / config_path
     if not path.exists():
         if (Path(out) / schema.INFO_PATH).exists():
-            raise DatasetError(f"{out} holds a data set that was not {done} here. Give another folder.")
+            raise DatasetError(f"{out} holds a data set that was not {done} by this command. Choose another folder.")
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_json(path, dict(settings))
         return
     stored = schema.read_json(path)
     for name in {**settings, **stored}:
         value, old = settings.get(name), stored.get(name)
-        if old == value:
+        if old == value or (name in added and name not in stored):
             continue
         was, now = f"with {name}={old!r}", f"now it is {value!r}"
         if isinstance(value, list):
             first = next(f"{a!r} -> {b!r}" for a, b in zip_longest(old or (), value) if a != b)
             was, now = f"from {len(old or ())} {name}", f"now there are {len(value)} (the first that differs: {first})"
-        raise DatasetError(f"{out} was {done} {was}, {now}. Use another folder, or the old setting to resume.")
+        raise DatasetError(f"{out} was {done} {was}, {now}. Choose another folder, or the old setting to resume.")
 
 
 def record(
@@ -106,10 +111,10 @@ def record(
     progress: bool,
     worker_died: Callable[[str], RawDreamError],
 ) -> Path:
-    """Write the episodes 0 .. ``episodes - 1`` that ``out`` does not hold yet; returns the folder.
+    """Write those of the episodes 0 .. ``episodes - 1`` that ``out`` does not hold yet; returns the folder.
 
-    ``worker_died`` makes the error for a worker process that ends without one. Finished shards are kept then, and after
-    Ctrl-C.
+    ``worker_died`` creates the error for a worker process that ends without one. In that case and after Ctrl-C, finished
+    shards are kept.
     """
     job = partial(_ShardJob, source, str(out), episodes, episodes_per_shard)
     writer = _writer(source, out)
@@ -158,13 +163,13 @@ def _writer(source: EpisodeSource, out: str | Path) -> ShardWriter:
 
 
 class _ShardJob:
-    """Makes and writes whole shards; one in every process."""
+    """Produces and writes whole shards; one in every process."""
 
     def __init__(self, source: EpisodeSource, out: str, episodes: int, episodes_per_shard: int) -> None:
         self.source, self.out, self.episodes, self.size = source, out, episodes, episodes_per_shard
 
     def __call__(self, piece: int, tick: Callable[[], None], stopped: Callable[[], bool]) -> None:
-        """Write shard ``piece``, or nothing at all when stopped half-way."""
+        """Write shard ``piece``, or nothing when stopped before it is complete."""
         source, made = self.source, []
         indices = _indices(piece, self.episodes, self.size)
         for index in indices:

@@ -1,13 +1,17 @@
-"""What the LeRobotDataset v3.0 layout calls things: paths, default columns, statistics.
+"""The LeRobotDataset v3.0 layout: names of paths and columns, statistics, reading and writing of its tables.
 
-The layout, as written by ``lerobot`` from its 3.0 data sets on::
+The layout, as written by ``lerobot`` for data sets of version 3.0::
 
     meta/info.json                                  fps, features, totals, path templates
-    meta/stats.json                                 per feature: min max mean std count and quantiles
+    meta/stats.json                                 per feature: min, max, mean, std, count and quantiles
     meta/tasks.parquet                              task (pandas index), task_index
-    meta/episodes/chunk-000/file-000.parquet        one row an episode: where its rows and its video are
-    data/chunk-000/file-000.parquet                 one row a frame, many episodes a file
+    meta/episodes/chunk-000/file-000.parquet        one row per episode: where its rows and its video are
+    data/chunk-000/file-000.parquet                 one row per frame, many episodes per file
     videos/<feature>/chunk-000/file-000.mp4         the same episodes one after the other
+
+Data sets of this package have one more row than actions in every episode: the last row has the last frame and a zero
+action, and is marked by ``is_padding``. To train on them with ``lerobot``, leave these rows out (a sampler's
+``drop_n_last_frames=1``).
 """
 
 from __future__ import annotations
@@ -19,15 +23,20 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from rawdream_env import files
-from rawdream_env.errors import DatasetError
-from rawdream_env.types import UInt8Array
+from rawdream_env.errors import DatasetError, shorten
+from rawdream_env.types import Float32Array, UInt8Array
 
 CODEBASE_VERSION = "v3.0"
 CHUNKS_SIZE = 1000
+MAX_ACTION = 1.001
+"""Largest size of an action, with room for rounding."""
+MAX_FPS = 10_000
+"""Largest frame rate (Hz) that is believed."""
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
@@ -39,6 +48,8 @@ IMAGE_KEY = "observation.image"
 STATE_KEY = "observation.state"
 ACTION_KEY = "action"
 PRIVILEGED_PREFIX = "privileged."
+PADDING_KEY = "is_padding"
+"""True in the last row of an episode, which carries the last frame and a zero action; training on actions skips it."""
 
 QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
 
@@ -55,6 +66,9 @@ DEFAULT_FEATURES: dict[str, dict[str, Any]] = {
     "index": {"dtype": "int64", "shape": [1], "names": None},
     "task_index": {"dtype": "int64", "shape": [1], "names": None},
 }
+
+
+PADDING_FEATURE: dict[str, Any] = {"dtype": "bool", "shape": [1], "names": None}
 
 
 def numeric_feature(dim: int, names: Sequence[str] | None = None) -> dict[str, Any]:
@@ -89,20 +103,52 @@ def to_column(values: NDArray[Any], feature: Mapping[str, Any]) -> pa.Array:
     return column if flat.shape[1] == 1 else pa.FixedSizeListArray.from_arrays(column, flat.shape[1])
 
 
-def from_column(column: pa.ChunkedArray, rows: int) -> NDArray[Any]:
-    """The inverse of ``to_column``: (rows, dim). Nested lists of any kind are flattened."""
+def from_column(column: pa.ChunkedArray, rows: int, where: str = "a column") -> NDArray[Any]:
+    """The inverse of ``to_column``: (rows, dim). Nested lists are flattened.
+
+    Raises:
+        DatasetError: a value is null or no number, or rows have different lengths; the message begins with ``where``.
+    """
     array = column.combine_chunks()
     if isinstance(array, pa.ChunkedArray):
         array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], column.type)
-    while pa.types.is_nested(array.type):
+    types, nulls, even = pa.types, array.null_count, True
+    while types.is_list(array.type) or types.is_large_list(array.type) or types.is_fixed_size_list(array.type):
+        even = even and len(pc.unique(pc.list_value_length(array))) <= 1
         array = array.flatten()
-    return np.asarray(array.to_numpy(zero_copy_only=False)).reshape(rows, -1)
+        nulls += array.null_count
+    numeric = types.is_integer(array.type) or types.is_floating(array.type) or types.is_boolean(array.type)
+    if nulls or not numeric or not even or len(array) % max(rows, 1):
+        raise DatasetError(
+            f"{where} has {nulls} null values of type {shorten(str(column.type))} in {rows} rows"
+            f"{'' if even else ' of different lengths'}, expected equally many numbers in every row. Copy the file again."
+        )
+    return np.asarray(array.to_numpy(zero_copy_only=False)).reshape(rows, len(array) // max(rows, 1))
+
+
+def check_finite(columns: Mapping[str, Float32Array], where: str) -> None:
+    """Refuse columns (rows, ...) with NaN or infinity."""
+    for name, values in columns.items():
+        bad = np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(1))
+        if len(bad):
+            raise DatasetError(
+                f"{where}: {name} of {len(bad)} of {len(values)} rows are not finite, the first in row {bad[0]}."
+            )
+
+
+def check_range(actions: Float32Array, where: str) -> None:
+    """Refuse actions outside [-1, 1]. A value slightly above 1 is rounding; a large one is not a delta action."""
+    if actions.size and (most := float(np.abs(actions).max())) > MAX_ACTION:
+        raise DatasetError(
+            f"{where}: actions reach {most:.3g}, but delta actions lie in [-1, 1]. These look like absolute poses or "
+            "angles: convert the data set with delta actions."
+        )
 
 
 def numeric_stats(values: NDArray[Any], *, quantiles: bool = True) -> dict[str, NDArray[np.float64]]:
     """Statistics over the rows of (rows, dim). NaN (an object that is not in the scene) is left out.
 
-    A column without a single finite value has statistics 0: JSON knows no NaN.
+    A column that holds only NaN has statistics 0, since JSON has no NaN.
     """
     values = values.astype(np.float64)
     gone = np.isnan(values)
@@ -119,10 +165,10 @@ def numeric_stats(values: NDArray[Any], *, quantiles: bool = True) -> dict[str, 
 
 
 def image_stats(frames: UInt8Array) -> dict[str, NDArray[np.float64]]:
-    """Statistics of frames (F, H, W, 3) per channel, scaled to [0, 1], shape (3, 1, 1) as LeRobot keeps them.
+    """Statistics of frames (F, H, W, 3) per channel, scaled to [0, 1], in LeRobot's shape (3, 1, 1).
 
-    From a histogram of the 256 levels: exact whole numbers to the last division, so that the same frames give the same
-    bytes wherever they are counted, and far cheaper than a float copy of the frames.
+    They come from a histogram of the 256 levels. All sums are exact integers, so that the same frames give the same bytes
+    on every machine, and no float copy of the frames is needed.
     """
     levels = np.arange(256)
     columns = []
@@ -130,7 +176,7 @@ def image_stats(frames: UInt8Array) -> dict[str, NDArray[np.float64]]:
         histogram = np.bincount(frames[..., channel].ravel(), minlength=256)
         seen = np.flatnonzero(histogram)
         count, first, second = (int((histogram * levels**power).sum()) for power in (0, 1, 2))
-        variance = (count * second - first**2) / count**2  # of Python's whole numbers, which do not overflow
+        variance = (count * second - first**2) / count**2  # Python integers do not overflow
         columns.append((seen[0] / 255.0, seen[-1] / 255.0, first / count / 255.0, variance**0.5 / 255.0))
     table = np.array(columns).T[:, :, None, None]
     stats = dict(zip(("min", "max", "mean", "std"), table, strict=True))
@@ -180,27 +226,27 @@ def tasks_table(tasks: Sequence[str]) -> pa.Table:
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
-    """A Parquet file in memory, so that it can be written in one atomic step."""
+    """A Parquet file in memory, to be written in one atomic step."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     return bytes(sink.getvalue())
 
 
 def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read one Parquet file, as a ``DatasetError`` naming the file when it is missing or damaged.
+    """Read one Parquet file; ``DatasetError`` names it when it is missing or damaged.
 
-    Of ``columns`` those that the file lacks are left out of the table.
+    Those of ``columns`` that the file lacks are left out of the table.
     """
     try:
-        return pq.ParquetFile(path).read(columns=None if columns is None else list(columns))
-    except (OSError, pa.ArrowException) as error:
+        return _open_parquet(path).read(columns=None if columns is None else list(columns))
+    except _PARQUET_ERRORS as error:
         raise _unreadable(path, error) from error
 
 
 def read_row_groups(path: Path, columns: Sequence[str], key: str, value: int) -> pa.Table:
-    """Those row groups of a Parquet file whose column ``key`` may hold ``value``; columns and errors as above."""
+    """Read the row groups of a Parquet file whose column ``key`` may hold ``value``; errors as ``read_parquet``."""
     try:
-        file = pq.ParquetFile(path)
+        file = _open_parquet(path)
         leaves = [file.schema.column(i).path for i in range(len(file.schema.names))]
         wanted = []
         for group in range(file.num_row_groups):
@@ -208,23 +254,32 @@ def read_row_groups(path: Path, columns: Sequence[str], key: str, value: int) ->
             if bounds is None or not bounds.has_min_max or bounds.min <= value <= bounds.max:
                 wanted.append(group)
         return file.read_row_groups(wanted, columns=list(columns))
-    except (OSError, pa.ArrowException) as error:
+    except _PARQUET_ERRORS as error:
         raise _unreadable(path, error) from error
 
 
+_PARQUET_ERRORS = (OSError, pa.ArrowException, ValueError, TypeError, OverflowError)
+"""What pyarrow raises for files that are damaged."""
+
+
+def _open_parquet(path: Path) -> pq.ParquetFile:
+    files.require_regular(path)
+    return pq.ParquetFile(path, page_checksum_verification=True)
+
+
 def _unreadable(path: Path, error: Exception) -> DatasetError:
-    what = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
+    what = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({str(error)[:200]})"
     return DatasetError(
         f"{path}: {what}. Copy the file again from its source; in a data set collected here, delete the three "
-        "files of that number (data, videos, meta/episodes) and run the same collection command again."
+        "files of that number (data, videos, meta/episodes) and rerun the same collection command."
     )
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a data set's file; ``DatasetError`` when it is missing or damaged."""
+    """The JSON object in a file of a data set; ``DatasetError`` when it is missing or damaged."""
     return files.read_json(
         path,
-        "check the path to the LeRobotDataset v3.0 folder, or copy it again (one that is still being collected gets the "
-        "file with its first finished part)",
+        "check the path to the LeRobotDataset v3.0 folder, or copy it again (a data set that is being collected has the "
+        "file once its first part is finished)",
         DatasetError,
     )

@@ -10,35 +10,36 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rawdream_env import media
 from rawdream_env.errors import DatasetError
 from rawdream_env.types import UInt8Array
 
 PIX_FMT = "yuv444p"
+FRAME_TOLERANCE = 0.1
+"""How far a frame may be from its timestamp, in frames."""
 
 
 def encode_video(clips: Iterable[UInt8Array], fps: float) -> bytes:
-    """Encode episodes, uint8 (F, H, W, 3) each, as one MP4 file in which each of them can be read alone."""
+    """Encode episodes, uint8 (F, H, W, 3) each, as one MP4 file in which each episode can be read alone."""
     return media.encode_video(clips, fps, pix_fmt=PIX_FMT, crf=8, gop=8)
 
 
-def decode_video(path: Path, fps: float, *, start: float = 0.0, count: int) -> UInt8Array:
-    """Decode ``count`` frames from the one nearest to ``start`` seconds on, as uint8 (count, H, W, 3).
+def decode_video(path: Path, times: NDArray[np.float64], tolerance: float) -> UInt8Array:
+    """Decode the frames shown at ``times`` (F,), ascending seconds, as uint8 (F, H, W, 3).
 
     Raises:
-        DatasetError: the file is missing or damaged, or holds fewer frames than asked for.
+        DatasetError: the file is missing or damaged, its frames have several sizes, or it has no frame within
+            ``tolerance`` seconds of one of the times.
     """
     out: UInt8Array | None = None
-    done = 0
-    for frame in media.iterate_video(path, fps, start=start):
+    for row, frame in enumerate(media.frames_at(path, times, tolerance)):
         if out is None:
-            out = np.empty((count, *frame.shape), dtype=np.uint8)
-        out[done] = frame
-        done += 1
-        if done == count:
-            return out
-    raise DatasetError(
-        f"{path}: {done} frames from {start:.3f} s on, but the episode table promises {count}. "
-        "The video and the tables are from different versions of the data set: copy the whole folder again."
-    )
+            out = np.empty((len(times), *frame.shape), dtype=np.uint8)
+        if frame.shape != out.shape[1:]:
+            raise DatasetError(f"{path}: frames of {out.shape[1:]} and {frame.shape} in one episode; encode it again.")
+        out[row] = frame
+    if out is None:
+        raise ValueError("no times were given")
+    return out

@@ -1,4 +1,4 @@
-"""Policies: ``load_policy`` finds one by name, folder or object. Imports torch only when called."""
+"""Policies: ``load_policy`` finds one by name, folder or object. torch is imported only when it is called."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def load_policy(spec: str | Path | Policy, *, device: str | torch.device = "cpu"
 
 def _load_folder(folder: Path, device: str | torch.device) -> Policy:
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"no policy at {folder}: config.json is missing. Give 'embedded' or a checkpoint folder.")
+        raise CheckpointError(
+            f"no policy at {folder}: config.json is missing. Choose 'embedded' or a checkpoint folder."
+        )
     from rawdream_env.policies.tiny_vla import TinyVLA
 
     return TinyVLA.from_pretrained(folder, device)

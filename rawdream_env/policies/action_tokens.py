@@ -6,10 +6,11 @@ only at exactly +1). Two numberings of the same token exist:
 * ``token`` = d - 1 in [0, 256): used everywhere in this package; a higher token is a higher action value;
 * ``lm_id`` = 32000 - d = 31999 - token: the row of OpenVLA's language-model head (31744..31999), *descending* in value.
 
-Token t decodes to the centre of bin ``clip(t, 0, 254)``, so tokens 254 and 255 decode alike. Token 127 is exactly 0.
+Token t decodes to the centre of bin ``clip(t, 0, 254)``, so that tokens 254 and 255 decode to the same value. Token 127
+is exactly 0.
 
-The K*A tokens of a chunk are independent given the observation (parallel decoding), so the log-probability of a chunk is
-a plain sum. Probabilities are softmax(logits / T) in float32 over the 256 action columns only; the largest entropy of a
+The K*A tokens of a chunk are independent given the observation (parallel decoding), so that the log-probability of a chunk
+is their sum. Probabilities are softmax(logits / T) in float32 over the 256 action columns only; the largest entropy of a
 token is ln 256 = 5.545. Shape letters: B rows, L = K*A tokens, A action dimensions.
 """
 
@@ -32,7 +33,7 @@ LM_VOCAB_SIZE = 32000
 BIN_EDGES: NDArray[np.float64] = np.linspace(-1.0, 1.0, NUM_TOKENS)
 BIN_CENTRES: NDArray[np.float64] = (BIN_EDGES[:-1] + BIN_EDGES[1:]) / 2.0
 SAMPLING_STREAM = 0x70
-"""Stream of a ``NoiseKey`` from which action tokens are drawn, apart from the world model's noise."""
+"""Stream of a ``NoiseKey`` for action tokens, separate from the world model's noise."""
 
 
 @overload
@@ -49,7 +50,7 @@ def encode(actions: NDArray[np.floating] | Tensor) -> NDArray[np.int64] | Tensor
     values = np.asarray(actions, dtype=np.float64)
     if not np.isfinite(values).all():
         bad = int((~np.isfinite(values)).sum())
-        raise InvalidActionError(f"{bad} of {values.size} action values are NaN or infinite; check what produced them.")
+        raise InvalidActionError(f"{bad} of {values.size} action values are NaN or infinite; check their source.")
     return (np.digitize(np.clip(values, -1.0, 1.0), BIN_EDGES) - 1).astype(np.int64)
 
 
@@ -94,7 +95,7 @@ def lm_logits_to_token_logits(logits: Tensor) -> Tensor:
 def log_distribution(logits: Tensor, temperature: float) -> Tensor:
     """log softmax(logits / T) in float32 over the last axis (256 columns).
 
-    ``temperature`` 0 means greedy acting; a point mass has no useful log-probability, so T = 1 is used in its place.
+    ``temperature`` 0 means greedy acting. A point mass has no useful log-probability, so that T = 1 is used instead.
     Raises ``InvalidOptionError`` for a negative or non-finite temperature.
     """
     if not np.isfinite(temperature) or temperature < 0:
@@ -114,13 +115,13 @@ def token_entropy(logits: Tensor, temperature: float) -> Tensor:
 
 
 def sample_tokens(logits: Tensor, temperature: float, keys: Sequence[NoiseKey]) -> Tensor:
-    """Draw int64 tokens (B, L) from ``logits`` (B, L, 256); row i depends on its logits and ``keys[i]`` alone.
+    """Draw int64 tokens (B, L) from ``logits`` (B, L, 256); row i depends only on its logits and ``keys[i]``.
 
-    Inverse transform: one float64 uniform per token from the row's own generator, against the cumulated probabilities.
+    Inverse transform sampling: one float64 uniform number per token from the row's own generator.
     ``temperature`` 0 takes the largest logit (the lowest token on ties) and uses no noise.
     """
     if len(keys) != logits.shape[0]:
-        raise InvalidOptionError(f"got {len(keys)} noise keys for {logits.shape[0]} rows; give one per row.")
+        raise InvalidOptionError(f"got {len(keys)} noise keys for {logits.shape[0]} rows; pass one per row.")
     log_p = log_distribution(logits, temperature)
     if temperature == 0 or not keys:
         return log_p.argmax(-1)
@@ -129,7 +130,7 @@ def sample_tokens(logits: Tensor, temperature: float, keys: Sequence[NoiseKey]) 
         [torch.rand(num_tokens, dtype=torch.float64, generator=key.generator(SAMPLING_STREAM)) for key in keys]
     ).to(logits.device)
     cumulated = log_p.detach().double().exp().cumsum(-1)
-    # Scale by the total so that rounding can never leave the draw above the last column.
+    # Scaling by the total keeps the draw within the last column despite rounding.
     draw = (uniform * cumulated[..., -1]).unsqueeze(-1)
     return torch.searchsorted(cumulated, draw, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
@@ -137,8 +138,7 @@ def sample_tokens(logits: Tensor, temperature: float, keys: Sequence[NoiseKey]) 
 def smoothed_targets(tokens: Tensor, sigma_bins: float) -> Tensor:
     """Soft labels (..., 256): a Gaussian of ``sigma_bins`` around each token, renormalised at the ends.
 
-    ``sigma_bins`` 0 gives one-hot labels. Neighbouring bins are nearly the same action, which plain cross-entropy does
-    not know.
+    ``sigma_bins`` 0 gives one-hot labels. Neighbouring bins are nearly the same action; one-hot labels ignore this.
     """
     if sigma_bins <= 0:
         return torch.nn.functional.one_hot(tokens, NUM_TOKENS).float()

@@ -1,4 +1,4 @@
-"""What every token policy shares: checks, keyed sampling, log-probabilities. A subclass brings ``logits``.
+"""The base class of token policies: checks, keyed sampling, log-probabilities. A subclass defines ``logits``.
 
 Shape letters: B rows, H W image, K actions in a chunk, A action dimensions, L = K*A tokens.
 """
@@ -23,9 +23,9 @@ class TokenPolicy(nn.Module):
     """Base of policies that emit L = K*A categorical tokens in one parallel pass (paper section 3.2).
 
     A subclass sets ``chunk_len`` K, ``action_dim`` A, ``image_size`` (H, W) and defines ``logits``. ``act_batch`` is the
-    fixed number of rows in one forward pass of ``act``: a batch is cut into blocks of exactly that many rows, the last
-    one padded, because matrix kernels choose their blocking by shape and would otherwise let the batch size change a
-    row's last bits. On CPU in float32 row i is then bit-identical whatever its batch and neighbours.
+    fixed number of rows in one forward pass of ``act``: a batch is cut into blocks of exactly that many rows, and the
+    last block is padded. Matrix kernels choose their blocking by shape, so that the batch size would otherwise change the
+    last bits of a row. On CPU in float32, row i is bit-identical for every batch size and for all neighbours.
     """
 
     chunk_len: int
@@ -39,7 +39,7 @@ class TokenPolicy(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters live."""
+        """The device of the parameters."""
         return next(self.parameters()).device
 
     @property
@@ -53,8 +53,8 @@ class TokenPolicy(nn.Module):
     ) -> PolicyOutput:
         """Sample a chunk per row. ``images`` uint8 (B, H, W, 3), numpy or torch; ``temperature`` 0 is greedy.
 
-        Returns actions float32 (B, K, A) in [-1, 1], tokens int64 and log-probabilities fp32 (B, K*A), the latter at
-        ``temperature`` (at T = 1 when greedy). Row i depends on its image, instruction and key alone.
+        Returns actions float32 (B, K, A) in [-1, 1], tokens int64 (B, K*A) and log-probabilities fp32 (B, K*A) at
+        ``temperature`` (at T = 1 when greedy). Row i depends only on its image, instruction and key.
         """
         frames = self.check_images(images, instructions)
         logits = self._blocked_logits(frames, list(instructions))
@@ -98,7 +98,7 @@ class TokenPolicy(nn.Module):
         return tensor.to(self.device)
 
     def _blocked_logits(self, frames: Tensor, instructions: list[str]) -> Tensor:
-        """``logits`` in blocks of exactly ``act_batch`` rows; the last block repeats its first row to fill up."""
+        """``logits`` in blocks of exactly ``act_batch`` rows; the last block is padded with the last row."""
         num_rows, block = frames.shape[0], self.act_batch
         if num_rows == 0:
             return torch.zeros(0, self.num_action_tokens, action_tokens.NUM_TOKENS, device=self.device)

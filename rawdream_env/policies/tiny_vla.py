@@ -1,15 +1,14 @@
 """TinyVLA: a vision-language-action policy small enough for a laptop CPU, with OpenVLA's action tokens.
 
 One 64x64 RGB frame and one sentence in, a chunk of 8 x 7 categorical tokens out, all decoded in one parallel pass
-(paper section 3.2; method page part 5). No proprioception: where the gripper is, the policy must see.
+(paper section 3.2). It has no proprioception: the policy sees the gripper only in the image.
 
-How it is built, and why. The precision a grasp needs is about 1 cm, 1.3 pixels here, so the trunk keeps resolution: a
-stride-2 stem with coordinate channels, then stride 4 (16x16 cells), residual blocks modulated by the sentence (FiLM).
-A small decoder then runs over 3 registers and 8 step queries: attention over the words and each other tells the
-registers which word is what, attention over the 256 cells reads places out of the image, and each step query emits its
-7 tokens.
-The three registers (gripper, the thing to move, where to) carry an auxiliary read-out of positions, used in training
-only: it teaches the attention to localise with far fewer demonstrations than action labels alone.
+A grasp needs a precision of about 1 cm, which is 1.3 pixels here, so that the trunk keeps its resolution: a stride-2 stem
+with coordinate channels, then residual blocks at stride 4 (16x16 cells) that are modulated by the sentence (FiLM). A small
+decoder runs over 3 registers and 8 step queries. Attention over the words and over each other assigns words to registers,
+attention over the 256 cells reads positions from the image, and each step query emits its 7 tokens.
+The three registers (gripper, object to move, target) have an auxiliary read-out of positions, which is used only in
+training: with it, the attention learns to localise from far fewer demonstrations than with action labels alone.
 
 Shape letters: B rows, H W image, C channels, N = cells of the trunk, S decoder tokens, D width, K actions in a chunk,
 A action dimensions, L = K*A action tokens.
@@ -39,7 +38,7 @@ from rawdream_env.types import ACTION_DIM
 
 KIND = "tiny_vla"
 AUXILIARY_DIM = 13
-"""Read-out of the registers: commanded pose and gripper (7), xyz of the thing to move (3), xyz of where to (3)."""
+"""Read-out of the registers: commanded pose and gripper (7), xyz of the object to move (3), xyz of the target (3)."""
 MAX_WORDS = 16
 
 
@@ -62,14 +61,14 @@ class TinyVLAConfig:
     heads: int = 4
     """Attention heads; divides ``width``."""
     text_layers: int = 1
-    """Self-attention layers over the words alone."""
+    """Self-attention layers over the words."""
     decoder_layers: int = 2
     """Layers over registers and step queries."""
     bin_rank: int = 96
     """Rank of the map from a step's features to its 256 scores per dimension."""
 
     def __post_init__(self) -> None:
-        """Reject sizes that cannot be built, with the numbers."""
+        """Reject sizes that cannot be built."""
         if self.image_size % 4 or self.image_size < 16:
             raise InvalidOptionError(f"image_size must be a multiple of 4 and >= 16, got {self.image_size}.")
         if self.width % self.heads:
@@ -85,7 +84,7 @@ def _word_ids(instruction: str) -> NDArray[np.int64]:
 
 
 class FilmBlock(nn.Module):
-    """Residual block (B, C, h, w); its one normalisation (they are dear on a CPU) is modulated by the sentence."""
+    """Residual block (B, C, h, w) with one normalisation, which is modulated by the sentence (more are slow on a CPU)."""
 
     def __init__(self, channels: int, text_width: int) -> None:
         super().__init__()
@@ -119,7 +118,7 @@ class Attention(nn.Module):
         b, s, d = x.shape
         q = self.query(x).view(b, s, self.heads, -1).transpose(1, 2)
         k, v = self.key_value(context).view(b, context.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
-        # Written out: with a dozen queries the fused CPU kernel is slower, several times so in the backward pass.
+        # Not the fused CPU kernel: with a dozen queries it is slower, in the backward pass by a factor of several.
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         if mask is not None:
             scores = scores.masked_fill(~mask[:, None, None, :], float("-inf"))
@@ -128,7 +127,7 @@ class Attention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention over words and peers, attention over the trunk's cells, MLP; all pre-norm."""
+    """Attention over words and queries, attention over the trunk's cells, MLP; all pre-norm."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -165,10 +164,10 @@ class TextLayer(nn.Module):
 
 
 class TinyVLA(TokenPolicy):
-    """The embedded policy. See the module's docstring for the architecture and ``TokenPolicy`` for acting.
+    """The bundled policy. See the module's docstring for the architecture and ``TokenPolicy`` for acting.
 
-    Checkpoints are a folder with ``config.json`` and ``model.safetensors``. New weights are drawn from ``seed`` without
-    touching the global generator.
+    A checkpoint is a folder with ``config.json`` and ``model.safetensors``. New weights are drawn with ``seed``; the global
+    generator is left unchanged.
     """
 
     action_dim = ACTION_DIM
@@ -204,7 +203,7 @@ class TinyVLA(TokenPolicy):
         self.register_buffer("coordinates", _coordinates(config.image_size // 2), persistent=False)
 
     def logits(self, images: Any, instructions: Sequence[str]) -> Tensor:
-        """Token scores (B, K*A, 256); see ``forward_train`` for the auxiliary read-out as well."""
+        """Token scores (B, K*A, 256); ``forward_train`` also returns the auxiliary read-out."""
         return self.forward_train(self.check_images(images, instructions), self.word_ids(instructions))[0]
 
     def word_ids(self, instructions: Sequence[str]) -> Tensor:
@@ -215,7 +214,7 @@ class TinyVLA(TokenPolicy):
         """``frames`` uint8 (B, H, W, 3), ``word_ids`` int64 (B, 16) -> logits (B, K*A, 256), read-out (B, 13)."""
         b = frames.shape[0]
         present = word_ids != 0
-        # A sentence of no words would leave attention nothing to read.
+        # In an empty sentence the first word counts as present: attention over nothing is not defined.
         present = present | (torch.arange(MAX_WORDS, device=present.device) == 0)
         sentence = self.words(word_ids) + self.word_places
         for layer in self.text_layers:
@@ -230,7 +229,7 @@ class TinyVLA(TokenPolicy):
             x = layer(x, sentence, mask, cells)
         x = self.head_norm(x)
         features = self.head(x[:, 3:]).view(b, self.chunk_len, ACTION_DIM, -1)
-        with torch.autocast(frames.device.type, enabled=False):  # scores keep float32: bfloat16 has 2-3 digits
+        with torch.autocast(frames.device.type, enabled=False):  # scores stay in float32: bfloat16 has 2-3 digits
             logits = features.float() @ self.bins + self.bin_bias
         return logits.reshape(b, self.num_action_tokens, NUM_TOKENS), self.auxiliary_head(x[:, :3].flatten(1))
 
@@ -267,7 +266,7 @@ class TinyVLA(TokenPolicy):
 
 
 def _read_config(path: Path) -> TinyVLAConfig:
-    raw = read_json(path, "give a folder written by save_pretrained")
+    raw = read_json(path, "choose a folder written by save_pretrained")
     if raw.get("kind") != KIND:
         raise CheckpointError(f"{path} describes {raw.get('kind')!r}, not {KIND!r}; this folder holds another model.")
     known = {f.name for f in fields(TinyVLAConfig)}
@@ -287,9 +286,9 @@ def _coordinates(size: int) -> Tensor:
 
 
 def _waves(size: int, width: int) -> Tensor:
-    """Sines and cosines of the cells' places (size * size, width), from half a wave across the image up to four.
+    """Sines and cosines of the cells' positions (size * size, width), from half a wave across the image up to four.
 
-    The slow ones are nearly straight lines, so that what attention averages is already close to a coordinate.
+    The lowest frequencies are nearly linear, so that an average weighted by attention is close to a coordinate.
     """
     x, y = _coordinates(size)[0].flatten(1)
     frequency = 2.0 ** torch.linspace(-1.0, 2.0, -(-width // 4))[:, None] * math.pi / 2
@@ -300,7 +299,7 @@ def _waves(size: int, width: int) -> Tensor:
 
 
 def _smooth_bins(rank: int) -> Tensor:
-    """Cosines over the 256 bins (rank, 256): neighbouring bins start with nearly the same scores, as they should."""
+    """Cosines over the 256 bins (rank, 256), so that neighbouring bins have nearly the same scores at initialisation."""
     place = (torch.arange(NUM_TOKENS) + 0.5) / NUM_TOKENS
     waves: Tensor = torch.cos(math.pi * torch.arange(rank)[:, None] * place)
     return waves.mul((2.0 / rank) ** 0.5)

@@ -1,4 +1,4 @@
-"""Where episodes begin: start packs, folders of images, the simulator, plain lists. ``load_starts`` finds one by name."""
+"""Start states of episodes: start packs, folders of images, the simulator, lists. ``load_starts`` finds one by name."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def load_starts(
     """The start source that ``spec`` names.
 
     Args:
-        spec: "pack" or "embedded" (the robot's start pack), "sim" (rendered by the robot's simulator when needed), "null"
-            (random frames), a ``.safetensors`` pack, a folder of images or with a pack in it, "owner/name" of the Hugging
-            Face hub, "module:factory", a list of ``Start``, or an object with a ``sample`` method.
-        device: passed to a factory that takes it.
+        spec: "pack" or "embedded" (the robot's start pack), "sim" (rendered by the robot's simulator on demand), "null"
+            (random frames), a ``.safetensors`` pack, a folder with images or a pack, "owner/name" of the Hugging Face hub,
+            "module:factory", a list of ``Start``, or an object with a ``sample`` method.
+        device: passed to a factory that accepts it.
         frame_shape: (H, W, 3); images of a folder are resized to it.
         layout: "narrow" or "wide": how far the objects are scattered ("pack" and "sim").
-        robot: whose pack and simulator; the default robot when empty.
+        robot: the robot whose pack and simulator are used; the default robot when empty.
 
     Raises:
-        InvalidOptionError: none of these, or the robot has no pack or no simulator.
+        InvalidOptionError: ``spec`` is none of these, or the robot has no pack or no simulator.
         CheckpointError: the pack is missing or damaged.
     """
     device = parse_device(device)

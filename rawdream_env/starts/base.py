@@ -1,7 +1,7 @@
-"""Where an episode begins: the :class:`StartSource` protocol and the draws every source shares.
+"""The :class:`StartSource` protocol and the random draws that all sources share.
 
-A source is asked with the episode's :class:`NoiseKey`, never with a generator, so that row i's starts depend on its own
-seed and episode count alone.
+A source receives the episode's :class:`NoiseKey`, never a generator, so that the starts of row i depend only on its own
+seed and episode count.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _STREAM_PICK = 103
 
 @runtime_checkable
 class StartSource(Protocol):
-    """Gives an episode its first frame and instruction.
+    """Provides the first frame and the instruction of an episode.
 
-    A source that knows its tasks has an attribute ``tasks``: (name, instruction) pairs in the order of the task ids.
+    A source with a known list of tasks has an attribute ``tasks``: (name, instruction) pairs in the order of the task ids.
     """
 
     def sample(self, key: NoiseKey, task: TaskLike = None) -> Start:
-        """The start that ``key`` (seed and episode) draws; equal keys give equal starts.
+        """The start drawn with ``key`` (seed and episode); equal keys give equal starts.
 
         Raises:
             InvalidOptionError: the source has no such task.
@@ -40,7 +40,7 @@ class StartSource(Protocol):
 def seed_for(seed: int, episode: int) -> int:
     """The simulator's scene seed (63 bits) for episode ``episode`` of a row with seed ``seed``.
 
-    The simulator environment and simulator-rendered starts both use it, so equal row seeds show equal scenes.
+    The simulator environment and simulator-rendered starts both use it, so that equal row seeds give equal scenes.
     """
     return NoiseKey(seed, episode=episode).entropy(_STREAM_SCENE)
 
@@ -72,6 +72,6 @@ def find_task(task: str | int, names: Sequence[str], instructions: Sequence[str]
             if instruction.strip().lower() == wanted:
                 return index
     raise InvalidOptionError(
-        f"task={task!r} is not known; choose a name out of {', '.join(map(repr, names))}, "
+        f"task={task!r} is unknown; choose one of the names {', '.join(map(repr, names))}, "
         f"its instruction, an id from 0 to {len(names) - 1}, or None for all of them."
     )

@@ -1,15 +1,15 @@
-"""Starts from a folder of photographs: point a camera at the table, write down what should be done."""
+"""Starts from a folder of photographs with an instruction for each."""
 
 from __future__ import annotations
 
-import json
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rawdream_env.errors import DatasetError
+from rawdream_env.errors import DatasetError, shorten
+from rawdream_env.files import read_json, require_regular
 from rawdream_env.seeding import NoiseKey
 from rawdream_env.starts.base import TaskLike
 from rawdream_env.starts.memory import ListStarts
@@ -19,16 +19,16 @@ _KEYS = {"instruction", "task_id", "proprio", "seed"}
 
 
 class FolderStarts:
-    """Images of a folder with an ``instructions.json`` beside them.
+    """Images of a folder that also holds an ``instructions.json``.
 
-    The file maps image names to an instruction, or to an object with ``instruction`` and, as far as known, ``task_id``
+    The file maps image names to an instruction, or to an object with ``instruction`` and, optionally, ``task_id``
     (integer), ``proprio`` (list of numbers, SI units) and ``seed``::
 
         {"left.png": "put the spoon into the bowl",
          "right.jpg": {"instruction": "place the pot on the stove", "task_id": 1}}
 
-    Images are cut to the wanted aspect ratio around their centre and resized. Instructions without a ``task_id`` are
-    numbered in alphabetical order after the numbers given.
+    Images are turned as their orientation tag says, cropped around the centre to the aspect ratio of the frames, and
+    resized. Instructions without a ``task_id`` are numbered in alphabetical order after the largest given number.
     """
 
     def __init__(self, folder: str | PathLike[str], *, frame_shape: tuple[int, int, int] = (64, 64, 3)) -> None:
@@ -39,13 +39,8 @@ class FolderStarts:
         """
         self.folder = Path(folder)
         listing = self.folder / "instructions.json"
-        try:
-            entries = json.loads(listing.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise DatasetError(
-                f"{listing} cannot be read ({error}). It must map image names to instructions."
-            ) from error
-        if not isinstance(entries, dict) or not entries:
+        entries = read_json(listing, "it must map image names to instructions", DatasetError)
+        if not entries:
             raise DatasetError(f"{listing} must be a JSON object with at least one image name.")
         parsed = {name: _parse_entry(listing, name, entry) for name, entry in sorted(entries.items())}
         ids = _number_tasks(parsed)
@@ -78,7 +73,7 @@ class FolderStarts:
 
 
 def load_image(path: Path, frame_shape: tuple[int, int, int]) -> UInt8Array:
-    """An image file as uint8 (H, W, 3): centre cut to the aspect ratio, then resized.
+    """An image file as uint8 (H, W, 3): upright, cropped around the centre to the aspect ratio, then resized.
 
     Raises:
         DatasetError: the file is missing or no image.
@@ -87,9 +82,11 @@ def load_image(path: Path, frame_shape: tuple[int, int, int]) -> UInt8Array:
 
     height, width, _ = frame_shape
     try:
+        require_regular(path)
         with Image.open(path) as image:
-            fitted = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.BOX)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+            fitted = ImageOps.fit(upright, (width, height), Image.Resampling.BOX)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DatasetError(f"{path} cannot be read as an image ({error}).") from error
     return np.array(fitted, dtype=np.uint8)
 
@@ -103,15 +100,19 @@ def _parse_entry(listing: Path, name: str, entry: Any) -> dict[str, Any]:
         raise DatasetError(f"{listing}: {name!r} needs an instruction that is not empty.")
     unknown = set(entry) - _KEYS
     if unknown:
-        raise DatasetError(f"{listing}: {name!r} has unknown keys {sorted(unknown)}; known are {sorted(_KEYS)}.")
+        raise DatasetError(
+            f"{listing}: {name!r} has unknown keys {shorten(sorted(unknown))}; known are {sorted(_KEYS)}."
+        )
     for key in ("task_id", "seed"):
         if entry.get(key) is not None and (isinstance(entry[key], bool) or not isinstance(entry[key], int)):
-            raise DatasetError(f"{listing}: {key} of {name!r} must be an integer, not {entry[key]!r}.")
+            raise DatasetError(f"{listing}: {key} of {name!r} must be an integer, not {shorten(entry[key])}.")
     proprio = entry.get("proprio")
     if proprio is not None:
         numbers = isinstance(proprio, list) and all(isinstance(x, int | float) for x in proprio)
         if not numbers or not np.isfinite(np.asarray(proprio, dtype=np.float64)).all():
-            raise DatasetError(f"{listing}: proprio of {name!r} must be a list of finite numbers, not {proprio!r}.")
+            raise DatasetError(
+                f"{listing}: proprio of {name!r} must be a list of finite numbers, not {shorten(proprio)}."
+            )
     return {key: value for key, value in entry.items() if value is not None}
 
 

@@ -1,4 +1,4 @@
-"""Starts held in memory: a plain list of :class:`Start`, and the null source of tests."""
+"""Starts in memory: a list of :class:`Start`, and the null source for tests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ListStarts:
         """Keep ``starts`` (at least one).
 
         Raises:
-            InvalidOptionError: the list is empty, holds something else, or a frame is not uint8 (H, W, 3).
+            InvalidOptionError: the list is empty, an entry is no ``Start``, or a frame is not uint8 (H, W, 3).
         """
         if not starts:
             raise InvalidOptionError("starts is an empty list; an episode needs at least one Start.")
@@ -34,7 +34,7 @@ class ListStarts:
         self.starts = tuple(starts)
         numbered = {start.task_id: start.instruction for start in self.starts}
         self.tasks: tuple[tuple[str, str], ...] = ()
-        if sorted(numbered) == list(range(len(numbered))):  # ids that a task list can have
+        if sorted(numbered) == list(range(len(numbered))):  # the ids are positions in a list of tasks
             self.tasks = tuple((numbered[i], numbered[i]) for i in range(len(numbered)))
 
     def sample(self, key: NoiseKey, task: TaskLike = None) -> Start:
@@ -47,19 +47,19 @@ class ListStarts:
         chosen = tuple(s for s in self.starts if (s.task_id if by_id else s.instruction) == task)
         if not chosen:
             known = sorted({s.task_id if by_id else s.instruction for s in self.starts}, key=str)
-            raise InvalidOptionError(f"no start in the list has task={task!r}; there are {known}.")
+            raise InvalidOptionError(f"no start in the list has task={task!r}; it has {known}.")
         return chosen
 
 
 class NullStarts:
-    """Random frames with made-up instructions: the small twin of the real sources, for tests and timing."""
+    """Random frames with invented instructions: the small twin of the real sources, for tests and timing."""
 
     TASKS = ("null_left", "null_right", "null_up", "null_down")
     INSTRUCTIONS = tuple(f"move the block {name.removeprefix('null_')}" for name in TASKS)
     tasks = tuple(zip(TASKS, INSTRUCTIONS, strict=True))
 
     def __init__(self, frame_shape: tuple[int, int, int] = (64, 64, 3)) -> None:
-        """``frame_shape`` (H, W, 3) of the frames to make."""
+        """``frame_shape``: (H, W, 3) of the frames."""
         self.frame_shape = frame_shape
 
     def sample(self, key: NoiseKey, task: TaskLike = None) -> Start:

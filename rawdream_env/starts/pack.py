@@ -1,4 +1,4 @@
-"""Start packs: many starts in one safetensors file, so that an environment needs no simulator and no renderer.
+"""Start packs: many starts in one safetensors file, so that an environment needs neither a simulator nor a renderer.
 
 Tensors (N starts): ``frames`` uint8 (N, H, W, 3), ``task_id`` int64 (N,), ``seed`` int64 (N,) (-1: unknown) and, when
 the starts have one, ``proprio`` float32 (N, P). Metadata: ``format``, ``layout``, and ``tasks``, a JSON list of
@@ -38,8 +38,8 @@ class PackStarts:
         """
         if not Path(path).is_file():
             raise CheckpointError(
-                f"there is no start pack {path}. Give another one (starts='my_pack.safetensors'), make one with "
-                "rawdream_env.starts.pack.save_start_pack, or render starts as they are needed (starts='sim')."
+                f"there is no start pack {path}. Choose another one (starts='my_pack.safetensors'), write one with "
+                "rawdream_env.starts.pack.save_start_pack, or render starts on demand (starts='sim')."
             )
         metadata = load_safetensors_metadata(path)
         if metadata.get("format") != FORMAT:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
@@ -151,6 +152,26 @@ class TestRoundTrip:
         assert data["timestamp"].to_pylist()[:3] == pytest.approx([0.0, 0.1, 0.2])
         assert data.schema.field("action").type == pa.list_(pa.float32(), 7)
 
+    def test_the_row_without_an_action_is_marked(self, dataset) -> None:
+        table = pq.read_table(dataset[0] / "data/chunk-000/file-001.parquet")
+        rows = zip(table["episode_index"].to_pylist(), table["frame_index"].to_pylist(), strict=True)
+        assert table["is_padding"].to_pylist() == [frame == {2: 8, 3: 9}[episode] for episode, frame in rows]
+        kept = table.filter(pc.invert(table["is_padding"]))["action"]
+        expected = np.concatenate([e.actions for e in dataset[1][2:4]])
+        np.testing.assert_array_equal(schema.from_column(kept, len(kept)), expected)
+        assert json.loads((dataset[0] / "meta/info.json").read_text())["features"]["is_padding"]["dtype"] == "bool"
+
+    def test_a_folder_begun_by_an_earlier_version_keeps_its_columns(self, dataset, tmp_path: Path) -> None:
+        write(tmp_path, dataset[1][:2])
+        path = tmp_path / "data/chunk-000/file-000.parquet"
+        pq.write_table(pq.read_table(path).drop(["is_padding"]), path)
+        write(tmp_path, dataset[1][2:])
+        tables = [pq.read_table(path) for path in sorted(tmp_path.glob("data/*/*.parquet"))]
+        assert [table.column_names for table in tables] == [tables[0].column_names] * 3
+        features = json.loads((tmp_path / "meta/info.json").read_text())["features"]
+        assert "is_padding" not in features and "is_padding" not in tables[0].column_names
+        assert LeRobotReader(tmp_path).lengths.tolist() == [6, 7, 8, 9, 10]
+
     def test_pandas_sees_the_task_as_index(self, dataset) -> None:
         pandas = pytest.importorskip("pandas")
         assert pandas.read_parquet(dataset[0] / "meta/tasks.parquet").index.tolist() == ["place", "stack"]
@@ -225,7 +246,9 @@ class TestBrokenFolders:
     def test_video_of_another_version(self, broken: Path) -> None:
         folder = broken / "videos/observation.image/chunk-000"
         shutil.copy(folder / "file-000.mp4", folder / "file-001.mp4")
-        with pytest.raises(DatasetError, match=r"frames from 0\.900 s on, but the episode table promises 10"):
+        with pytest.raises(
+            DatasetError, match=r"no frame at 1\.500 s, where row 6 of 10 .* the nearest is at 1\.400 s"
+        ):
             LeRobotReader(broken).episode(3)
 
     def test_unknown_camera(self, dataset) -> None:

@@ -23,11 +23,14 @@ h5py = pytest.importorskip("h5py")
 ROWS = 7
 
 
-def write_file(path: Path, demos: int = 3, *, kind: str = "libero", rows: int = ROWS, size: int = 16) -> Path:
+def write_file(
+    path: Path, demos: int = 3, *, kind: str = "libero", rows: int = ROWS, size: int = 16, base: bool = False
+) -> Path:
     """A file in the layout of LIBERO's own files (observed after the action), of a replay of them, or of robomimic.
 
     Moment t (0: before the first action) has joints t / 10 and pictures of grey level 10 * t with a bright corner that is
-    top left in an upright picture; action t is t / 100.
+    top left in an upright picture; action t is t / 100. With ``base`` the joints of a mobile base, which drives backwards,
+    come before those of the arm.
     """
     after = kind == "libero"
     names = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "robot0_joint_pos", "agentview_image")
@@ -53,7 +56,10 @@ def write_file(path: Path, demos: int = 3, *, kind: str = "libero", rows: int = 
             for name, width in zip(names, widths, strict=False):
                 obs[name] = np.repeat(moments[:, None] / 10, width, 1)
             obs[names[4]] = images[:, ::-1, ::-1] if upside_down else images
-            group["states"] = np.repeat(np.arange(rows)[:, None] / 10, 20, 1)
+            states = np.repeat(np.arange(rows)[:, None] / 10, 20, 1)
+            if base:
+                states[:, 1:4] = 5 - states[:, 1:4]
+            group["states"] = states
             group["actions"] = np.repeat(np.arange(rows)[:, None] / 100, 7, 1)
             group["dones"] = group["rewards"] = np.zeros(rows, np.uint8)
     return path
@@ -69,6 +75,53 @@ def test_a_picture_is_followed_by_its_action(tmp_path: Path, kind: str, state: i
     np.testing.assert_allclose(episode.actions[:, 0], moments[:-1] / 100, atol=1e-6)
     np.testing.assert_allclose(episode.state[:, 0], moments / 10, atol=1e-6)
     assert (episode.frames[:, 0, 0, 0] - episode.frames[:, -1, -1, 0] == 101).all()  # upright
+
+
+@pytest.mark.parametrize("kind", ["libero", "replay", "robomimic"])
+def test_a_mobile_base_does_not_shift_the_actions(tmp_path: Path, kind: str) -> None:
+    demos = list_demos(write_file(tmp_path / "a.hdf5", kind=kind, base=True), task="lift")
+    assert [demo.timing for demo in demos] == ["after" if kind == "libero" else "before"] * 3
+    for demo in demos:
+        episode = read_demo(demo, image_size=None)
+        np.testing.assert_allclose(episode.actions[:, 0], episode.frames[:-1, -1, -1, 0] / 1000, atol=1e-6)
+
+
+class TestTiming:
+    def test_a_file_has_one_convention(self, tmp_path: Path) -> None:
+        path = write_file(tmp_path / "a.hdf5", kind="replay")
+        with h5py.File(path, "a") as file:
+            file["data/demo_1/obs/joint_states"][:] = file["data/demo_1/states"][:, 1:8] = 0.3  # it stands still
+            file["data/demo_2/obs/joint_states"][:] += 0.05  # a replay that has drifted away
+        assert [demo.timing for demo in list_demos(path)] == ["before"] * 3
+        with h5py.File(path, "a") as file:
+            file["data/demo_2/obs/joint_states"][:] += 0.05  # now equal to the next row
+        with pytest.raises(DatasetError, match=r"demo_0 records before .*:demo_2 after it.* Set --timing before"):
+            list_demos(path)
+        assert [demo.timing for demo in list_demos(path, timing="after")] == ["after"] * 3
+
+    @pytest.mark.parametrize("spoil", ["states", "obs/joint_states", "offset"])
+    def test_asks_where_the_joints_do_not_tell(self, config: ImportConfig, spoil: str) -> None:
+        with h5py.File(Path(config.src) / "b.hdf5", "a") as file:
+            for demo in file["data"].values():
+                if spoil == "offset":
+                    demo["obs/joint_states"][:] += 0.04
+                else:
+                    del demo[spoil]
+        with pytest.raises(DatasetError, match=r"b\.hdf5: in none of 3 demonstrations do .* Set --timing before"):
+            import_hdf5(config)
+        assert not Path(config.out).exists()
+        assert len(LeRobotReader(import_hdf5(replace(config, timing="before")))) == 9
+
+
+def test_every_demonstration_may_have_its_own_instruction(tmp_path: Path) -> None:
+    path = write_file(tmp_path / "a.hdf5")
+    with h5py.File(path, "a") as file:
+        file["data/demo_1"].attrs["ep_meta"] = json.dumps({"lang": "close the drawer", "layout_id": 3})
+    assert [demo.task for demo in list_demos(path, task="lift")] == ["open a", "close the drawer", "open a"]
+    with h5py.File(path, "a") as file:
+        file["data"].attrs["env_args"] = json.dumps({"env_kwargs": {"control_freq": -1}})
+    with pytest.raises(DatasetError, match=r"control_freq in env_args is -1, expected a positive number"):
+        list_demos(path)
 
 
 def test_options_overrule_what_the_file_says(tmp_path: Path) -> None:
@@ -130,6 +183,19 @@ def test_an_interrupted_import_goes_on_to_the_same_bytes(config: ImportConfig, m
         import_hdf5(replace(config, flip="none"))
     with pytest.raises(DatasetError, match="from 9 demonstrations, now there are 8"):
         import_hdf5(replace(config, skip=("sub/c.hdf5:demo_1",)))
+
+
+def test_a_changed_source_is_another_import(config: ImportConfig) -> None:
+    import_hdf5(config)
+    import_hdf5(config)
+    with h5py.File(Path(config.src) / "b.hdf5", "a") as file:
+        file["data/demo_1/obs/agentview_rgb"][3, 0, 0, 0] += 1
+    with pytest.raises(DatasetError, match=r"from 3 files, now there are 3 \(the first that differs: 'b\.hdf5 sha256:"):
+        import_hdf5(config)
+    stored = Path(config.out) / "meta/import.json"
+    earlier = {name: value for name, value in json.loads(stored.read_text()).items() if name != "files"}
+    stored.write_text(json.dumps(earlier))
+    import_hdf5(config)  # of a version that did not store fingerprints
 
 
 def _spoil_nan(data):
@@ -196,7 +262,7 @@ def _spoil_demos(data):
         (_spoil_camera, r"obs/agentview_rgb is float32 \(7, 16, 16, 3\), not uint8"),
         (_spoil_json, r"b\.hdf5: attribute env_args is no JSON"),
         (_spoil_instruction, r"b\.hdf5: language_instruction in problem_info has type int, expected text"),
-        (_spoil_no_instruction, r"b\.hdf5 holds no instruction \(problem_info\): give one with --task"),
+        (_spoil_no_instruction, r"b\.hdf5 holds no instruction \(ep_meta or problem_info\): set one with --task"),
         (_spoil_rate, r"b\.hdf5: control_freq in env_args is 'fast', expected a positive number"),
         (_spoil_demos, r"holds no demo_0, demo_1"),
     ],

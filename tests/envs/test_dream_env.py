@@ -630,6 +630,17 @@ def test_folder_of_images(tmp_path):
             load_starts(str(tmp_path))
 
 
+def test_a_turned_photo_is_a_start_that_stands_upright(tmp_path):
+    photo = Image.new("RGB", (96, 64), (255, 0, 0))
+    photo.paste((0, 0, 255), (0, 0, 48, 64))  # stored with blue on the left; turned right, blue is at the top
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo.save(tmp_path / "a.png", exif=exif)
+    (tmp_path / "instructions.json").write_text(json.dumps({"a.png": "push the pot"}))
+    frame = load_starts(str(tmp_path)).starts[0].frame
+    assert (frame[:30] == [0, 0, 255]).all() and (frame[34:] == [255, 0, 0]).all()
+
+
 def test_starts_with_and_without_proprio_do_not_mix():
     frame = np.zeros((64, 64, 3), np.uint8)
     mixed = [Start(frame, "a"), Start(frame, "b", proprio=np.zeros(7, np.float32))]

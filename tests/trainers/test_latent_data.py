@@ -21,6 +21,7 @@ from rawdream_env.data.video import encode_video
 from rawdream_env.errors import DatasetError
 from rawdream_env.trainers.world_model.latent_cache import CacheConfig, cache_latents, codec_fingerprint
 from rawdream_env.trainers.world_model.latent_dataset import LatentDataset
+from rawdream_env.trainers.world_model.latent_windows import DataEntry
 from rawdream_env.trainers.world_model.mixture import Mixture, MixtureEntry, normalise_actions
 from rawdream_env.world_models.autoencoders import AutoencoderConfig, PackedFrameAutoencoder
 
@@ -63,7 +64,7 @@ def write_data(root: Path, *, action_dim: int = 7, scale: float = 1.0, lengths=L
         actions[:, -1] = 0.5  # a dimension that never moves
         writer.add_episode(frames, actions, rng.normal(size=(n + 1, 3)).astype(np.float32), "play")
     writer.finalize()
-    return LeRobotReader(root)
+    return LeRobotReader(root, raw_actions=scale > 1)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +114,7 @@ class TestCache:
 
     def test_an_interrupted_cache_goes_on_to_the_same_bytes(self, cached, tmp_path: Path, monkeypatch) -> None:
         base, _ = cached
-        reader = LeRobotReader(base / "data-b")
+        reader = LeRobotReader(base / "data-b", raw_actions=True)
         real, count = LeRobotReader.episode, iter(range(9))
         monkeypatch.setattr(LeRobotReader, "episode", lambda *a: real(*a) if next(count) != 1 else 1 / 0)
         config, codec = replace(CONFIG, shard_bytes=1), MeanCodec()
@@ -134,7 +135,7 @@ class TestCache:
 
     def test_a_cache_of_something_else_is_refused(self, cached, tmp_path: Path) -> None:
         base, reader = cached
-        other = LeRobotReader(base / "data-b")
+        other = LeRobotReader(base / "data-b", raw_actions=True)
         for rank in (0, 1):
             with pytest.raises(DatasetError, match="b is a latent cache of another codec .* Delete the folder"):
                 cache_latents(other, MeanCodec(0.02), base / "b", CONFIG, rank=rank)
@@ -155,7 +156,7 @@ class TestCache:
 
     def test_a_damaged_shard_is_named(self, cached, tmp_path: Path) -> None:
         base, _ = cached
-        cache_latents(LeRobotReader(base / "data-b"), MeanCodec(), tmp_path, CONFIG)
+        cache_latents(LeRobotReader(base / "data-b", raw_actions=True), MeanCodec(), tmp_path, CONFIG)
         path = tmp_path / "shard-00000.safetensors"
         content = path.read_bytes()
         for damaged, said in (
@@ -177,7 +178,7 @@ class TestCache:
             codec_fingerprint(object())  # type: ignore[arg-type]
 
     def test_the_embedded_autoencoder_fits(self, cached, tmp_path: Path) -> None:
-        reader = LeRobotReader(cached[0] / "data-b")
+        reader = LeRobotReader(cached[0] / "data-b", raw_actions=True)
         codec = PackedFrameAutoencoder(AutoencoderConfig(16, 4, (8, 8), (1, 1), (1, 1))).eval()
         dataset = LatentDataset(cache_latents(reader, codec, tmp_path, CONFIG))
         frames = torch.from_numpy(reader.episode(1).frames)
@@ -323,7 +324,7 @@ class TestMixture:
             Mixture([replace(a, weight=0.0)])
         with pytest.raises(DatasetError, match=r"have one name: \['a', 'a'\]"):
             Mixture([a, replace(b, name="a")])
-        cache_latents(LeRobotReader(base / "data-b"), MeanCodec(0.5), tmp_path / "c", CONFIG)
+        cache_latents(LeRobotReader(base / "data-b", raw_actions=True), MeanCodec(0.5), tmp_path / "c", CONFIG)
         with pytest.raises(DatasetError, match="c has codec .*: they cannot be mixed"):
             Mixture([a, MixtureEntry(str(tmp_path / "c"))])
 
@@ -364,7 +365,7 @@ def test_public_folders_can_be_read_and_cached(tmp_path: Path, storage: str) -> 
     pq.write_table(pa.table(table), tmp_path / "data/chunk-000/file-000.parquet", row_group_size=5)
     rows_of = {"episode_index": [0, 1], "length": [9, 17], "tasks": [["pick"], ["place"]]}
     pq.write_table(pa.table(rows_of | where), tmp_path / "meta/episodes/chunk-000/file-000.parquet")
-    reader = LeRobotReader(tmp_path, image_size=(16, 16))
+    reader = LeRobotReader(tmp_path, image_size=(16, 16), raw_actions=True)
     assert (reader.image_key, reader.frame_shape, reader.lengths.tolist()) == (key, (16, 16, 3), [8, 16])
     for episode, clip in zip(reader, clips, strict=True):
         assert (episode.actions.shape[1], episode.state.shape) == (10, (len(clip), 0))
@@ -376,3 +377,10 @@ def test_public_folders_can_be_read_and_cached(tmp_path: Path, storage: str) -> 
     dataset = LatentDataset(cache_latents(reader, MeanCodec(), tmp_path / "cache", CONFIG))
     batch = Mixture([MixtureEntry(str(dataset.folder))]).draw(np.random.default_rng(0), 3, 1)
     assert (dataset.chunks.tolist(), batch.poses.shape, batch.actions.shape) == ([1, 2], (3, 3, 4, 0), (3, 3, 4, 10))
+
+
+def test_actions_in_other_units_need_a_named_embodiment(tmp_path: Path) -> None:
+    actions = write_data(tmp_path, scale=10, lengths=(16,)).episode(0).actions
+    np.testing.assert_array_equal(DataEntry.parse(f"{tmp_path},embodiment=widow").reader().episode(0).actions, actions)
+    with pytest.raises(DatasetError, match=r"episode 0: actions reach 9\.\d+, but delta actions lie in \[-1, 1\]"):
+        DataEntry.parse(str(tmp_path)).reader().episode(0)

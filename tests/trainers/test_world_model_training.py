@@ -460,6 +460,25 @@ def test_a_run_of_an_earlier_version_resumes(tmp_path: Path) -> None:
     assert (tmp_path / "out/transformer/checkpoints/step_00000006").is_dir()
 
 
+@pytest.mark.parametrize("windows", [False, True])
+def test_states_that_are_no_poses_are_refused_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, windows: bool
+) -> None:
+    features = {schema.ACTION_KEY: schema.numeric_feature(7), schema.STATE_KEY: schema.numeric_feature(5)}
+    writer = LeRobotWriter(tmp_path / "data", fps=10, image_shape=(64, 64, 3), features=features)
+    for _ in range(2):
+        frames = np.zeros((41, 64, 64, 3), np.uint8)
+        writer.add_episode(frames, np.zeros((40, 7), np.float32), np.zeros((41, 5), np.float32), "play")
+    writer.finalize()
+    monkeypatch.setattr(
+        training_module, "train_autoencoder", lambda *_: pytest.fail("the autoencoder was trained first")
+    )
+    monkeypatch.setattr(training_module, "read_episodes", lambda *_: pytest.fail("the frames were read first"))
+    settings = window_config(tmp_path) if windows else config(str(tmp_path / "data"), tmp_path / "out")
+    with pytest.raises(DatasetError, match=r"the data's states have 5 dimensions"):
+        train_world_model(settings)
+
+
 def test_mistakes_are_named(tmp_path: Path) -> None:
     data = write_data(tmp_path / "data", (40,))
 

@@ -213,6 +213,37 @@ def test_round_trip_through_both_layouts(wan: tuple[nn.Module, Path], tmp_path: 
         assert same(to_original(again.state_dict()), original)
 
 
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "diffusion_model.", "model.diffusion_model.", "model."]
+)
+def test_prefixes_of_wrappers_are_recognised(wan: tuple[nn.Module, Path], tmp_path: Path, prefix: str) -> None:
+    ours = read_wan_transformer(wan[1], 8)
+    base = replace(wan_config("wan2.1-1.3b"), attention_head_dim=24)
+    for layout in (to_original(ours.state_dict()), to_diffusers(ours.state_dict())):
+        torch.save({f"{prefix}{name}": tensor for name, tensor in layout.items()}, tmp_path / "wan.pth")
+        assert same(
+            dict(read_wan_transformer(tmp_path / "wan.pth", 8, base=base).state_dict()), dict(ours.state_dict())
+        )
+    inside = {name.replace("blocks.1.", "blocks.1._orig_mod."): tensor for name, tensor in layout.items()}
+    torch.save(inside, tmp_path / "wan.pth")
+    assert same(dict(read_wan_transformer(tmp_path / "wan.pth", 8, base=base).state_dict()), dict(ours.state_dict()))
+    torch.save({**layout, **{f"{prefix}{name}": tensor for name, tensor in layout.items()}}, tmp_path / "two.pth")
+    with pytest.raises(CheckpointError, match="the file holds several models"):
+        read_wan_transformer(tmp_path / "two.pth", 8, base=base)
+    torch.save({f"net.{'x' * 5000}{name}": tensor for name, tensor in layout.items()}, tmp_path / "wan.pth")
+    with pytest.raises(CheckpointError, match=r"not a Wan 2\.1 transformer: .* the first are \['net\.xxx") as error:
+        read_wan_transformer(tmp_path / "wan.pth", 8, base=base)
+    assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("names", [("transformer", "transformer_2"), ("high_noise_model", "low_noise_model")])
+def test_two_experts_are_refused(wan: tuple[nn.Module, Path], tmp_path: Path, names: tuple[str, str]) -> None:
+    for name in names:
+        wan[0].save_pretrained(tmp_path / name)  # type: ignore[operator]
+    with pytest.raises(CheckpointError, match=f"Wan 2.2 with two experts, {names[0]} and {names[1]}"):
+        read_wan_transformer(tmp_path, 8)
+
+
 def test_shards_and_precision(wan: tuple[nn.Module, Path], tmp_path: Path) -> None:
     model = read_wan_transformer(wan[1], 8)
     model.save_pretrained(tmp_path / "m", max_shard_size="40KB")
@@ -250,11 +281,20 @@ def test_bad_weights_are_one_error_that_names_them_all(wan: tuple[nn.Module, Pat
         ({"image_dim": 1280}, "image-to-video"),
         ({"_class_name": "FluxTransformer2DModel"}, "expected a WanTransformer3DModel"),
         ({"patch_size": [2, 2, 2]}, "patches"),
+        ({"patch_size": 2}, "patches 2 "),
         ({"num_layers": None}, "lacks num_layers"),
+        ({"freq_dim": "256"}, "lacks freq_dim"),
+        ({"_class_name": "x" * 80_000}, "holds a 'xxx"),
     ):
         (target / "config.json").write_text(json.dumps({**config, **change}))
-        with pytest.raises(CheckpointError, match=message):
+        with pytest.raises(CheckpointError, match=message) as caught:
             read_wan_transformer(tmp_path, 8)
+        assert len(str(caught.value)) < 1000
+    (target / "config.json").write_text(json.dumps(config))
+    save_file({f"wings.{i}": torch.zeros(1) for i in range(900)}, file)
+    with pytest.raises(CheckpointError, match=r"9\d\d problems: .*; and 9\d\d more\. Use the file") as caught:
+        read_wan_transformer(tmp_path, 8)
+    assert len(str(caught.value)) < 1500 + len(str(target))
 
 
 def test_unreadable_sources_are_named(tmp_path: Path) -> None:

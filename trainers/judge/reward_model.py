@@ -74,7 +74,7 @@ def load_windows(config: RewardModelConfig, image_size: int) -> Windows:
     frames: list[Tensor] = []
     ends: list[tuple[int, int]] = []
     beginnings: list[tuple[int, int]] = []
-    readers = [LeRobotReader(folder) for folder in config.data]
+    readers = [LeRobotReader(folder, raw_actions=True) for folder in config.data]
     tasks = tuple(dict.fromkeys(task for reader in readers for task in reader.tasks))
     if len(tasks) < 2:
         raise DatasetError(f"the demonstrations have {len(tasks)} tasks; negatives need at least 2.")
@@ -131,7 +131,9 @@ def train_reward_model(config: RewardModelConfig) -> RewardModelResult:
 
 
 def _initial(config: RewardModelConfig) -> VideoMAENetwork:
-    tasks = tuple(dict.fromkeys(task for folder in config.data for task in LeRobotReader(folder).tasks))
+    tasks = tuple(
+        dict.fromkeys(task for folder in config.data for task in LeRobotReader(folder, raw_actions=True).tasks)
+    )
     with torch.random.fork_rng(
         devices=[]
     ):  # modules draw their weights from the global generator; restore it afterwards

@@ -84,8 +84,9 @@ class DataEntry:
         return self.name or Path(self.path).name
 
     def reader(self, image_size: tuple[int, int] | None = None) -> LeRobotReader:
-        """Its reader, which resizes frames to ``image_size``."""
-        return LeRobotReader(self.path, image_key=self.camera or None, image_size=image_size)
+        """Its reader, which resizes frames to ``image_size``. A named embodiment may have actions in its own units."""
+        raw = bool(self.embodiment)
+        return LeRobotReader(self.path, image_key=self.camera or None, image_size=image_size, raw_actions=raw)
 
 
 class _HalfCodec:

@@ -47,6 +47,7 @@ from rawdream_env.trainers.world_model.latent_episodes import (
     LatentEpisodes,
     RawEpisodes,
     encode_episodes,
+    model_kinematics,
     read_episodes,
     with_robot,
 )
@@ -96,7 +97,9 @@ def train_world_model(config: WorldModelTrainConfig) -> Path:
 def _train_windows(config: WorldModelTrainConfig, initial: WanWorldModel | None, group: ProcessGroup) -> Path:
     """The paper's objective on a mixture of data sets; those of one embodiment share their action bounds."""
     entries = [DataEntry.parse(text) for text in config.data]
-    config = with_robot(config, [entry.reader() for entry in entries])
+    readers = [entry.reader() for entry in entries]
+    config = with_robot(config, readers)
+    model_kinematics(config, max(reader.state_dim for reader in readers))  # before the autoencoder is trained
     run_dir = Path(config.run_dir)
     codec = _codec(config, initial)
     if codec is None:
@@ -129,6 +132,7 @@ def _train_episodes(config: WorldModelTrainConfig, initial: WanWorldModel | None
     entries = [DataEntry.parse(text) for text in config.data]
     readers = [entry.reader() for entry in entries]
     config = with_robot(replace(config, rollout=replace(config.rollout, fps=readers[0].fps)), readers)
+    model_kinematics(config, max(reader.state_dim for reader in readers))  # before the autoencoder is trained
     kinematics = load_kinematics(config.robot, config.rollout.arm_map)
     codec = _codec(config, initial)
     raw = read_episodes(readers, config.model, kinematics)

@@ -182,12 +182,12 @@ def recorded_clips(folders: Sequence[str], *, success_key: str = "", limit: int 
 
 
 def _recorded(folder: str, success_key: str, limit: int | None) -> Iterator[JudgeClip]:
-    reader = LeRobotReader(folder)
+    reader = LeRobotReader(folder, raw_actions=True)
     key = success_key or next((name for name in ("privileged.success", "next.success") if name in reader.features), "")
     if success_key and success_key not in reader.features:
         raise DatasetError(f"{folder} has no column {success_key!r}; it has {', '.join(sorted(reader.features))}.")
     if key:
-        reader = LeRobotReader(folder, state_key=key)  # reads any numeric column as the state
+        reader = LeRobotReader(folder, state_key=key, raw_actions=True)  # reads any numeric column as the state
     grammar = find_goals(reader.robot_type)
     tasks = {text: (name, grammar.relations.index(goal)) for name, text, goal in grammar.tasks} if grammar else {}
     for index in range(len(reader) if limit is None else min(limit, len(reader))):

@@ -1,11 +1,12 @@
-"""Wan 2.1 weights into a world model, and back (``rawdream world-model convert``).
+"""Convert Wan 2.1 weights into a world model (``rawdream world-model convert``).
 
-Two layouts are read: the folder of diffusers (``transformer/``, ``vae/``) and Wan's original release (one file for the
-transformer, ``Wan2.1_VAE.pth`` for the VAE). The transformer's names are those of diffusers; Wan's own differ as in
-``ORIGINAL_NAMES``. Wan has no action modules; new ones start at zero, so that the converted model computes what Wan 2.1 does.
+Two layouts are read: the diffusers folder (``transformer/``, ``vae/``) and Wan's original release (one file for the
+transformer, ``Wan2.1_VAE.pth`` for the VAE). The world model uses the parameter names of diffusers; ``ORIGINAL_NAMES``
+maps Wan's own names to them. The action modules, which Wan lacks, are new and start at zero, so that the converted model
+computes exactly what Wan 2.1 does.
 
-Wan's empty prompt is one row from its text encoder and 511 rows of padding. The prompt of a converted model is all zero
-(padding only), unless an embedding is given.
+Wan's empty prompt is one row of text embedding and 511 rows of padding. The prompt of a converted model is all zero, which
+is the padding alone, unless an embedding is given.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 from tyro.conf import Positional
 
-from rawdream_env.errors import CheckpointError
+from rawdream_env.errors import CheckpointError, shorten
 from rawdream_env.files import check_weights, load_tensors, read_json
 from rawdream_env.world_models.loading import save_world_model
 from rawdream_env.world_models.pretrained import read_folder
@@ -49,9 +50,14 @@ ORIGINAL_NAMES: tuple[tuple[str, str], ...] = (
     (".ffn.net.2.", ".ffn.2."),
     (".norm2.", ".norm3."),  # the norm before the attention to the prompt: third in Wan's code, second in diffusers'
 )
-"""Pieces of parameter names, diffusers' and Wan's own."""
+"""Parts of parameter names: those of diffusers and those of Wan."""
 
-_PREFIX = "model.diffusion_model."  # of files that hold a whole pipeline
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_PREFIXES = re.compile(r"^(?:module\.|model\.|diffusion_model\.)+")
+"""Prefixes of DDP, FSDP, ``torch.compile`` and of files that hold a whole pipeline."""
+
+_EXPERTS = (("transformer", "transformer_2"), ("high_noise_model", "low_noise_model"))
+"""Folders of the two transformers of Wan 2.2: in diffusers' layout and in the original release."""
 
 
 def _added(name: str) -> bool:
@@ -60,14 +66,24 @@ def _added(name: str) -> bool:
 
 
 def from_original(tensors: Tensors) -> dict[str, Tensor]:
-    """Wan's own names -> diffusers'; names that are neither are kept, for the error message."""
+    """Wan's own names -> diffusers' names; unknown names are kept, for the error message."""
     out = {}
-    for name, tensor in tensors.items():
-        new = name.removeprefix(_PREFIX)
-        new = "scale_shift_table" if new == "head.modulation" else re.sub(r"\.modulation$", ".scale_shift_table", new)
+    for name, tensor in plain_names(tensors).items():
+        new = "scale_shift_table" if name == "head.modulation" else re.sub(r"\.modulation$", ".scale_shift_table", name)
         for ours, theirs in ORIGINAL_NAMES:
             new = new.replace(theirs, ours)
         out[new] = tensor
+    return out
+
+
+def plain_names(tensors: Tensors) -> dict[str, Tensor]:
+    """Names without the prefixes of wrappers (``module.``, ``_orig_mod.``, ``model.diffusion_model.``, ...)."""
+    out = {_PREFIXES.sub("", _WRAPPERS.sub("", name)): tensor for name, tensor in tensors.items()}
+    if len(out) < len(tensors):
+        raise CheckpointError(
+            f"{len(tensors)} tensors have {len(out)} names without their prefixes: the file holds several models. Save the "
+            "transformer alone."
+        )
     return out
 
 
@@ -79,7 +95,7 @@ def is_original(tensors: Tensors) -> bool:
 def build_transformer(tensors: Tensors, config: WanConfig, where: str | Path) -> WanWorldModelTransformer:
     """A world model with Wan's weights (diffusers' names) and a new action path at zero.
 
-    ``CheckpointError`` names all tensors that are missing, unknown, of the wrong shape or not finite.
+    ``CheckpointError`` names the tensors that are missing, unknown, of the wrong shape or not finite.
     """
     given = dict(tensors)
     patch = given.get("patch_embedding.weight")
@@ -105,18 +121,33 @@ def _new_tensors(config: WanConfig) -> dict[str, Tensor]:
 
 
 def config_from_diffusers(values: Mapping[str, Any], latent_size: int, base: WanConfig) -> WanConfig:
-    """``config.json`` of diffusers' ``WanTransformer3DModel`` -> ours, other settings from ``base``."""
-    if values.get("_class_name", "WanTransformer3DModel") != "WanTransformer3DModel":
-        raise CheckpointError(f"the source holds a {values['_class_name']}, expected a WanTransformer3DModel.")
-    sizes = ("num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim")
-    if missing := [name for name in sizes if not isinstance(values.get(name), int)]:
-        raise CheckpointError(f"the transformer's config.json lacks {', '.join(missing)}; copy the checkpoint again.")
-    patch = tuple(values.get("patch_size", (1, 2, 2)))
-    channels = values.get("in_channels", 16)
-    if patch[0] != 1 or patch[1] != patch[2] or channels != (values.get("out_channels") or channels):
-        raise CheckpointError(f"patches {patch} or {channels} input channels are not those of Wan 2.1 text-to-video.")
+    """``config.json`` of diffusers' ``WanTransformer3DModel`` -> ``WanConfig``, other settings from ``base``."""
+    if (found := values.get("_class_name", "WanTransformer3DModel")) != "WanTransformer3DModel":
+        raise CheckpointError(f"the source holds a {shorten(found)}, expected a WanTransformer3DModel.")
     if values.get("image_dim") or values.get("added_kv_proj_dim"):
         raise CheckpointError("this is an image-to-video Wan; the world model starts from the text-to-video one.")
+    values = {"in_channels": 16, "freq_dim": 256, "text_dim": 4096, "patch_size": (1, 2, 2), "eps": 1e-6, **values}
+    sizes = (
+        "num_layers",
+        "num_attention_heads",
+        "attention_head_dim",
+        "ffn_dim",
+        "in_channels",
+        "freq_dim",
+        "text_dim",
+    )
+    if missing := [name for name in sizes if type(values.get(name)) is not int or values[name] < 1]:
+        raise CheckpointError(
+            f"the transformer's config.json lacks {', '.join(missing)} (positive whole numbers); copy the checkpoint again."
+        )
+    patch, channels = values["patch_size"], values["in_channels"]
+    patch_fits = isinstance(patch, list | tuple) and len(patch) == 3 and patch[0] == 1 and patch[1] == patch[2]
+    if not patch_fits or type(patch[1]) is not int or channels != (values.get("out_channels") or channels):
+        raise CheckpointError(
+            f"patches {shorten(patch)} or {channels} input channels are not those of Wan 2.1 text-to-video."
+        )
+    if not isinstance(values["eps"], float) or not 0 < values["eps"] < 1:
+        raise CheckpointError(f"the transformer's config.json has eps {shorten(values['eps'])}; copy the file again.")
     return replace(
         base,
         latent_shape=(channels, latent_size, latent_size),
@@ -124,15 +155,15 @@ def config_from_diffusers(values: Mapping[str, Any], latent_size: int, base: Wan
         num_attention_heads=values["num_attention_heads"],
         attention_head_dim=values["attention_head_dim"],
         ffn_dim=values["ffn_dim"],
-        freq_dim=values.get("freq_dim", 256),
-        text_dim=values.get("text_dim", 4096),
+        freq_dim=values["freq_dim"],
+        text_dim=values["text_dim"],
         patch_size=patch[1],
-        eps=values.get("eps", 1e-6),
+        eps=values["eps"],
     )
 
 
 def config_from_original(tensors: Tensors, latent_size: int, base: WanConfig) -> WanConfig:
-    """Sizes read off tensors in diffusers' names; heads are 128 wide, as in every Wan, when the width allows."""
+    """Sizes from the shapes of tensors with diffusers' names; heads are 128 wide, as in every Wan, if the width allows."""
     layers = {int(m[1]) for name in tensors if (m := re.match(r"blocks\.(\d+)\.", name))}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     needed = {
@@ -140,7 +171,10 @@ def config_from_original(tensors: Tensors, latent_size: int, base: WanConfig) ->
         "condition_embedder.text_embedder.linear_1.weight": 2, "condition_embedder.time_embedder.linear_1.weight": 2,
     }  # fmt: skip
     if bad := [name for name, dims in needed.items() if len(shapes.get(name, ())) != dims]:
-        raise CheckpointError(f"not a Wan 2.1 transformer: {', '.join(bad)} missing or of another kind.")
+        raise CheckpointError(
+            f"not a Wan 2.1 transformer: {', '.join(bad)} missing or of another kind. The file holds {len(tensors)} tensors, "
+            f"the first are {shorten(sorted(tensors)[:3], 300)}."
+        )
     width, channels, _, patch, _ = shapes["patch_embedding.weight"]
     head = base.attention_head_dim if width % base.attention_head_dim == 0 else width
     return replace(
@@ -159,33 +193,41 @@ def config_from_original(tensors: Tensors, latent_size: int, base: WanConfig) ->
 def read_wan_transformer(
     source: str | os.PathLike[str], latent_size: int, prompt: Tensor | None = None, base: WanConfig | None = None
 ) -> WanWorldModelTransformer:
-    """Wan's transformer as a world model, from a folder of diffusers, a folder of Wan's release or one file.
+    """Wan's transformer as a world model, from a diffusers folder, a folder of Wan's release or one file.
 
     ``latent_size``: rows and columns of a latent frame (pixels / 8). ``prompt`` (L, text_dim): the fixed text embedding
-    of the model; all zero when None.
+    of the model; all zero when None. A folder with the two experts of Wan 2.2 is a ``CheckpointError``.
     """
     base = wan_config("wan2.1-1.3b") if base is None else base
     path = Path(source)
+    for pair in _EXPERTS:
+        if all((path / name).is_dir() for name in pair):
+            raise CheckpointError(
+                f"{path} is a Wan 2.2 with two experts, {' and '.join(pair)}, each for one part of the noise range; the world "
+                "model has one transformer. Use Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
+            )
     if path.is_dir() and (path / "transformer").is_dir():
         path = path / "transformer"
     if path.is_dir():
         names = read_json(path / "config.json") if (path / "config.json").is_file() else {}
         tensors, where = read_folder(path)
         original = is_original(tensors)
-        tensors = from_original(tensors) if original else tensors
+        tensors = from_original(tensors) if original else plain_names(tensors)
         if original:
             config = config_from_original(tensors, latent_size, base)
             if heads := names.get("num_heads"):
+                if type(heads) is not int or heads < 1 or config.width % heads:
+                    raise CheckpointError(f"{path}: num_heads {shorten(heads)} does not divide width {config.width}.")
                 config = replace(config, num_attention_heads=heads, attention_head_dim=config.width // heads)
         else:
             config = config_from_diffusers(names, latent_size, base)
     elif path.is_file():
         tensors, where = load_tensors(path), path
-        tensors = from_original(tensors) if is_original(tensors) else tensors
+        tensors = from_original(tensors) if is_original(tensors) else plain_names(tensors)
         config = config_from_original(tensors, latent_size, base)
     else:
         raise CheckpointError(
-            f"there is neither a folder nor a file {path}; download Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
+            f"there is neither a folder nor a file {path}; check the path, or download Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
         )
     rows = 1 if prompt is None else len(torch.unique(prompt, dim=0))
     model = build_transformer(tensors, replace(config, text_rows=rows), where)
@@ -195,9 +237,9 @@ def read_wan_transformer(
 
 
 def empty_prompt(text_encoder: Path) -> Tensor:
-    """Wan's empty prompt (512, text_dim): the encoding of the end-of-text token alone, and rows of padding.
+    """Wan's empty prompt (512, text_dim): the embedding of the end-of-text token, and rows of padding.
 
-    ``text_encoder``: folder of Wan's UMT5 encoder in transformers' layout.
+    ``text_encoder``: folder of Wan's UMT5 encoder in the layout of transformers.
     """
     if not (text_encoder / "config.json").is_file():
         raise CheckpointError(
@@ -217,7 +259,7 @@ class ConvertWanConfig:
     """Options of ``rawdream world-model convert``."""
 
     src: Annotated[str, Positional]
-    """Folder of Wan2.1-T2V-1.3B in diffusers' layout or of Wan's own release, or its transformer's single file."""
+    """Folder of Wan2.1-T2V-1.3B in diffusers' layout or of Wan's own release, or the file of its transformer."""
     out: str
     """Folder to write the world model to; must not contain one."""
     vae: str = ""

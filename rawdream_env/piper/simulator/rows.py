@@ -12,8 +12,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from rawdream_env.errors import RawDreamError
-from rawdream_env.piper.renderer import PiperRenderer
-from rawdream_env.piper.twin import PiperTwin, TwinState
+from rawdream_env.piper.simulator.renderer import PiperRenderer
+from rawdream_env.piper.simulator.twin import PiperTwin, TwinState
 from rawdream_env.processes import follow_parent
 from rawdream_env.types import Float32Array, UInt8Array
 

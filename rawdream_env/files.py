@@ -54,6 +54,8 @@ def lock_file(path: PathLike) -> IO[str]:
     """Lock a file, created if missing, until the returned object is closed or the process ends; ``BlockingIOError`` when
     it is locked already, by another process or by this one.
     """
+    if os.path.exists(path):
+        require_regular(path)
     lock = open(path, "a", encoding="utf-8")  # noqa: SIM115 - held by the caller
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -149,7 +151,8 @@ def read_json(
 
 
 def sha256_file(path: PathLike) -> str:
-    """Hex SHA-256 of a file."""
+    """Hex SHA-256 of a regular file."""
+    require_regular(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -322,7 +322,8 @@ def through_cli(*words: str) -> Callable[[Path], None]:
     return run
 
 
-SFT = ("policy", "sft", "--data", "ROOT", "--run-dir", "ROOT/run", "--steps", "1", "--demos-per-task", "1", "--batch-size", "2", "--no-bf16",
+SFT = ("policy", "sft", "--data", "ROOT", "--run-dir", "ROOT/run", "--steps", "1", "--demos-per-task", "1",
+       "--batch-size", "2", "--no-bf16",
        "--model.image-size", "16", "--model.stem-channels", "8", "--model.trunk-channels", "8", "--model.width", "16",
        "--model.heads", "2", "--model.bin-rank", "8")  # fmt: skip
 

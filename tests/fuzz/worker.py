@@ -111,7 +111,7 @@ def run(number: int, seeds: Path) -> dict[str, Any]:
                 faults.append(f"message of {len(said)} characters, {said.count(chr(10)) + 1} lines: {said[:200]!r}...")
             if any((ord(c) < 32 and c != "\n") or ord(c) == 127 for c in said):
                 faults.append(f"control characters in {said!r:.300}")
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - it is the finding
             result["outcome"] = "fault"
             frames = traceback.extract_tb(error.__traceback__)
             ours = [

@@ -459,6 +459,18 @@ def test_optimiser_round_trip(tmp_path: Path) -> None:
         unpack_optimizer(trained(0)[1], lost)
 
 
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "checkpoints/step_00000001/state.json"])
+def test_named_pipes_in_a_run_folder_do_not_block(tmp_path: Path, name: str) -> None:
+    with RunDir(tmp_path, {"a": 1}) as run:
+        run.log(1, loss=0.5)
+        run.save(1, {"weight": torch.zeros(3)})
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.warns() if "state" in name else contextlib.nullcontext():  # noqa: SIM117
+        with pytest.raises((RunDirError, CheckpointError), match=r"no regular file|are damaged"):
+            RunDir(tmp_path, {"a": 1}).load_latest()
+
+
 def test_a_log_that_is_a_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").mkdir()
     with RunDir(tmp_path, {"a": 1}) as run, pytest.raises(RunDirError, match=r"Cannot use the logs .*metrics\.jsonl"):

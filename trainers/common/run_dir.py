@@ -160,10 +160,12 @@ class RunDir:
         A damaged checkpoint, or one whose logs are shorter than it records, is skipped with a ``RuntimeWarning``. When
         every checkpoint is damaged, ``CheckpointError``: starting over silently would throw work away.
         """
-        checkpoint = self._checkpoints.load_latest(self._lengths())
         self._unwritten.clear()
         self._close_logs()
         try:
+            for path in filter(Path.exists, (self.path / name for name in self._lengths())):
+                files.require_regular(path)
+            checkpoint = self._checkpoints.load_latest(self._lengths())
             for name, size in self._lengths().items():
                 length = 0 if checkpoint is None else checkpoint.logs[name]
                 if size > length:

@@ -28,7 +28,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from rawdream_env.errors import InvalidActionError, InvalidOptionError
+from rawdream_env.errors import CheckpointError, InvalidActionError, InvalidOptionError
 from rawdream_env.robots import ArmMapConfig
 from rawdream_env.seeding import NoiseKey, keyed_normal
 from rawdream_env.world_models.autoencoders import FRAMES_PER_LATENT, FrameCodec
@@ -139,16 +139,16 @@ class WanWorldModel:
         self.frame_shape = autoencoder.frame_shape
         self.fps = config.fps
         if autoencoder.latent_shape != arch.latent_shape:
-            raise ValueError(
+            raise CheckpointError(
                 f"the frame codec makes latents {autoencoder.latent_shape}, the transformer takes {arch.latent_shape}; use "
                 "the codec it was trained with, at the same image size."
             )
         if config.max_time <= arch.context_latents:
-            raise ValueError(f"max_time {config.max_time} must exceed context_latents {arch.context_latents}.")
+            raise CheckpointError(f"max_time {config.max_time} must exceed context_latents {arch.context_latents}.")
         self.robot = robot
         self._arm_map = load_kinematics(robot, config.arm_map)
         if self._arm_map is not None and arch.pose_dim not in (0, self._arm_map.state_dim):
-            raise ValueError(
+            raise CheckpointError(
                 f"the transformer takes {arch.pose_dim} pose dimensions, robot {robot!r} has {self._arm_map.state_dim}"
             )
         self._condition_cache = ConditionCache(transformer)

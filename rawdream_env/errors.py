@@ -19,6 +19,8 @@ class RawDreamError(Exception):
     def __str__(self) -> str:
         """The message, printable and at most about ``MAX_MESSAGE`` long."""
         text = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in super().__str__())
+        if text.count("\n") > 2:  # of another library: three lines are enough
+            text = " ".join(text.split())
         if len(text) <= MAX_MESSAGE:
             return text
         return f"{text[: MAX_MESSAGE - 200]} ... {text[-190:]}"

@@ -239,6 +239,7 @@ def test_a_message_is_short_and_printable_whatever_it_quotes() -> None:
     assert len(str(error)) < 600 and str(error).startswith("a.json has xxx")
     assert str(error).endswith(r"x\x1b[31m; restore it from a copy.") and len(error.args[0]) > 100_000
     assert str(CheckpointError("short\nand long")) == "short\nand long"
+    assert str(CheckpointError("1\n2\n3\n4")) == "1 2 3 4"
 
 
 def test_a_huge_file_is_not_read_as_json(tmp_path: Path) -> None:

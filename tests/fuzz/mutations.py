@@ -7,7 +7,6 @@ that the readers behind them are reached. ``decoy`` is a valid folder outside of
 from __future__ import annotations
 
 # ruff: noqa: E501 - tables of values
-
 import hashlib
 import json
 import os

@@ -208,7 +208,7 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     for name, tensor in sorted(tensors.items()):
         values = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
-        digest.update(values.reshape(-1).view(torch.uint8).numpy())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -228,7 +228,19 @@ def serialize_safetensors(
             value = value.clone()
         storages.add(value.untyped_storage().data_ptr())
         plain[name] = value
-    return save(plain, metadata=dict(metadata) if metadata else None)
+    return _with_sorted_metadata(save(plain, metadata=dict(metadata) if metadata else None))
+
+
+def _with_sorted_metadata(content: bytes) -> bytes:
+    """A safetensors file with its metadata in order: the library writes them in random order, so equal models would differ."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    if len(header.get("__metadata__", {})) < 2:
+        return content
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors stay aligned
+    return b"".join([len(text).to_bytes(8, "little"), text, memoryview(content)[end:]])
 
 
 def save_safetensors(path: PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -260,7 +272,7 @@ def load_tensors(path: PathLike) -> dict[str, Tensor]:
     except Exception as error:  # a damaged file can raise almost any exception
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(
-            f"{path} is damaged, or holds objects other than tensors, which are not loaded for safety ({reason}). "
+            f"{path} is damaged, or holds objects other than tensors, which are not loaded for safety ({printable(reason)}). "
             "Restore it from a copy."
         ) from error
     if not isinstance(tensors, dict) or not all(

@@ -192,7 +192,11 @@ def check_sha256(path: PathLike) -> None:
         digest = listed.get(file.relative_to(folder).as_posix()) if isinstance(listed, dict) else None
         if digest is None:
             continue
-        if digest != sha256_file(file):
+        try:
+            found = sha256_file(file)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read ({error}). Restore it from a copy.") from error
+        if digest != found:
             raise CheckpointError(
                 f"{path} is altered or damaged: its SHA-256 is not the one in {manifest}. Restore it from a copy, or set "
                 f"{SKIP_CHECKSUMS}=1 to load it as it is."

@@ -242,6 +242,15 @@ def test_a_message_is_short_and_printable_whatever_it_quotes() -> None:
     assert str(CheckpointError("1\n2\n3\n4")) == "1 2 3 4"
 
 
+def test_a_weights_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with files.sealed_folder(tmp_path):
+        files.save_safetensors(tmp_path / "a.safetensors", {"w": torch.zeros(2)})
+    (tmp_path / "a.safetensors").unlink()
+    (tmp_path / "a.safetensors").symlink_to("/proc/self/mem")
+    with pytest.raises(CheckpointError, match=r"a\.safetensors cannot be read \(.*Input/output error"):
+        files.load_safetensors(tmp_path / "a.safetensors")
+
+
 def test_a_huge_file_is_not_read_as_json(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("{}")
     os.truncate(tmp_path / "a.json", 2**31)

@@ -324,6 +324,7 @@ def _instruction(data: Any, group: Any, path: Path, task: str) -> str:
         found = re.sub(r"^[A-Z_]+_SCENE\d+_", "", path.stem.removesuffix("_demo")).replace("_", " ")
     if not (found or task):
         raise DatasetError(f"{path} holds no instruction (ep_meta or problem_info): set one with --task.")
+    found.encode()  # lone surrogates are a ValueError here, which open_hdf5 names
     return found or task
 
 

@@ -455,6 +455,9 @@ def test_optimiser_round_trip(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="has 1 state entries"):
         unpack_optimizer(torch.optim.AdamW([torch.nn.Parameter(torch.ones(2, 3))]), checkpoint.tensors)
     lost = {name: value for name, value in checkpoint.tensors.items() if "state.1.exp_avg_sq" not in name}
+    several = checkpoint.tensors | {"optimizer.group.0.lr": torch.zeros(6)}
+    with pytest.raises(CheckpointError, match=r"'optimizer\.group\.0\.lr' has 6 values, expected one"):
+        unpack_optimizer(trained(0)[1], several)
     with pytest.raises(CheckpointError, match="lacks tensors of some parameters"):
         unpack_optimizer(trained(0)[1], lost)
 

@@ -43,6 +43,8 @@ def unpack_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor], prefix
                 f"The optimizer has {limit} {kind} entries but the checkpoint holds {key!r}: it belongs to another model."
             )
         if kind == "group":
+            if tensor.numel() != 1:
+                raise CheckpointError(f"{key!r} has {tensor.numel()} values, expected one: the file was altered.")
             stored["param_groups"][int(index)][name] = tensor.item()
             continue
         if tensor.ndim and tensor.shape != parameters[int(index)].shape:

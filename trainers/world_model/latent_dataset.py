@@ -54,7 +54,11 @@ def verify_shard(folder: Path, shard: dict[str, Any]) -> Path:
     """The path of a shard that matches the index; ``DatasetError`` when it is missing or damaged."""
     path = folder / shard["file"]
     size = path.stat().st_size if path.is_file() else None
-    if size != shard["bytes"] or sha256_file(path) != shard["sha256"]:
+    try:
+        same = size == shard["bytes"] and sha256_file(path) == shard["sha256"]
+    except OSError as error:
+        raise DatasetError(f"{path} cannot be read ({error}). Copy it again.") from error
+    if not same:
         size_is = f"{size} bytes instead of {shard['bytes']}" if size != shard["bytes"] else "another SHA-256"
         what = "is missing" if size is None else f"is damaged: {size_is}"
         raise DatasetError(f"{path} {what}. Copy it again, or delete it and {folder / INDEX} and cache the data again.")

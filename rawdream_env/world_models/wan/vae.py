@@ -256,7 +256,7 @@ def _check_config(config: Mapping[str, Any], where: str) -> None:
     try:
         numbers = torch.tensor([mean, std], dtype=torch.float64)
         usable = numbers.shape == (2, channels) and bool(numbers.isfinite().all()) and bool((numbers[1] > 0).all())
-    except (TypeError, ValueError):  # not numbers, or of different lengths
+    except (TypeError, ValueError, OverflowError):  # not numbers, or of different lengths
         usable = False
     if not usable:
         raise CheckpointError(

@@ -1,8 +1,8 @@
-# make demo     a policy practises in a dream, the simulator checks it: installs, trains, compares (about 15 minutes)
-# make install  into the active virtual environment, or into .venv; make test, lint, bench need it
+# make demo     install, train a policy in a dream, check it in the simulator (about 15 minutes)
+# make install  install into the active virtual environment, or into .venv; make test, lint and bench do this first
 #
-# PIP_FLAGS     more options for pip, such as the index of a CUDA or a CPU build of torch
-# VLLM          folder of an environment with bin/vllm, for `make vllm-test`: the judge's client against a real server
+# PIP_FLAGS     further options of pip, such as the index of a CUDA or a CPU build of torch
+# VLLM          virtual environment with bin/vllm, for `make vllm-test`: the judge's client against a real server
 # DEMO_FLAGS    options of `rawdream demo`, such as "--minutes 2 --episodes 10"
 
 PYTHON ?= python3
@@ -12,7 +12,7 @@ STAMP := $(VENV)/.rawdream-installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 LINT := build/lint
 
-# Their wheels ask for builds of torch that the CPU build is not; without dependencies they work.
+# Their wheels require builds of torch other than the CPU build; installed without dependencies, they work.
 RL_LIBRARIES := torchrl==0.14.1 skrl==2.1.1 tensordict==0.14.3 pyvers==0.2.3 hoptorch==0.1.4 orjson==3.13.0
 
 .PHONY: demo install test vllm-test lint bench wheel clean help
@@ -44,7 +44,7 @@ vllm-test: install
 	@test -x "$(VLLM)/bin/vllm" || { echo 'Name an environment that has vLLM: make vllm-test VLLM=DIR (with DIR/bin/vllm)'; exit 2; }
 	RAWDREAM_VLLM="$(abspath $(VLLM))" $(BIN)/python -m pytest -q -m vllm
 
-# mypy and import-linter look at the built wheel: only there do wrappers/ and trainers/ lie where they are imported from.
+# mypy and import-linter check the built wheel, because only there wrappers/ and trainers/ are inside rawdream_env.
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -1,11 +1,10 @@
-"""The price of the opt-in approximations on the shipped world model: how far a dream drifts from the exact one, and what
-the judge makes of it, against what is saved.
+"""Error and speed of the opt-in approximations on the bundled world model: drift from the exact dream, and changed verdicts.
 
-The shipped policy plays in the exact dream from shipped starts (wide layout), for 25 chunks: three times an episode, so
-that the drift shows. Each option then dreams the same actions with the same noise. At chunks 1, 10 and 25: relative
-error of the newest latents, PSNR of the newest frames against the exact ones, and how often the judge, shown the video
-so far, changes its mind. A second draw of the noise in the exact dream is the yardstick: that much two equally good
-dreams differ. Speed: one step with a full context, 8 rows, turn about.
+The bundled policy acts in the exact dream from bundled starts (wide layout) for 25 chunks, three times the length of an
+episode, so that drift becomes visible. Each option then imagines the same actions with the same noise. At chunks 1, 10 and
+25: relative error of the newest latents, PSNR of the newest frames against the exact ones, and how often the judge's verdict
+on the video so far changes. Reference: the difference between the exact dream and a second one with fresh noise. Speed: one
+step with a full context, 8 rows, interleaved.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def build(option: dict[str, Any]) -> Any:
-    """The shipped world model with an option's settings; with random weights where none is shipped."""
+    """The bundled world model with an option's settings; random weights if none is bundled."""
     import torch
 
     from rawdream_env.errors import CheckpointError
@@ -47,7 +46,7 @@ def build(option: dict[str, Any]) -> Any:
 
 
 def sample_starts(episodes: int) -> list[Any]:
-    """Starts of the shipped wide pack, the tasks in turn."""
+    """Starts of the bundled wide pack, cycling through the tasks."""
     from rawdream_env.piper.starts import bundled_pack
     from rawdream_env.starts.pack import PackStarts
 
@@ -82,7 +81,7 @@ def dream(model: Any, starts: list[Any], chunks: int, draw: int, actions: Any = 
 
 
 def outcomes(judge: Any, videos: Any, starts: list[Any], chunk: int) -> list[int]:
-    """What the judge says of the videos up to ``chunk``."""
+    """The judge's verdicts on the videos up to ``chunk``."""
     from rawdream_env.types import Video
 
     seen = [Video(video[: 1 + 8 * chunk], 10.0) for video in videos]
@@ -90,7 +89,7 @@ def outcomes(judge: Any, videos: Any, starts: list[Any], chunk: int) -> list[int
 
 
 def speeds(starts: list[Any], actions: Any) -> dict[str, dict[str, float]]:
-    """How many times faster a step with a full context is with each option."""
+    """Speed-up of a step with a full context for each option."""
     import numpy as np
     import torch
 

@@ -1,8 +1,8 @@
-"""What every benchmark shares: interleaved timing, a result that says whether the goal was met, the models to time.
+"""Shared by the benchmarks: interleaved timing, results with their goals, and the models to time.
 
-Timing rules: both sides run in the same process, turn about (A B, B A, A B, ...), at least 7 rounds after a warm-up, so
-that a machine that slows down slows both. The minimum is the best guess of the cost itself, the median of what a user
-sees; ratios are taken of both, and of each round, so that their spread is known.
+Timing rules: both sides run in the same process, interleaved (A B, B A, A B, ...), for at least 7 rounds after a warm-up, so
+that a slowdown of the machine affects both. The minimum estimates the cost itself, the median what a user observes. Ratios
+are reported for both and for each round, which shows their spread.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ROUNDS = 7
 
 @dataclass
 class Result:
-    """``lines``: what to print; ``numbers``: for JSON; ``passed``: goal met, None when there is no goal to meet."""
+    """``lines``: printed; ``numbers``: written as JSON; ``passed``: whether the goal is met, None without a goal."""
 
     name: str
     goal: str
@@ -30,9 +30,9 @@ class Result:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of every round: on the wall (``seconds``) and of processor time of this process (``processor``).
+    """Seconds of every round: wall clock (``seconds``) and processor time of this process (``processor``).
 
-    Processor time adds up threads, but is not inflated by other programs on a busy machine.
+    Processor time sums over threads and is not affected by other programs on a busy machine.
     """
 
     seconds: np.ndarray
@@ -59,7 +59,7 @@ class Times:
 
 
 def interleave(sides: Mapping[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, Times]:
-    """Time every function once a round, in alternating order, after one untimed call of each."""
+    """Time every function once per round, in alternating order, after one untimed call of each."""
     if rounds < ROUNDS:
         raise ValueError(f"{rounds} rounds are too few to tell signal from noise; use at least {ROUNDS}")
     for function in sides.values():
@@ -74,7 +74,7 @@ def interleave(sides: Mapping[str, Callable[[], Any]], rounds: int = ROUNDS) -> 
 
 
 def ratio(slow: Times, fast: Times) -> dict[str, float]:
-    """How many times faster: of minima, of medians, the range over rounds, of processor time."""
+    """Speed-up: of minima, of medians, the range over rounds, and of processor time."""
     each = slow.seconds / fast.seconds
     return {
         "min": slow.best / fast.best,
@@ -91,9 +91,9 @@ def milliseconds(times: Times) -> str:
 
 
 def embedded_models() -> tuple[Any, Any, Any, bool]:
-    """(world model, judge, policy, trained): the shipped ones, or the same sizes with random weights when not shipped.
+    """(world model, judge, policy, trained): the bundled ones, or the same sizes with random weights if none are bundled.
 
-    Speed does not depend on the weights; anything about success does, so only timings use these.
+    Speed does not depend on the weights, success rates do: use random weights only for timings.
     """
     from rawdream_env.errors import CheckpointError
 

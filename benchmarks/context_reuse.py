@@ -1,8 +1,8 @@
 """One autoregressive step with the context's keys and values computed once, against recomputing them at each
 evaluation.
 
-The outputs must be bit-identical (fp32, CPU): the saving is not an approximation. Timed twice: the denoiser alone and
-the whole ``imagine`` with the decoder, which both sides pay. State: far enough into an episode for the context to be
+The outputs must be bit-identical (fp32, CPU): the reuse is not an approximation. Two timings: the denoiser alone, and all of
+``imagine`` with the decoder, which costs both sides the same. The state is far enough into an episode that the context is
 full.
 """
 
@@ -16,13 +16,13 @@ GOALS = {8: 2.3, 1: 1.5}
 
 
 class Adapter:
-    """All this benchmark needs of a world model; adapt it to another one here."""
+    """The operations that this benchmark needs from a world model; adapt it to another model here."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
 
     def reuse(self, on: bool) -> None:
-        """Switch the reuse of the context's keys and values."""
+        """Enable or disable the reuse of the context's keys and values."""
         self.model.context_cache = "step" if on else "none"
 
     def full_state(self, batch: int) -> tuple[Any, Any]:

@@ -14,7 +14,7 @@ from benchmarks.common import ROUNDS, Times
 
 
 def synchronize(device: str) -> None:
-    """Wait until everything asked of the device is done."""
+    """Wait until all work queued on the device is done."""
     import torch
 
     if device.startswith("cuda"):
@@ -67,7 +67,7 @@ def timed(
 
 
 def matmul_rate(size: int, dtype: Any, device: str = "cpu") -> float:
-    """The best rate of a square matrix product on this machine, in operations per second."""
+    """The peak rate of a square matrix product on this machine, in operations per second."""
     import torch
 
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -75,7 +75,7 @@ def matmul_rate(size: int, dtype: Any, device: str = "cpu") -> float:
 
 
 def peak_memory(function: Callable[[], Any], device: str) -> int | None:
-    """Most bytes allocated on a CUDA device while ``function`` runs; None elsewhere."""
+    """Peak number of bytes allocated on a CUDA device while ``function`` runs; None on other devices."""
     import torch
 
     if not device.startswith("cuda"):
@@ -89,7 +89,7 @@ def peak_memory(function: Callable[[], Any], device: str) -> int | None:
 
 @contextmanager
 def counting_syncs(device: str) -> Iterator[list[str]]:
-    """Collects where the host waits for a CUDA device inside the block, one "file:line" each; empty elsewhere."""
+    """Collect the places ("file:line") where the host waits for a CUDA device inside the block; empty on other devices."""
     import torch
 
     places: list[str] = []
@@ -111,7 +111,7 @@ def counting_syncs(device: str) -> Iterator[list[str]]:
 
 
 def hardware(device: str) -> dict[str, Any]:
-    """Name, driver, clocks and memory of the device, and versions; what the driver does not say is None."""
+    """Name, driver, clocks and memory of the device, and versions; None for what the driver does not report."""
     import torch
 
     from rawdream_env.evaluation.reporting.provenance import provenance

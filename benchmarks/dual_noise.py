@@ -1,7 +1,7 @@
 """Dual-noise verification at 30 % successes: world-model rows with the wrapper, against the ideal 1 + p.
 
-Rows are counted inside the world model, so this is exact and says nothing about the machine. The judge here calls 30 %
-of the videos a success by a hash of their frames; p is what it turned out to be.
+Rows are counted inside the world model, so the result is exact and does not depend on the machine. The judge calls 30 % of
+the videos a success, by a hash of their frames; p is the measured share.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Imagined frames per second of the embedded world model against its MuJoCo twin on the same cores, and who takes the
+"""Imagined frames per second of the bundled world model and of its MuJoCo twin on the same cores, with a breakdown of the
 time.
 
 Both produce every camera frame (64x64) for the same actions. The dream's stages (policy, denoiser, decoder, judge) are
-timed inside the same episodes. No goal: a world model on a CPU need not beat the simulator it imitates; say what is so.
+timed inside the same episodes. No goal: a world model on a CPU need not be faster than the simulator it imitates.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ BATCH, CHUNKS = 8, 8
 
 
 class Stopwatch:
-    """Adds up the seconds spent in functions it wraps."""
+    """Sums the seconds spent in the functions it wraps."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

@@ -1,7 +1,7 @@
-"""What the environment itself costs: a world model that answers at once, so that the rest of ``step`` is all there is.
+"""Cost of the environment itself: the world model answers at once, so that only the rest of ``step`` is timed.
 
-Milliseconds of processor time per environment and chunk: on a free core that is what a clock on the wall shows,
-on a busy machine others do not inflate it. The judge is asked at the end of every episode; frames are returned or not.
+Milliseconds of processor time per environment and chunk: equal to wall-clock time on a free core, and not inflated by other
+programs on a busy machine. The judge is asked at the end of every episode; frames are returned or not.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class _State:
 
     @staticmethod
     def where(mask: Any, a: _State, b: _State) -> _State:
-        """Nothing to choose."""
+        """No settings."""
         return b
 
 
 class InstantWorldModel:
-    """Answers with the same frames every time; its cost is next to nothing."""
+    """Returns the same frames every time, at almost no cost."""
 
     chunk_len, frame_shape, fps = 8, (64, 64, 3), 10.0
 

@@ -1,4 +1,4 @@
-"""What each exact trim of an autoregressive step is worth: the same step with one trim taken away, turn about.
+"""Speed-up of each exact optimization of an autoregressive step: the step with and without it, interleaved.
 
 - the anchor's keys and values once for rows that share a start (a group of GRPO), against once per row;
 - the last block of the context pass stopped after its keys and values, against run to its end;
@@ -47,7 +47,7 @@ def build(layers: int = 4, size: int = SIZE) -> Any:
 
 
 def whole_last_block(transformer: Any) -> Callable[..., Any]:
-    """``run_blocks`` that does not stop early."""
+    """``run_blocks`` without stopping early."""
     run_blocks = transformer.run_blocks
 
     def run(*args: Any, keys_only: bool = False, **kwargs: Any) -> Any:
@@ -76,7 +76,7 @@ def run(quick: bool = False) -> Result:
     frame = torch.randint(0, 256, (1, *model.frame_shape), generator=generator, dtype=torch.uint8)
     actions = torch.rand(BATCH, model.chunk_len, 7, generator=generator) * 2 - 1
     state = model.start(frame.expand(BATCH, -1, -1, -1), [NoiseKey(i) for i in range(BATCH)])
-    for _ in range(3):  # a full context, the anchor still clean: its noise goes by the name of the start
+    for _ in range(3):  # a full context, the anchor still clean: its noise is keyed by the start
         state, _ = model.imagine(state, actions)
     apart = replace(state, anchors=tuple(range(BATCH)))
     frames = torch.zeros(BATCH, model.chunk_len, *model.frame_shape, dtype=torch.uint8)

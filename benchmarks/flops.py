@@ -1,7 +1,7 @@
 """Floating-point operations of the denoiser, from shapes: two per multiply-add of matrix products and attention.
 
-Element-wise work, norms and the tables of constants are not counted. Everything else a benchmark needs the operations
-of (the decoders) is counted by ``counted`` on PyTorch's "meta" device.
+Element-wise operations, norms and tables of constants are not counted. The operations of the decoders are counted by
+``counted`` on PyTorch's "meta" device.
 """
 
 from __future__ import annotations

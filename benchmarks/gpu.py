@@ -3,8 +3,8 @@
 python -m benchmarks.gpu --json out.json                 one H200
 python -m benchmarks.gpu --tiny --device cpu             the same script at a size for a CPU
 
-Every row says what it found, or why it was skipped: no time left, or too little memory. Times come from CUDA events
-after a warm-up, at least 7 rounds, sides turn about; compile times are reported apart.
+Every row reports its result, or why it was skipped: no time left, or too little memory. Times are measured with CUDA events
+over at least 7 interleaved rounds after a warm-up; compile times are reported separately.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from benchmarks.gpu_rows import ROWS, Bench
 
 
 def goals(rows: dict[str, Any], judged: bool = True) -> list[dict[str, Any]]:
-    """Each goal with the number that was found (None: not measured) and whether it is met (None: not ``judged``)."""
+    """Each goal with the measured value (None: not measured) and whether it is met (None: not ``judged``)."""
 
     def number(row: str, *path: str) -> Any:
         value = rows.get(row, {}).get("numbers", {})
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{name} [{mark}] ({rows[name]['seconds']:.1f} s)", flush=True)
         for line in rows[name].get("lines", []):
             print(f"    {line}", flush=True)
-        if options.json is not None:  # after every row: a run that is cut short leaves what it found
+        if options.json is not None:  # after every row: an interrupted run keeps its results
             out = {"hardware": machine, "size": bench.size.name, "rows": rows, "goals": goals(rows, not options.tiny)}
             options.json.write_text(json.dumps(out, indent=2, default=str) + "\n", encoding="utf-8")
     listed = goals(rows, not options.tiny)

@@ -1,7 +1,7 @@
-"""What the GPU script times: the world model at a size, with random weights made on the device, and the baselines.
+"""The models of the GPU benchmark: the world model with random weights created on the device, and the baselines.
 
-Speed does not depend on weights, so nothing is downloaded. ``FULL`` is the paper's model, ``TINY`` the same code at a
-size that a CPU runs in a second.
+Speed does not depend on the weights, so nothing is downloaded. ``FULL`` is the paper's model, ``TINY`` the same code at a
+size that takes a second on a CPU.
 
 Shape letters: B rows, F frames, C channels, H W height and width.
 """
@@ -20,7 +20,7 @@ from rawdream_env.world_models.wan.config import PROMPT_ROWS, WanConfig, wan_con
 
 @dataclass(frozen=True)
 class Size:
-    """Everything that scales."""
+    """Sizes of the models and of the batches."""
 
     name: str
     arch: WanConfig
@@ -28,17 +28,17 @@ class Size:
     """Width of the VAE; 96 is Wan's."""
     image_size: int
     batches: tuple[int, ...]
-    """Rows of the exact step, the most telling first; comparisons use the first."""
+    """Rows of the exact step, the most important first; comparisons use the first."""
     matmul: int
-    """Side of the matrices that measure the peak."""
+    """Side of the matrices whose product measures the peak rate."""
     tiny_widths: tuple[int, int, int, int]
     """Channels of the tiny decoder."""
     backend: str
-    """Of torch.compile."""
+    """Mode of torch.compile."""
 
     @property
     def batch(self) -> int:
-        """Rows of every comparison."""
+        """Number of rows of every comparison."""
         return self.batches[0]
 
 
@@ -153,7 +153,7 @@ def full_context(model: Any, rows: int, starts: int = 8) -> tuple[Any, Any]:
 
 @contextmanager
 def without_decoder(model: Any) -> Iterator[None]:
-    """Frames come from nowhere, so that ``imagine`` is the denoiser alone."""
+    """Replace the decoder by a stand-in, so that ``imagine`` runs only the denoiser."""
     import torch
 
     frames = torch.zeros(256, model.chunk_len, *model.frame_shape, dtype=torch.uint8, device=model.device)
@@ -218,7 +218,7 @@ class DiffusersBaseline:
         return pixels.round().to(torch.uint8).permute(0, 2, 3, 4, 1)
 
     def one_by_one(self, context: Any) -> list[Any]:
-        """One environment after the other: 7 context frames (B, 7, C, H, W) -> each one's 8 new frames."""
+        """One environment at a time: 7 context frames (B, 7, C, H, W) -> each one's 8 new frames."""
         return [self.decode(self.sample(row), 8) for row in context.split(1)]
 
     def host_path(self, frames: Any) -> Any:

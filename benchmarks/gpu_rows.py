@@ -24,12 +24,12 @@ from benchmarks.gpu_models import (
 )
 
 NOMINAL = 790e12
-"""Dense bfloat16 operations per second that an H200 is said to reach in practice."""
+"""Dense bfloat16 operations per second that an H200 reaches in practice, according to published measurements."""
 Found = tuple[dict[str, Any], list[str]]
 
 
 class Bench:
-    """Models built when first asked for, and the time that is left."""
+    """Models, built at first use, and the remaining time."""
 
     def __init__(self, size: Size, device: str, deadline: float) -> None:
         import torch
@@ -43,7 +43,7 @@ class Bench:
         return self.deadline - time.monotonic()
 
     def run(self, name: str) -> dict[str, Any]:
-        """A row's numbers and lines, or why there are none; ``status`` is "done", "skipped" or "failed"."""
+        """A row's numbers and lines, or the reason why it has none; ``status`` is "done", "skipped" or "failed"."""
         from rawdream_env.errors import NotEnoughMemoryError
 
         begin, (function, needs) = time.monotonic(), ROWS[name]
@@ -69,7 +69,7 @@ class Bench:
         return {**out, "seconds": time.monotonic() - begin}
 
     def timed(self, sides: dict[str, Callable[[], Any]]) -> dict[str, Times]:
-        """Interleaved, on the device's clock, within the time that is left."""
+        """Interleaved timing on the device's clock, within the remaining time."""
         return timed(sides, self.device, budget=self.left)
 
     @cached_property
@@ -102,7 +102,7 @@ class Bench:
         return full_context(world_model(self.transformer, codec or self.codec, context_cache), rows)
 
     def seconds(self, function: Callable[[], Any]) -> float:
-        """Of one call, on the wall; for compilation."""
+        """Wall-clock seconds of one call; for compilation."""
         begin = time.monotonic()
         function()
         synchronize(self.device)
@@ -282,7 +282,7 @@ def decode(bench: Bench) -> Found:
 
 
 def environment(bench: Bench) -> Found:
-    """What the environment adds to a step, and where the host waits for the device within one."""
+    """Time that the environment adds to a step, and where the host waits for the device within it."""
     import numpy as np
     import torch
 
@@ -356,4 +356,4 @@ ROWS: dict[str, tuple[Callable[[Bench], Found], float]] = {
     "environment": (environment, 10),
     "modes": (modes, 240),
 }
-"""Rows in order of importance, with the seconds below which they are not begun."""
+"""Rows in order of importance, with the minimum remaining seconds to start each."""

@@ -1,9 +1,9 @@
 """Does the instant reflector end episodes when the task is done? Scripted experts in the Piper simulator.
 
-An expert's actions are recorded in the twin together with the truth after every chunk, then played in the simulator
-environment inside the wrapper, which sees pictures alone. *On time*: it stopped in the chunk of the first true success
+An expert's actions are recorded in the twin together with the truth after every chunk, then executed in the simulator
+environment inside the wrapper, which sees only images. *On time*: it stopped in the chunk of the first true success
 or at most three later. *False stop*: it stopped while the task was not done, counted over all episodes of a driver.
-Shaky experts, who often hold the object at its goal and never let go, show what false stops look like. The rewards of an
+Noisy experts, which often hold the object at its goal without releasing it, test for false stops. The rewards of an
 episode must sum to its last probability.
 """
 
@@ -20,7 +20,7 @@ os.environ.setdefault("MUJOCO_GL", "egl")
 CHUNK, CHUNKS, ROWS, LATE = 8, 8, 8, 3
 NOISE = {"expert": 0.1, "shaky expert": 0.7}
 SETTINGS = ((None, 1), (None, 2), (0.95, 1), (0.95, 2))
-"""(threshold, patience); None: the judge's own."""
+"""(threshold, patience); None: the judge's default."""
 
 
 def run(quick: bool = False) -> Result:
@@ -51,7 +51,7 @@ def run(quick: bool = False) -> Result:
 
 
 def _record(index: int, noise: float) -> dict[str, Any]:
-    """An expert's episode without pictures: scene, actions (T, K, 7) and truth (T,)."""
+    """An expert's episode without images: scene, actions (T, K, 7) and truth (T,)."""
     from rawdream_env.piper.relations import TASKS
     from rawdream_env.piper.skills import ScriptedExpert
     from rawdream_env.piper.twin import PiperTwin

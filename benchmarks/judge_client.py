@@ -1,8 +1,8 @@
-"""What the vision-language client costs per video besides encoding pictures: a server in another process that answers
-at once, episodes of the paper's size (65 frames of 256x256 at 10 Hz, of which 26 travel).
+"""Cost of the vision-language client per video, without image encoding: a server in another process that answers at once,
+episodes of the paper's size (65 frames of 256x256 at 10 Hz, of which 26 are sent).
 
-Processor time of this process, so that neither the server's work nor waiting counts. Encoding the same frames as JPEG
-is timed turn about, in as many threads, and subtracted; choosing frames, base64, JSON, hashing, the connection and
+Processor time of this process, which excludes the server's work and waiting. Encoding the same frames as JPEG is timed in
+turn, with the same number of threads, and subtracted; choosing frames, base64, JSON, hashing, the connection and
 reading replies remain.
 """
 
@@ -26,7 +26,7 @@ def _serve(pipe: Any) -> None:
 
 
 def run(quick: bool = False) -> Result:
-    """16 videos a round, one request at a time and 16 at a time."""
+    """16 videos per round, one request at a time and 16 at a time."""
     import numpy as np
 
     from rawdream_env.judges.vlm.config import VLMServerConfig

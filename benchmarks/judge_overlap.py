@@ -1,7 +1,7 @@
-"""Judging behind the rollouts: wall time of a step with a judge that takes as long as the rollouts, against taking turns.
+"""Asynchronous judging: wall time of a step whose judge takes as long as its rollouts, overlapped against sequential.
 
-The world model mostly sleeps and so does the judge (the verdict of a video is a hash of its frames), so that this
-measures the loop and says little about the machine: 64 rollouts in waves of 8, and for every wave one call of
+The world model and the judge mostly sleep (the verdict of a video is a hash of its frames), so that this measures the loop
+and not the machine: 64 rollouts in waves of 8, and for every wave one call of
 the judge that takes as long as the wave. What is left after the last rollout, its two judgements and its second dream, is
 the tail. Both loops must keep the same groups with the same verdicts.
 """
@@ -27,7 +27,7 @@ def run(quick: bool = False) -> Result:
         overlapped, also, also_work = _collect(overlap=True, verify=verify, groups=groups, wave_s=wave_s)
         same = kept == also
         busiest = max(work["rollout_s"], work["judge_s"])
-        # What nothing can hide: the last wave's judgement, and with verification its second dream and judgement.
+        # Cannot be overlapped: judging the last wave and, with verification, its second dream and judging that.
         tail = wave_s * (3 if verify else 1)
         share = overlapped / (GOAL * busiest + tail)
         passed &= same and share <= 1.0
@@ -58,7 +58,7 @@ def _collect(*, overlap: bool, verify: bool, groups: int, wave_s: float) -> tupl
     work = {"rollout_s": 0.0, "judge_s": 0.0}
 
     class Slow(NullWorldModel):
-        """A chunk takes so long per full wave of rows."""
+        """A chunk takes a fixed time per full wave of rows."""
 
         def imagine(self, state: Any, actions: Any) -> Any:
             begin = time.perf_counter()

@@ -1,7 +1,7 @@
-"""Does memory stay flat over 1,000 episodes? Resident memory of this process, dream and verification included.
+"""Growth of memory over 1,000 episodes: resident memory of this process, dream and verification included.
 
-Measured in a fresh process, so that the benchmarks before it leave no trace. The first 200 episodes are warm-up
-(allocators, caches); after that growth per 100 episodes is a straight line fitted to the rest.
+Measured in a fresh process, so that earlier benchmarks have no influence. The first 200 episodes are warm-up (allocators,
+caches); the growth per 100 episodes is the slope of a line fitted to the rest.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Episodes of different lengths on 8 slots: a slot whose episode is over goes to a waiting one, against stepping
-finished episodes until the longest of the batch is over.
+"""Episodes of different lengths on 8 slots: a slot whose episode has ended is given to a waiting one, against stepping
+finished episodes until the longest one of the batch has ended.
 
 Lengths have mean/max = 0.6 (4 to 10 chunks; no batch of 8 lacks a longest one). Wan-shaped small model with random
 weights and its decoder; every episode must be bit-identical on both sides. Useful frames are those of running episodes;
 the ideal gain is 1/0.6 = 1.67.
 
 ``imagine`` denoises rows with different numbers of context frames one after the other (an episode's first three chunks
-have fewer), so refilled slots pay for smaller batches. That is dear where a row alone leaves the processor idle, as with the 16
-tokens a frame of the embedded model, and cheap where it does not: the full model has 256.
+have fewer), so refilled slots lead to smaller batches. This is expensive when a single row leaves the processor idle, as with
+the 16 tokens per frame of the bundled model, and cheap otherwise: the full model has 256.
 """
 
 from __future__ import annotations
@@ -101,13 +101,13 @@ def run(quick: bool = False) -> Result:
         lines += [f"{tokens} tokens a frame: {said[0]}", *said[1:]]
         numbers[f"tokens_{tokens}"] = found
         identical &= found["identical"]
-        reached = found["ratio"]["median"] >= GOAL  # the last one counts: the full model has 256 tokens a frame
+        reached = found["ratio"]["median"] >= GOAL  # the last size decides: the full model has 256 tokens per frame
     goal = f">= {GOAL}x useful frames at {(max(SIZES) // 16) ** 2} tokens a frame, bit-identical"
     return Result("refill", goal, None if quick else bool(identical and reached), lines, numbers)
 
 
 def compare(size: int, batches: int) -> tuple[list[str], dict[str, Any]]:
-    """Both ways on frames of ``size`` pixels, 8 episodes a batch; lines and numbers."""
+    """Both methods on frames of ``size`` pixels, 8 episodes per batch; lines and numbers."""
     import numpy as np
     import torch
 

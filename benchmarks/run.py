@@ -35,7 +35,7 @@ NAMES = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run; returns 1 when a benchmark with a goal missed it or failed."""
+    """Run the benchmarks; returns 1 when one missed its goal or failed."""
     from benchmarks.common import Result
     from rawdream_env.evaluation.reporting.provenance import provenance, usable_cores
 

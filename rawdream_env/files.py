@@ -88,7 +88,7 @@ def check_output(path: PathLike) -> None:
 
 
 def write_bytes_synced(path: PathLike, data: bytes) -> None:
-    """Write a new file and sync it. Not atomic: for files inside a folder that is renamed into place as a whole."""
+    """Write a new file and sync it. Not atomic: for files in a folder that is renamed into place afterwards."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         view = memoryview(data)
@@ -100,7 +100,7 @@ def write_bytes_synced(path: PathLike, data: bytes) -> None:
 
 
 def atomic_write_bytes(path: PathLike, data: bytes) -> None:
-    """Replace ``path`` by ``data``, wholly or not at all: ``OSError`` (disk full, ...) leaves the target untouched."""
+    """Replace the content of ``path`` atomically: after an ``OSError`` (disk full, ...) the target is unchanged."""
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
@@ -126,13 +126,13 @@ def atomic_write_json(path: PathLike, value: Any) -> None:
 def read_json(
     path: PathLike, advice: str = "check the path, or copy the file again", error: type[RawDreamError] = CheckpointError
 ) -> dict[str, Any]:
-    """The JSON object in a file; ``error``, ending with ``advice``, when it is missing or holds anything else."""
+    """The JSON object in a file. Raises ``error``, ending with ``advice``, when it is missing or holds anything else."""
     try:
         require_regular(path)
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as reason:
         raise error(f"{path} is missing; {advice}.") from reason
-    except (OSError, ValueError, RecursionError) as reason:  # of the disk, of bytes or syntax, of a thousand brackets
+    except (OSError, ValueError, RecursionError) as reason:  # RecursionError: deep nesting
         raise error(f"{path} cannot be read as JSON ({reason}); {advice}.") from reason
     if not isinstance(value, dict):
         raise error(f"{path} holds a JSON {type(value).__name__}, expected an object; {advice}.")
@@ -216,7 +216,19 @@ def serialize_safetensors(
             value = value.clone()
         storages.add(value.untyped_storage().data_ptr())
         plain[name] = value
-    return save(plain, metadata=dict(metadata) if metadata else None)
+    return _with_sorted_metadata(save(plain, metadata=dict(metadata) if metadata else None))
+
+
+def _with_sorted_metadata(content: bytes) -> bytes:
+    """A safetensors file with its metadata in order: the library writes them in random order, so equal models would differ."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    if len(header.get("__metadata__", {})) < 2:
+        return content
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors stay aligned
+    return b"".join([len(text).to_bytes(8, "little"), text, memoryview(content)[end:]])
 
 
 def save_safetensors(path: PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -232,8 +244,8 @@ def load_safetensors(path: PathLike) -> dict[str, Tensor]:
 
 
 def load_tensors(path: PathLike) -> dict[str, Tensor]:
-    """Read a file of another project, safetensors or PyTorch's own format by its ending (.pth, .pt, .ckpt, .bin),
-    onto the CPU; nothing but tensors is ever unpickled. Their values are not looked at: ``check_weights`` does that.
+    """Read a file of another project onto the CPU: PyTorch's format (.pth, .pt, .ckpt, .bin) or safetensors (any other
+    suffix). Only tensors are unpickled. Values are not checked; ``check_weights`` does that.
 
     Raises ``CheckpointError`` when the file is missing, damaged, or holds anything but named tensors.
     """
@@ -245,16 +257,18 @@ def load_tensors(path: PathLike) -> dict[str, Tensor]:
     check_sha256(path)
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file makes the reader fail in every way there is
+    except Exception as error:  # a damaged file can raise almost any exception
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(
-            f"{path} is damaged or holds more than tensors, which is not loaded for safety ({reason}). "
+            f"{path} is damaged, or holds objects other than tensors, which are not loaded for safety ({printable(reason)}). "
             "Restore it from a copy."
         ) from error
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
     ):
-        raise CheckpointError(f"{path} is no table of named tensors. Use the file of weights, not a training state.")
+        raise CheckpointError(
+            f"{path} holds no dictionary of named tensors. Use the file of weights, not a training state."
+        )
     return tensors
 
 
@@ -316,7 +330,7 @@ def load_safetensors_metadata(path: PathLike) -> dict[str, str]:
         with safe_open(os.fspath(path), framework="pt") as file:
             return dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is missing, damaged or no safetensors file ({error}).") from error
+        raise CheckpointError(f"{path} is missing, damaged or not a safetensors file ({error}).") from error
 
 
 def _require(path: PathLike) -> None:
@@ -333,12 +347,14 @@ def _read_safetensors(path: PathLike) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load_file(os.fspath(path))
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{path} is damaged or no safetensors file ({error}). Restore it from a copy.") from error
+        raise CheckpointError(
+            f"{path} is damaged or not a safetensors file ({error}). Restore it from a copy."
+        ) from error
     return tensors
 
 
 def _non_finite(tensor: Tensor) -> int:
-    """How many values are NaN or infinite."""
+    """Number of values that are NaN or infinite."""
     if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.numel() == 0:
         return 0
     values = tensor.detach()

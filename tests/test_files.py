@@ -279,3 +279,12 @@ def test_every_evaluation_checks_its_output_folder_first(tmp_path: Path) -> None
     for call in calls:
         with pytest.raises(InvalidOptionError, match="cannot write to the output folder"):
             call()
+
+
+def test_equal_models_are_equal_files(tmp_path: Path) -> None:
+    tensors, metadata = {"a": torch.arange(3.0), "b": torch.ones(2, dtype=torch.bool)}, dict.fromkeys("fedcba", "x")
+    contents = {files.serialize_safetensors(tensors, metadata) for _ in range(20)}
+    assert len(contents) == 1
+    files.save_safetensors(tmp_path / "a", tensors, metadata)
+    assert {(tmp_path / "a").read_bytes()} == contents and files.load_safetensors_metadata(tmp_path / "a") == metadata
+    assert all(torch.equal(files.load_safetensors(tmp_path / "a")[name], tensors[name]) for name in tensors)

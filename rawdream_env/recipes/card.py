@@ -36,7 +36,7 @@ def model_card(stages: Mapping[str, Mapping[str, Any]], metrics: Mapping[str, An
     hardware, versions = run["hardware"], run["versions"]
     return "\n".join(
         [
-            "# Embedded models of the Piper tabletop",
+            "# Bundled models of the Piper tabletop",
             "",
             "World model, judge and policy that `rawdream/PiperDream-v0` uses by default, and the "
             "starts of its episodes. Trained from scratch by this project, on data from its own simulator; weights "
@@ -44,11 +44,11 @@ def model_card(stages: Mapping[str, Mapping[str, Any]], metrics: Mapping[str, An
             "",
             "- **Use**: trying the method, tests, teaching. 64x64 pixels, primitive objects, one camera, one arm.",
             "- **Not for**: real robots; conclusions about full-size models.",
-            "- **Made again by** `rawdream models train` (`--preset gpu` for more data and steps).",
+            "- **Reproduce with** `rawdream models train` (`--preset gpu` for more data and steps).",
             f"- **Machine**: {hardware['cpu']}, {hardware['cores']} cores, GPU: {hardware.get('gpu') or 'none'}; "
             f"torch {versions['torch']}, Python {versions['python']}; {run['time']}.",
             "",
-            "## How they were made",
+            "## Training",
             "",
             "| stage | hours | what |",
             "|---|---|---|",
@@ -104,7 +104,7 @@ def _what(stage: Mapping[str, Any]) -> str:
 def _fidelity(fidelity: Mapping[str, Any]) -> list[str]:
     lines = [
         f"{fidelity['episodes']} episodes replayed open loop from their first frame: PSNR in dB with 95 % intervals "
-        "over episodes, beside that of showing the first frame, or the last real frame before each chunk, all the time.",
+        "over episodes, beside two baselines: repeating the first frame, and repeating the last real frame before each chunk.",
         "",
         "| frames | dream | first frame | last frame |",
         "|---|---|---|---|",
@@ -138,7 +138,7 @@ def _rate(rate: Any) -> str:
 
 
 def write_card(assets: Path, markers: Path) -> None:
-    """Write the model card (README.md) and the manifest (sizes and SHA-256 of every file) of an assets folder."""
+    """Write the model card (README.md) and the manifest (SHA-256 of every file) of an assets folder."""
     stages = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(markers.glob("*.json"))}
     metrics = json.loads((assets / "metrics.json").read_text(encoding="utf-8"))
     atomic_write_text(assets / "README.md", model_card(stages, metrics))
@@ -146,7 +146,8 @@ def write_card(assets: Path, markers: Path) -> None:
 
 
 def write_manifest(assets: Path) -> None:
-    """Write ``manifest.json``: SHA-256 of every checkpoint, configuration and start pack, for ``rawdream doctor``."""
+    """Write ``manifest.json``: SHA-256 of every checkpoint, configuration and start pack. Loading and ``rawdream doctor``
+    compare them."""
     files = sorted(p for p in assets.rglob("*") if p.suffix in (".safetensors", ".json") and p.name != "manifest.json")
     atomic_write_json(
         assets / "manifest.json", {"sha256": {p.relative_to(assets).as_posix(): sha256_file(p) for p in files}}

@@ -75,7 +75,7 @@ class EmbeddedConfig:
 
 @dataclass(frozen=True)
 class EmbeddedResult:
-    """``assets``: the folder of the models (None when ``until`` ended earlier); ``hours`` per stage."""
+    """``assets``: the folder of the models (None when ``until`` stopped earlier); ``hours``: hours of each stage."""
 
     assets: Path | None
     hours: dict[str, float]
@@ -90,7 +90,7 @@ def train_embedded(config: EmbeddedConfig) -> EmbeddedResult:
     """Run the stages that are not complete yet.
 
     Raises:
-        InvalidOptionError: no such stage, or no such device.
+        InvalidOptionError: unknown stage, or no such device.
         RunDirError: ``out`` holds stages made with other settings.
     """
     device = config.device or ("cuda" if config.preset == "gpu" else "cpu")
@@ -118,7 +118,7 @@ def recipe(config: EmbeddedConfig, scale: Scale) -> list[Stage]:
 
 
 class Paths:
-    """Where everything lies under ``out``."""
+    """Folders under ``out``."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
@@ -155,7 +155,7 @@ def _play_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[Sta
         return replace(source, tasks=OTHER_RELATIONS, action_noise=0.1)
 
     pretrain = _pretrain(config, scale, paths)
-    # Other seeds, other scenes: what the world model is tested on, and imagines for the judge, it has not seen.
+    # Different seeds give different scenes: the world model is tested, and imagines clips, on scenes it was not trained on.
     return [
         _collect_stage("play", play(paths.play, scale.play, config.seed)),
         _collect_stage("other_play", play(paths.other_play, scale.other_play, config.seed + 1)),
@@ -315,7 +315,7 @@ def _finish_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[S
 
 
 def measure(config: EmbeddedConfig, scale: Scale, paths: Paths) -> dict[str, Any]:
-    """World model on held-out play; policy in dream and simulator, with the judge's errors; judge on held-out clips."""
+    """Measure the world model on held-out play, the policy in dream and simulator, and the judge on held-out clips."""
     model = read_world_model(paths.assets / "world_model").to(config.device)
     reader = LeRobotReader(paths.held_out)
     fidelity = evaluate_fidelity(model, episodes_from_dataset(reader), progress=config.progress)
@@ -343,14 +343,14 @@ def measure(config: EmbeddedConfig, scale: Scale, paths: Paths) -> dict[str, Any
 
 
 def _forget_folders(path: Path) -> None:
-    """Keep only the names of the data folders in a checkpoint that will be passed on."""
+    """Keep only the names of the data folders in a checkpoint that is published."""
     content = json.loads(path.read_text(encoding="utf-8"))
     content["metadata"]["data"] = [Path(folder).name for folder in content["metadata"].get("data", [])]
     atomic_write_json(path, content)
 
 
 def _settings(config: Any) -> dict[str, Any]:
-    """What a stage depends on: its configuration without folders, which ``needs`` covers, and without the progress bar."""
+    """The settings of a stage: its configuration without folders (covered by ``needs``) and without the progress bar."""
     left_out = ("data", "out", "run_dir", "robot", "world_model", "imagined", "init", "replay", "progress")
     return {key: value for key, value in asdict(config).items() if key not in left_out}
 

@@ -1,4 +1,4 @@
-"""How much data and training goes into the embedded models."""
+"""Amounts of data and training for the bundled models."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from rawdream_env.trainers.world_model.config import StageConfig
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of everything."""
+    """Amounts of data, training and measurement."""
 
     play: int
     """Play episodes (128 control steps each) for world model, judge and policy."""
     rollouts: int
-    """Rollouts of the pre-trained policy, on instructions that are no task's, for the world model and the judge."""
+    """Rollouts of the pre-trained policy, on instructions of no task, for the world model and the judge."""
     other_play: int
-    """Play episodes the world model does not see, for the imagined clips."""
+    """Play episodes for the imagined clips; the world model is not trained on them."""
     held_out: int
-    """Play episodes nothing sees, to measure the world model on."""
+    """Held-out play episodes on which the world model is measured."""
     autoencoder: StageConfig
     transformer: StageConfig
     dream_clips: int

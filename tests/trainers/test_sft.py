@@ -208,7 +208,7 @@ def test_expert_samples(expert_folder: Path) -> None:
     assert len(found) == 4 * (30 + 8)  # the idle tail is cut to one chunk
     assert found.instruction(0, np.random.default_rng(0)) == TASKS[0].instruction
     assert np.isnan(found.readout[:, 7:]).all() and not np.isnan(found.readout[:, :7]).any()
-    with pytest.raises(DatasetError, match="3 demonstrations of .*, 4 asked for"):
+    with pytest.raises(DatasetError, match="3 demonstrations of .*, expected 4. Lower demos_per_task"):
         demos.load_experts([str(expert_folder)], 8, demos_per_task=4)
 
 

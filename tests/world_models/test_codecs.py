@@ -253,9 +253,9 @@ def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
     refused(tmp_path / "nothing", "config.json is missing; download the folder vae of Wan-AI")
     single = tmp_path / "Wan2.1_VAE.pth"
     torch.save({"model": Trap()}, single)
-    refused(single, "Wan2.1_VAE.pth is damaged or holds more than tensors")
+    refused(single, "Wan2.1_VAE.pth is damaged, or holds objects other than tensors")
     torch.save({"model": {"conv1.weight": torch.zeros(1)}}, single)
-    refused(single, "no table of named tensors")
+    refused(single, "no dictionary of named tensors")
     torch.save({original_name(name): tensor for name, tensor in wan_network().state_dict().items()}, single)
     whole = single.read_bytes()
     for damaged in (whole[:-100], whole[:20], b"", b"text", b"\xff" * 64):

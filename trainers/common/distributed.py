@@ -1,10 +1,10 @@
-"""Training in one process, or in many under torchrun: who computes which rows, and how weights are sharded.
+"""Training in one process, or in several under torchrun: which process computes which rows, and how weights are sharded.
 
     torchrun --nproc-per-node 8 -m rawdream_env world-model train --parallel fsdp2 ...
 
-``ddp`` keeps everything on every process; ``fsdp2`` shards weights, averages and optimizer state over them and gathers one
-block at a time. Both are torch's own. Batches are drawn by global row and process r of w computes the rows r, r + w, ...,
-so the number of processes changes only the order in which gradients are added up.
+``ddp`` replicates everything on every process; ``fsdp2`` shards weights, averages and optimizer state and gathers one block
+at a time. Both are PyTorch's implementations. Batches are drawn by global row, and process r of w computes the rows r, r + w,
+..., so the number of processes changes only the order in which gradients are summed.
 
 Checkpoints hold whole tensors, gathered one by one to process 0, which alone writes: a run can be resumed with another
 number of processes or another ``--parallel``.
@@ -33,14 +33,14 @@ from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer
 
 Parallel = Literal["none", "ddp", "fsdp2"]
 PATIENCE = timedelta(hours=24)
-"""How long processes wait for process 0, which alone trains the autoencoder, encodes the data and validates. torchrun ends
-all of them when one fails.
+"""How long processes wait for process 0, which trains the autoencoder, encodes the data and validates. torchrun ends all
+processes when one fails.
 """
 
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """This process among ``size``; ``device`` is its own, "cuda:3" for "cuda" in the fourth process of a machine."""
+    """This process, number ``rank`` of ``size``; ``device`` is its own ("cuda:3" in the fourth process of a machine)."""
 
     parallel: Parallel = "none"
     rank: int = 0
@@ -53,7 +53,7 @@ class ProcessGroup:
         return self.rank == 0
 
     def rows(self, batch_size: int) -> list[int]:
-        """The rows of a global batch that are this process's."""
+        """The rows of a global batch that this process computes."""
         return list(range(self.rank, batch_size, self.size))
 
     def wait(self) -> None:
@@ -62,7 +62,7 @@ class ProcessGroup:
             dist.barrier()
 
     def total(self, value: Tensor) -> Tensor:
-        """The sum of every process's ``value``."""
+        """The sum of ``value`` over all processes."""
         if self.size > 1:
             value = value.detach().clone()
             dist.all_reduce(value)
@@ -90,7 +90,7 @@ class ProcessGroup:
         return box[0]
 
     def share(self, module: nn.Module) -> None:
-        """Give every process the weights that ``module`` has on process 0."""
+        """Copy the weights of ``module`` from process 0 to every process."""
         if self.size > 1:
             own = module.state_dict()
             for name, value in self.from_first(own if self.first else None):
@@ -102,7 +102,7 @@ ALONE = ProcessGroup()
 
 @contextlib.contextmanager
 def join(parallel: Parallel, device: str) -> Iterator[ProcessGroup]:
-    """The processes torchrun has started, or this one alone; the group is left at the end.
+    """The processes that torchrun started, or this one alone; the process group is destroyed at the end.
 
     Raises:
         InvalidOptionError: no such device, or ``parallel`` does not fit the number of processes.
@@ -110,13 +110,13 @@ def join(parallel: Parallel, device: str) -> Iterator[ProcessGroup]:
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InvalidOptionError(
-            f"device {device!r} needs a GPU and a CUDA build of torch, of which {torch.__version__} sees none; use "
+            f"device {device!r} needs a GPU and a CUDA build of torch, but torch {torch.__version__} finds no GPU; use "
             "--device cpu, or see `rawdream doctor`."
         )
     if parallel != "none" and "WORLD_SIZE" not in os.environ:
         raise InvalidOptionError(
-            f"parallel={parallel!r} needs processes to be parallel with: start it with `torchrun --nproc-per-node N -m "
-            "rawdream_env train-world-model ...`, or leave parallel out."
+            f"parallel={parallel!r} needs several processes: start it with `torchrun --nproc-per-node N -m "
+            "rawdream_env world-model train ...`, or leave parallel out."
         )
     if parallel == "none":
         if size > 1:
@@ -137,7 +137,7 @@ def join(parallel: Parallel, device: str) -> Iterator[ProcessGroup]:
 
 
 class Objective(nn.Module):
-    """A model whose ``forward`` is the whole computation of a loss, which is what DDP and FSDP2 hook into."""
+    """A model whose ``forward`` computes the whole loss, because DDP and FSDP2 attach their hooks to ``forward``."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -151,9 +151,9 @@ class Objective(nn.Module):
 def spread(model: WanWorldModelTransformer, group: ProcessGroup) -> nn.Module:
     """An ``Objective`` of ``model``, ready for training in ``group``.
 
-    FSDP2 gathers each block when it runs. The attention to the prompt is a unit of its own: its weights are used before the
+    FSDP2 gathers each block when it runs. The attention to the prompt is a separate unit: its weights are used before the
     first block runs (``prompt_keys``) and stay gathered until the end of the backward pass. Gathered weights are
-    fp32 and autocast does the rest, as in one process.
+    fp32, with autocast as in one process.
     """
     objective = Objective(model)
     if group.parallel == "ddp":
@@ -166,13 +166,13 @@ def spread(model: WanWorldModelTransformer, group: ProcessGroup) -> nn.Module:
                 register_fsdp_forward_method(block.attn2, "prepare")
                 register_fsdp_forward_method(block.attn2, "add")
             fully_shard(block, mesh=mesh)
-            register_fsdp_forward_method(block, "keys_values")  # of teacher forcing, whose last block stops there
+            register_fsdp_forward_method(block, "keys_values")  # teacher forcing stops there in the last block
         fully_shard(objective, mesh=mesh)
     return objective
 
 
 def accumulating(module: nn.Module, last: bool) -> AbstractContextManager[Any]:
-    """Around a forward and backward pass: gradients of all but the ``last`` micro-batch stay in the process."""
+    """A context for a forward and backward pass: only the ``last`` micro-batch synchronizes gradients."""
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(last)
     elif isinstance(module, DistributedDataParallel) and not last:
@@ -182,18 +182,18 @@ def accumulating(module: nn.Module, last: bool) -> AbstractContextManager[Any]:
 
 
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """This process's shards, not copied. Call it without gradients."""
+    """This process's shards, not copied. Call it under ``torch.no_grad``."""
     return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor. Every process has to call it."""
+    """The full tensor of a sharded one. Every process must call it."""
     full: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return full
 
 
 def gather(named: Iterable[tuple[str, Tensor]], group: ProcessGroup) -> dict[str, Tensor]:
-    """Whole tensors on the CPU of process 0, one at a time, so that no device holds them all; {} elsewhere."""
+    """Full tensors on the CPU of process 0, gathered one at a time, so that no device holds all of them; {} elsewhere."""
     result = {}
     for name, value in named:
         full = whole(value).detach()
@@ -203,7 +203,7 @@ def gather(named: Iterable[tuple[str, Tensor]], group: ProcessGroup) -> dict[str
 
 
 def spread_like(value: Tensor, like: Tensor) -> Tensor:
-    """``value``, whole on every process, sharded as ``like`` is."""
+    """``value``, which every process holds in full, sharded like ``like``."""
     if not isinstance(like, DTensor):
         return value
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

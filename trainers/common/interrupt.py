@@ -14,9 +14,9 @@ _logger = logging.getLogger(__name__)
 
 @contextmanager
 def deferred_interrupt() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into an event, so that no update is interrupted; a second one interrupts as usual."""
+    """Turn the first Ctrl-C into an event, so that no update is interrupted; a second Ctrl-C interrupts as usual."""
     event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+    if threading.current_thread() is not threading.main_thread():  # Python sets handlers only there
         yield event
         return
 

@@ -1,9 +1,9 @@
-"""Weights whose optimiser lives on the host, so that a device needs memory for weights and gradients alone.
+"""Optimizer offloading: the optimizer works in host memory, and the device holds only weights and gradients.
 
-AdamW keeps two numbers per weight and the average a third: 17 GB for the full-size model, of the 24 GB of a small card. With
-copies of the weights in the host's memory the optimiser works there, on gradients that are brought over, and the device
-gets the new weights back. The same arithmetic in another place; the price is the way over PCIe (5.7 GB there and back
-for each step of the full size) and the speed of the host's processors.
+AdamW keeps two numbers per weight and the average a third: 17 GB for the full-size model, of the 24 GB of a small GPU. Here
+the optimizer works on copies of the weights in host memory: gradients are copied to the host, new weights back to the
+device. The arithmetic is the same. The cost is the transfer over PCIe (5.7 GB in each direction for a step of the full size)
+and the speed of the host's processors.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 
 class HostCopies:
-    """Copies of ``parameters`` on the host, by name in ``copies``; pinned where a GPU has the originals.
+    """Copies of ``parameters`` on the host, by name in ``copies``; in pinned memory when the originals are on a GPU.
 
-    A step is ``pull_gradients``, the optimiser's step on ``copies``, ``push_weights``.
+    A step is ``pull_gradients``, the optimizer's step on ``copies``, ``push_weights``.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -32,13 +32,13 @@ class HostCopies:
 
     @torch.no_grad()
     def pull_weights(self) -> None:
-        """Make the copies equal to the originals."""
+        """Copy the weights from the device to the host."""
         for name, original in self.originals.items():
             self.copies[name].copy_(original)
 
     @torch.no_grad()
     def pull_gradients(self) -> None:
-        """Give the copies the originals' gradients; returns when they have arrived."""
+        """Copy the gradients from the device to the host; returns when they have arrived."""
         for name, buffer in self._gradients.items():
             gradient = self.originals[name].grad
             self.copies[name].grad = None if gradient is None else buffer.copy_(gradient, non_blocking=True)
@@ -47,9 +47,9 @@ class HostCopies:
 
     @torch.no_grad()
     def push_weights(self) -> None:
-        """Give the originals the copies' values."""
+        """Copy the trained weights from the host to the device."""
         for name in self._gradients:
-            # In the stream's order: the next forward pass waits for it, and so does the next pull.
+            # Asynchronous, in stream order: the next forward pass and the next pull wait for it.
             self.originals[name].copy_(self.copies[name], non_blocking=True)
 
 

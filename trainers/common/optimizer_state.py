@@ -1,4 +1,4 @@
-"""An optimizer's state as named tensors and back, without pickle."""
+"""An optimizer's state as named tensors, and back."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def pack_optimizer(optimizer: Optimizer, prefix: str = "optimizer.") -> dict[str
 
 
 def unpack_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor], prefix: str = "optimizer.") -> None:
-    """Restore what ``pack_optimizer`` gave. ``CheckpointError`` when parameters or shapes do not match."""
+    """Restore the state written by ``pack_optimizer``. ``CheckpointError`` when parameters or shapes do not match."""
     stored = optimizer.state_dict()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Any]] = {}
@@ -39,7 +39,9 @@ def unpack_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor], prefix
         kind, index, name = key.removeprefix(prefix).split(".", 2)
         limit = len(parameters) if kind == "state" else len(stored["param_groups"])
         if int(index) >= limit:
-            raise CheckpointError(f"The optimizer has {limit} {kind} entries but the checkpoint holds {key!r}.")
+            raise CheckpointError(
+                f"The optimizer has {limit} {kind} entries but the checkpoint holds {key!r}: it belongs to another model."
+            )
         if kind == "group":
             stored["param_groups"][int(index)][name] = tensor.item()
             continue

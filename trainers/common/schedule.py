@@ -1,4 +1,4 @@
-"""How long a model is trained, and at which learning rate."""
+"""Training budget and learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Schedule:
     minutes: float = 0.0
     """Budget of training time, earlier runs included; 0: no limit."""
     decay: float | None = None
-    """Share of the training, at its end, over which the rate falls; None: all of it. With a constant part a run can be
-    lengthened or shortened before the decay begins."""
+    """Share of the training, at its end, over which the rate decays; None: all of it. With a constant part, the number of
+    steps can be changed until the decay begins."""
     floor: float = 0.02
     """Final rate as a share of the peak."""
 
     def done(self, step: int, seconds: float = 0.0) -> float:
-        """Share of the budget that is spent after ``step`` steps: of steps or of minutes, whichever is larger."""
+        """Share of the budget used after ``step`` steps: of the steps or of the minutes, whichever is larger."""
         share = step / self.steps if self.steps else 1.0
         return max(share, seconds / (60 * self.minutes)) if self.minutes else share
 

@@ -1,6 +1,6 @@
-"""A recipe of stages that is run once: complete stages are skipped, changed settings are an error.
+"""Run the stages of a recipe in order: complete stages are skipped, changed settings are an error.
 
-Each stage leaves a marker, a JSON file with its settings, the hours it took and the facts it returned.
+Each stage writes a marker, a JSON file with its settings, the hours it took and the results it returned.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rawdream_env.errors import RunDirError
-from rawdream_env.files import atomic_write_json
+from rawdream_env.files import atomic_write_json, read_json
 
 _logger = logging.getLogger(__name__)
 
@@ -24,8 +24,9 @@ _logger = logging.getLogger(__name__)
 class Stage:
     """One step of the recipe.
 
-    ``run()`` may be called again after an interruption. The stage is complete when it returns; its numbers go into the
-    marker. ``needs`` are the stages whose settings it depends on, ``makes`` what has to exist for it to be skipped.
+    ``run()`` may be called again after an interruption. The stage is complete when it returns; the values it returns are
+    stored in the marker. ``needs``: the stages whose settings this one depends on. ``makes``: the paths that must exist for
+    the stage to be skipped.
     """
 
     name: str
@@ -45,8 +46,8 @@ def run_stages(stages: Sequence[Stage], markers: Path) -> dict[str, float]:
         text = json.dumps({"settings": stage.settings, "needs": inherited}, sort_keys=True, default=str)
         prints[stage.name] = hashlib.sha256(text.encode()).hexdigest()[:16]
         path = markers / f"{stage.name}.json"
-        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if known and known["fingerprint"] != prints[stage.name]:
+        known = read_json(path, "delete it to run its stage again", RunDirError) if path.is_file() else {}
+        if known and known.get("fingerprint") != prints[stage.name]:
             raise RunDirError(
                 f"stage {stage.name!r} of {markers.parent} was made with other settings (its own or those of a stage "
                 f"it builds on). Use another folder, or delete {path} and what the stage made: "

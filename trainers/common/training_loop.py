@@ -1,4 +1,4 @@
-"""The loop of every supervised trainer: learning rate, gradient clipping, averaged weights (EMA), log and checkpoints.
+"""The loop shared by the supervised trainers: learning rate, gradient clipping, averaged weights (EMA), log, checkpoints.
 
 A trainer draws batches and computes losses; the loop does the rest::
 
@@ -40,25 +40,25 @@ _OLD_OPTIMIZER = ("optimizer/optimizer.", "optimizer.")  # how earlier versions 
 class TrainingLoop:
     """Iterating yields the steps that remain; ``update`` applies the gradients of one, ``log`` reports it.
 
-    Saves a checkpoint every ``save_every`` steps and at the end, and resumes from the newest one. Weights stay contiguous
-    (only activations are channels-last): AdamW's fused CPU kernel pairs weights and moments element by element in memory,
+    Saves a checkpoint every ``save_every`` steps and at the end, and resumes from the newest one. Weights must be contiguous
+    (only activations may be channels-last): AdamW's fused CPU kernel pairs weights and moments by their position in memory,
     and moments read from a checkpoint are contiguous.
 
     Args:
         folder: the run folder.
-        settings: what the run depends on; ``may_change`` names the keys that may differ when it is resumed.
-        model: holds all trained weights. Those that do not require gradients stay as they are.
-        optimizer: of the model's weights, or of their ``host`` copies.
+        settings: the configuration stored with the run; ``may_change`` names the keys that may differ on resume.
+        model: holds all trained weights. Weights that do not require gradients are not changed.
+        optimizer: optimizes the model's weights, or their ``host`` copies.
         schedule: number of steps or minutes, and learning rates.
         save_every: steps between checkpoints.
         name: label of the progress bar.
         ema: decay of the averaged weights, which ramps up from 0; None: no averaging.
-        averaged: the part of ``model`` whose weights are averaged; by default all of it.
-        timed: store the training time in checkpoints; without it the same run writes the same bytes.
-        group: the processes that train together; process 0 reads and writes.
+        averaged: the submodule of ``model`` whose weights are averaged; by default the whole model.
+        timed: store the training time in checkpoints. Without it, equal runs write equal bytes.
+        group: the processes that train together; process 0 reads and writes files.
         host: copies of the weights in host memory, on which the optimizer works.
         progress: show a progress bar.
-        old_names: prefixes of tensor names in checkpoints of earlier versions, and what they are now.
+        old_names: prefixes of tensor names in checkpoints of earlier versions, and their current names.
 
     Attributes:
         step: optimizer steps taken.
@@ -145,7 +145,7 @@ class TrainingLoop:
         if self.run is not None:
             self.run.log_timings(self.step, **scalars)
 
-    # -- where the run stands ------------------------------------------------------------------------------------------------
+    # -- progress ------------------------------------------------------------------------------------------------
 
     @property
     def last(self) -> bool:
@@ -154,7 +154,7 @@ class TrainingLoop:
 
     @property
     def seconds(self) -> float:
-        """Training time, earlier runs included."""
+        """Training time in seconds, earlier runs included."""
         return self._spent + perf_counter() - self._begun
 
     @property
@@ -169,11 +169,11 @@ class TrainingLoop:
     # -- weights and checkpoints ---------------------------------------------------------------------------------------------
 
     def averaged(self) -> dict[str, Tensor]:
-        """The averaged model's whole ``state_dict`` on the CPU of process 0, {} elsewhere. Every process has to call it."""
+        """The averaged model's ``state_dict`` on the CPU of process 0, {} elsewhere. Every process must call it."""
         return gather((self._averaged.state_dict() | self.average).items(), self.group)
 
     def save(self) -> None:
-        """Write an atomic checkpoint. Every process has to call it."""
+        """Write an atomic checkpoint. Every process must call it."""
         optimizer = pack_optimizer(self.optimizer, _OPTIMIZER)
         tensors = gather({**self._tensors(), **optimizer}.items(), self.group)
         if self.run is not None:
@@ -198,7 +198,7 @@ class TrainingLoop:
         return model | {f"ema/{name}": value for name, value in self.average.items()}
 
     def _resume(self, old_names: Mapping[str, str]) -> None:
-        """Continue from the newest checkpoint, which process 0 reads."""
+        """Resume from the newest checkpoint, which process 0 reads."""
         checkpoint = None if self.run is None else self.run.load_latest()
         self.step = self.group.value_from_first(0 if checkpoint is None else checkpoint.step)
         if not self.step:

@@ -1,4 +1,4 @@
-"""Batches of demonstrations: drawn by source, with augmented frames. Each is a function of (seed, step).
+"""Batches of demonstrations, drawn by source, with augmented frames. A batch is a function of (seed, step).
 
 Shape letters: B rows, H W image, K actions in a chunk, A action dimensions.
 """
@@ -22,7 +22,7 @@ from rawdream_env.trainers.policy.demonstrations import Demonstrations, load_exp
 
 @dataclass(frozen=True)
 class Source:
-    """Demonstrations drawn from for ``share`` of every batch, evenly over their samples."""
+    """Demonstrations that fill ``share`` of every batch, drawn uniformly."""
 
     demos: Demonstrations
     share: float
@@ -39,7 +39,7 @@ class Batch:
 
 
 def load_sources(config: SFTConfig, chunk_len: int) -> tuple[list[Source], Demonstrations]:
-    """Training sources and the held-out samples (play where there is any, else the demonstrations themselves)."""
+    """Training sources and held-out samples (of play if there is any, else the demonstrations themselves)."""
     if config.stage == "pretrain":
         play = load_play(config.data, chunk_len)
         total = sum(len(d) for d in play)
@@ -66,7 +66,7 @@ def draw_batch(sources: Sequence[Source], config: SFTConfig, step: int) -> Batch
 def gather_batch(
     parts: Sequence[tuple[Demonstrations, NDArray[np.int64]]], rng: np.random.Generator, device: str
 ) -> Batch:
-    """The chosen samples of each part; ``rng`` chooses among an instruction's paraphrases."""
+    """The chosen samples of each part; ``rng`` chooses the paraphrase of each instruction."""
 
     def cat(arrays: list[NDArray[Any]]) -> Tensor:
         return torch.from_numpy(np.concatenate(arrays)).to(device)
@@ -80,9 +80,9 @@ def gather_batch(
 
 
 def augment(frames: Tensor, jitter: float, blur_share: float, rng: np.random.Generator) -> Tensor:
-    """Color gain and offset, and a slight blur of some, on uint8 frames (B, H, W, 3). Geometry is left alone.
+    """Color gain and offset on uint8 frames (B, H, W, 3), and a slight blur on a share of them. Geometry is not changed.
 
-    Shifting or cropping would move the gripper and the objects without moving the actions' meaning.
+    Shifting or cropping would move the gripper and the objects in the image while the actions stay the same.
     """
     b = len(frames)
     image = frames.permute(0, 3, 1, 2).float()

@@ -44,7 +44,7 @@ class SFTConfig:
     label_sigma: float = 2.0
     """Standard deviation of the smoothed labels in bins; 0 is one-hot."""
     readout_weight: float = 1.0
-    """Weight of the auxiliary position read-out, on the positions the data hold; 0 turns it off."""
+    """Weight of the auxiliary position read-out, for positions that the data contain; 0 disables it."""
     jitter: float = 0.08
     """Color augmentation: per-image gain and offset per channel, standard deviation as a share of full scale."""
     blur_share: float = 0.2
@@ -56,9 +56,9 @@ class SFTConfig:
     sim_episodes: int = 0
     """Simulator episodes per task at the end; 0 skips the simulator."""
     sim_env: str = ""
-    """Environment id of that simulator; the default robot's when not given."""
+    """Environment id of the simulator; empty: the default robot's."""
     layout: str = "narrow"
-    """Layout level of those episodes."""
+    """How far objects are scattered in simulator episodes: "narrow" or "wide"."""
     bf16: bool = True
     """Train in bfloat16 autocast; the saved weights are float32 either way."""
     device: str = "cpu"

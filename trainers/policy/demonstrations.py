@@ -1,8 +1,8 @@
-"""Demonstrations as the policy's trainer wants them: (frame, goal, next K actions) samples in memory.
+"""Demonstrations for supervised policy training: (frame, goal, next K actions) samples in memory.
 
-Two sources. Play: stretches of task-agnostic play in which something was picked up and put somewhere, named in
-hindsight by the relation they established (paper section 4.1's generalist, without any of the target tasks). Experts:
-whole episodes of a task, a few of each (the paper's few-shot anchor). Both give the same samples.
+Two sources. Play: segments of task-agnostic play in which an object is picked up and placed, labelled in hindsight with the
+relation they establish (the generalist of paper section 4.1, without any of the target tasks). Experts: whole episodes of
+a task, a few per task (the paper's few-shot anchor). Both produce the same kind of sample.
 
 Shape letters: R rows of frames, N samples, K actions in a chunk, A action dimensions, H W image size.
 """
@@ -29,10 +29,10 @@ POSE_DIM = 7
 class Demonstrations:
     """Samples of one or more data sets.
 
-    ``frames`` uint8 (R, H, W, 3); sample n looks at ``frames[rows[n]]`` and should do ``actions[n]`` (K, A);
+    ``frames`` uint8 (R, H, W, 3); sample n has the image ``frames[rows[n]]`` and the target ``actions[n]`` (K, A);
     ``readout`` (N, 13) float32: commanded pose with gripper (7), xyz of the moved object (3) and of its goal (3) in
-    metres, NaN where the data do not say; ``goals[goal[n]]`` is a goal's name (an instruction is then sampled) or a fixed
-    instruction; ``episode`` (N,) says which samples belong together; ``grammar`` names the goals, None without one.
+    metres, NaN where unknown; ``goals[goal[n]]`` is a goal's name (an instruction is then sampled) or a fixed
+    instruction; ``episode`` (N,): the episode of each sample; ``grammar``: the goal grammar, None without one.
     """
 
     frames: UInt8Array
@@ -49,12 +49,12 @@ class Demonstrations:
         return len(self.rows)
 
     def instruction(self, sample: int, rng: np.random.Generator) -> str:
-        """The sentence for a sample; a named goal gets a fresh paraphrase from ``rng``."""
+        """The instruction of a sample; for a named goal, ``rng`` draws a paraphrase."""
         goal = self.goals[self.goal[sample]]
         return self.grammar.paraphrase(goal, rng) if self.grammar and goal in self.grammar.goals else goal
 
     def select(self, samples: NDArray[np.int64] | NDArray[np.bool_]) -> Demonstrations:
-        """The given samples; frames are shared, not copied."""
+        """A subset of the samples; frames are shared, not copied."""
         return replace(
             self,
             rows=self.rows[samples],
@@ -76,7 +76,7 @@ class Demonstrations:
 def chunk_targets(actions: Float32Array, start: int, end: int, chunk_len: int) -> Float32Array:
     """The next K actions at every step of ``[start, end)``: ``actions`` (T, A) -> (end - start, K, A).
 
-    Beyond ``end`` the target is to hold still: zero motion, the gripper as it was last commanded.
+    Beyond ``end`` the target is zero motion, with the last gripper command.
     """
     steps = np.arange(start, end)[:, None] + np.arange(chunk_len)
     targets: Float32Array = actions[np.minimum(steps, end - 1)].astype(np.float32)
@@ -85,7 +85,7 @@ def chunk_targets(actions: Float32Array, start: int, end: int, chunk_len: int) -
 
 
 def readout_targets(episode: Episode, goal: str, start: int, end: int, grammar: GoalGrammar | None) -> Float32Array:
-    """What the auxiliary head should read out, (end - start, 13), NaN where the data do not say."""
+    """Targets of the auxiliary head, (end - start, 13), NaN where unknown."""
     out = np.full((end - start, 13), np.nan, dtype=np.float32)
     if episode.state.shape[1] == POSE_DIM:
         out[:, :POSE_DIM] = episode.state[start:end]
@@ -100,10 +100,11 @@ def readout_targets(episode: Episode, goal: str, start: int, end: int, grammar: 
 def play_demonstrations(
     arrays: EpisodeArrays, chunk_len: int, *, exclude_pairs: Collection[tuple[str, str]] | None = None
 ) -> Demonstrations:
-    """Pick-and-place stretches of play, named in hindsight; ``exclude_pairs`` (moved object, goal object) are left out.
+    """Pick-and-place segments of play, labelled in hindsight, without the pairs (moved object, goal object) of
+    ``exclude_pairs``.
 
-    By default the tasks' pairs: the policy that is adapted must not have been trained on its targets. Raises
-    ``DatasetError`` when nothing is left.
+    By default these are the tasks' pairs: a policy must not be pre-trained on its target tasks. Raises ``DatasetError``
+    when no segment is left.
     """
     grammar: GoalGrammar = find_robot(arrays.robot_type).load("goals")
     exclude_pairs = grammar.task_pairs if exclude_pairs is None else exclude_pairs
@@ -122,8 +123,8 @@ def play_demonstrations(
 def expert_demonstrations(
     arrays: EpisodeArrays, chunk_len: int, *, demos_per_task: int, tasks: Sequence[str] = ()
 ) -> Demonstrations:
-    """The first ``demos_per_task`` episodes of every instruction (or only of those in ``tasks``), whole but
-    for the idle tail.
+    """The first ``demos_per_task`` episodes of every instruction (or only of those in ``tasks``), without their idle
+    tail.
 
     Raises ``DatasetError`` when an instruction has fewer episodes than that.
     """
@@ -132,7 +133,9 @@ def expert_demonstrations(
     for goal, instruction in enumerate(wanted):
         positions = [p for p, task in enumerate(arrays.tasks) if task == instruction][:demos_per_task]
         if len(positions) < demos_per_task:
-            raise DatasetError(f"{len(positions)} demonstrations of {instruction!r}, {demos_per_task} asked for.")
+            raise DatasetError(
+                f"{len(positions)} demonstrations of {instruction!r}, expected {demos_per_task}. Lower demos_per_task."
+            )
         for position in positions:
             episode = arrays.episode(position)
             parts.append((position, episode, 0, _end_of_motion(episode.actions, chunk_len), goal))
@@ -179,7 +182,7 @@ def load_play(folders: Sequence[str], chunk_len: int) -> list[Demonstrations]:
 
 
 def _load_compactly(reader: LeRobotReader, chunk_len: int, block: int = 128) -> Demonstrations:
-    """Find the segments from the numbers alone, then decode ``block`` episodes at a time and keep what they need."""
+    """Find the segments without decoding frames, then decode ``block`` episodes at a time and keep the frames used."""
     whole = play_demonstrations(reader.load_all(frames=False), chunk_len)
     used = np.unique(whole.rows)
     frames = np.empty((len(used), *reader.frame_shape), np.uint8)

@@ -22,7 +22,7 @@ def token_loss(logits: Tensor, actions: Tensor, label_sigma: float) -> Tensor:
 
 
 def readout_loss(readout: Tensor, target: Tensor) -> Tensor:
-    """Huber loss of the scaled positions, over what the data hold: ``target`` (B, 13) in SI units, NaN where unknown."""
+    """Huber loss of the scaled positions, averaged over known values: ``target`` (B, 13) in SI units, NaN where unknown."""
     known = ~torch.isnan(target)
     scaled = torch.nan_to_num(target) / target.new_tensor(READOUT_SCALE)
     loss = F.smooth_l1_loss(readout.float(), scaled, beta=0.2, reduction="none")

@@ -3,11 +3,11 @@
     rawdream policy sft --stage pretrain --data PLAY --run-dir RUN1
     rawdream policy sft --stage fewshot --data EXPERT --init RUN1/policy --replay PLAY --run-dir RUN2
 
-Kept of the paper: a generalist that knows the robot but none of the target tasks (the paper: LIBERO-90, or the arm's
-own pre-training; here: stretches of play named in hindsight, target object pairs left out), anchored by a handful of
-demonstrations of each target (1 on LIBERO, 3 on the arm) with cross-entropy on the action tokens. Added for a small
+As in the paper: a generalist that is not trained on any target task (paper: pre-trained on LIBERO-90, or the arm's
+pre-training; here: segments of play labelled in hindsight, without the target object pairs) is fine-tuned on a few
+demonstrations of each target task (1 on LIBERO, 3 on the arm) with cross-entropy on the action tokens. Added for a small
 model: labels smoothed over neighbouring bins, an auxiliary position read-out, EMA, and an optional share of play in the
-few-shot batches against forgetting.
+few-shot batches to limit forgetting.
 
 Every batch is a function of (seed, step): an interrupted run resumes to bit-identical weights (CPU, float32, without a
 budget of ``minutes``).
@@ -49,7 +49,7 @@ def train_sft(config: SFTConfig, *, progress: bool = True) -> SFTResult:
 
     Raises:
         DatasetError: the data cannot be used.
-        CheckpointError: ``init`` is no policy, or the run's checkpoints are damaged.
+        CheckpointError: ``init`` is not a policy, or the run's checkpoints are damaged.
         RunDirError: ``run_dir`` holds another run.
     """
     policy = _initial_policy(config)
@@ -101,12 +101,14 @@ def _initial_policy(config: SFTConfig) -> TinyVLA:
         return TinyVLA(config.model, seed=config.seed).to(config.device)
     policy = load_policy(config.init, device=config.device)
     if not isinstance(policy, TinyVLA):
-        raise InvalidOptionError(f"init={config.init!r} is a {type(policy).__name__}; this trainer trains TinyVLA.")
+        raise InvalidOptionError(
+            f"init={config.init!r} is a {type(policy).__name__}, expected a TinyVLA; give another policy."
+        )
     return policy
 
 
 def _parameter_groups(policy: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Weight decay on matrices and kernels only."""
+    """Parameter groups with weight decay on matrices and kernels only."""
     parameters = list(policy.parameters())
     return [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
@@ -115,7 +117,7 @@ def _parameter_groups(policy: nn.Module, weight_decay: float) -> list[dict[str, 
 
 
 def compute_losses(policy: TinyVLA, batch: Batch, config: SFTConfig) -> dict[str, Tensor]:
-    """``loss`` of the action tokens and, when it has a weight, ``readout_loss`` of the positions."""
+    """``loss`` of the action tokens and, if its weight is above 0, ``readout_loss`` of the positions."""
     with torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.bf16):
         logits, readout = policy.forward_train(batch.frames, policy.word_ids(batch.instructions))
     losses = {"loss": token_loss(logits, batch.actions, config.label_sigma)}

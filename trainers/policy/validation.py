@@ -1,4 +1,4 @@
-"""How good a policy is while it trains: held-out numbers, and success in the simulator."""
+"""Validation of a policy during training: held-out metrics, and success rates in the simulator."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from rawdream_env.types import Policy, Start
 
 @torch.no_grad()
 def validate(policy: TinyVLA, held_out: Demonstrations, config: SFTConfig, *, samples: int = 512) -> dict[str, float]:
-    """Held-out numbers of a policy, greedy, on ``samples`` samples that are the same at every call.
+    """Greedy held-out metrics of a policy on at most ``samples`` samples, the same at every call.
 
-    ``val_loss`` (nats a token), ``val_token_accuracy`` (exact bin), ``val_action_error`` (mean |a - a*|, action units),
-    ``val_gripper_accuracy`` (sign), and where the data hold them ``val_tool_mm``, ``val_object_mm``, ``val_goal_mm``:
+    ``val_loss`` (nats per token), ``val_token_accuracy`` (exact bin), ``val_action_error`` (mean |a - a*|, action units),
+    ``val_gripper_accuracy`` (sign), and, if the data contain positions, ``val_tool_mm``, ``val_object_mm``, ``val_goal_mm``:
     median distance of the read-out positions in millimetres.
     """
     rng = np.random.default_rng(mix(config.seed, 0x7E57))
@@ -64,19 +64,19 @@ def simulator_success(
     num_envs: int = 32,
     **options: Any,
 ) -> dict[str, Rate]:
-    """Success of ``policy`` on every task of a simulator, by the task's name, with Wilson intervals.
+    """Success rates of ``policy`` on every task of a simulator, by task name, with Wilson intervals.
 
     Episode i of a task starts from simulator seed ``seed + i`` and acts from noise key ``NoiseKey(seed + i)``, so the
-    result does not depend on ``num_envs`` (episodes at once). It succeeds when the task is done after some chunk.
+    result does not depend on ``num_envs``. An episode succeeds when the task is done after any chunk.
 
     Args:
-        policy: what is measured.
+        policy: the policy to measure.
         episodes: number of episodes per task.
         sim_env: id of the simulator environment; that of the default robot when empty.
-        seed: of the first episode.
-        temperature: of the policy's sampling; 0 is greedy.
+        seed: simulator seed of the first episode.
+        temperature: sampling temperature of the policy; 0 is greedy.
         num_envs: maximum number of episodes at once.
-        options: of the environment, such as layout and num_workers.
+        options: keyword arguments of the environment, such as layout and num_workers.
     """
     env: Any = make_env(sim_env or find_robot().sim_env, min(num_envs, episodes), **options)
     blank = np.zeros(env.single_observation_space["image"].shape, np.uint8)  # the simulator starts from the seed

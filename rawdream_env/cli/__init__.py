@@ -141,13 +141,17 @@ def run(name: str, words: Sequence[str]) -> int:
         hint = f"did you mean {near[0]!r}?" if near else f"choose among {', '.join(COMMANDS)}."
         raise InvalidOptionError(f"there is no command {name!r}; {hint}")
     notices = [f"`rawdream {name}` is now `rawdream {current}`"] if current != name else []
+    from rawdream_env.processes import interrupts_held
+
+    with interrupts_held():  # an exception in the middle of torch's import aborts the process
+        module = import_module(command.module)
     try:
         config, renamed = parse(current, command, words)
     except SystemExit as exit_:  # --help, which has been printed
         return int(exit_.code or 0)
     if notices := notices + renamed:
         print(f"rawdream: {', '.join(notices)}; the old spelling still works.", file=sys.stderr)
-    result = getattr(import_module(command.module), command.function)(config)
+    result = getattr(module, command.function)(config)
     if command.show is None:
         return 0
     text, code = command.show(result)

@@ -42,7 +42,7 @@ def run(quick: bool = False) -> Result:
     from rawdream_env.envs.episodes import run_episodes
     from rawdream_env.evaluation.reporting.provenance import usable_cores
     from rawdream_env.piper.relations import TASKS
-    from rawdream_env.piper.workers import PiperWorkers
+    from rawdream_env.piper.simulator.workers import PiperWorkers
     from rawdream_env.types import Start
 
     model, judge, policy, trained = embedded_models()

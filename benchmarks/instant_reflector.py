@@ -53,8 +53,8 @@ def run(quick: bool = False) -> Result:
 def _record(index: int, noise: float) -> dict[str, Any]:
     """An expert's episode without images: scene, actions (T, K, 7) and truth (T,)."""
     from rawdream_env.piper.relations import TASKS
-    from rawdream_env.piper.skills import ScriptedExpert
-    from rawdream_env.piper.twin import PiperTwin
+    from rawdream_env.piper.simulator.skills import ScriptedExpert
+    from rawdream_env.piper.simulator.twin import PiperTwin
     from rawdream_env.seeding import mix
 
     task, seed = index % len(TASKS), mix(index, 0xEF1EC)

@@ -1,9 +1,9 @@
 """RAW-Dream as Gymnasium environments: train robot policies inside a video world model.
 
 Importing this package registers the environments and imports neither torch nor mujoco. Everything named in ``__all__``
-is loaded when it is first used.
+is imported on first use.
 
-    rawdream/PiperDream-v0   the Piper tabletop, imagined by the embedded world model and decided by the embedded judge
+    rawdream/PiperDream-v0   the Piper tabletop, imagined by the bundled world model and decided by the bundled judge
     rawdream/PiperSim-v0     the same tabletop in the simulator: same spaces, same infos, ground truth
     rawdream/Dream-v0        your own ``world_model=``, ``judge=`` and ``starts=``
 """

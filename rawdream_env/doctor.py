@@ -28,7 +28,7 @@ _RENDER_S = 180
 _RENDER = f"""
 import signal
 getattr(signal, "alarm", id)({_RENDER_S})
-from rawdream_env.piper.twin import PiperTwin
+from rawdream_env.piper.simulator.twin import PiperTwin
 twin = PiperTwin(image_size=64)
 frame = twin.reset(0, task="stack_block")
 twin.close()

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import connection, resource_tracker
+from typing import Any
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "LP_NUM_THREADS")
 _PR_SET_PDEATHSIG = 1
@@ -89,7 +90,7 @@ def stop_pool(pool: ProcessPoolExecutor) -> None:
     ``ProcessPoolExecutor.shutdown`` alone waits without limit for a process that is stopped or stuck.
     """
     processes = list((pool._processes or {}).values())
-    manager = pool._executor_manager_thread  # type: ignore[attr-defined]
+    manager: Any = pool._executor_manager_thread
     try:
         pool.shutdown(wait=False, cancel_futures=True)
         if manager is not None:

@@ -88,7 +88,7 @@ def find_robot(name: str = "") -> Robot:
     """
     if not is_registered(name):
         raise InvalidOptionError(
-            f"robot {name!r} is not registered; there are {', '.join(map(repr, sorted(_ROBOTS)))}. Import the module "
+            f"robot {name!r} is not registered (registered: {', '.join(map(repr, sorted(_ROBOTS)))}). Import the module "
             f"that registers it, or install it with an entry point in the group {ENTRY_POINTS!r}."
         )
     return _ROBOTS[name or DEFAULT_ROBOT]

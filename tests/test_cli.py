@@ -148,7 +148,7 @@ def test_explain_knows_what_newcomers_meet():
         "no space left on the disk at /x"
     )
     full = cli.explain(OSError(errno.EDQUOT, "Disk quota exceeded"))
-    assert full == "no space left in the disk quota; free some, or write to another folder. Saved work is intact."
+    assert full == "no space left in the disk quota; free space or write to another folder. Saved work is intact."
     assert cli.explain(FileNotFoundError(errno.ENOENT, "No such file", "a.txt")) == "No such file: a.txt."
     assert "rawdream doctor" in cli.explain(ImportError("cannot import name 'x'"))
     assert cli.explain(RendererError("no renderer")) == "no renderer"

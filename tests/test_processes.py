@@ -75,7 +75,7 @@ if __name__ == "__main__":
 SIMULATOR = """
 import time
 from pathlib import Path
-from rawdream_env.piper.workers import PiperWorkers
+from rawdream_env.piper.simulator.workers import PiperWorkers
 if __name__ == "__main__":
     workers = PiperWorkers(2, num_workers=2)
     workers.proprio([0, 1])
@@ -118,7 +118,7 @@ def test_a_child_started_by_a_thread_survives_the_thread(tmp_path):
     """Linux ties the signal of a parent's death to the thread that started the child."""
     code = (
         "import threading\n"
-        "from rawdream_env.piper.workers import PiperWorkers\n"
+        "from rawdream_env.piper.simulator.workers import PiperWorkers\n"
         "if __name__ == '__main__':\n"
         "    made = []\n"
         "    thread = threading.Thread(target=lambda: made.append(PiperWorkers(1, num_workers=1)))\n"

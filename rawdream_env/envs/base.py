@@ -31,7 +31,7 @@ from rawdream_env.config import (
 )
 from rawdream_env.envs.actions import check_actions
 from rawdream_env.envs.infos import Infos, objects, put, put_nested
-from rawdream_env.envs.reflector import Reflector
+from rawdream_env.envs.reflector import Reflector, make_reflector
 from rawdream_env.errors import ClosedEnvironmentError, InvalidOptionError, ResetNeededError
 from rawdream_env.seeding import NoiseKey
 from rawdream_env.types import ACTION_DIM, Float32Array, Start, UInt8Array, Verdict
@@ -170,7 +170,7 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
         self._episodes: list[int] = [-1] * n
         self._starts: list[Start | None] = [None] * n
         if reflector is not None:
-            self.attach_reflector(reflector if isinstance(reflector, Reflector) else Reflector(**reflector))
+            self.attach_reflector(make_reflector(reflector))
 
     # ---- hooks -------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,8 @@ verdicts, rewards and predicted ends. Autoreset, infos and recordings are the en
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -171,3 +172,21 @@ class Reflector:
         close = getattr(self._judge, "close", None)
         if self._owned and callable(close):
             close()
+
+
+def make_reflector(options: Mapping[str, Any] | Reflector) -> Reflector:
+    """A reflector from its options, or itself.
+
+    Raises:
+        InvalidOptionError: an option is unknown, or ``judge`` is missing.
+    """
+    if isinstance(options, Reflector):
+        return options
+    known = list(inspect.signature(Reflector).parameters)
+    unknown = sorted(set(options) - set(known)) if isinstance(options, Mapping) else [type(options).__name__]
+    if unknown or "judge" not in options:
+        found = f"has unknown options {unknown}" if unknown else "has no judge"
+        raise InvalidOptionError(
+            f"reflector {found}; pass a Reflector or a dict with judge and, if needed, {', '.join(known[1:])}."
+        )
+    return Reflector(**options)

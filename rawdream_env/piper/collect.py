@@ -23,7 +23,7 @@ from rawdream_env.seeding import NoiseKey, mix
 from rawdream_env.types import ACTION_DIM, Float32Array, Policy, Start, UInt8Array
 
 if TYPE_CHECKING:
-    from rawdream_env.piper.twin import PiperTwin
+    from rawdream_env.piper.simulator.twin import PiperTwin
 
 PLAY_TASK = "play with the objects on the table"
 """The task-table entry of play episodes, which have no instruction."""
@@ -98,7 +98,7 @@ class PiperSource:
     def twin(self) -> PiperTwin:
         """The simulator of this process."""
         if self._twin is None:
-            from rawdream_env.piper.twin import PiperTwin
+            from rawdream_env.piper.simulator.twin import PiperTwin
 
             self._twin = PiperTwin(image_size=self.config.image_size)
         return self._twin
@@ -131,7 +131,7 @@ class PiperSource:
 
     def _script(self, task: Task | None, seed: int) -> Callable[[], Float32Array]:
         """The scripted driver: the expert of a task, or play without a task."""
-        from rawdream_env.piper.skills import PlayPolicy, ScriptedExpert
+        from rawdream_env.piper.simulator.skills import PlayPolicy, ScriptedExpert
 
         rng = np.random.default_rng(mix(seed, 1))
         if task is not None:

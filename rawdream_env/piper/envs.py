@@ -113,7 +113,7 @@ class PiperSimVectorEnv(ChunkVectorEnv):
         self.task = task
         if task is not None:
             piper_task(NoiseKey(0), task)
-        from rawdream_env.piper.workers import PiperWorkers
+        from rawdream_env.piper.simulator.workers import PiperWorkers
 
         workers = parse_positive_int("num_workers", num_workers, minimum=0)
         self._workers = PiperWorkers(self.num_envs, num_workers=workers, image_size=size, layout=self.layout)

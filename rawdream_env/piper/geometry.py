@@ -223,4 +223,4 @@ def project(points: FloatArray, image_size: int) -> tuple[FloatArray, FloatArray
 def check_image_size(image_size: int) -> None:
     """``InvalidOptionError`` unless the renderer can draw a square picture of ``image_size`` pixels."""
     if not 16 <= image_size <= 640:
-        raise InvalidOptionError(f"image_size={image_size} is outside 16..640 pixels.")
+        raise InvalidOptionError(f"image_size={image_size} must be from 16 to 640 pixels.")

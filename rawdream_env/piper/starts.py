@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rawdream_env.config import parse_choice, parse_positive_int
-from rawdream_env.piper.layouts import LAYOUTS
 from rawdream_env.piper.relations import TASKS
+from rawdream_env.piper.simulator.layouts import LAYOUTS
 from rawdream_env.seeding import NoiseKey
 from rawdream_env.starts.base import TaskLike, draw_task, find_task, seed_for
 from rawdream_env.starts.pack import save_start_pack
 from rawdream_env.types import Start
 
 if TYPE_CHECKING:
-    from rawdream_env.piper.twin import PiperTwin
+    from rawdream_env.piper.simulator.twin import PiperTwin
 
 TASK_NAMES = tuple(task.name for task in TASKS)
 INSTRUCTIONS = tuple(task.instruction for task in TASKS)
@@ -50,7 +50,7 @@ class SimStarts:
         index = piper_task(key, task)
         seed = seed_for(key.seed, key.episode)
         if self._twin is None:
-            from rawdream_env.piper.twin import PiperTwin
+            from rawdream_env.piper.simulator.twin import PiperTwin
 
             self._twin = PiperTwin(image_size=self.image_size)
         frame = self._twin.reset(seed, task=TASK_NAMES[index], layout=self.layout)

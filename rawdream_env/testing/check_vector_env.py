@@ -94,10 +94,12 @@ def check_vector_env(
     """
     checks = {**GENERIC_CHECKS, **(STRICT_CHECKS if strict else {})}
     unknown = set(skip) - set(GENERIC_CHECKS) - set(STRICT_CHECKS)
-    if unknown or not num_envs:
+    if unknown:
         raise InvalidOptionError(
-            f"skip={sorted(unknown)} or num_envs={num_envs!r}: unknown checks, or no batch size to check."
+            f"skip has unknown checks {sorted(unknown)}; known: {', '.join(GENERIC_CHECKS | STRICT_CHECKS)}."
         )
+    if not num_envs:
+        raise InvalidOptionError(f"num_envs={num_envs!r} has no batch size to check; pass at least one.")
     sizes = tuple(sorted({parse_positive_int("num_envs", size) for size in num_envs}))
     size = max((s for s in sizes if s <= 4), default=sizes[0])
     report = CheckReport()

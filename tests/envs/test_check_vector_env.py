@@ -46,8 +46,10 @@ def test_strict_checks_find_what_cartpole_does_not_promise():
 def test_too_few_steps_is_a_skip_with_its_reason():
     report = check_vector_env(cartpole, chunks=2, num_envs=[1])
     assert "chunks=" in report.skipped["autoreset"]
-    with pytest.raises(InvalidOptionError, match="unknown checks"):
+    with pytest.raises(InvalidOptionError, match=r"unknown checks \['colour'\]; known: spaces, metadata"):
         check_vector_env(cartpole, skip=["colour"])
+    with pytest.raises(InvalidOptionError, match=r"num_envs=\[\] has no batch size"):
+        check_vector_env(cartpole, num_envs=[])
 
 
 class Good(DreamVectorEnv):

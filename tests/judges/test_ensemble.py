@@ -107,7 +107,9 @@ def test_grpo_logs_the_gap_of_a_watched_environment(tmp_path: Path) -> None:
     train_grpo(config, env=env, policy=TinyVLA(TinyVLAConfig(width=16, heads=2)))
     with pytest.raises(InvalidOptionError, match="give held_out_judge to the environment"):
         train_grpo(replace(config, held_out_judge="scripted"), env=env)
-    with pytest.raises(InvalidOptionError, match="this dream has no judge"):
+    with pytest.raises(
+        InvalidOptionError, match="held_out_judge needs a judge to compare with, but this environment has none"
+    ):
         DreamVectorEnv(1, world_model="null", judge="none", starts="null", held_out_judge="scripted")
     logged = json.loads((tmp_path / "timings.jsonl").read_text().splitlines()[-1])
     assert logged["judge_gap"] == 0.0 and logged["judge_gap_n"] >= 4 and env.judge.rewarding is own

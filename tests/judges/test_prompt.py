@@ -267,4 +267,4 @@ def test_watch_prints_verdict_votes_and_reason(tmp_path: Path, capsys: pytest.Ca
     with pytest.raises(DatasetError, match="cannot be read as a video"):
         read_video(tmp_path / "broken.mp4")
     assert cli.main(["judge", "watch", str(tmp_path / "no.mp4"), "--instruction", "go"]) == 2
-    assert "no.mp4 cannot be read" in capsys.readouterr().err
+    assert "no.mp4 does not exist; pass the path of a video file." in capsys.readouterr().err

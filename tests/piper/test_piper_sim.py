@@ -20,11 +20,11 @@ from rawdream_env.errors import (
     SimulatorError,
 )
 from rawdream_env.piper import geometry as geo
-from rawdream_env.piper import layouts
 from rawdream_env.piper.relations import OBJECTS, RELATION_NAMES, SHAPES, TASK_NAMES, TASKS, object_index
-from rawdream_env.piper.skills import PlayPolicy, ScriptedExpert
-from rawdream_env.piper.twin import PiperTwin, new_model
-from rawdream_env.piper.workers import PiperWorkers
+from rawdream_env.piper.simulator import layouts
+from rawdream_env.piper.simulator.skills import PlayPolicy, ScriptedExpert
+from rawdream_env.piper.simulator.twin import PiperTwin, new_model
+from rawdream_env.piper.simulator.workers import PiperWorkers
 
 STAY = np.array([0, 0, 0, 0, 0, 0, -1.0])
 
@@ -189,7 +189,7 @@ def test_options_are_checked(blind: PiperTwin) -> None:
 
 
 def test_missing_opengl_says_what_to_install() -> None:
-    code = "from rawdream_env.piper.twin import PiperTwin\nPiperTwin(render=False).reset(0)\nPiperTwin().reset(0)"
+    code = "from rawdream_env.piper.simulator.twin import PiperTwin\nPiperTwin(render=False).reset(0)\nPiperTwin().reset(0)"
     env = {**os.environ, "MUJOCO_GL": "glfw", "DISPLAY": ""}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
     assert done.returncode != 0

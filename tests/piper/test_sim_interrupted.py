@@ -16,8 +16,8 @@ import pytest
 
 from rawdream_env.errors import ClosedEnvironmentError, JudgeError, RendererError, SimulatorError
 from rawdream_env.piper.envs import PiperSimVectorEnv
-from rawdream_env.piper.twin import PiperTwin
-from rawdream_env.piper.workers import PiperWorkers
+from rawdream_env.piper.simulator.twin import PiperTwin
+from rawdream_env.piper.simulator.workers import PiperWorkers
 from rawdream_env.types import Outcome, Verdict
 
 WORKERS = pytest.mark.parametrize("workers", [0, 2])
@@ -196,7 +196,7 @@ def test_asynchronous_vectorization_works():
 def test_a_fork_of_a_process_that_has_drawn_is_refused_and_does_not_hang():
     done = run(
         "import os\n"
-        "from rawdream_env.piper.twin import PiperTwin\n"
+        "from rawdream_env.piper.simulator.twin import PiperTwin\n"
         "twin = PiperTwin(); twin.reset(0)\n"
         "if os.fork() == 0:\n"
         "    try: PiperTwin().reset(0)\n"
@@ -238,7 +238,7 @@ def test_a_request_that_is_not_read_fails():
 def test_a_program_ends_although_a_worker_is_stopped():
     done = run(
         "import os, signal\n"
-        "from rawdream_env.piper.workers import PiperWorkers\n"
+        "from rawdream_env.piper.simulator.workers import PiperWorkers\n"
         "if __name__ == '__main__':\n"
         "    workers = PiperWorkers(1, num_workers=1)\n"
         "    workers.reset([0], [0], [None])\n"

@@ -156,6 +156,11 @@ def test_what_does_not_fit_is_named() -> None:
             InstantReflector(dream(), "scripted", **options)
     with pytest.raises(InvalidOptionError, match="a reflector needs a judge"):
         InstantReflector(dream())
+    with pytest.raises(InvalidOptionError, match=r"reflector has unknown options \['patients'\]; pass .*patience"):
+        dream(reflector={"judge": "scripted", "patients": 2})
+    for options in ({"patience": 2}, "scripted"):
+        with pytest.raises(InvalidOptionError, match="reflector has (no judge|unknown options)"):
+            dream(reflector=options)
 
 
 def test_the_simulator_may_judge_at_the_horizon_alone() -> None:

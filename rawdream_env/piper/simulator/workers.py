@@ -27,9 +27,9 @@ from rawdream_env.errors import (
     SimulatorError,
 )
 from rawdream_env.piper.geometry import check_image_size
-from rawdream_env.piper.layouts import check_layout
 from rawdream_env.piper.relations import BoolArray, find_task
-from rawdream_env.piper.rows import Request, Rows, serve
+from rawdream_env.piper.simulator.layouts import check_layout
+from rawdream_env.piper.simulator.rows import Request, Rows, serve
 from rawdream_env.processes import in_main_thread, starting_children
 from rawdream_env.types import ACTION_DIM, Float32Array, UInt8Array
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from rawdream_env.piper import geometry as geo
 from rawdream_env.piper.relations import SHAPES, object_index, rotation_from_quaternion
-from rawdream_env.piper.twin import PiperTwin
+from rawdream_env.piper.simulator.twin import PiperTwin
 
 FloatArray = NDArray[np.floating[Any]]
 

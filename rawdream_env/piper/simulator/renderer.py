@@ -18,7 +18,7 @@ import mujoco
 
 from rawdream_env.errors import RendererError
 from rawdream_env.piper.geometry import check_image_size
-from rawdream_env.piper.model import scene_xml
+from rawdream_env.piper.simulator.model import scene_xml
 from rawdream_env.types import UInt8Array
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 # Before mujoco, whose OpenGL backend it chooses.
-from rawdream_env.piper.renderer import PiperRenderer, new_model  # isort: skip
+from rawdream_env.piper.simulator.renderer import PiperRenderer, new_model  # isort: skip
 
 import mujoco
 import numpy as np
@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from rawdream_env.errors import InvalidActionError, InvalidOptionError, RendererError, ResetNeededError, SimulatorError
 from rawdream_env.piper import geometry as geo
-from rawdream_env.piper import layouts
-from rawdream_env.piper.model import TIMESTEP
 from rawdream_env.piper.relations import OBJECTS, SHAPES, BoolArray, Task, find_task, relation_index, relations
+from rawdream_env.piper.simulator import layouts
+from rawdream_env.piper.simulator.model import TIMESTEP
 from rawdream_env.seeding import mix
 from rawdream_env.types import ACTION_DIM, Float32Array, UInt8Array
 
@@ -182,7 +182,7 @@ class PiperTwin:
                 f"finite ({ACTION_DIM},) vector in [-1, 1]; clip it to the action space."
             )
         if not self.present:
-            raise ResetNeededError("call reset before step.")
+            raise ResetNeededError("step() was called before reset(); call reset() first.")
         self.pose = geo.integrate_action(self.pose, act)
         before, self._joints = self._joints, self._solve(self._joints)
         data = self.data

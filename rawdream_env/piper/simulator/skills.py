@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from rawdream_env.errors import InvalidOptionError
 from rawdream_env.piper import geometry as geo
-from rawdream_env.piper.motions import (
+from rawdream_env.piper.relations import CONTAINERS, MOVABLE, SHAPES, Task, find_task, relation_index
+from rawdream_env.piper.simulator.motions import (
     CLOSE,
     OPEN,
     Waypoint,
@@ -24,8 +25,7 @@ from rawdream_env.piper.motions import (
     place_waypoints,
     top_height,
 )
-from rawdream_env.piper.relations import CONTAINERS, MOVABLE, SHAPES, Task, find_task, relation_index
-from rawdream_env.piper.twin import PiperTwin
+from rawdream_env.piper.simulator.twin import PiperTwin
 from rawdream_env.types import Float32Array
 
 FloatArray = NDArray[np.floating[Any]]

@@ -12,7 +12,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from rawdream_env.errors import RawDreamError
-from rawdream_env.piper.twin import PiperRenderer, PiperTwin, TwinState
+from rawdream_env.piper.simulator.renderer import PiperRenderer
+from rawdream_env.piper.simulator.twin import PiperTwin, TwinState
 from rawdream_env.processes import follow_parent
 from rawdream_env.types import Float32Array, UInt8Array
 
@@ -90,7 +91,9 @@ class Rows:
 
     def restore(self, rows: Sequence[int], states: Sequence[TwinState]) -> list[None]:
         """Continue from other states."""
-        return [self._twins[row].restore(state) for row, state in zip(rows, states, strict=True)]
+        for row, state in zip(rows, states, strict=True):
+            self._twins[row].restore(state)
+        return [None] * len(rows)
 
     def close(self) -> None:
         """Free the renderer."""
@@ -105,7 +108,7 @@ def serve(pipe: Connection, from_main_thread: bool, rows: Sequence[int], image_s
         while True:
             request = pipe.recv()
             try:
-                answer = (request.number, True, twins.call(request))
+                answer: tuple[int, bool, Any] = (request.number, True, twins.call(request))
             except RawDreamError as error:
                 answer = (request.number, False, error)
             pipe.send(answer)

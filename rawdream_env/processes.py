@@ -21,6 +21,19 @@ _GRACE_S = 10.0
 
 
 @contextlib.contextmanager
+def interrupts_held() -> Iterator[None]:
+    """A Ctrl-C inside the block reaches this thread at the end of the block."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+@contextlib.contextmanager
 def starting_children() -> Iterator[None]:
     """Start child processes inside: each computes with one thread and never sees Ctrl-C.
 
@@ -29,20 +42,17 @@ def starting_children() -> Iterator[None]:
     """
     before = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
     os.environ.update(dict.fromkeys(_THREAD_VARIABLES, "1"))
-    posix = hasattr(signal, "pthread_sigmask")
-    if posix:
+    if os.name == "posix":
         resource_tracker.ensure_running()  # it unblocks SIGINT when it starts, so it must run before
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
-        yield
+        with interrupts_held():
+            yield
     finally:
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-        if posix:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def in_main_thread() -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -89,6 +90,39 @@ def test_debug_raises_and_version_prints(capsys):
         cli.main(["dokter", "--debug"])
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("rawdream-env ")
+
+
+def test_an_interrupt_inside_a_destructor_is_not_lost(monkeypatch, capsys):
+    class Closing:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    def work(*_):
+        Closing()  # Python ignores the KeyboardInterrupt that is raised there
+        time.sleep(10)
+        return 0
+
+    monkeypatch.setattr(cli, "run", work)
+    hook = sys.unraisablehook
+    assert cli.main(["grpo"]) == 130
+    assert sys.unraisablehook is hook
+    assert capsys.readouterr().err == "\nInterrupted. Saved work is kept; rerun the same command to resume.\n"
+
+
+def test_an_interrupt_waits_until_the_modules_are_imported(monkeypatch, capsys):
+    """Raised in the middle of torch's import, it would abort the process."""
+    finished = []
+
+    def slow_import(name):
+        signal.raise_signal(signal.SIGINT)
+        finished.append(name)
+        return import_module(name)
+
+    monkeypatch.setattr(cli, "import_module", slow_import)
+    assert cli.main(["doctor"]) == 130
+    assert finished == ["rawdream_env.doctor"]
+    assert "rerun the same command to resume" in capsys.readouterr().err
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 def test_interrupt_is_130_and_bugs_keep_their_traceback(monkeypatch, capsys):

@@ -14,13 +14,16 @@ resume); 130 interrupted.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import io
 import logging
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 
 from rawdream_env.cli.arguments import parse
@@ -92,7 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     count = 2 if words[0] in nouns else 1
     name = " ".join(words[:count])
     try:
-        return run(name, words[count:])
+        with _no_lost_interrupt():
+            return run(name, words[count:])
     except KeyboardInterrupt:
         print("\nInterrupted. Saved work is kept; rerun the same command to resume.", file=sys.stderr)
         return 130
@@ -107,6 +111,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 3 if isinstance(error, JudgeUnavailableError) else 2
 
 
+@contextlib.contextmanager
+def _no_lost_interrupt() -> Iterator[None]:
+    """Repeat a Ctrl-C that arrived inside a destructor or a weak reference's callback, where Python ignores exceptions."""
+    hook = sys.unraisablehook
+
+    def repeat(unraisable: sys.UnraisableHookArgs) -> None:
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            hook(unraisable)
+        elif (main_thread := threading.main_thread().ident) is not None:
+            # After a while: at once, it would arrive in this function and be ignored again.
+            threading.Timer(0.1, signal.pthread_kill, (main_thread, signal.SIGINT)).start()
+
+    sys.unraisablehook = repeat
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+
+
 def run(name: str, words: Sequence[str]) -> int:
     """Parse the options of a subcommand, run it, print its result. Raises whatever the subcommand raises."""
     current = OLD_NAMES.get(name, name)
@@ -118,13 +141,17 @@ def run(name: str, words: Sequence[str]) -> int:
         hint = f"did you mean {near[0]!r}?" if near else f"choose among {', '.join(COMMANDS)}."
         raise InvalidOptionError(f"there is no command {name!r}; {hint}")
     notices = [f"`rawdream {name}` is now `rawdream {current}`"] if current != name else []
+    from rawdream_env.processes import interrupts_held
+
+    with interrupts_held():  # an exception in the middle of torch's import aborts the process
+        module = import_module(command.module)
     try:
         config, renamed = parse(current, command, words)
     except SystemExit as exit_:  # --help, which has been printed
         return int(exit_.code or 0)
     if notices := notices + renamed:
         print(f"rawdream: {', '.join(notices)}; the old spelling still works.", file=sys.stderr)
-    result = getattr(import_module(command.module), command.function)(config)
+    result = getattr(module, command.function)(config)
     if command.show is None:
         return 0
     text, code = command.show(result)

@@ -145,7 +145,7 @@ def test_two_columns_of_one_name_are_refused(root: Path) -> None:
     for name in (DATA, EPISODES):
         table = pq.read_table(root / name)
         pq.write_table(table.append_column("episode_index", table["episode_index"]), root / name)
-        with pytest.raises(DatasetError, match=rf"{Path(name).name}.* two columns of \d+ have the same name"):
+        with pytest.raises(DatasetError, match=rf"{Path(name).name}.*\(two columns of \d+ have the same name\)"):
             LeRobotReader(root).episode(0)
         pq.write_table(table, root / name)
 

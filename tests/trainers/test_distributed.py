@@ -139,7 +139,7 @@ def test_rows_and_micro_batches() -> None:
 def test_what_does_not_fit_the_processes(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
     for parallel in ("ddp", "fsdp2"):
         with pytest.raises(
-            InvalidOptionError, match=f"parallel='{parallel}' needs processes .*torchrun --nproc-per-node"
+            InvalidOptionError, match=f"parallel='{parallel}' needs several processes: .*torchrun --nproc-per-node"
         ):
             train_world_model(config(base, "x", parallel=parallel))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

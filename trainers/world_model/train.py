@@ -21,7 +21,7 @@ weights, and the number of processes changes only the order of sums.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib import resources
 from pathlib import Path
 from typing import cast
@@ -295,9 +295,10 @@ def _resolved(config: WorldModelTrainConfig) -> tuple[WorldModelTrainConfig, Wan
     elif initial is not None and model == WAN_CONFIGS["embedded"]:
         model = initial.transformer.arch
     if initial is not None and initial.transformer.arch != model:
+        theirs, ours = asdict(initial.transformer.arch), asdict(model)
+        other = ", ".join(f"{name}: {theirs[name]} -> {ours[name]}" for name in ours if theirs[name] != ours[name])
         raise CheckpointError(
-            f"{config.init} has another architecture ({initial.transformer.arch}) than this run ({model}). Leave the "
-            "architecture out to use that of init."
+            f"{config.init} has another architecture than this run ({other}). Leave the architecture out to use that of init."
         )
     pictures_alone = not (model.pose_dim or model.map_channels)
     if rollout == RolloutConfig():

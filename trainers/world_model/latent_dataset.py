@@ -52,7 +52,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 def verify_shard(folder: Path, shard: dict[str, Any]) -> Path:
     """The path of a shard that matches the index; ``DatasetError`` when it is missing or damaged."""
-    path = folder / shard["file"]
+    path: Path = folder / shard["file"]
     size = path.stat().st_size if path.is_file() else None
     try:
         same = size == shard["bytes"] and sha256_file(path) == shard["sha256"]
@@ -83,9 +83,15 @@ def _check_index(path: Path, index: dict[str, Any]) -> None:
         )
 
     shards, shape = index.get("shards"), index.get("latent_shape")
-    sizes = [index.get(name) for name in ("chunk_len", "action_dim", "pose_dim")]
+    sizes: list[Any] = [index.get(name) for name in ("chunk_len", "action_dim", "pose_dim")]
     usable = isinstance(shards, list) and all(map(fits, shards)) and (shards or not index.get("complete"))
-    usable = usable and whole(shape) and len(shape) == 3 and whole([*sizes, index.get("window_chunks", 0)])
+    usable = (
+        usable
+        and isinstance(shape, list)
+        and whole(shape)
+        and len(shape) == 3
+        and whole([*sizes, index.get("window_chunks", 0)])
+    )
     usable = usable and sizes[0] >= FRAMES_PER_LATENT and "focus" in index
     try:
         bounds = [np.asarray(index["statistics"][name], np.float64) for name in ("q01", "q99")]

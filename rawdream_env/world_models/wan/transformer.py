@@ -280,7 +280,7 @@ class WanWorldModelTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         dtype = kwargs.pop("torch_dtype", torch.float32)
         path = find_folder(folder, **kwargs)
         with torch.device("meta"):  # no memory and no random numbers for weights that are replaced below
-            model = _from_config(cls, path)
+            model: WanWorldModelTransformer = _from_config(cls, path)
         load_pretrained(model, path)
         model.to(dtype).eval()
         return model

@@ -185,7 +185,10 @@ def test_object_weight_weighs_the_cells_in_focus(tmp_path: Path) -> None:
 
 def test_it_goes_on_from_another_world_model(tmp_path: Path) -> None:
     data = write_data(tmp_path / "data", (40, 24, 12))
+    left_over = tmp_path / "first" / "world_model" / ".transformer.1234.tmp"  # of a run that was killed while it saved
+    left_over.mkdir(parents=True)
     first = train_world_model(config(data, tmp_path / "first"))
+    assert first == left_over.parent and not left_over.exists()
     still = StageConfig(steps=1, batch_size=2, lr=0.0)
     again = train_world_model(config(data, tmp_path / "again", init=str(first), transformer=still))
     for name in ("transformer", "autoencoder"):

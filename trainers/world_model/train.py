@@ -30,7 +30,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rawdream_env.errors import CheckpointError, InvalidOptionError
+from rawdream_env.errors import CheckpointError, InvalidOptionError, RunDirError
+from rawdream_env.files import lock_file, remove_litter
 from rawdream_env.seeding import mix
 from rawdream_env.trainers.common.distributed import ProcessGroup, accumulating, join, micro_batches, spread, whole
 from rawdream_env.trainers.common.offload import HostCopies
@@ -358,6 +359,15 @@ def _save(
     rollout: RolloutConfig,
 ) -> Path:
     target = Path(config.run_dir) / "world_model"
-    if transformer is not None:
+    if transformer is None:
+        return target
+    try:
+        lock = lock_file(Path(config.run_dir) / ".save.lock")
+    except BlockingIOError as error:
+        raise RunDirError(
+            f"{target} is being written by another process. Wait for it, then rerun the command."
+        ) from error
+    with lock:
+        remove_litter(target)  # of a process that was killed while it saved
         save_world_model(WanWorldModel(transformer, codec, rollout, robot=config.robot), target)
     return target

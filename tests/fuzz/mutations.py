@@ -139,7 +139,8 @@ def _reseal(root: Path) -> None:
         files = content.get("files" if "files" in content else "sha256")
         for name in files if isinstance(files, dict) else ():
             path = manifest.parent / name
-            if path.is_file() and not path.is_symlink() and path.stat().st_size < 1 << 25:
+            # os.path.isfile is False for a name of thousands of characters; Path.is_file raises.
+            if os.path.isfile(path) and not path.is_symlink() and path.stat().st_size < 1 << 25:
                 files[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         if "checksum" in content:
             content.pop("checksum")

@@ -69,7 +69,7 @@ class DataEntry:
             if key not in ("weight", "name", "camera", "embodiment") or not found or not value:
                 raise InvalidOptionError(
                     f"{setting!r} in the data entry {text!r} is no setting; write FOLDER,weight=2,name=play,camera=front,"
-                    "embodiment=piper (all but the folder may be left out)."
+                    "embodiment=NAME (all but the folder may be left out)."
                 )
             values[key] = value
         try:

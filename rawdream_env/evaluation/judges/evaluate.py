@@ -48,7 +48,7 @@ class EvaluateJudgeConfig:
     episodes: int = 200
     """Number of simulator episodes; with ``data``, at most N episodes of each folder."""
     robot: str = ""
-    """Robot whose simulator is used; default: piper."""
+    """Robot whose simulator is used; default: the bundled one."""
     data: tuple[str, ...] = ()
     """LeRobotDataset v3.0 folders with success labels, instead of simulator episodes."""
     success_key: str = ""

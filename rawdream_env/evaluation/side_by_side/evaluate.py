@@ -21,7 +21,7 @@ after every chunk, and continues to its horizon (options ``max_episode_steps``, 
 
 *Truth*: a judge that sees the whole video once (``judge_every="episode"``) can only tell whether the goal holds at its end,
 so its verdicts are compared with success at the end; with ``judge_every="chunk"``, with success after any chunk. The
-simulator's success rate is success after any chunk, which ``rawdream/PiperSim-v0`` rewards; the rate at the end is reported
+simulator's success rate is success after any chunk, which simulator environments reward; the rate at the end is reported
 as well.
 """
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from rawdream_env.errors import InvalidOptionError, JudgeUnavailableError
 from rawdream_env.judges.base import ask, invalid
-from rawdream_env.types import Judge, Outcome, Start, UInt8Array, Verdict, Video
+from rawdream_env.types import Judge, Outcome, Start, SupportsClose, UInt8Array, Verdict, Video
 
 
 @dataclass
@@ -169,9 +169,8 @@ class Reflector:
 
     def close(self) -> None:
         """Close the judge if it was loaded here."""
-        close = getattr(self._judge, "close", None)
-        if self._owned and callable(close):
-            close()
+        if self._owned and isinstance(self._judge, SupportsClose):
+            self._judge.close()
 
 
 def make_reflector(options: Mapping[str, Any] | Reflector) -> Reflector:

@@ -193,9 +193,9 @@ class Batch:
     def of(cls, rollouts: Rollouts) -> Batch:
         """The counted members of the kept groups; the others have advantage 0 and weight 0 (Eq. 2) and are left out."""
         chosen = [
-            (member, advantage, 1.0 / len(group.counted))
-            for group in rollouts.groups
-            for member, advantage in group.counted
+            (member, advantage, 1.0 / len(counted))
+            for counted in (group.counted for group in rollouts.groups)
+            for member, advantage in counted
         ]
         members = [member for member, _, _ in chosen]
         return cls(

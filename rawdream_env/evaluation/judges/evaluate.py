@@ -29,7 +29,7 @@ from rawdream_env.evaluation.reporting.numbers import Json
 from rawdream_env.evaluation.reporting.provenance import provenance, usable_cores
 from rawdream_env.files import atomic_write_json, atomic_write_text, check_output
 from rawdream_env.judges import load_judge
-from rawdream_env.types import Judge
+from rawdream_env.types import Judge, SupportsClose
 
 _RATES = {
     "precision": ("precision", "s-dream"),
@@ -117,8 +117,8 @@ def evaluate_judge(config: EvaluateJudgeConfig, *, judge: Judge | None = None) -
         bar = tqdm(_source(config), total=total, desc="judge", unit="ep", disable=not config.progress)
         report = evaluate(asked, bar, batch_size=config.batch_size, worst=config.mistakes)
     finally:
-        if judge is None and callable(close := getattr(asked, "close", None)):
-            close()
+        if judge is None and isinstance(asked, SupportsClose):
+            asked.close()
     folder = report.write(config.out)
     timing = {"judge_s_per_video": report.judge_seconds / report.n, "seconds": perf_counter() - begun}
     content = {**report.as_dict(), "run": provenance(config=asdict(config), timing=timing)}

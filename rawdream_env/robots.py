@@ -33,7 +33,7 @@ ENTRY_POINTS = "rawdream.robots"
 
 FloatArray = NDArray[np.floating[Any]]
 BoolArray = NDArray[np.bool_]
-Part = Literal["kinematics", "goals", "episode_source", "sim_starts", "start_pack"]
+Part = Literal["kinematics", "scene", "goals", "episode_source", "sim_starts", "start_pack"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class Robot:
     """Id of its simulator environment, with the same spaces and infos."""
     kinematics: str = ""
     """``(ArmMapConfig) -> Kinematics``, for world models that take poses and arm maps."""
+    scene: str = ""
+    """A :class:`Scene`, for world models of object states."""
     goals: str = ""
     """A :class:`GoalGrammar`, for training a judge and a policy on play."""
     episode_source: str = ""
@@ -146,6 +148,46 @@ class Kinematics(Protocol):
 
     def project(self, points: FloatArray, image_size: int) -> FloatArray:
         """Points (..., 3) in metres -> pixels (..., 2), u and v, in a square picture of ``image_size``."""
+        ...
+
+
+class Scene(Protocol):
+    """What can be in a robot's scene and how the camera sees it, for world models of object states.
+
+    World frame, metres and radians. Shape letters: O objects, P surface points of an object.
+    """
+
+    @property
+    def objects(self) -> Sequence[str]:
+        """Order of object states."""
+        ...
+
+    @property
+    def fixed(self) -> Sequence[str]:
+        """The objects that never move."""
+        ...
+
+    @property
+    def surface(self) -> FloatArray:
+        """(O, P, 3): points on the surface of every object, in its own frame (z up)."""
+        ...
+
+    @property
+    def symmetry(self) -> Sequence[int]:
+        """For every object: the number of turns about its z axis under which it looks the same; 0: any turn."""
+        ...
+
+    @property
+    def camera(self) -> FloatArray:
+        """(3, 4): homogeneous world points to (u w, v w, w): u right and v down from the picture's top left corner, in picture
+        widths; w is the depth in metres.
+        """
+        ...
+
+    def arm_pose(self, arm: Tensor) -> Tensor:
+        """Arm states (..., 7): measured tool xyz, roll pitch yaw, finger opening in metres -> poses (..., P) that
+        ``Kinematics.draw`` draws like that.
+        """
         ...
 
 

@@ -15,6 +15,7 @@ register_robot(
         dream_env="rawdream/PiperDream-v0",
         sim_env="rawdream/PiperSim-v0",
         kinematics="rawdream_env.piper.arm_map:ArmMap",
+        scene="rawdream_env.piper.scene:SCENE",
         goals="rawdream_env.piper.hindsight:GRAMMAR",
         episode_source="rawdream_env.piper.collect:PiperSource",
         sim_starts="rawdream_env.piper.starts:SimStarts",

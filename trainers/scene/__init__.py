@@ -1,0 +1,1 @@
+"""Training of the scene world model's parts."""

@@ -151,6 +151,25 @@ class Kinematics(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Box:
+    """A part of an object's shape: centre and half extents (3,) in metres, in the object's frame."""
+
+    center: tuple[float, float, float]
+    half: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Ring:
+    """A part of an object's shape about its z axis, in metres: a tube, or a cylinder with ``inner`` 0."""
+
+    z: float
+    """Height of its middle."""
+    inner: float
+    outer: float
+    half_height: float
+
+
 class Scene(Protocol):
     """What can be in a robot's scene and how the camera sees it, for world models of object states.
 
@@ -173,14 +192,38 @@ class Scene(Protocol):
         ...
 
     @property
+    def shapes(self) -> Sequence[Sequence[Box | Ring]]:
+        """For every object the boxes and rings that it is made of, for contact with other objects."""
+        ...
+
+    @property
     def symmetry(self) -> Sequence[int]:
         """For every object: the number of turns about its z axis under which it looks the same; 0: any turn."""
+        ...
+
+    @property
+    def rotations(self) -> Sequence[FloatArray]:
+        """For every object: rotations (G, 3, 3) about its own axes, the identity first, after which it moves as before. With
+        ``symmetry`` 0, any turn about its z axis as well.
+        """
         ...
 
     @property
     def camera(self) -> FloatArray:
         """(3, 4): homogeneous world points to (u w, v w, w): u right and v down from the picture's top left corner, in picture
         widths; w is the depth in metres.
+        """
+        ...
+
+    def relations(self, position: Tensor, rotation: Tensor, present: Tensor, arm: Tensor) -> BoolArray:
+        """Which relations hold in B scenes, bool (B, R) in the order of ``GoalGrammar.relations``, from positions (B, O, 3),
+        rotations (B, O, 3, 3), ``present`` (B, O) and arm states (B, 8), on the CPU.
+        """
+        ...
+
+    def arm_at_rest(self, command: Tensor) -> Tensor:
+        """Commanded poses (..., P) -> states (..., 8) of an arm that has settled there: measured tool xyz, roll pitch yaw,
+        positions of the left and the right finger in metres, whose sum is the opening.
         """
         ...
 

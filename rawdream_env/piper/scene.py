@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Final
+from itertools import permutations, product
+from typing import Final
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from rawdream_env.piper import geometry as geo
-from rawdream_env.piper.relations import OBJECTS, POT_HANDLE, SHAPES, ObjectShape, rotation_from_quaternion
-from rawdream_env.robots import FloatArray
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from rawdream_env.piper.relations import (
+    OBJECTS,
+    POT_HANDLE,
+    SHAPES,
+    ObjectShape,
+    relations,
+    rotation_from_quaternion,
+)
+from rawdream_env.robots import BoolArray, Box, FloatArray, Ring
 
 _SPACING: Final = 0.006
 """Distance of neighbouring surface points (m): about a pixel of a picture of 64 pixels."""
@@ -59,6 +67,44 @@ def _surface(name: str) -> FloatArray:
     return _box(np.array(shape.half), _WIDE_SPACING if name == "stove" else _SPACING)
 
 
+def _parts(name: str) -> list[Box | Ring]:
+    shape = SHAPES[name]
+    radius, top = shape.half[0], shape.half[2]
+    if name == "spoon":
+        return [Box((0.0145, 0, 0), (0.033, 0.006, 0.006)), Box((-0.033, 0, 0), (0.012, 0.009, 0.005))]
+    if shape.kind == "box":
+        return [Box((0, 0, 0), shape.half)]
+    if shape.kind == "cylinder":
+        return [Ring(0.0, 0.0, radius, top)]
+    floor = Ring((shape.floor_z - top) / 2, 0.0, radius - 0.002, (top + shape.floor_z) / 2)
+    wall = Ring(0.0005, shape.inner_radius, radius, top - 0.0005)
+    return [floor, wall, *([Box(*POT_HANDLE)] if name == "pot" else [])]
+
+
+def _quaternion(rotation: FloatArray) -> FloatArray:
+    """Rotation matrices (N, 3, 3) -> unit quaternions wxyz (N, 4)."""
+    m = rotation.astype(np.float64)
+    diagonal = np.diagonal(m, axis1=-2, axis2=-1)
+    signs = np.array([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]])
+    size = np.sqrt(np.maximum(0, 1 + diagonal @ signs.T)) / 2  # absolute values of w, x, y, z
+    cross = {(0, 1): m[:, 2, 1] - m[:, 1, 2], (0, 2): m[:, 0, 2] - m[:, 2, 0], (0, 3): m[:, 1, 0] - m[:, 0, 1]}
+    cross |= {(1, 2): m[:, 0, 1] + m[:, 1, 0], (1, 3): m[:, 0, 2] + m[:, 2, 0], (2, 3): m[:, 1, 2] + m[:, 2, 1]}
+    products = np.stack([np.stack([size[:, i] ** 2 if i == j else cross[min(i, j), max(i, j)] / 4 for j in range(4)], -1)
+                         for i in range(4)], -2)  # fmt: skip
+    row = products[np.arange(len(m)), size.argmax(-1)]
+    return np.asarray(row / np.linalg.norm(row, axis=-1, keepdims=True))
+
+
+def _cube_rotations() -> FloatArray:
+    """The 24 rotations of a cube onto itself."""
+    signed = [
+        np.array(signs)[:, None] * np.eye(3)[list(order)]
+        for order in permutations(range(3))
+        for signs in product((1, -1), repeat=3)
+    ]
+    return np.stack([matrix for matrix in signed if np.linalg.det(matrix) > 0])
+
+
 class PiperScene:
     """``rawdream_env.robots.Scene`` of the Piper tabletop."""
 
@@ -79,6 +125,34 @@ class PiperScene:
         focal = 0.5 / np.tan(np.deg2rad(geo.CAMERA_FOVY) / 2)
         rows = np.stack([focal * right - 0.5 * back, -focal * up - 0.5 * back, -back])
         return np.concatenate([rows, -rows @ geo.CAMERA_POSITION[:, None]], axis=1)
+
+    @cached_property
+    def shapes(self) -> Sequence[Sequence[Box | Ring]]:
+        """The collision shapes of the simulator; the ring of boxes of a container as a tube, a spoon's bowl as a disc."""
+        return tuple(_parts(name) for name in OBJECTS)
+
+    @cached_property
+    def rotations(self) -> Sequence[FloatArray]:
+        """Per object (G, 3, 3). A spoon's handle is as thick as wide; a cup stands on either end."""
+        half_turn = np.stack([np.eye(3), np.diag([1.0, -1.0, -1.0])])
+        cube, stove = (
+            _cube_rotations(),
+            np.stack([geo.rotation_from_rpy(np.array([0, 0, k * np.pi / 2])) for k in range(4)]),
+        )
+        groups = {"blue_block": cube, "red_block": cube, "stove": stove, "spoon": half_turn, "cup": half_turn}
+        return tuple(groups.get(name, np.eye(3)[None]) for name in OBJECTS)
+
+    def relations(self, position: Tensor, rotation: Tensor, present: Tensor, arm: Tensor) -> BoolArray:
+        """The relations of scenes (B,), in the order of ``relations.RELATION_NAMES``."""
+        poses = np.full((*present.shape, 7), np.nan)
+        here = present.numpy()
+        poses[here, :3], poses[here, 3:] = position.numpy()[here], _quaternion(rotation.numpy()[here])
+        return relations(poses, arm[:, 6:].sum(-1).numpy(), arm[:, :3].numpy())
+
+    def arm_at_rest(self, command: Tensor) -> Tensor:
+        """Commanded poses (..., 7) -> states of an arm that has settled there (..., 8)."""
+        opening = -0.01 + (1 - command[..., 6:]) / 2 * (geo.MAX_OPENING + 0.01)
+        return torch.cat([command[..., :6], opening.clamp(0, geo.MAX_OPENING).expand(*command.shape[:-1], 2) / 2], -1)
 
     def arm_pose(self, arm: Tensor) -> Tensor:
         """Arm states (..., 7) -> commanded poses whose settled finger opening is the measured one."""

@@ -123,7 +123,7 @@ def _episode(twin: PiperTwin, seed: int, frames: int) -> Arrays:
     """A start and ``frames`` random later frames of one scripted episode."""
     for attempt in range(100):
         rng = np.random.default_rng(mix(seed, attempt))
-        act, start = _begin(twin, rng)
+        act, start = begin_scripted(twin, rng)
         first, states = _start(twin, start), list[TwinState]()
         for _ in range(_STEPS):
             twin.step(act(), render=False)
@@ -139,7 +139,7 @@ def _episode(twin: PiperTwin, seed: int, frames: int) -> Arrays:
     return first | {name: np.stack([shot[name] for shot in shots]) for name in shots[0]}
 
 
-def _begin(twin: PiperTwin, rng: np.random.Generator) -> tuple[Callable[[], Float32Array], NDArray[np.uint8]]:
+def begin_scripted(twin: PiperTwin, rng: np.random.Generator) -> tuple[Callable[[], Float32Array], NDArray[np.uint8]]:
     """A new scene, its driver and its first picture."""
     kind = str(rng.choice(list(_KINDS), p=list(_KINDS.values())))
     if kind != "expert":

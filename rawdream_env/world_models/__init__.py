@@ -66,6 +66,16 @@ def load_world_model(
     import torch
 
     from rawdream_env.world_models.loading import read_world_model
+    from rawdream_env.world_models.scene.loading import is_scene_world_model, read_scene_world_model
+
+    precision = getattr(torch, parse_dtype(dtype) or "float32")
+    if is_scene_world_model(found):
+        if num_inference_steps not in (None, 1) or approximations:
+            raise InvalidOptionError(
+                f"{found} is a scene world model, which evaluates its dynamics once a frame: leave out num_inference_steps and "
+                "approximations."
+            )
+        return read_scene_world_model(found, micro_batch_size=micro_batch_size).to(device, precision)
 
     overrides = {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
     context_cache: Literal["rolling", "step"] = "rolling" if "rolling_cache" in approximations else "step"
@@ -73,7 +83,7 @@ def load_world_model(
     model = read_world_model(
         found, context_cache=context_cache, tiny_decoder=tiny, micro_batch_size=micro_batch_size, **overrides
     )
-    model.to(device, getattr(torch, parse_dtype(dtype) or "float32"))
+    model.to(device, precision)
     if "fp8" in approximations:
         from rawdream_env.world_models.wan.fp8 import use_fp8
 

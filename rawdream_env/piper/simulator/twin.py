@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from rawdream_env.errors import InvalidActionError, InvalidOptionError, RendererError, ResetNeededError, SimulatorError
 from rawdream_env.piper import geometry as geo
-from rawdream_env.piper.relations import OBJECTS, SHAPES, BoolArray, Task, find_task, relation_index, relations
+from rawdream_env.piper.relations import MOVABLE, OBJECTS, SHAPES, BoolArray, Task, find_task, relation_index, relations
 from rawdream_env.piper.simulator import layouts
 from rawdream_env.piper.simulator.model import TIMESTEP
 from rawdream_env.seeding import mix
@@ -228,6 +228,21 @@ class PiperTwin:
     def gripper_opening(self) -> float:
         """Measured distance between the finger faces (m)."""
         return float(self.data.qpos[self._finger_qpos].sum())
+
+    def finger_positions(self) -> FloatArray:
+        """Measured positions (2,) of the left and the right finger (m); their sum is the opening."""
+        return np.asarray(self.data.qpos[self._finger_qpos])
+
+    def object_velocities(self) -> FloatArray:
+        """(7, 6): linear (m/s) and angular (rad/s) velocity of ``OBJECTS`` in the world frame; zeros for absent ones."""
+        velocities = np.zeros((len(OBJECTS), 6))
+        for i, name in enumerate(OBJECTS):
+            if name in self.present and name in MOVABLE:
+                at = self.model.joint(name).dofadr[0]
+                rotation = self.data.xmat[self._bodies[i]].reshape(3, 3)
+                velocities[i, :3] = self.data.qvel[at : at + 3]
+                velocities[i, 3:] = rotation @ self.data.qvel[at + 3 : at + 6]
+        return velocities
 
     def tool_pose(self) -> FloatArray:
         """Measured tool pose (7,): xyz (m) and quaternion wxyz."""

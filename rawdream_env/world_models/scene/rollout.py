@@ -1,0 +1,258 @@
+"""The scene world model as one object: reader -> dynamics -> painter behind the ``WorldModel`` protocol.
+
+``start`` reads the objects' states from the start picture. ``imagine`` integrates the actions into commanded poses, moves
+the scene frame by frame under keyed noise, and paints every frame from the start picture and the state, each by itself: an
+object cannot fade, and what a frame shows does not depend on earlier painted frames. At run time the model sees the start
+picture, the commanded start pose and the actions, nothing else.
+
+Noise is drawn afresh for every chunk and keyed as in the video model: draw 1 is the second dream of dual-noise verification
+(paper, section 3.2). It decides what the dynamics cannot know, such as whether a grasp at the edge holds.
+
+Shape letters: B rows, K frames of a chunk, A action dims, O objects, N objects of a row, H W picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rawdream_env.errors import InvalidActionError, InvalidOptionError
+from rawdream_env.robots import ArmMapConfig, Kinematics, Scene, find_goals, find_robot
+from rawdream_env.seeding import NoiseKey, keyed_normal
+from rawdream_env.world_models.scene.dynamics import SceneDynamics, SceneFrame
+from rawdream_env.world_models.scene.maps import SceneMaps
+from rawdream_env.world_models.scene.painter import ScenePainter
+from rawdream_env.world_models.scene.reader import SceneReader
+from rawdream_env.world_models.scene.state import SceneState
+
+DYNAMICS_STREAM, START_STREAM = 0, 1
+_BLOCK = 32
+"""Rows that the dynamics compute at once on a CPU, fillers included. Always the same number, so that matrix products round a
+row alike; a multiple of 32, so that elementwise kernels leave no rest, which they would compute in another way."""
+_PAINTED_AT_ONCE = 128
+
+
+@dataclass(frozen=True)
+class SceneRolloutConfig:
+    """How the world model is rolled out; saved with the checkpoint."""
+
+    fps: float = 10.0
+    """Frames per second of the imagined video, and steps of the dynamics."""
+    chunk_len: int = 8
+    """Frames of a chunk, K."""
+    action_dim: int = 7
+    """Action dims, A."""
+    start_noise: float = 0.0
+    """The reader's expected errors, times this, are added to the start state as keyed noise."""
+
+    def check(self) -> None:
+        """Raise ``InvalidOptionError`` for settings that no rollout can have."""
+        if not (0 < self.fps <= 1000 and 1 <= self.chunk_len <= 1000 and 1 <= self.action_dim <= 1000):
+            raise InvalidOptionError(f"fps {self.fps}, chunk_len {self.chunk_len} and action_dim {self.action_dim} must be "
+                                     "above 0 and at most 1000.")  # fmt: skip
+        if not 0 <= self.start_noise <= 100:
+            raise InvalidOptionError(f"start_noise {self.start_noise} must be between 0 and 100.")
+
+
+class SceneWorldModel:
+    """Batched, keyed imagination of object states, painted into pictures.
+
+    On a CPU a row's states are bit-identical whatever the other rows are, and with fp32 weights so are its pictures; bf16
+    gives up the latter for speed. The dynamics always compute in fp32.
+
+    Args:
+        reader: start picture to object states.
+        dynamics: states to states.
+        painter: states to pictures.
+        config: rollout settings.
+        robot: name of the robot whose scene it is; empty: the default robot.
+        micro_batch_size: frames painted at once, to bound memory; 0: 128.
+    """
+
+    def __init__(
+        self,
+        reader: SceneReader,
+        dynamics: SceneDynamics,
+        painter: ScenePainter,
+        config: SceneRolloutConfig = SceneRolloutConfig(),
+        *,
+        robot: str = "",
+        micro_batch_size: int = 0,
+    ) -> None:
+        config.check()
+        self.reader, self.dynamics, self.painter = reader, dynamics, painter
+        for part in (reader, dynamics, painter):
+            part.eval().requires_grad_(False)
+        self.config, self.robot = config, robot
+        self.micro_batch_size = micro_batch_size
+        size = painter.config.image_size
+        self.chunk_len, self.fps, self.frame_shape = config.chunk_len, config.fps, (size, size, 3)
+        self.maps = SceneMaps(robot, size)
+        self.scene: Scene = self.maps.scene
+        self._kinematics: Kinematics = find_robot(robot).load("kinematics")(ArmMapConfig())
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model."""
+        return self.painter.place.device
+
+    def to(self, device: str | torch.device, dtype: torch.dtype = torch.float32) -> SceneWorldModel:
+        """Move to a device (in place); ``dtype`` is the precision of the painter."""
+        self.reader.to(device)
+        self.dynamics.to(device)
+        self.painter.to(device, dtype)
+        return self
+
+    @torch.no_grad()
+    def start(self, frames: Tensor, keys: Sequence[NoiseKey], proprio: Tensor | None = None) -> SceneState:
+        """Start B episodes. ``frames`` uint8 (B, H, W, 3); ``proprio`` (B, P) the commanded pose, required."""
+        frames = torch.as_tensor(frames)
+        if frames.shape[1:] != self.frame_shape or frames.dtype != torch.uint8:
+            raise ValueError(
+                f"start frames must be uint8 {('B', *self.frame_shape)}, got {frames.dtype} {tuple(frames.shape)}; "
+                "resize them to the world model's frame_shape"
+            )
+        if len(keys) != len(frames):
+            raise ValueError(f"{len(frames)} start frames but {len(keys)} noise keys")
+        wanted = (len(frames), self._kinematics.state_dim)
+        if proprio is None or tuple(proprio.shape) != wanted:
+            got = None if proprio is None else tuple(proprio.shape)
+            raise ValueError(f"this world model moves the arm from its pose: give proprio {wanted}, got {got}")
+        command = torch.as_tensor(proprio, dtype=torch.float32).cpu()
+        reading = self.reader(frames.to(self.device))
+        arm = self.scene.arm_at_rest(command)
+        position = reading.position.float().cpu()
+        if self.config.start_noise:
+            noise = keyed_normal(keys, tuple(position.shape[1:]), START_STREAM)
+            position = position + self.config.start_noise * reading.position_std.float().cpu() * noise
+        present = reading.present.cpu() > 0
+        rotation = reading.rotation.float().cpu()
+        start_maps = self._maps(position, rotation, present, arm)
+        return SceneState(
+            position=position,
+            rotation=rotation,
+            velocity=torch.zeros(*present.shape, 6),
+            present=present,
+            arm=arm,
+            arm_before=arm,
+            command=command,
+            canvas=self.painter.start(frames.to(self.device), start_maps),
+            keys=tuple(keys),
+            chunks=(0,) * len(frames),
+        )
+
+    @torch.no_grad()
+    def imagine(self, state: SceneState, actions: Tensor) -> tuple[SceneState, Tensor]:
+        """One chunk for every row: ``actions`` (B, K, A) in [-1, 1] -> next state, frames uint8 (B, K, H, W, 3)."""
+        actions = torch.as_tensor(actions, dtype=torch.float32).cpu()
+        wanted = (len(state), self.chunk_len, self.config.action_dim)
+        if actions.shape != wanted:
+            raise InvalidActionError(f"actions must have shape {wanted}, got {tuple(actions.shape)}")
+        if not torch.isfinite(actions).all():
+            raise InvalidActionError("actions contain NaN or infinity; check the policy before stepping")
+        commands = self._kinematics.integrate(state.command, actions)
+        keys = [key.at(chunk=chunk) for key, chunk in zip(state.keys, state.chunks, strict=True)]
+        noise = keyed_normal(keys, (self.chunk_len, self.dynamics.config.noise_dim), DYNAMICS_STREAM)
+        frames = self.unroll(state, commands, noise)
+        last = frames[-1]
+        nxt = replace(
+            state,
+            position=last.position,
+            rotation=last.rotation,
+            velocity=last.velocity,
+            arm=last.arm,
+            arm_before=last.arm_before,
+            command=last.command,
+            chunks=tuple(chunk + 1 for chunk in state.chunks),
+        )
+        return nxt, self._paint(state, frames)
+
+    def unroll(self, state: SceneState, commands: Tensor, noise: Tensor) -> list[SceneFrame]:
+        """The K frames after ``state``, without pictures: commanded poses (B, K, P), noise (B, K, Z) -> each (B, O, ...)."""
+        first = SceneFrame(*(getattr(state, name) for name in SceneFrame._fields))
+        frames = [SceneFrame(*(x.clone() for x in first)) for _ in range(commands.shape[1])]
+        counts = state.present.sum(1)
+        for n in counts.unique().tolist():
+            rows = (counts == n).nonzero()[:, 0]
+            size = _BLOCK if self.device.type == "cpu" else len(rows)
+            for block in rows.split(size):
+                self._unroll_block(state, block, n, size, commands, noise, frames)
+        return frames
+
+    def _unroll_block(
+        self,
+        state: SceneState,
+        rows: Tensor,
+        n: int,
+        size: int,
+        commands: Tensor,
+        noise: Tensor,
+        frames: list[SceneFrame],
+    ) -> None:
+        """Fill ``rows`` of ``frames``, which have ``n`` objects each, from a batch of ``size`` rows."""
+        padded = torch.cat([rows, rows[-1:].expand(size - len(rows))])
+        which = state.present[padded].nonzero()[:, 1].view(len(padded), n)
+        device = self.device
+
+        def here(x: Tensor) -> Tensor:
+            return x[padded].to(device)
+
+        def objects(x: Tensor) -> Tensor:
+            return x[padded[:, None], which].to(device)
+
+        frame = SceneFrame(
+            objects(state.position),
+            objects(state.rotation),
+            objects(state.velocity),
+            here(state.arm),
+            here(state.arm_before),
+            here(state.command),
+        )
+        on_device, real = which.to(device), len(rows)
+        for k, target in enumerate(frames):
+            frame = self.dynamics(on_device, frame, here(commands[:, k]), here(noise[:, k]))
+            for whole, value in zip(target[:3], frame[:3], strict=True):
+                whole[rows[:, None], which[:real]] = value[:real].cpu()
+            for whole, value in zip(target[3:], frame[3:], strict=True):
+                whole[rows] = value[:real].cpu()
+
+    def _paint(self, state: SceneState, frames: list[SceneFrame]) -> Tensor:
+        """uint8 (B, K, H, W, 3)."""
+        b, k = len(state), len(frames)
+        position = torch.nan_to_num(torch.stack([frame.position for frame in frames], 1))
+        rotation = torch.nan_to_num(torch.stack([frame.rotation for frame in frames], 1))
+        arm = torch.nan_to_num(torch.stack([frame.arm for frame in frames], 1))
+        present = state.present[:, None].expand(-1, k, -1)
+        out = torch.empty(b * k, *self.frame_shape, dtype=torch.uint8)
+        row = torch.arange(b).repeat_interleave(k)
+        for some in torch.arange(b * k).split(self.micro_batch_size or _PAINTED_AT_ONCE):
+            flat = (x.flatten(0, 1)[some] for x in (position, rotation, present, arm))
+            out[some] = self.painter.paint(state.canvas[row[some].to(self.device)], self._maps(*flat)).cpu()
+        return out.unflatten(0, (b, k))
+
+    def _maps(self, position: Tensor, rotation: Tensor, present: Tensor, arm: Tensor) -> Tensor:
+        opening = arm[:, 6:].sum(-1, keepdim=True)
+        maps = self.maps.draw(position, rotation, present, torch.cat([arm[:, :6], opening], -1))
+        return maps.to(self.device)
+
+    def success(self, state: SceneState, instructions: Sequence[str]) -> NDArray[np.int8]:
+        """Whether the task of each row's instruction is done in the model's own state: 1, 0, or -1 where it cannot tell (int8
+        (B,)). The truth within the dream, to compare a judge with; never a reward.
+        """
+        goals = find_goals(self.robot)
+        known = {} if goals is None else {words: goal for _, words, goal in goals.tasks if goal in goals.relations}
+        asked = [known.get(words) for words in instructions]
+        out = np.full(len(state), -1, np.int8)
+        if goals is None or not any(asked):
+            return out
+        holds = self.scene.relations(state.position, state.rotation, state.present, state.arm)
+        finite = state.finite.numpy()
+        for row, goal in enumerate(asked):
+            if goal is not None and finite[row]:
+                out[row] = holds[row, list(goals.relations).index(goal)]
+        return out

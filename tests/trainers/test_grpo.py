@@ -134,6 +134,8 @@ def toy_config(run_dir: Path, **kwargs: Any) -> GRPOConfig:
         "lr": 0.05,
         "save_every": 2,
         "max_groups_per_step": 40,
+        "warmup_steps": 0,
+        "max_kl": None,
         "tensorboard": False,
         "progress": False,
     }
@@ -188,8 +190,7 @@ def test_only_groups_with_a_difference_are_kept_and_all_rollouts_are_counted() -
     rollouts = collector(12).collect(2)
     counts = rollouts.counts
     assert counts.groups == 3 + counts.dropped.total() and counts.dropped["all_failure"] > 0
-    assert counts.rollouts == 4 * counts.groups == counts.task_rollouts.total()
-    assert counts.successes == counts.task_successes.total() >= 3
+    assert counts.rollouts == 4 * counts.groups and counts.successes >= 3
     for group in rollouts.groups:
         trusted = [m.reward for m, ok in zip(group.members, group.result.valid, strict=True) if ok]
         assert set(trusted) == {0.0, 1.0}

@@ -203,10 +203,10 @@ def test_a_run_warns_once_stops_where_it_is_told_to_and_resumes(tmp_path: Path) 
     assert first < 4 and lines[0]["held_out_success_rate"] < 0.2 < lines[0]["trusted_success_rate"]
     assert lines[0]["held_out_gap_n"] == lines[0]["trusted"]
     with pytest.warns(JudgeGapWarning):
-        stopped = train(tmp_path / "run", watched_env(), lr=1e-4, stop_on_alarm=True)
+        stopped = train(tmp_path / "run", watched_env(), lr=1e-4, stop_on_alarm=True, overlap_judge="on")
     assert (stopped.stopped, stopped.step) == ("alarm", first) and "stop_on_alarm off" in stopped.message
     assert train(tmp_path / "run", watched_env(), lr=1e-4, stop_on_alarm=True).step == first
-    assert train(tmp_path / "run", watched_env(), lr=1e-4).step == 4
+    assert train(tmp_path / "run", watched_env(), lr=1e-4, overlap_judge="on").step == 4
     assert log(tmp_path / "run") == lines
 
 

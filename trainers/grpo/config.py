@@ -23,10 +23,9 @@ class GRPOConfig:
     env_id: str = find_robot().dream_env
     """A dream, or a simulator to train in the ground truth (then without dual-noise verification)."""
     env_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
-    """Further keyword arguments of the environment, such as world_model, judge, starts, judge_every. judge_every decides when
-    an episode ends: a simulator checks for success after every chunk ("chunk"), and success ends the episode; a dream with
-    the bundled judge or a vision-language model asks once, at the horizon ("auto" is "episode" there, "chunk" for judges
-    that look for the first success). "judge_every chunk" gives a dream the simulator's rule, for one judge call per chunk."""
+    """Further keyword arguments of the environment, such as world_model, judge, starts, judge_every.
+    judge_every chunk: success ends the episode, as in a simulator; else the bundled judge is asked only at the horizon.
+    """
     task: str | int | None = None
     """A task's name, instruction or id; None: every start draws a task."""
     layout: Literal["narrow", "wide"] = "narrow"
@@ -55,8 +54,9 @@ class GRPOConfig:
     held_out_judge: str = ""
     """A judge that sees the same videos and never rewards. Its success rate is logged, and an alarm watches the gap."""
     alarm_margin: float = 0.1
-    """Raise the alarm when the judge's success rate is above the held-out judge's (or that of info["state_success"], where the
-    world model has it) by more than this, with 95 % confidence: one warning each time, and NAME_alarm in the log."""
+    """Raise the alarm when the judge's success rate is above another verdict's by more than this, with 95 % confidence.
+    Other verdicts: the held-out judge's, and info["state_success"] of a world model that knows its state.
+    """
     alarm_window: int = 8
     """Number of steps whose episodes the alarm compares."""
     stop_on_alarm: bool = False
@@ -69,10 +69,11 @@ class GRPOConfig:
     lr: float = 5e-6
     """AdamW learning rate after the warm-up. 5e-6 suits a 7B policy; a small one needs about 1e-4."""
     warmup_steps: int = 5
-    """Steps over which the learning rate rises linearly to ``lr``: AdamW's first updates move furthest. 0 (paper): none."""
+    """Steps over which the learning rate rises to lr, because AdamW's first updates move furthest; 0 (paper): none."""
     max_kl: float | None = 0.05
-    """An update after which approx_kl on its own minibatch exceeds this is undone: weights and optimizer are put back and the
-    run goes on. Costs one forward pass per update and a copy of the trained weights and the optimizer. None (paper): off."""
+    """Undo an update after which approx_kl on its own minibatch exceeds this, and go on; None (paper): off.
+    Costs one forward pass per update, and a copy of the trained weights and of the optimizer.
+    """
     weight_decay: float = 0.0
     """AdamW weight decay."""
     clip_eps_low: float = 0.2

@@ -23,6 +23,10 @@ Where the paper leaves a choice, this is the reading taken here:
 - *Clip range* 0.2 / 0.28, as the published peers; *groups per step* 8.
 - *INVALID verdicts* are left out like flagged rollouts, never a 0.
 
+Added to the paper, each off by a value of its option: a warm-up of the learning rate (``warmup_steps=0``); an update that
+moves the policy too far is undone (``max_kl=None``); an alarm when the judge leaves other verdicts of the same episodes
+(``alarm.py``; docs/grpo.md).
+
 Not kept: many GPUs; this is one process.
 
 No generator has a state that must be saved: every start, every sampled token and every minibatch is derived from (seed,
@@ -147,10 +151,8 @@ def _train(
     deadline: float | None,
 ) -> tuple[int, Stopped]:
     """The algorithm: roll out, update, log, save; returns the steps done and why it stopped."""
-    checkpoint = learner.restore(run)
-    step = saved = 0 if checkpoint is None else checkpoint.step
-    alarm_state = None if checkpoint is None else checkpoint.state.get("alarm")
-    alarm = GapAlarm(config.alarm_margin, config.alarm_window, alarm_state)
+    step, state = learner.restore(run)
+    saved, alarm = step, GapAlarm(config.alarm_margin, config.alarm_window, state.get("alarm"))
     whole = True  # whether the weights are those of a finished step
     shown = RolloutCounts()  # since the last table
     bar = tqdm(total=config.steps, initial=step, desc="GRPO", unit="step", disable=not config.progress)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from rawdream_env.errors import CheckpointError, InvalidOptionError
-from rawdream_env.trainers.common.checkpoints import Checkpoint
 from rawdream_env.trainers.common.optimizer_state import pack_optimizer, unpack_optimizer
 from rawdream_env.trainers.common.run_dir import RunDir
 from rawdream_env.trainers.grpo.config import GRPOConfig
@@ -55,11 +54,11 @@ class Learner:
         tensors = {f"policy.{name}": parameter.detach() for name, parameter in self.parameters.items()}
         run.save(step, {**tensors, **pack_optimizer(self.optimizer)}, {"step": step, **state})
 
-    def restore(self, run: RunDir) -> Checkpoint | None:
-        """Load weights and optimizer of the last checkpoint and return it; None in a new run."""
+    def restore(self, run: RunDir) -> tuple[int, dict[str, Any]]:
+        """Load weights and optimizer of the last checkpoint; returns the steps done and its state, (0, {}) in a new run."""
         checkpoint = run.load_latest()
         if checkpoint is None:
-            return None
+            return 0, {}
         stored = {n.removeprefix("policy."): t for n, t in checkpoint.tensors.items() if n.startswith("policy.")}
         wrong = sorted({*stored} ^ {*self.parameters})
         wrong = wrong or [name for name, p in self.parameters.items() if p.shape != stored[name].shape]
@@ -72,4 +71,4 @@ class Learner:
             for name, parameter in self.parameters.items():
                 parameter.copy_(stored[name])
         unpack_optimizer(self.optimizer, checkpoint.tensors)
-        return checkpoint
+        return checkpoint.step, checkpoint.state

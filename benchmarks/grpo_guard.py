@@ -33,7 +33,7 @@ def run(quick: bool = False) -> Result:
     env.close()
     learner = Learner.of(policy, without)
     sides = {"without": without, "with": replace(without, max_kl=1.0)}
-    times = interleave({name: lambda c=c: update(c, learner, rollouts, 0) for name, c in sides.items()})  # type: ignore[misc]
+    times = interleave({name: lambda c=c: update(c, learner, rollouts, 0) for name, c in sides.items()})
     cost = ratio(times["with"], times["without"])
     lines = [
         f"updates of {8 * groups} episodes: {milliseconds(times['without'])} without, {milliseconds(times['with'])} with "

@@ -210,7 +210,7 @@ def test_a_run_warns_once_stops_where_it_is_told_to_and_resumes(tmp_path: Path) 
     assert log(tmp_path / "run") == lines
 
 
-def test_a_world_model_that_knows_its_state_is_compared_too(tmp_path: Path) -> None:
+def test_a_world_model_that_knows_its_state_is_compared_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     env = toy_env(judge=lenient)
     step = env.step
 
@@ -222,7 +222,10 @@ def test_a_world_model_that_knows_its_state_is_compared_too(tmp_path: Path) -> N
 
     env.step = stepping  # type: ignore[method-assign]
     with pytest.warns(JudgeGapWarning, match="own state"):
-        train(tmp_path, env)
+        train(tmp_path, env, progress=True)
     line = log(tmp_path)[-1]
     assert line["state_success_rate"] == 0 < line["state_gap_low"] and line["state_alarm"] == 1
     assert not math.isnan(line["state_gap"]) and "held_out_gap" not in line
+    printed = capsys.readouterr().err
+    assert re.search(r"after step 4:\ntask +success, judged and trusted +state +flagged", printed)
+    assert re.search(r"\nnull_left +\d", printed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -111,7 +112,7 @@ def table(counts: RolloutCounts, names: Mapping[int, str]) -> str:
     rows[0] += ["groups", "all success", "all failure"]
     for name, part in [*((names.get(t, str(t)), c) for t, c in sorted(counts.tasks.items())), ("all", counts)]:
         rates = part.rates()
-        shares = [rates.get(f"{other}_success_rate", float("nan")) for other in others]
+        shares = [rates.get(f"{other}_success_rate", math.nan) for other in others]
         rows.append([name, Rate.of(part.trusted_successes, part.trusted), *map(_percent, shares)])
         rows[-1] += [part.flagged, part.invalid, part.groups]
         rows[-1] += [_percent(rates["all_success_rate"]), _percent(rates["all_failure_rate"])]
@@ -121,8 +122,8 @@ def table(counts: RolloutCounts, names: Mapping[int, str]) -> str:
 
 
 def _share(part: int, whole: int) -> float:
-    return part / whole if whole else float("nan")
+    return part / whole if whole else math.nan
 
 
 def _percent(share: float) -> str:
-    return "-" if share != share else f"{100 * share:.0f} %"
+    return "-" if math.isnan(share) else f"{100 * share:.0f} %"

@@ -1,4 +1,4 @@
-"""What became of a step's rollouts, in counts: over all of them and per task, for the log and for the console."""
+"""Groups of rollouts, and what became of them in counts: over all and per task, for the log and for the console."""
 
 from __future__ import annotations
 
@@ -6,15 +6,29 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
+from rawdream_env.envs.episodes import Rollout
 from rawdream_env.judges.ensemble import JudgeGap
 from rawdream_env.statistics import Rate
-from rawdream_env.trainers.grpo.losses import DropReason
-from rawdream_env.types import Outcome
+from rawdream_env.trainers.grpo.losses import DropReason, GroupAdvantages
+from rawdream_env.types import Outcome, Start
 
-if TYPE_CHECKING:
-    from rawdream_env.trainers.grpo.rollout import Group
+
+@dataclass(frozen=True)
+class Group:
+    """G rollouts of one ``start``, with their advantages; ``index`` counts the groups of the step."""
+
+    index: int
+    start: Start
+    members: tuple[Rollout, ...]
+    result: GroupAdvantages
+
+    @property
+    def counted(self) -> list[tuple[Rollout, float]]:
+        """The members that are trained on, with their advantages: valid and not flagged (R of Eq. 2)."""
+        rows = zip(self.members, self.result.advantages.tolist(), self.result.valid.tolist(), strict=True)
+        return [(member, advantage) for member, advantage, valid in rows if valid]
 
 
 @dataclass

@@ -33,11 +33,10 @@ from rawdream_env.errors import InvalidOptionError, JudgeUnavailableError, RawDr
 from rawdream_env.judges.overlap import is_remote
 from rawdream_env.seeding import NoiseKey, mix
 from rawdream_env.statistics import wilson_interval
-from rawdream_env.trainers.grpo.counts import RolloutCounts
+from rawdream_env.trainers.grpo.counts import Group, RolloutCounts
 from rawdream_env.trainers.grpo.losses import (
     DROP_REASONS,
     DropReason,
-    GroupAdvantages,
     LossType,
     group_advantages,
     token_weights,
@@ -65,22 +64,6 @@ class NoUsableGroupError(RawDreamError, RuntimeError):
 
 class RolloutInterrupted(RawDreamError, RuntimeError):
     """Collection was stopped by the caller, between two steps of the environment."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """G rollouts of one ``start``, with their advantages; ``index`` counts the groups of the step."""
-
-    index: int
-    start: Start
-    members: tuple[Rollout, ...]
-    result: GroupAdvantages
-
-    @property
-    def counted(self) -> list[tuple[Rollout, float]]:
-        """The members that are trained on, with their advantages: valid and not flagged (R of Eq. 2)."""
-        rows = zip(self.members, self.result.advantages.tolist(), self.result.valid.tolist(), strict=True)
-        return [(member, advantage) for member, advantage, valid in rows if valid]
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from rawdream_env.data.reader import EpisodeArrays, LeRobotReader
 from rawdream_env.data.recorded import RecordedEpisode
 from rawdream_env.errors import DatasetError
 from rawdream_env.evaluation.world_model.replay import dream_episodes
-from rawdream_env.files import atomic_write_json, save_safetensors
+from rawdream_env.files import atomic_write_json, save_sealed
 from rawdream_env.seeding import mix
 from rawdream_env.trainers.judge.clips import CHUNK, episode_windows, grammar_of
 from rawdream_env.types import WorldModel
@@ -156,4 +156,4 @@ def _write(path: Path, arrays: EpisodeArrays, file: _File, model: WorldModel, co
         "relations": torch.from_numpy(relations.astype(np.uint8)),
     }
     named = {"robot": arrays.robot_type} if arrays.robot_type else {}
-    save_safetensors(path, tensors, {"instructions": json.dumps(texts), **named})
+    save_sealed(path, tensors, {"instructions": json.dumps(texts), **named})

@@ -123,10 +123,14 @@ class TestRoundTrip:
     def test_statistics(self, dataset) -> None:
         root, episodes = dataset
         stats = LeRobotReader(root).stats
-        actions = np.concatenate([np.concatenate([e.actions, np.zeros((1, 7))]) for e in episodes])
+        actions = np.concatenate([e.actions for e in episodes])  # the padding rows count nowhere
+        assert {int(entry["count"][0]) for entry in stats.values()} == {len(actions)}
         np.testing.assert_allclose(stats["action"]["q01"], np.quantile(actions, 0.01, axis=0), rtol=1e-6)
         np.testing.assert_allclose(stats["action"]["std"], actions.std(0), rtol=1e-6)
-        pixels = np.concatenate([e.frames for e in episodes]) / 255.0
+        np.testing.assert_allclose(
+            stats["observation.state"]["mean"], np.concatenate([e.state[:-1] for e in episodes]).mean(0), rtol=1e-6
+        )
+        pixels = np.concatenate([e.frames[:-1] for e in episodes]) / 255.0
         np.testing.assert_allclose(stats["observation.image"]["mean"].ravel(), pixels.mean((0, 1, 2)), rtol=1e-9)
         np.testing.assert_allclose(stats["observation.image"]["std"].ravel(), pixels.std((0, 1, 2)), rtol=1e-9)
         assert stats["privileged.object_poses"]["mean"][:7].tolist() == [0.0] * 7  # absent everywhere

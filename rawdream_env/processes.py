@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing import connection, resource_tracker, spawn
+from pathlib import Path
 from typing import Any, TypeVar
 
 from rawdream_env.errors import WorkerStoppedError
@@ -115,8 +116,9 @@ def follow_parent(pulse: Callable[[], None] = lambda: None) -> None:
 class WorkerPool:
     """Spawned processes for submitted calls. They never see Ctrl-C and end with this process.
 
-    Each counts up twice a second. One that shows no such sign of life for ``PATIENCE_S`` while the caller waits is stopped or
-    stuck: the wait ends with an error that names it. A long call alone is no reason.
+    Each counts up twice a second (and Linux tells the processor time of one that still starts on a busy machine). One that
+    shows no such sign of life for ``PATIENCE_S`` while the caller waits is stopped or stuck: the wait ends with an error that
+    names it. A long call alone is no reason.
 
     Args:
         workers: number of processes, started as they are needed.
@@ -133,7 +135,7 @@ class WorkerPool:
             "spawn"
         )  # a forked OpenGL context or thread pool does not work in the child
         self._pids, self._beats = context.RawArray("q", workers), context.RawArray("q", workers)
-        self._silent: dict[int, tuple[int, float]] = {}  # process id -> (beats, for how many seconds)
+        self._silent: dict[int, tuple[Any, float]] = {}  # process id -> (sign of life, for how many seconds the same)
         self._looked = time.monotonic()
         begin = (context.Value("i", 0), self._pids, self._beats, initializer, arguments)
         self._pool = ProcessPoolExecutor(workers, context, _begin_worker, begin)
@@ -168,10 +170,10 @@ class WorkerPool:
         """Count ``seconds`` for every worker that has not moved since the last look."""
         beats = dict(zip(self._pids, self._beats, strict=True))
         for number, pid in enumerate(list(self._pool._processes or {})):
-            beat = beats.get(pid, 0)
-            before, silent = self._silent.get(pid, (-1, 0.0))
-            silent = silent + seconds if beat == before else 0.0
-            self._silent[pid] = beat, silent
+            sign = beats.get(pid, 0), _processor_time(pid)
+            before, silent = self._silent.get(pid, (None, 0.0))
+            silent = silent + seconds if sign == before else 0.0
+            self._silent[pid] = sign, silent
             if silent > PATIENCE_S:
                 raise WorkerStoppedError(
                     f"worker {number} (process {pid}) has shown no sign of life for {silent:.0f} s, so all workers were "
@@ -193,6 +195,14 @@ class WorkerPool:
             for process in processes:
                 if process.is_alive():
                     process.kill()
+
+
+def _processor_time(pid: int) -> str:
+    """What the main thread of a process has used, where Linux tells it; else ""."""
+    try:
+        return Path(f"/proc/{pid}/schedstat").read_text().split()[0]
+    except (OSError, IndexError):
+        return ""
 
 
 def _begin_worker(

@@ -67,7 +67,9 @@ def lock_file(path: PathLike) -> IO[str]:
 
 
 def remove_litter(folder: PathLike) -> None:
-    """Remove the temporary files that killed writers left in a folder and below. The caller must hold its lock."""
+    """Remove the temporary files that killed writers left in a folder of this package and below. The caller must hold its
+    lock.
+    """
     for path in Path(folder).rglob(".*.tmp"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

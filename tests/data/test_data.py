@@ -404,22 +404,26 @@ def test_another_policy_behind_the_same_name_is_refused(tmp_path: Path) -> None:
 
     from rawdream_env.policies.tiny_vla import TinyVLA, TinyVLAConfig
 
+    class Source(FakeSource):
+        def __call__(self, index: int) -> EpisodeData:
+            return fake_episode(mix(self.config.seed, index), self.config.steps, self.instructions[0], relations=True)
+
     policy = TinyVLA(TinyVLAConfig(stem_channels=8, trunk_channels=8, trunk_blocks=1, width=16, heads=2))
     policy.save_pretrained(tmp_path / "policy")
     config = replace(TestCollect.config, out=str(tmp_path / "out"), kind="policy", policy=str(tmp_path / "policy"))
-    collect(replace(config, episodes=2), source=FakeSource)
-    collect(replace(config, episodes=3), source=FakeSource)
+    collect(replace(config, episodes=2), source=Source)
+    collect(replace(config, episodes=3), source=Source)
     with torch.no_grad():
         next(policy.parameters()).add_(1e-3)
     policy.save_pretrained(tmp_path / "policy")
     with pytest.raises(
         DatasetError, match=r"was collected with policy_fingerprint='TinyVLA \w+', now it is 'TinyVLA \w+'"
     ):
-        collect(config, source=FakeSource)
+        collect(config, source=Source)
     stored = tmp_path / "out/meta/collect.json"
     earlier = {name: value for name, value in json.loads(stored.read_text()).items() if name != "policy_fingerprint"}
     stored.write_text(json.dumps(earlier))
-    collect(config, source=FakeSource)  # of a version that did not store it
+    collect(config, source=Source)  # of a version that did not store it
     assert len(LeRobotReader(config.out)) == 7
 
 

@@ -12,7 +12,7 @@ def table(report: Mapping[str, Any]) -> str:
     """Success rates per policy and task in the dream (of trusted episodes) and the simulator, with the dream's INVALID and
     flagged episodes, then the gains and the conclusions.
     """
-    lines = [("policy", "task", "dream", "INVALID", "flagged", "simulator")]
+    lines: list[tuple[str, ...]] = [("policy", "task", "dream", "INVALID", "flagged", "simulator")]
     for entry in report["policies"]:
         parts = {"all tasks": entry["all"], **entry["tasks"]}
         for number, (task, part) in enumerate(parts.items()):

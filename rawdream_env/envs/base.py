@@ -249,9 +249,9 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
         with self.all_or_nothing():
             super().reset(seed=next((s for s in seeds if s is not None), None))
             self._restart(rows, seeds, given, judged=bool(chosen.get("judge", True)))
-        infos: Infos = {}
-        self._put_reset_info(infos, rows)
-        return self._observe(self._images), infos
+            infos: Infos = {}
+            self._put_reset_info(infos, rows)
+            return self._observe(self._images), infos
 
     def step(self, actions: Any) -> tuple[dict[str, Any], NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
         """Carry out one action chunk per row: ``actions`` (num_envs, chunk_len, 7), numpy or torch, in [-1, 1].
@@ -286,7 +286,7 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
                 terminations[waiting] = truncations[waiting] = False
             if self.autoreset_mode == AutoresetMode.SAME_STEP:
                 self._restart_finished(infos)
-        return self._observe(self._images), rewards, terminations, truncations, infos
+            return self._observe(self._images), rewards, terminations, truncations, infos
 
     def attach_reflector(self, reflector: Reflector) -> None:
         """Use ``reflector`` for rewards and predicted ends from now on. Call ``reset()`` afterwards.

@@ -40,7 +40,8 @@ class GRPOConfig:
     steps: int = 50
     """Number of training steps (paper: 50, on LIBERO-Object 20). May be raised when resuming."""
     minutes: float | None = None
-    """Stop after the first step that ends later than this, counted from the start of the process; None: no limit."""
+    """Stop after the first step that ends later than this, counted from the start of the process, or as soon as a step needs
+    more groups for dropped ones: that step begins anew when the run is resumed. None: no limit."""
     group_size: int = 8
     """Number of rollouts that share a start."""
     groups_per_step: int = 8

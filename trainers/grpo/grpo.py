@@ -167,6 +167,7 @@ def _train(
         scale_rewards=config.scale_rewards,
         seed=config.seed,
         should_stop=interrupted.is_set,
+        out_of_time=lambda: deadline is not None and time.monotonic() > deadline,
         on_group=lambda counts: bar.set_postfix_str(str(counts)),
         overlap={"auto": None, "on": True, "off": False}[config.overlap_judge],
     )
@@ -194,8 +195,11 @@ def _train(
             if deadline is not None and time.monotonic() > deadline and step < config.steps:
                 return step, "minutes"
         return step, "steps"
-    except RolloutInterrupted:
-        return step, "interrupted"
+    except RolloutInterrupted as reason:
+        if interrupted.is_set():
+            return step, "interrupted"
+        _logger.warning(str(reason))
+        return step, "minutes"
     except NoUsableGroupError as error:
         if set(error.dropped) == {"all_success"}:
             return step, "solved"

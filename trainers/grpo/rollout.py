@@ -172,6 +172,8 @@ class GroupCollector:
         temperature: sampling temperature. max_flagged, scale_rewards: see ``losses.group_advantages``.
         seed: with step, group and member it determines every start and every draw.
         should_stop: asked before every environment step; True raises ``RolloutInterrupted``.
+        out_of_time: asked before a group is opened in place of a dropped one; True raises ``RolloutInterrupted``. The groups
+            that every step needs are always finished.
         on_group: called with the counts so far after each finished group.
         overlap: judge finished episodes while the next are imagined; None: if the judge is ``remote`` and the
             environment allows it.
@@ -193,6 +195,7 @@ class GroupCollector:
         scale_rewards: Any = "group",
         seed: int = 0,
         should_stop: Callable[[], bool] = lambda: False,
+        out_of_time: Callable[[], bool] = lambda: False,
         on_group: Callable[[RolloutCounts], None] = lambda counts: None,
         overlap: bool | None = None,
     ) -> None:
@@ -204,7 +207,7 @@ class GroupCollector:
         self.env, self.seed = env, seed
         self.group_size, self.num_groups, self.max_groups = group_size, num_groups, max_groups
         self.max_flagged, self.scale_rewards = max_flagged, scale_rewards
-        self._should_stop, self._on_group = should_stop, on_group
+        self._should_stop, self._out_of_time, self._on_group = should_stop, out_of_time, on_group
         self._unjudged = 0
         possible = can_overlap(env)
         if overlap and not possible:
@@ -244,6 +247,11 @@ class GroupCollector:
         opened = 0
         while True:
             while len(kept) + len(running) < self.num_groups and opened < self.max_groups:
+                if opened >= self.num_groups and self._out_of_time():
+                    raise RolloutInterrupted(
+                        f"Time is up in step {step + 1}, with {len(kept)} of {self.num_groups} groups kept and {opened} opened "
+                        f"({counts}). It is begun anew when the run is resumed."
+                    )
                 waiting.extend(self._open(step, opened))
                 running[opened] = {}
                 opened += 1

@@ -30,6 +30,7 @@ NAMES = (
     "judge_client",
     "judge_overlap",
     "instant_reflector",
+    "grpo_guard",
     "busy_neighbour",
 )
 

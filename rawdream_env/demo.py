@@ -41,7 +41,7 @@ class DemoConfig:
     num_envs: int = 64
     """Number of episodes imagined in parallel in training; fewer need less memory."""
     lr: float = 1e-4
-    """AdamW learning rate (constant)."""
+    """AdamW learning rate, after a warm-up of a few steps."""
     temperature: float = 0.7
     """Sampling temperature in training; the evaluation is greedy."""
     policy: str = "embedded"

@@ -58,6 +58,10 @@ class SimulatorError(RawDreamError, RuntimeError):
     """The simulator or one of its worker processes failed."""
 
 
+class WorkerStoppedError(RawDreamError, RuntimeError):
+    """A worker process of a pool is stopped or stuck."""
+
+
 class MissingDependencyError(RawDreamError, ImportError):
     """An optional package is not installed."""
 

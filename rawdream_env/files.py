@@ -5,6 +5,7 @@ a crash or a full disk at any moment the target holds the old content or the new
 
 Saved models carry a ``manifest.json`` with the SHA-256 of their weights, which every load compares
 (``RAWDREAM_SKIP_CHECKSUMS=1`` skips this). Configurations are not in it, so that they can be edited; their readers are strict.
+Files of data (clips, start packs, latents) carry their checksum inside (``save_sealed``).
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ def lock_file(path: PathLike) -> IO[str]:
 
 
 def remove_litter(folder: PathLike) -> None:
-    """Remove the temporary files that killed writers left in a folder and below. The caller must hold its lock."""
+    """Remove the temporary files that killed writers left in a folder of this package and below. The caller must hold its
+    lock.
+    """
     for path in Path(folder).rglob(".*.tmp"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -176,7 +179,7 @@ def check_sha256(path: PathLike) -> None:
 
     Files that no manifest lists, such as those of earlier versions, are accepted.
     """
-    if os.environ.get(SKIP_CHECKSUMS, "0") not in ("", "0"):
+    if _unchecked():
         return
     file = Path(path).absolute()
     for folder in list(file.parents)[:3]:
@@ -202,6 +205,15 @@ def check_sha256(path: PathLike) -> None:
                 f"{SKIP_CHECKSUMS}=1 to load it as it is."
             )
         return
+
+
+def _unchecked() -> bool:
+    return os.environ.get(SKIP_CHECKSUMS, "0") not in ("", "0")
+
+
+def json_sha256(value: Any) -> str:
+    """Hex SHA-256 of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
@@ -250,6 +262,29 @@ def _with_sorted_metadata(content: bytes) -> bytes:
 def save_safetensors(path: PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors atomically. Any device; shared or non-contiguous tensors are copied. Values must be finite."""
     atomic_write_bytes(path, serialize_safetensors(tensors, metadata, where=path))
+
+
+def save_sealed(path: PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """``save_safetensors`` of a file that ``load_sealed`` checks: its metadata has the SHA-256 of the tensors and the rest."""
+    plain = dict(metadata or {})
+    save_safetensors(path, tensors, {**plain, "sha256": json_sha256([tensors_sha256(tensors), plain])})
+
+
+def load_sealed(path: PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file, checked against the SHA-256 that it carries; one without it is accepted.
+
+    Raises ``CheckpointError`` as ``load_safetensors``, and when the file is altered.
+    """
+    tensors, metadata = load_safetensors(path), load_safetensors_metadata(path)
+    seal = metadata.pop("sha256", None)
+    if seal is not None and not _unchecked():
+        digest = tensors_sha256(tensors)
+        if seal not in (json_sha256([digest, metadata]), digest):  # earlier start packs: of the tensors alone
+            raise CheckpointError(
+                f"{path} is altered or damaged: it does not match the SHA-256 inside it. Restore it from a copy, make it "
+                f"again, or set {SKIP_CHECKSUMS}=1 to load it as it is."
+            )
+    return tensors, metadata
 
 
 def load_safetensors(path: PathLike) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ Only tensors, JSON and text are downloaded from the hub, never code. ``HF_HUB_OF
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import os
 import re
@@ -25,6 +26,7 @@ from typing import Any
 
 from rawdream_env.config import parse_device, parse_dtype
 from rawdream_env.errors import CheckpointError, InvalidOptionError
+from rawdream_env.files import json_sha256, tensors_sha256
 
 EMBEDDED = "embedded"
 _FACTORY = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*):([A-Za-z_]\w*(?:\.\w+)*)")
@@ -73,6 +75,24 @@ def resolve(
         if is_hub_id(spec):
             return hub_folder(spec)
     return path
+
+
+def fingerprint(part: Any) -> str:
+    """A short text that tells ``part`` from others that had its name before: its type, and a hash of its ``config`` (a
+    dataclass) and of the tensors of its torch modules; or its own ``fingerprint``, a string or a method that returns one.
+    """
+    own = getattr(part, "fingerprint", None)
+    if own is not None:
+        return str(own() if callable(own) else own)
+    from torch import nn
+
+    members = {"": part, **getattr(part, "__dict__", {})}
+    modules = {name: member for name, member in members.items() if isinstance(member, nn.Module)}
+    tensors = {f"{name}/{key}": tensor for name, m in modules.items() for key, tensor in m.state_dict().items()}
+    config = getattr(part, "config", None)
+    settings = dataclasses.asdict(config) if dataclasses.is_dataclass(config) and not isinstance(config, type) else {}
+    kind = type(part).__qualname__
+    return f"{kind} {json_sha256([repr(sorted(settings.items())), tensors_sha256(tensors)])[:16]}"
 
 
 def is_hub_id(spec: str) -> bool:

@@ -47,7 +47,8 @@ class Verdict:
     """A judge's answer about one video.
 
     ``reason`` explains it (always set for INVALID); ``probability`` is the success probability in [0, 1] where the judge
-    has one; ``votes`` are the individual outcomes where it samples several; ``latency_s`` in seconds.
+    has one; ``votes`` are the individual outcomes where it samples several; ``latency_s`` in seconds. ``held_out``: what a
+    hold-out judge, which never rewards, says about the same video; None where there is none.
     """
 
     outcome: Outcome
@@ -56,6 +57,7 @@ class Verdict:
     votes: tuple[Outcome, ...] = ()
     latency_s: float = 0.0
     raw: tuple[str, ...] = ()
+    held_out: Outcome | None = None
 
 
 @dataclass(frozen=True)

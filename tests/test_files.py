@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from rawdream_env import files
-from rawdream_env.errors import CheckpointError, InvalidOptionError
+from rawdream_env.errors import CheckpointError, InvalidOptionError, RawDreamError
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -220,18 +220,47 @@ def test_every_bundled_file_is_verified_on_load(tmp_path: Path) -> None:
         load()
 
 
-def test_a_flipped_bit_in_a_start_pack_is_refused(tmp_path: Path) -> None:
+def sealed_data(folder: Path) -> dict[Path, Callable[[Path], Any]]:
+    """Every kind of data file that carries its own checksum, and how it is read."""
     import numpy as np
 
     from rawdream_env.starts.pack import PackStarts, save_start_pack
+    from rawdream_env.trainers.judge.clips import imagined_clips
+    from rawdream_env.trainers.world_model.latent_episodes import encode_episodes
     from rawdream_env.types import Start
 
     start = Start(np.zeros((8, 8, 3), np.uint8), "lift the cube", 0, np.zeros(3, np.float32), 5)
-    save_start_pack(tmp_path / "a.safetensors", [start], [("lift", "lift the cube")])
-    assert len(PackStarts(tmp_path / "a.safetensors")) == 1
-    flip_a_value(tmp_path / "a.safetensors")
-    with pytest.raises(CheckpointError, match=r"a.safetensors is damaged: its tensors do not match its SHA-256"):
-        PackStarts(tmp_path / "a.safetensors")
+    save_start_pack(folder / "pack.safetensors", [start], [("lift", "lift the cube")])
+    clips = {"frames": torch.zeros(1, 9, 8, 8, 3, dtype=torch.uint8), "labels": torch.ones(1, dtype=torch.uint8)}
+    (folder / "clips").mkdir()
+    files.save_sealed(folder / "clips" / "a.safetensors", clips, {"instructions": '["lift the cube"]'})
+    latents = {name: torch.zeros(2, 3) for name in ("chunks", "latents", "stills", "actions", "poses")}
+    files.save_sealed(folder / "latents.safetensors", latents)
+    return {
+        folder / "pack.safetensors": PackStarts,
+        folder / "clips" / "a.safetensors": lambda path: imagined_clips(path.parent),
+        folder / "latents.safetensors": lambda path: encode_episodes(None, [], [], [], path, chunk_len=8, bf16=False),  # type: ignore[arg-type]
+    }
+
+
+def test_a_flipped_bit_in_a_data_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path, load in sealed_data(tmp_path).items():
+        load(path)
+        whole = path.read_bytes()
+        flip_a_value(path)
+        with pytest.raises(RawDreamError, match=f"{path.name} is altered or damaged: it does not match the SHA-256"):
+            load(path)
+        if b"lift the cube" in whole:  # a text in the metadata
+            path.write_bytes(whole.replace(b"lift the cube", b"lift the cuba"))
+            with pytest.raises(RawDreamError, match="is altered or damaged"):
+                load(path)
+        monkeypatch.setenv(files.SKIP_CHECKSUMS, "1")
+        load(path)
+        monkeypatch.delenv(files.SKIP_CHECKSUMS)
+        path.write_bytes(whole)
+        tensors, metadata = files.load_sealed(path)
+        files.save_safetensors(path, tensors, metadata)  # as earlier versions wrote it
+        load(path)
 
 
 def test_a_message_is_short_and_printable_whatever_it_quotes() -> None:

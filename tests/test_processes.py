@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from rawdream_env import processes
 from rawdream_env.data.parallel import run_pieces
+from rawdream_env.errors import WorkerStoppedError
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks into /proc")
 
@@ -114,6 +116,33 @@ def test_children_end_with_their_parent(tmp_path, script, how):
         parent.kill()
 
 
+STOP_AT_ONCE = """
+import os, signal
+from pathlib import Path
+if __name__ == "__mp_main__":  # a worker, before it has imported anything of its own
+    Path({folder!r}, str(os.getpid())).touch()
+    os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+@pytest.mark.parametrize("script", [POOL, SIMULATOR, CLIPS], ids=["pool", "simulator", "clips"])
+def test_a_child_stopped_before_its_first_import_ends_with_its_parent(tmp_path, script):
+    program, pids = tmp_path / "program.py", tmp_path / "pids"
+    pids.mkdir()
+    program.write_text((STOP_AT_ONCE + script).format(tests=str(Path(__file__).parent), folder=str(pids)))
+    parent = subprocess.Popen([sys.executable, str(program)], start_new_session=True, stderr=subprocess.DEVNULL)
+    try:
+        stopped = started(pids, 2)
+        parent.kill()
+        parent.wait(20)
+        assert wait_for(lambda: not any(map(alive, stopped)), 10)
+    finally:
+        parent.kill()
+        for pid in map(int, os.listdir(pids)):
+            if alive(pid):
+                os.kill(pid, signal.SIGKILL)
+
+
 def test_a_child_started_by_a_thread_survives_the_thread(tmp_path):
     """Linux ties the signal of a parent's death to the thread that started the child."""
     code = (
@@ -127,6 +156,28 @@ def test_a_child_started_by_a_thread_survives_the_thread(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout == "(1, 7) (1, 7)\n", done.stderr
+
+
+@pytest.mark.parametrize("begun", [True, False], ids=["working", "starting"])
+def test_a_stopped_worker_of_a_pool_is_named_in_time(tmp_path, monkeypatch, begun):
+    """The others work on, and so does one whose call takes longer than the deadline."""
+    monkeypatch.setattr(processes, "_GRACE_S", 1.0)
+    pool = processes.WorkerPool(2)
+    calls = {pool.submit(play, str(tmp_path), index) for index in range(2)}
+    pids = started(tmp_path, 2) if begun else list(pool._pool._processes)
+    os.kill(pids[0], signal.SIGSTOP)
+    if not begun:
+        started(tmp_path, 1)
+    monkeypatch.setattr(processes, "PATIENCE_S", 4.0)
+    try:
+        with pytest.raises(
+            WorkerStoppedError, match=rf"worker \d \(process {pids[0]}\) has shown no sign of life for [45] s"
+        ):
+            for _ in range(600):
+                pool.wait(calls)
+    finally:
+        pool.close()
+    assert wait_for(lambda: not any(map(alive, pids)), 5)
 
 
 @pytest.mark.parametrize("stops", [True, False], ids=["stopped", "unresponsive"])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from contextlib import contextmanager, nullcontext
+from copy import copy
+from typing import Any, ClassVar, TypeVar
 
 import gymnasium as gym
 import numpy as np
@@ -22,9 +24,15 @@ class ForwardingVectorWrapper(VectorWrapper[Any, Any, Any, Any, Any]):
     skrl and LeRobot call the first three, TorchRL looks for ``autoreset_mode`` as an attribute; Gymnasium's base class
     has none of them.
 
+    A step or a reset happens wholly or not at all, as in the environments of this package: a wrapper that does more than
+    forward one does so inside ``all_or_nothing``. An environment of another package is not undone.
+
     Raises:
         InvalidOptionError: ``env`` is not a vector environment.
     """
+
+    _CHANGES: ClassVar[tuple[str, ...]] = ()
+    """Attributes that a step or a reset changes. ``_save`` keeps shallow copies of them."""
 
     def __init__(self, env: AnyVectorEnv) -> None:
         if not isinstance(env, VectorEnv):
@@ -39,6 +47,22 @@ class ForwardingVectorWrapper(VectorWrapper[Any, Any, Any, Any, Any]):
     def autoreset_mode(self) -> AutoresetMode:
         """The mode of the wrapped environment, an ``AutoresetMode`` member."""
         return autoreset_mode(self.env)
+
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Undo the step or reset inside, in every layer below too, when anything is raised there, Ctrl-C included."""
+        saved = self._save()
+        below = next((layer for layer in chain(self.env) if callable(getattr(layer, "all_or_nothing", None))), None)
+        try:
+            with nullcontext() if below is None else below.all_or_nothing():
+                yield
+        except BaseException:
+            for name, value in saved.items():
+                setattr(self, name, value)
+            raise
+
+    def _save(self) -> dict[str, Any]:
+        return {name: copy(getattr(self, name)) for name in self._CHANGES}
 
     def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Call a method, or read an attribute, of every sub-environment: a tuple of num_envs values."""

@@ -59,6 +59,8 @@ class DualNoiseVerification(ForwardingVectorWrapper):
             unknown ``on_disagree``.
     """
 
+    _CHANGES = ("last_replays", "statistics")
+
     def __init__(
         self, env: AnyVectorEnv, draw: int = 1, on_disagree: OnDisagree = "mask", keep_frames: bool = False
     ) -> None:
@@ -71,13 +73,25 @@ class DualNoiseVerification(ForwardingVectorWrapper):
         """Counts since the wrapper was made."""
         return self.verifier.statistics
 
+    @statistics.setter
+    def statistics(self, value: DualNoiseStatistics) -> None:
+        self.verifier.statistics = value
+
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Reset the environment; nothing is verified at a reset."""
-        self.last_replays = {}
-        return self.env.reset(seed=seed, options=options)
+        with self.all_or_nothing():
+            self.last_replays = {}
+            return self.env.reset(seed=seed, options=options)
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        """Step; where an episode ends as a success, imagine it again and judge the second video."""
+        """Step; where an episode ends as a success, imagine it again and judge the second video.
+
+        When that raises, or is interrupted by Ctrl-C, the step is undone and can be taken again.
+        """
+        with self.all_or_nothing():
+            return self._verified_step(actions)
+
+    def _verified_step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         observations, rewards, terminations, truncations, infos = self.env.step(actions)
         self.last_replays = {}
         done = as_numpy(terminations).astype(bool) | as_numpy(truncations).astype(bool)

@@ -39,6 +39,8 @@ class InstructionObservation(ForwardingVectorWrapper):
             character outside ``charset``, or is too long or empty.
     """
 
+    _CHANGES = ("_current",)
+
     def __init__(self, env: AnyVectorEnv, charset: str = CHARSET, max_length: int = MAX_LENGTH) -> None:
         super().__init__(env)
         single = env.single_observation_space
@@ -57,14 +59,16 @@ class InstructionObservation(ForwardingVectorWrapper):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Reset; the observation has each row's new instruction."""
-        observations, infos = self.env.reset(seed=seed, options=options)
-        return self._with_text(observations, infos), infos
+        with self.all_or_nothing():
+            observations, infos = self.env.reset(seed=seed, options=options)
+            return self._with_text(observations, infos), infos
 
     def step(self, actions: Any) -> tuple[dict[str, Any], Any, Any, Any, dict[str, Any]]:
         """Step; the observation has each row's instruction, ``final_obs`` the one of the episode that ended."""
         before = tuple(self._current)
-        observations, rewards, terminations, truncations, infos = self.env.step(actions)
-        observations = self._with_text(observations, infos)
+        with self.all_or_nothing():
+            observations, rewards, terminations, truncations, infos = self.env.step(actions)
+            observations = self._with_text(observations, infos)
         if "final_obs" in infos:
             finals = np.empty(self.num_envs, dtype=object)
             for row, final in enumerate(infos["final_obs"]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,8 @@ class Record(ForwardingVectorWrapper):
         InvalidOptionError: no image observation, unknown format, ``every`` < 1, ``max_videos`` < 0 or ``fps`` <= 0.
     """
 
+    _CHANGES = ("n_videos", "last_video", "_n_started", "_episodes", "_waiting")
+
     def __init__(
         self,
         env: AnyVectorEnv,
@@ -107,12 +109,25 @@ class Record(ForwardingVectorWrapper):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Reset; recordings of the rows that restart begin anew."""
         rows = reset_rows(options, self.num_envs)
-        observations, infos = self.env.reset(seed=seed, options=options)
-        self._begin(np.flatnonzero(rows), observations, infos)
-        return observations, infos
+        with self.all_or_nothing():
+            observations, infos = self.env.reset(seed=seed, options=options)
+            self._begin(np.flatnonzero(rows), observations, infos)
+            return observations, infos
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        """Step, and write the film of every recorded episode that ended."""
+        """Step, and write the film of every recorded episode that ended.
+
+        When a film cannot be written, the step is undone and can be taken again.
+        """
+        with self.all_or_nothing():
+            return self._recorded_step(actions)
+
+    def _save(self) -> dict[str, Any]:
+        saved = super()._save()
+        saved["_episodes"] = [e and replace(e, frames=[*e.frames], actions=[*e.actions]) for e in self._episodes]
+        return saved
+
+    def _recorded_step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         result = self.env.step(actions)
         observations, _, terminations, truncations, infos = result
         done = as_numpy(terminations).astype(bool) | as_numpy(truncations).astype(bool)

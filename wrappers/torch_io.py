@@ -31,14 +31,16 @@ class TorchIO(ForwardingVectorWrapper):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Reset; observations as tensors."""
-        observations, infos = self.env.reset(seed=seed, options=options)
-        return to_torch(observations, self.device), self._infos(infos)
+        with self.all_or_nothing():  # a device may run out of memory
+            observations, infos = self.env.reset(seed=seed, options=options)
+            return to_torch(observations, self.device), self._infos(infos)
 
     def step(self, actions: Any) -> tuple[Any, torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]]:
         """Step with ``actions`` (B, K, A), a tensor on any device or an array."""
-        observations, *outcome, infos = self.env.step(as_numpy(actions))
-        rewards, terminations, truncations = (to_torch(value, self.device) for value in outcome)
-        return to_torch(observations, self.device), rewards, terminations, truncations, self._infos(infos)
+        with self.all_or_nothing():
+            observations, *outcome, infos = self.env.step(as_numpy(actions))
+            rewards, terminations, truncations = (to_torch(value, self.device) for value in outcome)
+            return to_torch(observations, self.device), rewards, terminations, truncations, self._infos(infos)
 
     def _infos(self, infos: dict[str, Any]) -> dict[str, Any]:
         if "final_obs" not in infos:

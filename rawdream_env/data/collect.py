@@ -66,7 +66,10 @@ class CollectConfig:
 
 
 class CollectSource(EpisodeSource, Protocol):
-    """What ``Robot.episode_source`` creates from a configuration."""
+    """What ``Robot.episode_source`` creates from a configuration.
+
+    A source with a policy has ``policy_fingerprint`` (``resolve.fingerprint``), stored as well: weights change behind a name.
+    """
 
     @property
     def config(self) -> CollectConfig:
@@ -84,7 +87,7 @@ def collect(config: CollectConfig, *, source: Callable[[CollectConfig], CollectS
     ``source`` creates the source of the episodes; by default that of the robot.
 
     Raises:
-        DatasetError: the folder holds episodes of another configuration.
+        DatasetError: the folder holds episodes of another configuration or of another policy of that name.
         InvalidOptionError: there is no such robot or task, or the robot has no episode source.
         SimulatorError: a worker process died. Finished shards are kept; rerun the same command to resume.
         KeyboardInterrupt: after Ctrl-C, once the finished shards are readable.
@@ -100,7 +103,10 @@ def collect(config: CollectConfig, *, source: Callable[[CollectConfig], CollectS
     settings = {name: value for name, value in asdict(episodes.config).items() if name not in free}
     if config.robot == DEFAULT_ROBOT:
         del settings["robot"]  # folders of earlier versions, with one robot, lack it
-    claim_folder(config.out, CONFIG_PATH, settings | {"tasks": list(episodes.config.tasks)}, "collected")
+    settings["tasks"] = list(episodes.config.tasks)
+    if found := getattr(episodes, "policy_fingerprint", ""):
+        settings["policy_fingerprint"] = found
+    claim_folder(config.out, CONFIG_PATH, settings, "collected", added=("policy_fingerprint",))
     return record(
         episodes,
         config.out,

@@ -22,6 +22,8 @@ from rawdream_env.errors import DatasetError
 from rawdream_env.files import sha256_file
 
 _CONFIG_PATH = "meta/import.json"
+_VERSION = 2
+"""Of the rules by which timing="auto" pairs pictures and actions; imports before version 2 could mix both conventions."""
 _ENDINGS = (".hdf5", ".h5")
 
 
@@ -57,8 +59,8 @@ def import_hdf5(config: ImportConfig) -> Path:
     """Import all demonstrations and return the folder of the data set.
 
     Raises:
-        DatasetError: a file cannot be read or lacks something, or the folder holds another import, or one of these files
-            before they were changed.
+        DatasetError: a file cannot be read or lacks something, or the folder holds another import, one of these files
+            before they were changed, or one by an earlier version that measured the timing otherwise.
         MissingDependencyError: h5py is not installed.
     """
     if config.image_size < 2 or config.image_size % 2 or config.episodes_per_shard < 1 or config.workers < 0:
@@ -73,8 +75,10 @@ def import_hdf5(config: ImportConfig) -> Path:
         "demonstrations": [demo.label for demo in source.demos],
         "steps": [demo.steps for demo in source.demos],
         "files": _fingerprints(source.demos, config.progress),
+        "version": _VERSION,
     }
-    claim_folder(config.out, _CONFIG_PATH, settings, "imported", added=("files",))
+    _check_version(config)
+    claim_folder(config.out, _CONFIG_PATH, settings, "imported", added=("files", "version"))
     return record(
         source,
         config.out,
@@ -85,6 +89,15 @@ def import_hdf5(config: ImportConfig) -> Path:
         progress=config.progress,
         worker_died=lambda text: DatasetError(f"an import {text}"),
     )
+
+
+def _check_version(config: ImportConfig) -> None:
+    path = Path(config.out) / _CONFIG_PATH
+    if config.timing == "auto" and path.exists() and (found := schema.read_json(path).get("version")) != _VERSION:
+        raise DatasetError(
+            f"{config.out} was imported by another version (rules {found or 1}, now {_VERSION}), whose timing='auto' could "
+            "pair pictures with the wrong actions. Import again into another folder, and train on that one."
+        )
 
 
 def _fingerprints(demos: list[Demo], progress: bool) -> list[str]:

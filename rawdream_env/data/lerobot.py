@@ -174,8 +174,9 @@ class ShardWriter:
                 "meta/episodes/chunk_index": chunk,
                 "meta/episodes/file_index": file,
             }
-            stats = {name: schema.numeric_stats(self._column(episode, name), quantiles=False) for name in self.numeric}
-            stats[schema.IMAGE_KEY] = schema.image_stats(episode.frames)
+            columns = {name: self._column(episode, name)[:-1] for name in self.numeric}  # without the padding row
+            stats = {name: schema.numeric_stats(values, quantiles=False) for name, values in columns.items()}
+            stats[schema.IMAGE_KEY] = schema.image_stats(episode.frames[:-1])
             for name, entry in schema.stats_to_json(stats).items():
                 row |= {f"stats/{name}/{statistic}": value for statistic, value in entry.items()}
             rows.append(row)
@@ -228,10 +229,15 @@ class ShardWriter:
         return len(episodes)
 
     def _stats(self, shards: Sequence[int], episodes: pa.Table) -> schema.Stats:
-        """Exact statistics: numbers from the data files (quantiles cannot be merged), images from the episode rows."""
+        """Exact statistics without the padding rows: numbers from the data files (quantiles cannot be merged), images from the
+        episode rows (those that an earlier version wrote count the padding row's frame).
+        """
         names = [*self.numeric, *schema.DEFAULT_FEATURES]
         data = pa.concat_tables([schema.read_parquet(self.path(schema.DATA_PATH, s), names) for s in shards])
-        stats = {name: schema.numeric_stats(schema.from_column(data[name], len(data))) for name in names}
+        columns = {name: schema.from_column(data[name], len(data)) for name in names}
+        episode = columns["episode_index"].ravel()
+        kept = np.append(episode[1:] == episode[:-1], False)  # not the last row of an episode, marked as padding or not
+        stats = {name: schema.numeric_stats(values[kept]) for name, values in columns.items()}
         prefix = f"stats/{schema.IMAGE_KEY}/"
         rows = episodes.select([name for name in episodes.column_names if name.startswith(prefix)]).to_pylist()
         parts = [{name.removeprefix(prefix): np.array(value) for name, value in row.items()} for row in rows]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing as mp
+import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import Future
 from multiprocessing.util import Finalize
 from typing import Any, Protocol
 
-from rawdream_env.processes import follow_parent, in_main_thread, starting_children, stop_pool
+from rawdream_env.processes import WorkerPool
 
 
 class Worker(Protocol):
@@ -38,7 +38,8 @@ def run_pieces(
         count: called periodically with the number of ticks since the last call.
 
     Raises:
-        BrokenProcessPool: a process died. Other errors of a worker are raised unchanged.
+        BrokenProcessPool: a process died. WorkerStoppedError: one is stopped or stuck. Other errors of a worker are raised
+            unchanged.
 
     When the caller is interrupted or closes the iterator, workers return the next time they check ``stopped``. A worker that
     does not return within seconds is killed.
@@ -61,20 +62,14 @@ def _run_here(pieces: Sequence[int], factory: WorkerFactory, count: Callable[[in
 def _run_processes(
     pieces: Sequence[int], factory: WorkerFactory, workers: int, count: Callable[[int], Any]
 ) -> Iterator[int]:
-    context = mp.get_context("spawn")  # a forked OpenGL context or thread pool does not work in the child
+    context = multiprocessing.get_context("spawn")
     stop, ticks = context.RawValue("b", 0), context.Value("q", 0)  # no lock on stop: a killed worker might hold it
-    pool = ProcessPoolExecutor(
-        max_workers=min(workers, len(pieces)),
-        mp_context=context,
-        initializer=_start_process,
-        initargs=(factory, stop, ticks, in_main_thread()),
-    )
+    pool = WorkerPool(min(workers, len(pieces)), _start_process, (factory, stop, ticks))
     try:
-        with starting_children():
-            running: set[Future[None]] = {pool.submit(_do_piece, piece) for piece in pieces}
+        running: set[Future[None]] = {pool.submit(_do_piece, piece) for piece in pieces}
         finished = shown = 0
         while running:
-            ready, running = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
+            ready, running = pool.wait(running)
             now = ticks.get_obj().value  # without the lock, which a killed worker may hold
             count(now - shown)
             shown = now
@@ -84,15 +79,14 @@ def _run_processes(
                 yield finished
     finally:
         stop.value = 1
-        stop_pool(pool)
+        pool.close()
 
 
 # One per worker process, set by _start_process.
 _PROCESS: dict[str, Any] = {}
 
 
-def _start_process(factory: WorkerFactory, stop: Any, ticks: Any, from_main_thread: bool) -> None:
-    follow_parent(from_main_thread)  # on Ctrl-C the parent asks its workers to stop at their next step
+def _start_process(factory: WorkerFactory, stop: Any, ticks: Any) -> None:
     _PROCESS.update(factory=factory, stop=stop, ticks=ticks)
 
 

@@ -75,7 +75,7 @@ def claim_folder(
 ) -> None:
     """Store the ``settings`` of a data set (JSON values) in its folder, or compare them with those stored.
 
-    Settings named in ``added`` may be missing in folders of earlier versions.
+    Settings named in ``added`` may be missing in folders of earlier versions, which do not say what they were.
 
     Raises:
         DatasetError: the folder holds a data set with other settings, or one that was not ``done`` ("collected") by this

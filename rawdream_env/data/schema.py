@@ -10,8 +10,9 @@ The layout, as written by ``lerobot`` for data sets of version 3.0::
     videos/<feature>/chunk-000/file-000.mp4         the same episodes one after the other
 
 Data sets of this package have one more row than actions in every episode: the last row has the last frame and a zero
-action, and is marked by ``is_padding``. To train on them with ``lerobot``, leave these rows out (a sampler's
-``drop_n_last_frames=1``).
+action, and is marked by ``is_padding``. Statistics leave it out. To train on them with ``lerobot``, leave these rows out
+too (a sampler's ``drop_n_last_frames=1``). A ``stats.json`` of an earlier version counts them; it is written anew, without
+them, when the command that made the data set is rerun.
 """
 
 from __future__ import annotations

@@ -79,8 +79,10 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
     ## Infos
     Arrays with ``_key`` masks: ``instruction`` (object), ``task_id`` (int64), ``is_success`` (bool), ``verdict`` (int8:
     1, 0, -1 none or invalid), ``valid`` (bool), with ``return_frames`` ``frames`` (uint8, (num_envs, K, H, W, 3)), and
-    ``success_probability`` (float64) where a judge gives one. A row whose mask is False did nothing in this call. With a
-    ``reflector``, ``verdict`` and ``is_success`` are the reflector's, and ``env_verdict`` (int8) is the environment's own.
+    ``success_probability`` (float64) where a judge gives one. An environment that knows the state behind the pictures may
+    add ``state_success`` (bool) at the end of an episode; it is never rewarded. A row whose mask is False did nothing in this
+    call. With a ``reflector``, ``verdict`` and ``is_success`` are the reflector's, and ``env_verdict`` (int8) is the
+    environment's own.
 
     ## Autoreset
     NextStep: the step after an episode's end ignores that row's action, gives reward 0 and the next episode's first
@@ -247,9 +249,9 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
         with self.all_or_nothing():
             super().reset(seed=next((s for s in seeds if s is not None), None))
             self._restart(rows, seeds, given, judged=bool(chosen.get("judge", True)))
-        infos: Infos = {}
-        self._put_reset_info(infos, rows)
-        return self._observe(self._images), infos
+            infos: Infos = {}
+            self._put_reset_info(infos, rows)
+            return self._observe(self._images), infos
 
     def step(self, actions: Any) -> tuple[dict[str, Any], NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
         """Carry out one action chunk per row: ``actions`` (num_envs, chunk_len, 7), numpy or torch, in [-1, 1].
@@ -284,7 +286,7 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
                 terminations[waiting] = truncations[waiting] = False
             if self.autoreset_mode == AutoresetMode.SAME_STEP:
                 self._restart_finished(infos)
-        return self._observe(self._images), rewards, terminations, truncations, infos
+            return self._observe(self._images), rewards, terminations, truncations, infos
 
     def attach_reflector(self, reflector: Reflector) -> None:
         """Use ``reflector`` for rewards and predicted ends from now on. Call ``reset()`` afterwards.

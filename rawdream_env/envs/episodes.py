@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from rawdream_env.envs.verification import EpisodeResult
 from rawdream_env.errors import InvalidActionError, InvalidOptionError
 from rawdream_env.seeding import NoiseKey
-from rawdream_env.types import Float32Array, Outcome, Policy, Start, Trajectory, UInt8Array
+from rawdream_env.types import Float32Array, Outcome, Policy, Start, Trajectory, UInt8Array, Verdict
 
 _FLAGS = ("verified", "flagged")
 
@@ -60,6 +60,8 @@ class Rollout:
     start first, None where the environment does not return them; ``verdicts`` int8 (T,), the environment's after each
     chunk. ``reward`` is summed over the episode; ``verdict``, ``valid``, ``verified`` and ``flagged`` are those of
     :mod:`rawdream_env.envs.verification`. ``trajectory`` replays the episode where the environment records it.
+    ``other_verdicts``: whether the episode is a success by those that are never rewarded, where known: "held_out", the
+    hold-out judge, and "state", the environment's ``info["state_success"]``.
     """
 
     request: EpisodeRequest
@@ -78,6 +80,7 @@ class Rollout:
     reason: str = ""
     frames: UInt8Array | None = None
     trajectory: Trajectory | None = None
+    other_verdicts: dict[str, bool] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Number of chunks T."""
@@ -284,6 +287,7 @@ class EpisodeRunner:
             verdicts=np.array(episode.verdicts, np.int8),
             frames=frames,
             trajectory=trajectory,
+            other_verdicts=_other_verdicts(row, infos, trajectory),
             **self._result(row, episode, infos, trajectory)._asdict(),
         )
 
@@ -375,6 +379,19 @@ def make_env(env_id: str, num_envs: int, **kwargs: Any) -> VectorEnv[Any, Any, A
         if "unexpected keyword argument" not in str(error):
             raise
         raise InvalidOptionError(f"the options do not fit {env_id}: {error}.") from error
+
+
+def held_out_verdict(verdict: Verdict | None) -> dict[str, bool]:
+    """What the hold-out judge said, for ``Rollout.other_verdicts``; empty if it said nothing."""
+    known = verdict is not None and verdict.held_out in (Outcome.SUCCESS, Outcome.FAILURE)
+    return {"held_out": verdict.held_out == Outcome.SUCCESS} if verdict is not None and known else {}
+
+
+def _other_verdicts(row: int, infos: dict[str, Any], trajectory: Trajectory | None) -> dict[str, bool]:
+    others = held_out_verdict(None if trajectory is None else trajectory.extra.get("verdict"))
+    if "state_success" in infos and infos["_state_success"][row]:
+        others["state"] = bool(infos["state_success"][row])
+    return others
 
 
 def _stack(parts: list[Any]) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 
 from gymnasium.vector import VectorEnv
 
-from rawdream_env.envs.episodes import Rollout
+from rawdream_env.envs.episodes import Rollout, held_out_verdict
 from rawdream_env.envs.verification import Verifier, episode_result
 from rawdream_env.judges.overlap import OverlappedJudge
 from rawdream_env.types import Judge, Outcome, Trajectory, Verdict, Video
@@ -100,7 +100,8 @@ class AsyncJudging:
             assert self._verifier is not None
             self._verifier.count(replayed=[_trajectory(episode)], verdicts=[verdict])
             result = self._verifier.result(episode.first, verdict)
-        return replace(episode.rollout, frames=None, **result._asdict())
+        others = episode.rollout.other_verdicts | held_out_verdict(episode.first or verdict)
+        return replace(episode.rollout, frames=None, other_verdicts=others, **result._asdict())
 
     def forget(self) -> None:
         """Drop every rollout on its way."""

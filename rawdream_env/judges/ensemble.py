@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 import threading
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import astuple, dataclass, replace
 
 from rawdream_env.errors import InvalidOptionError, JudgeError
 from rawdream_env.judges.base import ask, check_pairs, invalid, is_scanning
@@ -72,7 +72,9 @@ class EnsembleJudge:
 
 @dataclass(frozen=True)
 class JudgeGap:
-    """Both judges on the same ``n`` videos (those that both could judge), and the gap between their success rates.
+    """Two verdicts of the same ``n`` videos (those that have both), and the gap between the success rates.
+
+    ``rewarding`` are the successes of the judge that rewards, ``held_out`` those of another judge, or of another source.
 
     ``gap`` is rewarding minus hold-out, with its 95 % interval; NaN while n is 0. ``only_rewarding`` and
     ``only_held_out`` count the videos on which only that judge reports a success.
@@ -83,6 +85,15 @@ class JudgeGap:
     held_out: int = 0
     only_rewarding: int = 0
     only_held_out: int = 0
+
+    @classmethod
+    def of(cls, pairs: Collection[tuple[bool, bool]]) -> JudgeGap:
+        """From (rewarding, held out) successes of every video."""
+        ours, theirs = sum(a for a, _ in pairs), sum(b for _, b in pairs)
+        return cls(len(pairs), ours, theirs, sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs))
+
+    def __add__(self, other: JudgeGap) -> JudgeGap:
+        return JudgeGap(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     @property
     def gap(self) -> float:
@@ -96,30 +107,50 @@ class JudgeGap:
             return math.nan, math.nan
         return paired_interval(self.only_rewarding, self.only_held_out, self.n)
 
-    def as_dict(self) -> dict[str, float]:
-        """Rates, gap and interval for logs; only ``judge_gap_n`` while n is 0."""
+    def as_dict(self, name: str = "judge") -> dict[str, float]:
+        """Gap and interval for logs as ``NAME_gap``, ``_low``, ``_high`` and ``_n``; only ``NAME_gap_n`` while n is 0."""
         if not self.n:
-            return {"judge_gap_n": 0}
+            return {f"{name}_gap_n": 0}
         low, high = self.interval
-        rates = {"success_rate_rewarding": self.rewarding / self.n, "success_rate_held_out": self.held_out / self.n}
-        return {"judge_gap": self.gap, "judge_gap_low": low, "judge_gap_high": high, "judge_gap_n": self.n, **rates}
+        return {f"{name}_gap": self.gap, f"{name}_gap_low": low, f"{name}_gap_high": high, f"{name}_gap_n": self.n}
+
+
+def watch_gap(gap: JudgeGap, margin: float, raised: bool, other: str, where: str) -> bool:
+    """Whether the alarm is raised now that ``gap`` was seen; ``raised``: whether it was before.
+
+    It is raised, with a ``JudgeGapWarning``, when the whole interval is above ``margin``, and cleared when the gap is not.
+    """
+    if not gap.n or raised:
+        return raised and not gap.gap <= margin
+    low, high = gap.interval
+    if low <= margin:
+        return False
+    warnings.warn(
+        f"the judge reports {100 * gap.gap:.0f} points more successes than {other} [{100 * low:.0f}, {100 * high:.0f}] "
+        f"{where}, more than {100 * margin:.0f}: the policy may exploit it. Look at videos that only one of them calls a "
+        "success.",
+        JudgeGapWarning,
+        stacklevel=4,
+    )
+    return True
 
 
 class HoldOutJudge:
     """Returns the verdicts of ``rewarding``; ``held_out`` judges the same videos without rewarding.
 
-    ``gap`` (a ``JudgeGap``) is over the last ``window`` videos that both could judge; trainers log it. A
-    ``JudgeGapWarning`` is issued when its whole interval is above ``alarm``, and again only after the gap has closed.
+    ``Verdict.held_out`` is the other judge's outcome. ``gap`` (a ``JudgeGap``) is over the last ``window`` videos that both
+    could judge. A ``JudgeGapWarning`` is issued when its whole interval is above ``alarm``, and again only after the gap has
+    closed. GRPO has an alarm of its own, over episodes, and sets ``alarm`` to None.
 
     Args:
         rewarding: its verdicts are returned unchanged.
         held_out: asked about the same videos. If it fails, those videos are left out of the gap.
-        alarm: gap of success rates that is too large, in (0, 1).
+        alarm: gap of success rates that is too large, in (0, 1); None: no warnings.
         window: number of videos in the gap.
     """
 
-    def __init__(self, rewarding: Judge, held_out: Judge, *, alarm: float = 0.1, window: int = 512) -> None:
-        if not 0 < alarm < 1 or window < 1:
+    def __init__(self, rewarding: Judge, held_out: Judge, *, alarm: float | None = 0.1, window: int = 512) -> None:
+        if not (alarm is None or 0 < alarm < 1) or window < 1:
             raise InvalidOptionError(f"alarm={alarm} must lie between 0 and 1 and window={window} be at least 1.")
         self.rewarding, self.held_out, self.alarm, self.window = rewarding, held_out, alarm, window
         self.remote = is_remote(rewarding) and is_remote(held_out)
@@ -129,7 +160,7 @@ class HoldOutJudge:
         self._lock = threading.Lock()
 
     def __call__(self, videos: Sequence[Video], instructions: Sequence[str]) -> list[Verdict]:
-        """The verdicts of the rewarding judge."""
+        """The verdicts of the rewarding judge, each with the other judge's outcome."""
         check_pairs(videos, instructions)
         verdicts = ask(self.rewarding, videos, instructions)
         others = _answers(self.held_out, videos, instructions)
@@ -138,38 +169,18 @@ class HoldOutJudge:
                 if Outcome.INVALID not in (ours.outcome, theirs.outcome):
                     self._pairs.append((ours.outcome == Outcome.SUCCESS, theirs.outcome == Outcome.SUCCESS))
             del self._pairs[: -self.window]
-        self._look()
-        return verdicts
+        if self.alarm is not None:
+            gap = self.gap
+            self.alarmed = watch_gap(
+                gap, self.alarm, self.alarmed, "the hold-out judge", f"over the last {gap.n} videos"
+            )
+        return [replace(ours, held_out=theirs.outcome) for ours, theirs in zip(verdicts, others, strict=True)]
 
     @property
     def gap(self) -> JudgeGap:
         """The gap over the last ``window`` videos."""
         with self._lock:
-            pairs = list(self._pairs)
-        return JudgeGap(
-            len(pairs),
-            sum(ours for ours, _ in pairs),
-            sum(theirs for _, theirs in pairs),
-            sum(ours and not theirs for ours, theirs in pairs),
-            sum(theirs and not ours for ours, theirs in pairs),
-        )
-
-    def _look(self) -> None:
-        gap = self.gap
-        if not gap.n:
-            return
-        low, high = gap.interval
-        if low > self.alarm and not self.alarmed:
-            self.alarmed = True
-            warnings.warn(
-                f"the rewarding judge reports {100 * gap.gap:.0f} points more successes than the hold-out judge "
-                f"[{100 * low:.0f}, {100 * high:.0f}] over the last {gap.n} videos, more than {100 * self.alarm:.0f}: the "
-                "policy may exploit it. Look at videos that only one of the judges calls a success.",
-                JudgeGapWarning,
-                stacklevel=3,
-            )
-        elif low <= self.alarm:
-            self.alarmed = False
+            return JudgeGap.of(self._pairs)
 
     def close(self) -> None:
         """Close the judges that can be closed."""

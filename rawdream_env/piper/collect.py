@@ -19,6 +19,7 @@ from rawdream_env.piper import geometry
 from rawdream_env.piper.envs import CHUNK_LEN, FPS
 from rawdream_env.piper.relations import OBJECTS, RELATION_NAMES, TASKS, Task, find_task
 from rawdream_env.policies import load_policy
+from rawdream_env.resolve import fingerprint
 from rawdream_env.seeding import NoiseKey, mix
 from rawdream_env.types import ACTION_DIM, Float32Array, Policy, Start, UInt8Array
 
@@ -65,8 +66,8 @@ class PiperSource:
         self._twin: PiperTwin | None = None
         self._policy: Policy | None = None
         geometry.check_image_size(config.image_size)
-        if config.kind == "policy":
-            load_policy(config.policy)  # a policy that cannot be loaded is known before a folder is made
+        # A policy that cannot be loaded is known before a folder is made.
+        self.policy_fingerprint = fingerprint(load_policy(config.policy)) if config.kind == "policy" else ""
 
     def steps(self, index: int) -> int:
         """Control steps of an episode, all equally long."""

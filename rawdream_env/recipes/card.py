@@ -129,7 +129,8 @@ def _policy(policies: Any) -> list[str]:
     lines = ["| task | dream | simulator |", "|---|---|---|"]
     for entry in policies:
         for task, part in {"all": entry["all"], **entry["tasks"]}.items():
-            lines.append(f"| {task.replace('_', ' ')} | {_rate(part['dream'])} | {_rate(part['simulator'])} |")
+            dream = part.get("dream_trusted", part["dream"])  # earlier reports have first verdicts alone
+            lines.append(f"| {task.replace('_', ' ')} | {_rate(dream)} | {_rate(part['simulator'])} |")
     return lines
 
 

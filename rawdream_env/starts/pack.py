@@ -2,7 +2,7 @@
 
 Tensors (N starts): ``frames`` uint8 (N, H, W, 3), ``task_id`` int64 (N,), ``seed`` int64 (N,) (-1: unknown) and, when
 the starts have one, ``proprio`` float32 (N, P). Metadata: ``format``, ``layout``, and ``tasks``, a JSON list of
-``{"name", "instruction"}`` in the order of the task ids, and ``sha256`` of the tensors (not in packs of earlier versions).
+``{"name", "instruction"}`` in the order of the task ids, and ``sha256`` (``files.save_sealed``).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rawdream_env.errors import CheckpointError, InvalidOptionError
-from rawdream_env.files import load_safetensors, load_safetensors_metadata, save_safetensors, tensors_sha256
+from rawdream_env.files import load_safetensors_metadata, load_sealed, save_sealed
 from rawdream_env.seeding import NoiseKey
 from rawdream_env.starts.base import TaskLike, draw_index, find_task
 from rawdream_env.types import Start
@@ -41,14 +41,10 @@ class PackStarts:
                 f"there is no start pack {path}. Choose another one (starts='my_pack.safetensors'), write one with "
                 "rawdream_env.starts.pack.save_start_pack, or render starts on demand (starts='sim')."
             )
-        metadata = load_safetensors_metadata(path)
-        if metadata.get("format") != FORMAT:
-            raise CheckpointError(
-                f"{path} is not a start pack: its format is {metadata.get('format')!r}, not {FORMAT!r}."
-            )
-        tensors = load_safetensors(path)
-        if metadata.get("sha256", digest := tensors_sha256(tensors)) != digest:
-            raise CheckpointError(f"{path} is damaged: its tensors do not match its SHA-256. Restore it from a copy.")
+        found = load_safetensors_metadata(path).get("format")
+        if found != FORMAT:
+            raise CheckpointError(f"{path} is not a start pack: its format is {found!r}, not {FORMAT!r}.")
+        tensors, metadata = load_sealed(path)
         _check_tensors(path, tensors)
         try:
             tasks = json.loads(metadata["tasks"])
@@ -130,5 +126,4 @@ def save_start_pack(
     if with_proprio:
         tensors["proprio"] = torch.from_numpy(np.stack(with_proprio).astype(np.float32))
     listed = json.dumps([{"name": name, "instruction": instruction} for name, instruction in tasks])
-    sha256 = tensors_sha256(tensors)
-    save_safetensors(path, tensors, {"format": FORMAT, "layout": layout, "tasks": listed, "sha256": sha256})
+    save_sealed(path, tensors, {"format": FORMAT, "layout": layout, "tasks": listed})

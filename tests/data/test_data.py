@@ -123,10 +123,14 @@ class TestRoundTrip:
     def test_statistics(self, dataset) -> None:
         root, episodes = dataset
         stats = LeRobotReader(root).stats
-        actions = np.concatenate([np.concatenate([e.actions, np.zeros((1, 7))]) for e in episodes])
+        actions = np.concatenate([e.actions for e in episodes])  # the padding rows count nowhere
+        assert {int(entry["count"][0]) for entry in stats.values()} == {len(actions)}
         np.testing.assert_allclose(stats["action"]["q01"], np.quantile(actions, 0.01, axis=0), rtol=1e-6)
         np.testing.assert_allclose(stats["action"]["std"], actions.std(0), rtol=1e-6)
-        pixels = np.concatenate([e.frames for e in episodes]) / 255.0
+        np.testing.assert_allclose(
+            stats["observation.state"]["mean"], np.concatenate([e.state[:-1] for e in episodes]).mean(0), rtol=1e-6
+        )
+        pixels = np.concatenate([e.frames[:-1] for e in episodes]) / 255.0
         np.testing.assert_allclose(stats["observation.image"]["mean"].ravel(), pixels.mean((0, 1, 2)), rtol=1e-9)
         np.testing.assert_allclose(stats["observation.image"]["std"].ravel(), pixels.std((0, 1, 2)), rtol=1e-9)
         assert stats["privileged.object_poses"]["mean"][:7].tolist() == [0.0] * 7  # absent everywhere
@@ -393,6 +397,34 @@ class TestCollect:
             collect(replace(self.config, out=str(tmp_path / "x"), kind="expert", tasks=("fold_towel",)))
         with pytest.raises(DatasetError, match="episodes 0"):
             collect(replace(self.config, out=str(tmp_path / "x"), episodes=0))
+
+
+def test_another_policy_behind_the_same_name_is_refused(tmp_path: Path) -> None:
+    import torch
+
+    from rawdream_env.policies.tiny_vla import TinyVLA, TinyVLAConfig
+
+    class Source(FakeSource):
+        def __call__(self, index: int) -> EpisodeData:
+            return fake_episode(mix(self.config.seed, index), self.config.steps, self.instructions[0], relations=True)
+
+    policy = TinyVLA(TinyVLAConfig(stem_channels=8, trunk_channels=8, trunk_blocks=1, width=16, heads=2))
+    policy.save_pretrained(tmp_path / "policy")
+    config = replace(TestCollect.config, out=str(tmp_path / "out"), kind="policy", policy=str(tmp_path / "policy"))
+    collect(replace(config, episodes=2), source=Source)
+    collect(replace(config, episodes=3), source=Source)
+    with torch.no_grad():
+        next(policy.parameters()).add_(1e-3)
+    policy.save_pretrained(tmp_path / "policy")
+    with pytest.raises(
+        DatasetError, match=r"was collected with policy_fingerprint='TinyVLA \w+', now it is 'TinyVLA \w+'"
+    ):
+        collect(config, source=Source)
+    stored = tmp_path / "out/meta/collect.json"
+    earlier = {name: value for name, value in json.loads(stored.read_text()).items() if name != "policy_fingerprint"}
+    stored.write_text(json.dumps(earlier))
+    collect(config, source=Source)  # of a version that did not store it
+    assert len(LeRobotReader(config.out)) == 7
 
 
 class ChunkPolicy:

@@ -198,6 +198,20 @@ def test_a_changed_source_is_another_import(config: ImportConfig) -> None:
     import_hdf5(config)  # of a version that did not store fingerprints
 
 
+def test_an_import_begun_with_other_timing_rules_is_refused(config: ImportConfig) -> None:
+    for timing in ("auto", "before"):
+        begun = replace(config, timing=timing, out=f"{config.out}-{timing}")
+        import_hdf5(begun)
+        stored = Path(begun.out) / "meta/import.json"
+        earlier = {name: value for name, value in json.loads(stored.read_text()).items() if name != "version"}
+        stored.write_text(json.dumps(earlier))
+        if timing == "before":
+            import_hdf5(begun)  # nothing was measured
+            continue
+        with pytest.raises(DatasetError, match=r"another version \(rules 1, now 2\).*Import again into another folder"):
+            import_hdf5(begun)
+
+
 def _spoil_nan(data):
     data["demo_1/actions"][3, 2] = np.nan
 

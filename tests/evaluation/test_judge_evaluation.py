@@ -91,6 +91,10 @@ def test_the_report_counts_and_is_written(tmp_path: Path) -> None:
     assert "<svg" in page and "data:image/png" in page and "probability threshold" in page and "http://" not in page
     assert "this judge: 0.5" in page and "INVALID" in page and 'name="viewport"' in page and "<th>" not in page
     assert "task fold" in str(wrong) and "judge_report.html" in str(wrong)
+    timid = evaluate_judge(config, judge=ScriptedJudge(lambda v, t: True if bright(v, t) else UNREAD))
+    row = timid.report.as_dict()["groups"]["all"]
+    assert (row["judged"], row["invalid"]["successes"], row["invalid"]["n"]) == (3, 2, 5)
+    assert [(row[name]["successes"], row[name]["n"]) for name in ("success", "true_success")] == [(3, 3), (3, 3)]
     blind = evaluate_judge(config, judge=ScriptedJudge(lambda v, t: UNREAD))
     assert blind.report.rows["all"].invalid.value == 1.0 and "100.0" in str(blind)
 

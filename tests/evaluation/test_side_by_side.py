@@ -180,7 +180,7 @@ def test_a_true_dream_agrees_on_everything() -> None:
     result = run()
     overall = result.report["policies"][0]["all"]
     assert len(result.records) == 20 and 0 < overall["simulator"]["successes"] < 20
-    assert overall["dream"] == overall["simulator"] == overall["verification"]["dream_verified"]
+    assert overall["dream"] == overall["simulator"] == overall["dream_trusted"]
     for name in ("closed_loop", "dreamed_actions", "simulator_actions", "judge_on_simulator"):
         assert overall[name]["agreement"]["value"] == 1.0 and overall[name]["kappa"]["value"] == pytest.approx(1.0)
     assert overall["verification"]["flagged"]["successes"] == 0
@@ -241,6 +241,27 @@ def test_invalid_verdicts_are_left_out_never_failures() -> None:
     assert overall["dream_invalid"] > 0 and overall["judge_invalid"] > 0
     assert overall["dream"]["n"] == 20 - overall["dream_invalid"] == overall["closed_loop"]["n"]
     assert overall["judge_on_simulator"]["n"] == 20 - overall["judge_invalid"]
+
+
+def test_judged_invalid_and_flagged_episodes_are_apart_and_the_rate_is_of_the_trusted() -> None:
+    def records(policy: str, outcomes: list[tuple[int, int | None]]) -> list[EpisodeRecord]:
+        return [EpisodeRecord(policy, "lift", i, i, True, True, *outcome) for i, outcome in enumerate(outcomes)]
+
+    verified, flagged, unread, failure, invalid = (1, 1), (1, 0), (1, -1), (0, None), (-1, None)
+    before = records("before", [verified, failure, failure, failure, failure, failure])
+    after = records("after", [verified, flagged, unread, failure, failure, invalid])
+    made = agg.aggregate([*before, *after], {}, chunk_len=8, config={"videos": 0})
+    overall = made["policies"][1]["all"]
+    assert overall["verdicts"] == {"episodes": 6, "judged": 4, "invalid": 2, "flagged": 1, "trusted": 3}
+    assert (overall["dream_trusted"]["successes"], overall["dream_trusted"]["n"]) == (1, 3)
+    assert (overall["dream"]["successes"], overall["dream"]["n"]) == (3, 5)  # first verdicts
+    gain = made["policies"][1]["gain"]["dream"]
+    assert (gain["value"], gain["n"]) == (0.0, 3)  # the flagged success is no gain
+    assert made["ranking"]["policies"][1]["dream"] == pytest.approx(1 / 3)
+    rows = [line.split() for line in table(made).splitlines() if line.startswith("after")]
+    assert rows[0][:9] == ["after", "all", "tasks", "33.3", "%", "[6.1,", "79.2],", "n=3", "2"] and rows[0][9] == "1"
+    page = report.render(made, [], 10.0)
+    assert "<td>6</td><td>4</td><td>2</td><td>1</td><td>3</td>" in page
 
 
 def test_without_diagnosis_only_the_closed_loop_is_measured() -> None:

@@ -111,9 +111,9 @@ def test_grpo_logs_the_gap_of_a_watched_environment(tmp_path: Path) -> None:
         InvalidOptionError, match="held_out_judge needs a judge to compare with, but this environment has none"
     ):
         DreamVectorEnv(1, world_model="null", judge="none", starts="null", held_out_judge="scripted")
-    logged = json.loads((tmp_path / "timings.jsonl").read_text().splitlines()[-1])
-    assert logged["judge_gap"] == 0.0 and logged["judge_gap_n"] >= 4 and env.judge.rewarding is own
-    assert "judge_gap" not in (tmp_path / "metrics.jsonl").read_text()
+    logged = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert logged["held_out_gap"] == 0.0 and logged["held_out_gap_n"] == logged["trusted"] >= 2
+    assert logged["held_out_success_rate"] == logged["trusted_success_rate"] and env.judge.rewarding is own
 
 
 # -- Robometer ------------------------------------------------------------------------------------------------------

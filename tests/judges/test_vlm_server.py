@@ -307,9 +307,12 @@ def test_the_same_question_is_asked_once_and_outages_are_not_kept(tmp_path: Path
         assert [v.raw for v in second] == [v.raw for v in first[:2]] and server.requests == asked + 2  # its probe
         judge_of(server, cache_dir=str(tmp_path), seed=1)([video()], [GO])
         assert server.requests == asked + 5
-        for path in tmp_path.rglob("*.json"):
-            path.write_text("{")
-        assert judge_of(server, cache_dir=str(tmp_path))([video()], [GO])[0].outcome is YES
+        stored = {path: path.read_text() for path in tmp_path.rglob("*.json")}
+        for damage in (lambda text: "{", lambda text: text.replace("Success", "Failure")):
+            for path, text in stored.items():
+                assert damage(text) != text
+                path.write_text(damage(text))
+            assert judge_of(server, cache_dir=str(tmp_path))([video()], [GO])[0].outcome is YES
 
 
 def test_the_key_stays_in_the_environment(

@@ -134,6 +134,8 @@ def toy_config(run_dir: Path, **kwargs: Any) -> GRPOConfig:
         "lr": 0.05,
         "save_every": 2,
         "max_groups_per_step": 40,
+        "warmup_steps": 0,
+        "max_kl": None,
         "tensorboard": False,
         "progress": False,
     }
@@ -188,8 +190,7 @@ def test_only_groups_with_a_difference_are_kept_and_all_rollouts_are_counted() -
     rollouts = collector(12).collect(2)
     counts = rollouts.counts
     assert counts.groups == 3 + counts.dropped.total() and counts.dropped["all_failure"] > 0
-    assert counts.rollouts == 4 * counts.groups == counts.task_rollouts.total()
-    assert counts.successes == counts.task_successes.total() >= 3
+    assert counts.rollouts == 4 * counts.groups and counts.successes >= 3
     for group in rollouts.groups:
         trusted = [m.reward for m, ok in zip(group.members, group.result.valid, strict=True) if ok]
         assert set(trusted) == {0.0, 1.0}
@@ -580,6 +581,26 @@ def test_it_stops_when_the_minutes_are_up_and_when_everything_is_solved(tmp_path
     assert solved.stopped == "solved" and "nothing left to learn" in solved.message
     with pytest.raises(NoUsableGroupError, match="all_failure"):
         train(tmp_path / "hopeless", toy_env(judge=lambda v, i: False), max_groups_per_step=4)
+
+
+def test_a_step_that_finds_no_usable_groups_ends_with_its_minutes(tmp_path: Path, caplog: Any) -> None:
+    """It opens the groups that every step needs and no replacements; the resumed run is as if it had not been stopped."""
+    shown: list[int] = []
+
+    def hopeless(video: Video, instruction: str) -> bool:
+        shown.append(len(video.frames))
+        return False
+
+    config = toy_config(tmp_path / "run")
+    result = train(tmp_path / "run", toy_env(judge=hopeless), minutes=0.0, max_groups_per_step=64)
+    assert (result.stopped, result.step) == ("minutes", 0) and "0 of" in result.message
+    assert len(shown) <= config.groups_per_step * config.group_size
+    assert any("Time is up in step 1, with 0 of" in message for message in caplog.messages)
+    again = train(tmp_path / "run", steps=2, max_groups_per_step=64)
+    unbroken = train(tmp_path / "unbroken", steps=2, max_groups_per_step=64)
+    assert torch.equal(weights(again), weights(unbroken))
+    logs = [(tmp_path / run / "metrics.jsonl").read_bytes() for run in ("run", "unbroken")]
+    assert logs[0] == logs[1]
 
 
 def test_a_failure_between_updates_loses_no_finished_step(tmp_path: Path) -> None:

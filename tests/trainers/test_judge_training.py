@@ -36,9 +36,11 @@ from rawdream_env.trainers.judge.clips import (
     split,
 )
 from rawdream_env.trainers.judge.config import JudgeTrainConfig
+from rawdream_env.trainers.judge.dream_clips import DreamClipsConfig, make_dream_clips
 from rawdream_env.trainers.judge.losses import answer_loss, look_imagined, place_loss
 from rawdream_env.trainers.judge.train import train_judge
 from rawdream_env.types import Judge
+from rawdream_env.world_models.null import NullWorldModel
 
 MODEL = EmbeddedJudgeConfig(frame_size=32, stem=16, mid=16, deep=24, width=32, heads=2, layers=2, text_layers=1)
 COLOURS = np.array(
@@ -250,6 +252,21 @@ def test_bad_imagined_files_are_named(tmp_path: Path, changes: dict[str, object]
         imagined_clips(write_dreams(tmp_path, **changes))
     with pytest.raises(DatasetError, match="no \\*.safetensors"):
         imagined_clips(tmp_path / "nothing")
+
+
+def test_imagining_is_resumed_with_the_same_world_model_alone(folder: str, tmp_path: Path) -> None:
+    class Other(NullWorldModel):
+        pass
+
+    config = DreamClipsConfig(folder, str(tmp_path), clips=4, clips_per_file=2, progress=False)
+    make_dream_clips(config, world_model=NullWorldModel((32, 32, 3)))
+    written = {path: path.read_bytes() for path in tmp_path.glob("clips-*.safetensors")}
+    next(iter(written)).unlink()
+    make_dream_clips(config, world_model=NullWorldModel((32, 32, 3)))
+    assert {path: path.read_bytes() for path in tmp_path.glob("clips-*.safetensors")} == written
+    assert len(imagined_clips(tmp_path)) == 4
+    with pytest.raises(DatasetError, match="was imagined with world_model_fingerprint='NullWorldModel "):
+        make_dream_clips(config, world_model=Other((32, 32, 3)))
 
 
 def test_look_imagined_is_keyed_and_keeps_the_start_sharp() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -171,6 +172,15 @@ class TestCache:
         with pytest.raises(DatasetError, match="shard-00000.safetensors is missing or damaged"):
             LatentDataset(tmp_path, verify=False).still(0, 0)
 
+    def test_a_flipped_digit_of_the_index_is_refused(self, cached, tmp_path: Path) -> None:
+        folder = shutil.copytree(cached[0] / "a", tmp_path / "a")
+        text = (folder / "index.json").read_text()
+        changed = re.sub(r'("q01": \[\s*-?\d\.)\d', r"\g<1>0", text)
+        assert changed != text
+        (folder / "index.json").write_text(changed)
+        with pytest.raises(DatasetError, match=r"index\.json does not match the SHA-256 inside it"):
+            LatentDataset(folder)
+
     def test_one_writer_at_a_time_and_fingerprints(self, cached) -> None:
         with files.lock_file(cached[0] / "a" / ".lock"), pytest.raises(DatasetError, match="being written by another"):
             cache_latents(cached[1], MeanCodec(), cached[0] / "a", CONFIG)
@@ -189,6 +199,7 @@ class TestCache:
     def test_an_index_with_other_values_is_refused(self, cached, tmp_path: Path, change: dict) -> None:
         folder = shutil.copytree(cached[0] / "a", tmp_path / "a")
         index = json.loads((folder / "index.json").read_text())
+        index.pop("sha256")  # earlier versions wrote none
         if {"file", "chunks", "episodes"} & change.keys():
             index["shards"][0] |= change
         else:
@@ -317,7 +328,9 @@ class TestMixture:
         with pytest.raises(DatasetError, match=r"of other windows \(option window_latents\) \(window_chunks 3, now 0"):
             cache_latents(reader, codec, folder, CONFIG)
         index = json.loads((cache_latents(reader, codec, tmp_path / "old", CONFIG) / "index.json").read_text())
-        (tmp_path / "old/index.json").write_text(json.dumps({k: v for k, v in index.items() if k != "window_chunks"}))
+        (tmp_path / "old/index.json").write_text(
+            json.dumps({k: v for k, v in index.items() if k not in ("window_chunks", "sha256")})
+        )
         assert LatentDataset(cache_latents(reader, codec, tmp_path / "old", CONFIG)).window_chunks == 0
 
     def test_a_batch_is_a_function_of_its_generator(self, cached) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import itertools
 import threading
 import time
@@ -75,7 +76,7 @@ def test_failures_are_raised_once_and_lose_nothing_else() -> None:
     late: OverlappedJudge[str] = OverlappedJudge(judge, threads=1)
     for word in ("down", "up", "many"):
         late.submit([word], numbered(1), [word])
-    time.sleep(0.1)
+    concurrent.futures.wait(late._calls, 60)
     with pytest.raises(JudgeUnavailableError):
         late.fetch()
     with pytest.raises(RawDreamError, match="gave 2 verdicts for 1 videos"):
@@ -160,7 +161,10 @@ def test_training_is_bit_identical_with_and_without_and_after_an_interruption(tm
 def test_a_run_whose_judge_goes_away_parks_and_goes_on_as_if_nothing_had_been(
     overlap: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The command, the real client, and a server that dies in the middle of a step."""
+    """The command, the real client, and a server that refuses every request from the middle of a step on.
+
+    A refusal is final at once, so the deadlines can be long: answers that are slow on a busy machine still count.
+    """
     policy().save_pretrained(tmp_path / "policy")
 
     def answer(request: Any) -> list[str]:
@@ -169,7 +173,7 @@ def test_a_run_whose_judge_goes_away_parks_and_goes_on_as_if_nothing_had_been(
 
     def grpo(name: str, faults: Iterable[str], port: int) -> tuple[int, int]:
         with FaultServer(faults, answer=answer, port=port) as server:
-            judge = f"vlm_server:{server.url}?deadline_s=0.6&request_timeout_s=0.3&backoff_s=0.02&max_backoff_s=0.1"
+            judge = f"vlm_server:{server.url}?deadline_s=120&request_timeout_s=60"
             parts = ["world_model", "null", "starts", "null", "max_episode_steps", "2", "judge", judge]
             code = cli.main([
                 "grpo", "--run-dir", str(tmp_path / name), "--policy", str(tmp_path / "policy"), "--env-id",
@@ -183,11 +187,11 @@ def test_a_run_whose_judge_goes_away_parks_and_goes_on_as_if_nothing_had_been(
     code, asked = grpo("whole", (), port)
     assert code == 0
     capsys.readouterr()
-    good = asked * 2 // 3  # dies in the second step or the third
-    code, _ = grpo("parked", itertools.chain(["ok"] * good, itertools.repeat("500")), port)
+    good = asked * 2 // 3  # in the second step or the third
+    code, _ = grpo("parked", itertools.chain(["ok"] * good, itertools.repeat("400")), port)
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert code == 3 and "of the last 16 episodes could be judged (no answer within 0.6 s" in said
-    assert "status 500" in said and said.endswith("rerun the same command to resume from the last update.")
+    assert code == 3 and "of the last 16 episodes could be judged (refused by http://" in said
+    assert "status 400" in said and said.endswith("rerun the same command to resume from the last update.")
     assert 1 <= len((tmp_path / "parked" / "metrics.jsonl").read_text().splitlines()) < 3
     assert grpo("parked", (), port)[0] == 0
     whole, parked = tmp_path / "whole", tmp_path / "parked"

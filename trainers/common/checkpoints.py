@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -69,7 +68,7 @@ class CheckpointFolder:
                 "files": {name: files.sha256_file(temporary / name) for name in content},
                 "logs": dict(logs),
             }
-            manifest["checksum"] = _checksum(manifest)
+            manifest["checksum"] = files.json_sha256(manifest)
             files.write_bytes_synced(temporary / "manifest.json", json.dumps(manifest, indent=2).encode())
             files.fsync_folder(temporary)
             self._publish(temporary, target)
@@ -150,7 +149,7 @@ def _check_manifest(manifest: dict[str, Any], folder: Path, logs: Mapping[str, i
     path, known = folder / "manifest.json", (1, _FORMAT)
     if (version := manifest.get("format")) not in known:
         raise CheckpointError(f"{path} has format {version!r}, expected one of {known}")
-    if manifest.pop("checksum", None) != (_checksum(manifest) if version > 1 else None):
+    if manifest.pop("checksum", None) != (files.json_sha256(manifest) if version > 1 else None):
         raise CheckpointError(f"{path} does not match its own checksum")
     if manifest["step"] != int(folder.name.removeprefix("step_")) or set(manifest["files"]) != set(_FILES):
         raise CheckpointError(f"{path} does not belong to this folder")
@@ -160,8 +159,3 @@ def _check_manifest(manifest: dict[str, Any], folder: Path, logs: Mapping[str, i
             raise CheckpointError(f"{path} records {length!r} as the length of {name}")
         if size < length:
             raise CheckpointError(f"{name} has {size} bytes, but had {length} when this checkpoint was saved")
-
-
-def _checksum(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 of the manifest's content, without the checksum itself."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

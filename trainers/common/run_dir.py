@@ -47,7 +47,9 @@ class RunDir:
 
     ``config``: a mapping or a dataclass. ``resume``: continue the run found in ``path``; when False, a folder that
     already holds a run is refused. ``may_change``: top-level configuration keys that may differ on resume (such as the
-    number of steps); the stored configuration is then brought up to date. ``keep``: how many checkpoints to keep.
+    number of steps); the stored configuration is then brought up to date. ``added``: keys that earlier versions did not
+    store, with the values their runs were made with; such a run's stored configuration stays without them. ``keep``: how
+    many checkpoints to keep.
 
     Raises ``RunDirError`` when the folder holds another configuration, is in use by another run, or unwritable.
     """
@@ -59,6 +61,7 @@ class RunDir:
         *,
         resume: bool = True,
         may_change: Collection[str] = (),
+        added: Mapping[str, Any] | None = None,
         keep: int = 2,
         tensorboard: bool = True,
     ) -> None:
@@ -73,7 +76,7 @@ class RunDir:
             self._checkpoints = CheckpointFolder(self.path / "checkpoints", keep)
             self._lock = self._take_lock()
             try:
-                self._settle_config(resume, may_change)
+                self._settle_config(resume, may_change, added or {})
                 self._checkpoints.tidy()
                 files.remove_litter(self.path)
             except BaseException:
@@ -211,7 +214,7 @@ class RunDir:
                 f"The run directory {self.path} is in use by another run. Wait for it, or choose another folder."
             ) from error
 
-    def _settle_config(self, resume: bool, may_change: Collection[str]) -> None:
+    def _settle_config(self, resume: bool, may_change: Collection[str], added: Mapping[str, Any]) -> None:
         stored_path = self.path / "config.json"
         if not stored_path.exists():
             files.atomic_write_json(stored_path, self.config)
@@ -219,7 +222,7 @@ class RunDir:
         if not resume:
             raise RunDirError(f"{self.path} already holds a run. Resume it (resume=True) or choose another folder.")
         content = files.read_json(stored_path, "restore it from a copy, or choose another folder", RunDirError)
-        stored = _current_names(content, self.config)
+        stored = {**added, **_current_names(content, self.config)}
         differing = [
             key
             for key in sorted({*stored, *self.config})
@@ -233,7 +236,8 @@ class RunDir:
                 "to resume it, or choose another folder."
             )
         if differing:
-            files.atomic_write_json(stored_path, self.config)
+            kept = {key: value for key, value in self.config.items() if key in content or key not in added}
+            files.atomic_write_json(stored_path, kept)
 
 
 _MISSING = object()

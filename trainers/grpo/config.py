@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from rawdream_env.errors import InvalidOptionError
+from rawdream_env import files
+from rawdream_env.errors import InvalidOptionError, RunDirError
 from rawdream_env.robots import find_robot
 
 
@@ -22,7 +23,9 @@ class GRPOConfig:
     env_id: str = find_robot().dream_env
     """A dream, or a simulator to train in the ground truth (then without dual-noise verification)."""
     env_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
-    """Further keyword arguments of the environment, such as world_model, judge, starts, judge_every."""
+    """Further keyword arguments of the environment, such as world_model, judge, starts, judge_every.
+    judge_every chunk: success ends the episode, as in a simulator; else the bundled judge is asked only at the horizon.
+    """
     task: str | int | None = None
     """A task's name, instruction or id; None: every start draws a task."""
     layout: Literal["narrow", "wide"] = "narrow"
@@ -37,7 +40,8 @@ class GRPOConfig:
     steps: int = 50
     """Number of training steps (paper: 50, on LIBERO-Object 20). May be raised when resuming."""
     minutes: float | None = None
-    """Stop after the first step that ends later than this, counted from the start of the process; None: no limit."""
+    """Stop after the first step that ends later than this, counted from the start of the process, or as soon as a step needs
+    more groups for dropped ones: that step begins anew when the run is resumed. None: no limit."""
     group_size: int = 8
     """Number of rollouts that share a start."""
     groups_per_step: int = 8
@@ -49,14 +53,28 @@ class GRPOConfig:
     dual_noise_verification: bool = True
     """Imagine every success again and leave out those that do not repeat. Ignored in a simulator, which has no noise."""
     held_out_judge: str = ""
-    """A judge that sees the same videos and never rewards. The gap is logged; a large one is a warning."""
+    """A judge that sees the same videos and never rewards. Its success rate is logged, and an alarm watches the gap."""
+    alarm_margin: float = 0.1
+    """Raise the alarm when the judge's success rate is above another verdict's by more than this, with 95 % confidence.
+    Other verdicts: the held-out judge's, and info["state_success"] of a world model that knows its state.
+    """
+    alarm_window: int = 8
+    """Number of steps whose episodes the alarm compares."""
+    stop_on_alarm: bool = False
+    """End the run while the alarm is raised."""
     overlap_judge: Literal["auto", "on", "off"] = "auto"
     """Judge finished episodes while the next are imagined; "auto": if the judge is a server. Same results."""
     max_flagged: int = 2
     """A group with more flagged or invalid members than this is dropped."""
 
     lr: float = 5e-6
-    """AdamW learning rate (constant). 5e-6 suits a 7B policy; a small one needs about 1e-4."""
+    """AdamW learning rate after the warm-up. 5e-6 suits a 7B policy; a small one needs about 1e-4."""
+    warmup_steps: int = 5
+    """Steps over which the learning rate rises to lr, because AdamW's first updates move furthest; 0 (paper): none."""
+    max_kl: float | None = 0.05
+    """Undo an update after which approx_kl on its own minibatch exceeds this, and go on; None (paper): off.
+    Costs one forward pass per update, and a copy of the trained weights and of the optimizer.
+    """
     weight_decay: float = 0.0
     """AdamW weight decay."""
     clip_eps_low: float = 0.2
@@ -83,17 +101,38 @@ class GRPOConfig:
     tensorboard: bool = True
     """Write TensorBoard logs."""
     progress: bool = True
-    """Show a progress bar with the current success rate."""
+    """Show a progress bar with the current success rate, and a table of the tasks every ten steps."""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
         lowest = {"num_envs": 1, "steps": 1, "group_size": 2, "groups_per_step": 1, "epochs": 1, "minibatches": 1}
         lowest |= {"microbatch_size": 1, "save_every": 1, "max_flagged": 0, "max_groups_per_step": self.groups_per_step}
+        lowest |= {"warmup_steps": 0, "alarm_window": 1}
         for name, minimum in lowest.items():
             if getattr(self, name) < minimum:
                 raise InvalidOptionError(f"{name}={getattr(self, name)} must be at least {minimum}.")
         for name in ("temperature", "lr", "max_grad_norm", "clip_eps_high"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise InvalidOptionError(f"{name}={getattr(self, name)} must be positive.")
-        if not 0 < self.clip_eps_low < 1:
-            raise InvalidOptionError(f"clip_eps_low={self.clip_eps_low} must lie between 0 and 1.")
+        for name in ("clip_eps_low", "alarm_margin"):
+            if not 0 < getattr(self, name) < 1:
+                raise InvalidOptionError(f"{name}={getattr(self, name)} must lie between 0 and 1.")
+        if self.max_kl is not None and not self.max_kl > 0:
+            raise InvalidOptionError(f"max_kl={self.max_kl} must be positive, or None to keep every update.")
+
+
+ADDED: dict[str, Any] = {"warmup_steps": 0, "max_kl": None}
+"""What runs were made with before these options existed."""
+
+
+def as_begun(config: GRPOConfig) -> GRPOConfig:
+    """``config`` for the run in its folder: of ``ADDED``, what the run was begun without and has its default stays off."""
+    path = Path(config.run_dir) / "config.json"
+    if not path.exists():
+        return config
+    stored = files.read_json(path, "restore it from a copy, or choose another folder", RunDirError)
+    default = {f.name: f.default for f in fields(GRPOConfig)}
+    off = {
+        name: value for name, value in ADDED.items() if name not in stored and getattr(config, name) == default[name]
+    }
+    return replace(config, **off)

@@ -23,6 +23,10 @@ Where the paper leaves a choice, this is the reading taken here:
 - *Clip range* 0.2 / 0.28, as the published peers; *groups per step* 8.
 - *INVALID verdicts* are left out like flagged rollouts, never a 0.
 
+Added to the paper, each off by a value of its option: a warm-up of the learning rate (``warmup_steps=0``); an update that
+moves the policy too far is undone (``max_kl=None``); an alarm when the judge leaves other verdicts of the same episodes
+(``alarm.py``; docs/grpo.md).
+
 Not kept: many GPUs; this is one process.
 
 No generator has a state that must be saved: every start, every sampled token and every minibatch is derived from (seed,
@@ -34,6 +38,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -46,16 +51,17 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from rawdream_env.envs.episodes import make_env
-from rawdream_env.errors import CheckpointError, InvalidOptionError, RawDreamError
-from rawdream_env.judges.ensemble import HoldOutJudge
+from rawdream_env.errors import InvalidOptionError, RawDreamError
 from rawdream_env.policies import load_policy
 from rawdream_env.seeding import mix
 from rawdream_env.trainers.common.interrupt import deferred_interrupt
-from rawdream_env.trainers.common.optimizer_state import pack_optimizer, unpack_optimizer
 from rawdream_env.trainers.common.run_dir import RunDir
-from rawdream_env.trainers.grpo.config import GRPOConfig
-from rawdream_env.trainers.grpo.losses import clipped_loss, merge_metrics
+from rawdream_env.trainers.grpo.alarm import GapAlarm
+from rawdream_env.trainers.grpo.config import ADDED, GRPOConfig, as_begun
+from rawdream_env.trainers.grpo.counts import RolloutCounts, table
+from rawdream_env.trainers.grpo.environment import replayed_chunks, rollout_env, timings, verified, watched
+from rawdream_env.trainers.grpo.learner import Learner
+from rawdream_env.trainers.grpo.losses import approx_kl, clipped_loss, merge_metrics
 from rawdream_env.trainers.grpo.rollout import (
     Batch,
     GroupCollector,
@@ -63,13 +69,11 @@ from rawdream_env.trainers.grpo.rollout import (
     RolloutInterrupted,
     Rollouts,
 )
-from rawdream_env.wrappers.base import find_wrapper
-from rawdream_env.wrappers.dual_noise import DualNoiseVerification
 
 _STREAM_SHUFFLE = 21
 _MAY_CHANGE = (
     "run_dir", "steps", "minutes", "save_every", "tensorboard", "progress", "num_envs",
-    "overlap_judge", "held_out_judge",  # neither changes a reward
+    "overlap_judge", "held_out_judge", "alarm_margin", "alarm_window", "stop_on_alarm",  # none changes a reward
 )  # fmt: skip
 _logger = logging.getLogger(__name__)
 
@@ -78,13 +82,15 @@ class TrainingDivergedError(RawDreamError, RuntimeError):
     """The loss or its gradient is not finite, or training and sampling disagree about the log-probabilities."""
 
 
-Stopped = Literal["steps", "minutes", "interrupted", "solved"]
+Stopped = Literal["steps", "minutes", "interrupted", "solved", "alarm"]
+_TABLE_STEPS = 10
+"""Steps per table of the tasks."""
 
 
 @dataclass(frozen=True)
 class GRPOResult:
-    """How a run ended: ``stopped`` is "steps", "minutes", "interrupted" or "solved" (every rollout a success); ``step``
-    updates are done; ``message`` is one sentence for the user; ``policy`` is the trained policy, in memory.
+    """How a run ended: ``stopped`` is "steps", "minutes", "interrupted", "solved" (every rollout a success) or "alarm";
+    ``step`` steps are done; ``message`` is one sentence for the user; ``policy`` is the trained policy, in memory.
     """
 
     step: int
@@ -112,15 +118,16 @@ def train_grpo(config: GRPOConfig, *, env: VectorEnv[Any, Any, Any] | None = Non
             resume.
     """
     deadline = None if config.minutes is None else time.monotonic() + config.minutes * 60
+    config = as_begun(config)
     if env is not None and config.held_out_judge:
         raise InvalidOptionError("give held_out_judge to the environment you pass, DreamVectorEnv(held_out_judge=...).")
     learner = Learner.of(load_policy(config.policy if policy is None else policy, device=config.device), config)
-    vector_env = rollout_env(config) if env is None else env
+    vector_env = watched(rollout_env(config) if env is None else env)
     if config.dual_noise_verification:
         vector_env = verified(vector_env)
     try:
         with (
-            RunDir(config.run_dir, config, may_change=_MAY_CHANGE, tensorboard=config.tensorboard) as run,
+            RunDir(config.run_dir, config, may_change=_MAY_CHANGE, added=ADDED, tensorboard=config.tensorboard) as run,
             deferred_interrupt() as interrupted,
         ):
             step, stopped = _train(config, run, learner, vector_env, interrupted, deadline)
@@ -144,8 +151,10 @@ def _train(
     deadline: float | None,
 ) -> tuple[int, Stopped]:
     """The algorithm: roll out, update, log, save; returns the steps done and why it stopped."""
-    step = saved = learner.restore(run)
+    step, state = learner.restore(run)
+    saved, alarm = step, GapAlarm(config.alarm_margin, config.alarm_window, state.get("alarm"))
     whole = True  # whether the weights are those of a finished step
+    shown = RolloutCounts()  # since the last table
     bar = tqdm(total=config.steps, initial=step, desc="GRPO", unit="step", disable=not config.progress)
     collector = GroupCollector(
         env,
@@ -158,143 +167,68 @@ def _train(
         scale_rewards=config.scale_rewards,
         seed=config.seed,
         should_stop=interrupted.is_set,
+        out_of_time=lambda: deadline is not None and time.monotonic() > deadline,
         on_group=lambda counts: bar.set_postfix_str(str(counts)),
         overlap={"auto": None, "on": True, "off": False}[config.overlap_judge],
     )
     try:
         while step < config.steps:
+            if alarm.raised and config.stop_on_alarm:
+                return step, "alarm"
             begun, replayed = time.perf_counter(), replayed_chunks(env)
             rollouts = collector.collect(step)
             rolled_out = time.perf_counter()
             whole = False
-            metrics = update(config, learner, rollouts, step)
+            metrics = update(config, learner, rollouts, step) | alarm.look(rollouts.counts.others)
             run.log(step + 1, **rollouts.metrics(), **metrics)
             replayed = replayed_chunks(env) - replayed
-            run.log_timings(step + 1, **timings(rollouts, env, replayed, begun, rolled_out), **judge_gap(env))
+            run.log_timings(step + 1, **timings(rollouts, env, replayed, begun, rolled_out))
             step, whole = step + 1, True  # a step without its log lines must not be saved
             bar.update()
+            shown += rollouts.counts
+            if step % _TABLE_STEPS == 0:
+                show(bar, shown, step, env)
+                shown = RolloutCounts()
             if step % config.save_every == 0:
-                learner.save(run, step)
+                learner.save(run, step, {"alarm": alarm.state()})
                 saved = step
             if deadline is not None and time.monotonic() > deadline and step < config.steps:
                 return step, "minutes"
         return step, "steps"
-    except RolloutInterrupted:
-        return step, "interrupted"
+    except RolloutInterrupted as reason:
+        if interrupted.is_set():
+            return step, "interrupted"
+        _logger.warning(str(reason))
+        return step, "minutes"
     except NoUsableGroupError as error:
         if set(error.dropped) == {"all_success"}:
             return step, "solved"
         raise
     finally:
+        show(bar, shown, step, env)
         bar.close()
         collector.close()
         if step > saved and whole:
-            learner.save(run, step)
+            learner.save(run, step, {"alarm": alarm.state()})
 
 
-def rollout_env(config: GRPOConfig) -> VectorEnv[Any, Any, Any]:
-    """The environment of ``config``, no wider than one step's rollouts."""
-    num_envs = min(config.num_envs, config.groups_per_step * config.group_size)
-    kwargs: dict[str, Any] = {
-        "task": config.task,
-        "layout": config.layout,
-        "device": config.device,
-        **config.env_kwargs,
-    }
-    if config.held_out_judge:
-        kwargs["held_out_judge"] = config.held_out_judge
-    return make_env(config.env_id, num_envs, **kwargs)
-
-
-def judge_gap(env: VectorEnv[Any, Any, Any]) -> dict[str, float]:
-    """The gap between rewarding and hold-out judge for the log; empty without a hold-out judge.
-
-    It is logged with the timings: it is over the latest videos in the order of judging, which a resumed run does not have.
-    """
-    judge = getattr(env.unwrapped, "judge", None)
-    return judge.gap.as_dict() if isinstance(judge, HoldOutJudge) else {}
-
-
-def replayed_chunks(env: VectorEnv[Any, Any, Any]) -> int:
-    """Number of chunks imagined for verification so far."""
-    wrapper = find_wrapper(env, DualNoiseVerification)
-    return 0 if wrapper is None else wrapper.statistics.replayed_chunks
-
-
-def timings(
-    rollouts: Rollouts, env: VectorEnv[Any, Any, Any], replayed: int, begun: float, rolled_out: float
-) -> dict[str, float]:
-    """Seconds and rates of a step with its start and end of rollouts; ``frames`` includes second dreams."""
-    now, chunk_len = time.perf_counter(), (env.single_action_space.shape or (1,))[0]
-    frames = (rollouts.counts.chunks + replayed) * chunk_len
-    kept = sum(len(member) for group in rollouts.groups for member in group.members) * chunk_len
-    return {
-        "rollout_s": rolled_out - begun,
-        "update_s": now - rolled_out,
-        "step_s": now - begun,
-        "frames": frames,
-        "frames_per_s": frames / (rolled_out - begun),
-        "kept_frames_per_s": kept / (now - begun),
-    }
-
-
-def verified(env: VectorEnv[Any, Any, Any]) -> VectorEnv[Any, Any, Any]:
-    """``env`` with dual-noise verification, unless it has it already or is a simulator without noise."""
-    if find_wrapper(env, DualNoiseVerification) is not None or not callable(getattr(env.unwrapped, "replay", None)):
-        return env
-    return DualNoiseVerification(env)
-
-
-@dataclass(frozen=True)
-class Learner:
-    """A policy, its trainable parameters by name, and their optimizer."""
-
-    policy: Any
-    parameters: dict[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
-
-    @classmethod
-    def of(cls, policy: Any, config: GRPOConfig) -> Learner:
-        """Parameters with ``requires_grad`` are trained and saved; the others stay as loaded."""
-        if not isinstance(policy, nn.Module):
-            raise InvalidOptionError(f"GRPO trains torch modules, but the policy is a {type(policy).__name__}.")
-        policy.eval()  # with dropout, log-probabilities in training would differ from those of sampling
-        parameters = {name: p for name, p in policy.named_parameters() if p.requires_grad}
-        if not parameters:
-            raise InvalidOptionError("The policy has no parameter with requires_grad: there is nothing to train.")
-        optimizer = torch.optim.AdamW(parameters.values(), config.lr, weight_decay=config.weight_decay)
-        return cls(policy, parameters, optimizer)
-
-    def save(self, run: RunDir, step: int) -> None:
-        """Checkpoint after ``step`` updates."""
-        tensors = {f"policy.{name}": parameter.detach() for name, parameter in self.parameters.items()}
-        run.save(step, {**tensors, **pack_optimizer(self.optimizer)}, {"step": step})
-
-    def restore(self, run: RunDir) -> int:
-        """Load weights and optimizer of the last checkpoint; returns the number of steps done, 0 in a new run."""
-        checkpoint = run.load_latest()
-        if checkpoint is None:
-            return 0
-        stored = {n.removeprefix("policy."): t for n, t in checkpoint.tensors.items() if n.startswith("policy.")}
-        wrong = sorted({*stored} ^ {*self.parameters})
-        wrong = wrong or [name for name, p in self.parameters.items() if p.shape != stored[name].shape]
-        if wrong:
-            raise CheckpointError(
-                f"{checkpoint.path} belongs to another policy: {len(wrong)} parameters differ in name or shape, first "
-                f"{wrong[0]!r}. Give the policy this run started with, or choose another run_dir."
-            )
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(stored[name])
-        unpack_optimizer(self.optimizer, checkpoint.tensors)
-        return checkpoint.step
+def show(bar: tqdm[Any], counts: RolloutCounts, step: int, env: VectorEnv[Any, Any, Any]) -> None:
+    """Print the table of the tasks above the progress bar, if there is one."""
+    if counts.rollouts and not bar.disable:
+        names = {task: name for task, (name, _) in enumerate(getattr(env.unwrapped, "tasks", ()))}
+        bar.write(f"after step {step}:\n{table(counts, names)}", file=sys.stderr)
 
 
 # -- the update ------------------------------------------------------------------------------------------------------
 
 
 def update(config: GRPOConfig, learner: Learner, rollouts: Rollouts, step: int) -> dict[str, float]:
-    """``epochs`` x ``minibatches`` updates on the kept groups; returns metrics averaged over them.
+    """``epochs`` x ``minibatches`` updates on the kept groups; an update that moves the policy too far is undone.
+
+    Returns metrics for the log. ``loss``, ``grad_norm``, ``approx_kl``, ``clip_frac``, ``entropy`` and ``ratio_*`` are
+    those *before* each update (so the first of a step has approx_kl 0), averaged over the updates. ``lr``: the learning
+    rate. With ``max_kl`` also ``max_kl_after``, the largest approx_kl *after* an update on its own minibatch (null if it is
+    not finite), and ``updates_undone``, how many updates exceeded ``max_kl``.
 
     Raises ``TrainingDivergedError``, before the weights are touched, when the first ratio is not 1 or a gradient is not
     finite.
@@ -303,7 +237,12 @@ def update(config: GRPOConfig, learner: Learner, rollouts: Rollouts, step: int) 
     parts: list[dict[str, Tensor]] = []
     norms: list[float] = []
     losses: list[float] = []
+    moved: list[float] = []
+    undone: list[float] = []
     first_deviation = math.nan
+    lr = config.lr * min(1.0, (step + 1) / max(1, config.warmup_steps))
+    for settings in optimizer.param_groups:
+        settings["lr"] = lr
     for epoch in range(config.epochs):
         generator = torch.Generator().manual_seed(mix(config.seed, step, epoch, _STREAM_SHUFFLE))
         order = torch.randperm(len(batch.advantages), generator=generator)
@@ -321,17 +260,30 @@ def update(config: GRPOConfig, learner: Learner, rollouts: Rollouts, step: int) 
                     f"Step {step + 1}: the loss is {loss:.4g} and the gradient norm {norm:.4g}; nothing of this step "
                     f"is saved. Start a new run with a lower lr (now {config.lr:g}) or more groups_per_step."
                 )
+            before = None if config.max_kl is None else learner.copy()
             optimizer.step()
+            if config.max_kl is not None and before is not None:
+                moved.append(_distance(config, learner.policy, batch, chunks))
+                if moved[-1] > config.max_kl:
+                    learner.put_back(before)
+                    undone.append(moved[-1])
             norms.append(norm)
             losses.append(loss)
             parts.extend(pieces)
+    if undone:
+        _logger.warning(
+            "Step %d: %d of %d updates undone: approx_kl %.3g exceeds max_kl=%g. If this happens often, use a lower lr or more "
+            "warmup_steps.", step + 1, len(undone), len(norms), max(undone), config.max_kl,
+        )  # fmt: skip
     merged = merge_metrics(parts)
     names = ("approx_kl", "clip_frac", "entropy", "ratio_mean", "ratio_max")
     return {
         "loss": sum(losses) / len(losses),
         "grad_norm": sum(norms) / len(norms),
+        "lr": lr,
         "first_ratio_deviation": first_deviation,
         **{name: merged[name] for name in names},
+        **({"max_kl_after": max(moved), "updates_undone": len(undone)} if moved else {}),
     }
 
 
@@ -340,16 +292,12 @@ def _backward(
 ) -> tuple[float, list[dict[str, Tensor]]]:
     """Accumulate the gradient of one minibatch, ``microbatch_size`` chunks at a time."""
     total, metrics = 0.0, []
-    size = config.microbatch_size
-    for first in range(0, len(chunks), size):
-        rows, weight = chunks[first : first + size], weights[first : first + size]
-        instructions = [batch.instructions[row] for row in rows.tolist()]
-        arguments = (batch.images[rows], instructions, batch.tokens[rows])
+    for rows, weight in zip(chunks.split(config.microbatch_size), weights.split(config.microbatch_size), strict=True):
         entropy: Tensor | None = None
         if hasattr(policy, "logprobs_and_entropy"):
-            logprobs, entropy = policy.logprobs_and_entropy(*arguments, temperature=config.temperature)
+            logprobs, entropy = policy.logprobs_and_entropy(*batch.inputs(rows), temperature=config.temperature)
         else:
-            logprobs = policy.logprobs(*arguments, temperature=config.temperature)
+            logprobs = policy.logprobs(*batch.inputs(rows), temperature=config.temperature)
         loss, part = clipped_loss(
             logprobs,
             batch.old_logprobs[rows].to(logprobs.device),
@@ -363,6 +311,16 @@ def _backward(
         total += float(loss.detach())
         metrics.append(part)
     return total, metrics
+
+
+@torch.no_grad()
+def _distance(config: GRPOConfig, policy: Any, batch: Batch, chunks: Tensor) -> float:
+    """approx_kl of the policy as it is now from the one that sampled, over the tokens of one minibatch."""
+    total = 0.0
+    for rows in chunks.split(config.microbatch_size):
+        logprobs = policy.logprobs(*batch.inputs(rows), temperature=config.temperature)
+        total += float(approx_kl(logprobs, batch.old_logprobs[rows].to(logprobs.device)).sum(dtype=torch.float64))
+    return total / batch.old_logprobs[chunks].numel() if math.isfinite(total) else math.inf
 
 
 def _check_on_policy(error: float, parameters: Mapping[str, Tensor], step: int) -> None:
@@ -384,5 +342,7 @@ def _farewell(stopped: Stopped, step: int, config: GRPOConfig) -> str:
         "steps": f"All {where}.",
         "minutes": f"The {config.minutes} minutes have passed: {where}; rerun the same command with more minutes to resume.",
         "interrupted": f"Stopped on request: {where}; rerun the same command to resume.",
+        "alarm": f"The judge reports more successes than it should (see the last warning): {where}; rerun the same command "
+        "with stop_on_alarm off to go on.",
         "solved": f"Every rollout succeeds, so there is nothing left to learn here: {where}.",
     }[stopped]

@@ -107,6 +107,12 @@ def token_weights(mask: Tensor, loss_type: LossType = "trajectory", row_weights:
     return weights / total
 
 
+def approx_kl(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
+    """Estimate (r - 1) - ln r of the divergence from the policy that sampled, per token; never negative."""
+    log_ratio = logprobs - old_logprobs
+    return log_ratio.exp() - 1 - log_ratio
+
+
 def clipped_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,

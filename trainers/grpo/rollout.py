@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,15 +33,15 @@ from rawdream_env.errors import InvalidOptionError, JudgeUnavailableError, RawDr
 from rawdream_env.judges.overlap import is_remote
 from rawdream_env.seeding import NoiseKey, mix
 from rawdream_env.statistics import wilson_interval
+from rawdream_env.trainers.grpo.counts import Group, RolloutCounts
 from rawdream_env.trainers.grpo.losses import (
     DROP_REASONS,
     DropReason,
-    GroupAdvantages,
     LossType,
     group_advantages,
     token_weights,
 )
-from rawdream_env.types import Outcome, Policy, Start
+from rawdream_env.types import Policy, Start
 from rawdream_env.wrappers.base import chain
 from rawdream_env.wrappers.dual_noise import DualNoiseVerification
 
@@ -67,76 +67,6 @@ class RolloutInterrupted(RawDreamError, RuntimeError):
 
 
 @dataclass(frozen=True)
-class Group:
-    """G rollouts of one ``start``, with their advantages; ``index`` counts the groups of the step."""
-
-    index: int
-    start: Start
-    members: tuple[Rollout, ...]
-    result: GroupAdvantages
-
-    @property
-    def counted(self) -> list[tuple[Rollout, float]]:
-        """The members that are trained on, with their advantages: valid and not flagged (R of Eq. 2)."""
-        rows = zip(self.members, self.result.advantages.tolist(), self.result.valid.tolist(), strict=True)
-        return [(member, advantage) for member, advantage, valid in rows if valid]
-
-
-@dataclass
-class RolloutCounts:
-    """Counts over *all* rollouts of a step, dropped groups included.
-
-    ``successes`` by the first verdict; ``flagged``: a success whose second dream failed; ``invalid``: no verdict, or a
-    success without a second one. The others are ``trusted``, with ``trusted_successes`` among them.
-    """
-
-    rollouts: int = 0
-    successes: int = 0
-    flagged: int = 0
-    invalid: int = 0
-    trusted_successes: int = 0
-    chunks: int = 0
-    groups: int = 0
-    dropped: Counter[DropReason] = field(default_factory=Counter)
-    task_rollouts: Counter[int] = field(default_factory=Counter)
-    task_successes: Counter[int] = field(default_factory=Counter)
-
-    @property
-    def judged(self) -> int:
-        """Rollouts whose verdicts are known, flagged ones included."""
-        return self.rollouts - self.invalid
-
-    @property
-    def trusted(self) -> int:
-        """Rollouts that were judged and not flagged."""
-        return self.judged - self.flagged
-
-    def add(self, group: Group) -> None:
-        """Count a finished group."""
-        self.groups += 1
-        if group.result.dropped:
-            self.dropped[group.result.dropped] += 1
-        for member in group.members:
-            success = member.verdict == Outcome.SUCCESS
-            self.rollouts += 1
-            self.successes += success
-            self.flagged += member.flagged
-            self.invalid += not member.valid and not member.flagged
-            self.trusted_successes += success and member.valid and not member.flagged
-            self.chunks += len(member)
-            self.task_rollouts[group.start.task_id] += 1
-            self.task_successes[group.start.task_id] += success
-
-    def __str__(self) -> str:
-        rate = f"{100 * self.trusted_successes / self.trusted:.0f} %" if self.trusted else "unknown"
-        kept = self.groups - self.dropped.total()
-        return (
-            f"success {rate} (n={self.trusted}), {self.flagged} flagged, {self.invalid} INVALID, {kept} of {self.groups} "
-            "groups kept"
-        )
-
-
-@dataclass(frozen=True)
 class Rollouts:
     """The ``groups`` to train on, in order of their index, and the counts over everything that was rolled out."""
 
@@ -144,36 +74,44 @@ class Rollouts:
     counts: RolloutCounts
 
     def metrics(self) -> dict[str, float]:
-        """For the log. Counts are over all rollouts of the step, those of dropped groups included.
+        """For the log, over all rollouts of the step, those of dropped groups included.
 
-        ``success_rate`` is the share of first verdicts that are SUCCESS, over all ``n`` rollouts: flagged ones count as
-        successes, INVALID ones as failures. ``trusted_success_rate`` leaves both out.
+        ======================  ======================================================================================
+        n                       rollouts
+        success_rate            first verdicts that are SUCCESS / n: flagged ones are successes, INVALID ones failures
+        judged, invalid         rollouts with and without a verdict (or a success without a second one)
+        flagged, trusted        judged rollouts whose success did not repeat, and the others
+        flagged_rate            flagged / successes
+        invalid_rate            invalid / n
+        trusted_rate            trusted / n
+        trusted_success_rate    successes among the trusted / trusted
+        held_out_success_rate   the hold-out judge's, over the trusted that it could judge
+        state_success_rate      the same by ``info["state_success"]``
+        groups                  groups rolled out
+        all_success_rate        groups of which every trusted member succeeds / groups; they give no gradient
+        all_failure_rate        groups of which none does / groups
+        ======================  ======================================================================================
+
+        These are also logged per task, as ``KEY/task_ID``; a share of nothing is null. Besides: ``success_low``,
+        ``success_high``, ``trusted_success_low`` and ``trusted_success_high``, 95 % Wilson intervals; ``reward``, the mean
+        over what is trained on; ``chunks_per_rollout``; ``groups_kept``; ``dropped_REASON``, numbers of dropped groups.
         """
         counts = self.counts
         low, high = wilson_interval(counts.successes, counts.rollouts)
         trusted_low, trusted_high = wilson_interval(counts.trusted_successes, counts.trusted)
         rewards = [member.reward for group in self.groups for member, _ in group.counted]
-        tasks = sorted(counts.task_rollouts.items())
+        tasks = sorted(counts.tasks.items())
         return {
-            "n": counts.rollouts,
-            "success_rate": counts.successes / counts.rollouts,
+            **counts.rates(),
             "success_low": low,
             "success_high": high,
-            "flagged_rate": counts.flagged / counts.successes if counts.successes else 0.0,
-            "invalid_rate": counts.invalid / counts.rollouts,
-            "judged": counts.judged,
-            "flagged": counts.flagged,
-            "invalid": counts.invalid,
-            "trusted": counts.trusted,
-            "trusted_success_rate": counts.trusted_successes / counts.trusted,
             "trusted_success_low": trusted_low,
             "trusted_success_high": trusted_high,
             "reward": sum(rewards) / len(rewards),
             "chunks_per_rollout": counts.chunks / counts.rollouts,
-            "groups": counts.groups,
             "groups_kept": len(self.groups),
             **{f"dropped_{reason}": counts.dropped[reason] for reason in DROP_REASONS},
-            **{f"success_rate/task_{task}": counts.task_successes[task] / n for task, n in tasks},
+            **{f"{key}/task_{task}": value for task, part in tasks for key, value in part.rates().items()},
         }
 
 
@@ -208,6 +146,10 @@ class Batch:
             row_weights=torch.tensor([weight for _, _, weight in chosen]),
         )
 
+    def inputs(self, rows: Tensor) -> tuple[Tensor, list[str], Tensor]:
+        """Images, instructions and tokens of the chunks ``rows``."""
+        return self.images[rows], [self.instructions[row] for row in rows.tolist()], self.tokens[rows]
+
     def weights(self, trajectories: Tensor, loss_type: LossType) -> tuple[Tensor, Tensor]:
         """Chunks (m,) of the given trajectories and the weight (m,) of each of their tokens; all tokens sum to 1."""
         chunks = torch.isin(self.trajectory, trajectories).nonzero().squeeze(1)
@@ -230,6 +172,8 @@ class GroupCollector:
         temperature: sampling temperature. max_flagged, scale_rewards: see ``losses.group_advantages``.
         seed: with step, group and member it determines every start and every draw.
         should_stop: asked before every environment step; True raises ``RolloutInterrupted``.
+        out_of_time: asked before a group is opened in place of a dropped one; True raises ``RolloutInterrupted``. The groups
+            that every step needs are always finished.
         on_group: called with the counts so far after each finished group.
         overlap: judge finished episodes while the next are imagined; None: if the judge is ``remote`` and the
             environment allows it.
@@ -251,6 +195,7 @@ class GroupCollector:
         scale_rewards: Any = "group",
         seed: int = 0,
         should_stop: Callable[[], bool] = lambda: False,
+        out_of_time: Callable[[], bool] = lambda: False,
         on_group: Callable[[RolloutCounts], None] = lambda counts: None,
         overlap: bool | None = None,
     ) -> None:
@@ -262,7 +207,7 @@ class GroupCollector:
         self.env, self.seed = env, seed
         self.group_size, self.num_groups, self.max_groups = group_size, num_groups, max_groups
         self.max_flagged, self.scale_rewards = max_flagged, scale_rewards
-        self._should_stop, self._on_group = should_stop, on_group
+        self._should_stop, self._out_of_time, self._on_group = should_stop, out_of_time, on_group
         self._unjudged = 0
         possible = can_overlap(env)
         if overlap and not possible:
@@ -302,6 +247,11 @@ class GroupCollector:
         opened = 0
         while True:
             while len(kept) + len(running) < self.num_groups and opened < self.max_groups:
+                if opened >= self.num_groups and self._out_of_time():
+                    raise RolloutInterrupted(
+                        f"Time is up in step {step + 1}, with {len(kept)} of {self.num_groups} groups kept and {opened} opened "
+                        f"({counts}). It is begun anew when the run is resumed."
+                    )
                 waiting.extend(self._open(step, opened))
                 running[opened] = {}
                 opened += 1

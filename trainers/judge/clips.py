@@ -11,7 +11,8 @@ object is still in the gripper: a near miss).
 
 - ``frames`` uint8 (n, F, H, W, 3), the start frame first;
 - ``labels`` uint8 (n,), 1 when the same actions succeeded in the simulator;
-- metadata ``instructions``: JSON list of n texts, and ``robot`` (none: the default robot);
+- metadata ``instructions``: JSON list of n texts, ``robot`` (none: the default robot), and ``sha256`` if it was written by
+  ``files.save_sealed``: then a damaged file is refused;
 - ``object_poses`` float32 (n, 2, O, 7), absent objects all zeros (the files contain no NaN), and ``relations`` uint8
   (n, 2, R), both or neither: the simulator's state at the first and the last frame. With them every goal can be asked
   about the clip, not only its own instruction.
@@ -31,7 +32,7 @@ from numpy.typing import NDArray
 from rawdream_env.data.reader import EpisodeArrays, LeRobotReader
 from rawdream_env.errors import CheckpointError, DatasetError
 from rawdream_env.evaluation.judges.report import JudgeClip
-from rawdream_env.files import load_safetensors, load_safetensors_metadata
+from rawdream_env.files import load_sealed
 from rawdream_env.judges.embedded_network import NUM_FRAMES, frame_indices
 from rawdream_env.robots import ClipLabels, GoalGrammar, find_robot
 from rawdream_env.seeding import mix
@@ -183,7 +184,7 @@ def imagined_clips(folder: str | Path) -> ClipSet:
 
 def _imagined_file(path: Path) -> ClipSet:
     try:
-        tensors, metadata = load_safetensors(path), load_safetensors_metadata(path)
+        tensors, metadata = load_sealed(path)
         texts = json.loads(metadata.get("instructions", "null"))
     except (CheckpointError, ValueError) as error:
         raise DatasetError(f"{path} cannot be read as imagined clips: {error}") from error

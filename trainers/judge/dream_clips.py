@@ -22,9 +22,11 @@ from tqdm import tqdm
 
 from rawdream_env.data.reader import EpisodeArrays, LeRobotReader
 from rawdream_env.data.recorded import RecordedEpisode
+from rawdream_env.data.recording import claim_folder
 from rawdream_env.errors import DatasetError
 from rawdream_env.evaluation.world_model.replay import dream_episodes
-from rawdream_env.files import atomic_write_json, save_safetensors
+from rawdream_env.files import save_sealed
+from rawdream_env.resolve import fingerprint
 from rawdream_env.seeding import mix
 from rawdream_env.trainers.judge.clips import CHUNK, episode_windows, grammar_of
 from rawdream_env.types import WorldModel
@@ -69,14 +71,16 @@ def make_dream_clips(config: DreamClipsConfig, *, world_model: WorldModel | None
 
     Raises:
         DatasetError: the data lack the privileged columns, or contain no window with an askable goal; or the folder
-            contains clips of another configuration.
+            contains clips of another configuration or of another world model of that name.
         CheckpointError: the world model is missing or damaged.
     """
     model = load_world_model(config.world_model, device=config.device) if world_model is None else world_model
     arrays = LeRobotReader(config.data).load_all(workers=2, progress=config.progress)
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
-    _claim(folder, config)
+    settings = {key: value for key, value in asdict(config).items() if key not in ("out", "device", "progress")}
+    settings["world_model_fingerprint"] = fingerprint(model)
+    claim_folder(folder, "config.json", settings, "imagined", added=("world_model_fingerprint",))
     files = plan(arrays, config)
     todo = [file for file in files if not _path(folder, file).exists()]
     done = sum(len(file.windows) for file in files) - sum(len(file.windows) for file in todo)
@@ -85,16 +89,6 @@ def make_dream_clips(config: DreamClipsConfig, *, world_model: WorldModel | None
             _write(_path(folder, file), arrays, file, model, config)
             bar.update(len(file.windows))
     return folder
-
-
-def _claim(folder: Path, config: DreamClipsConfig) -> None:
-    """Write the configuration; ``DatasetError`` if the folder has another one."""
-    path = folder / "config.json"
-    wanted = {key: value for key, value in asdict(config).items() if key not in ("out", "device", "progress")}
-    if not path.exists():
-        atomic_write_json(path, wanted)
-    elif json.loads(path.read_text(encoding="utf-8")) != wanted:
-        raise DatasetError(f"{folder} contains clips of another configuration (see {path}); give another folder.")
 
 
 def _path(folder: Path, file: _File) -> Path:
@@ -156,4 +150,4 @@ def _write(path: Path, arrays: EpisodeArrays, file: _File, model: WorldModel, co
         "relations": torch.from_numpy(relations.astype(np.uint8)),
     }
     named = {"robot": arrays.robot_type} if arrays.robot_type else {}
-    save_safetensors(path, tensors, {"instructions": json.dumps(texts), **named})
+    save_sealed(path, tensors, {"instructions": json.dumps(texts), **named})

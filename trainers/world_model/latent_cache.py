@@ -29,9 +29,9 @@ from tqdm import tqdm
 from rawdream_env.data import schema
 from rawdream_env.data.reader import Episode, LeRobotReader
 from rawdream_env.errors import DatasetError
-from rawdream_env.files import atomic_write_bytes, atomic_write_json, lock_file, remove_litter, serialize_safetensors
+from rawdream_env.files import atomic_write_bytes, lock_file, remove_litter, serialize_safetensors
 from rawdream_env.trainers.common.run_dir import to_json
-from rawdream_env.trainers.world_model.latent_dataset import FORMAT, INDEX, read_index, verify_shard
+from rawdream_env.trainers.world_model.latent_dataset import FORMAT, INDEX, read_index, verify_shard, write_index
 from rawdream_env.world_models.autoencoders import FRAMES_PER_LATENT
 
 
@@ -248,7 +248,7 @@ def _encode_all(
         with safe_open(folder / shard["file"], framework="pt") as file:
             actions.append(file.get_tensor("actions"))
     stats = schema.stats_to_json({"action": schema.numeric_stats(torch.cat(actions).numpy())})["action"]
-    atomic_write_json(folder / INDEX, index | {"complete": True, "statistics": stats})
+    write_index(folder, index | {"complete": True, "statistics": stats})
 
 
 def _ahead(reader: LeRobotReader, episodes: Sequence[int]) -> Iterator[Episode]:
@@ -334,4 +334,4 @@ def _write_shard(
         tensors["poses"].shape[1],
     )
     index["shards"].append(shard)
-    atomic_write_json(folder / INDEX, index)
+    write_index(folder, index)

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from rawdream_env.data import schema
 from rawdream_env.errors import DatasetError
-from rawdream_env.files import sha256_file
+from rawdream_env.files import atomic_write_json, json_sha256, sha256_file
 from rawdream_env.types import Float32Array
 from rawdream_env.world_models.autoencoders import FRAMES_PER_LATENT
 
@@ -44,10 +44,21 @@ QuantileBounds = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """The index of a cache; ``DatasetError`` when it is missing."""
+    """The index of a cache; ``DatasetError`` when it is missing or damaged. Those of earlier versions have no checksum."""
     if not (folder / INDEX).is_file():
         raise DatasetError(f"{folder / INDEX} is missing: {folder} is no latent cache. Create one with cache_latents.")
-    return schema.read_json(folder / INDEX)
+    index = schema.read_json(folder / INDEX)
+    seal = index.pop("sha256", None)
+    if seal is not None and seal != json_sha256(index):
+        raise DatasetError(
+            f"{folder / INDEX} does not match the SHA-256 inside it. Copy it again, or cache the data again."
+        )
+    return index
+
+
+def write_index(folder: Path, index: dict[str, Any]) -> None:
+    """Replace the index of a cache."""
+    atomic_write_json(folder / INDEX, {**index, "sha256": json_sha256(index)})
 
 
 def verify_shard(folder: Path, shard: dict[str, Any]) -> Path:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from rawdream_env.data.reader import Episode, LeRobotReader
 from rawdream_env.errors import DatasetError
-from rawdream_env.files import load_safetensors, save_safetensors
+from rawdream_env.files import load_sealed, save_sealed
 from rawdream_env.robots import Kinematics, find_robot, is_registered
 from rawdream_env.seeding import mix
 from rawdream_env.trainers.world_model.config import WorldModelTrainConfig
@@ -136,7 +136,7 @@ def encode_episodes(
 ) -> LatentEpisodes:
     """Encode every episode once; an existing ``cache`` file is read instead."""
     if cache.exists():
-        return LatentEpisodes(**load_safetensors(cache))
+        return LatentEpisodes(**load_sealed(cache)[0])
     device = model.latent_mean.device
     latents, stills = [], []
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -151,7 +151,7 @@ def encode_episodes(
         torch.from_numpy(np.concatenate(actions)),
         torch.from_numpy(np.concatenate(poses)),
     )
-    save_safetensors(cache, {name: x.contiguous() for name, x in vars(result).items() if x is not None}, {})
+    save_sealed(cache, {name: x.contiguous() for name, x in vars(result).items() if x is not None})
     return result
 
 

@@ -9,10 +9,9 @@ from). Rates over all episodes depend on this mixture; compare the drivers.
 
 from __future__ import annotations
 
-import multiprocessing
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any, cast
@@ -25,7 +24,7 @@ from rawdream_env.envs.episodes import EpisodeRequest, make_env, run_episodes
 from rawdream_env.errors import DatasetError, InvalidOptionError, SimulatorError
 from rawdream_env.evaluation.judges.report import JudgeClip
 from rawdream_env.policies import load_policy
-from rawdream_env.processes import follow_parent, in_main_thread, starting_children, stop_pool
+from rawdream_env.processes import WorkerPool
 from rawdream_env.robots import find_goals, find_robot
 from rawdream_env.seeding import NoiseKey, mix
 from rawdream_env.types import Policy, Start, Video
@@ -139,7 +138,7 @@ def fresh_clips(spec: FreshEpisodes, episodes: int, *, workers: int = 0) -> Iter
     """Run ``episodes`` episodes and yield them in order; ``workers`` processes, 0: in this process.
 
     Raises:
-        SimulatorError: a worker process died. RendererError: no OpenGL.
+        SimulatorError: a worker process died. WorkerStoppedError: one is stopped or stuck. RendererError: no OpenGL.
     """
     if workers == 0:
         player = Player(spec)
@@ -148,23 +147,21 @@ def fresh_clips(spec: FreshEpisodes, episodes: int, *, workers: int = 0) -> Iter
         finally:
             player.close()
         return
-    context = multiprocessing.get_context("spawn")  # a forked OpenGL context does not work in the child
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=follow_parent, initargs=(in_main_thread(),))
+    pool = WorkerPool(workers)
     running: deque[Future[JudgeClip]] = deque()
     try:
         for index in range(episodes):
-            with starting_children():
-                running.append(pool.submit(_play, spec, index))
+            running.append(pool.submit(_play, spec, index))
             if len(running) > 4 * workers:  # bounds the memory of episodes that wait for a slow judge
-                yield running.popleft().result()
+                yield pool.result(running.popleft())
         while running:
-            yield running.popleft().result()
+            yield pool.result(running.popleft())
     except BrokenProcessPool as error:
         raise SimulatorError(
             "a simulator process died (out of memory?); rerun the command with fewer --workers."
         ) from error
     finally:
-        stop_pool(pool)
+        pool.close()
 
 
 def recorded_clips(folders: Sequence[str], *, success_key: str = "", limit: int | None = None) -> Iterator[JudgeClip]:

@@ -26,6 +26,7 @@ from rawdream_env.evaluation.judges.report import JudgeClip, JudgeReport, evalua
 from rawdream_env.evaluation.reporting import html
 from rawdream_env.evaluation.reporting.charts import Point, Series, line_chart
 from rawdream_env.evaluation.reporting.numbers import Json
+from rawdream_env.evaluation.reporting.output import writing_results
 from rawdream_env.evaluation.reporting.provenance import provenance, usable_cores
 from rawdream_env.files import atomic_write_json, atomic_write_text, check_output
 from rawdream_env.judges import load_judge
@@ -122,10 +123,11 @@ def evaluate_judge(config: EvaluateJudgeConfig, *, judge: Judge | None = None) -
     folder = report.write(config.out)
     timing = {"judge_s_per_video": report.judge_seconds / report.n, "seconds": perf_counter() - begun}
     content = {**report.as_dict(), "run": provenance(config=asdict(config), timing=timing)}
-    atomic_write_json(folder / "judge_report.json", content)
     sheet = (folder / "mistakes.png").read_bytes() if report.mistakes() else None
     settings = {name: _setting(asked, name) for name in ("threshold", "need")}
-    atomic_write_text(folder / "judge_report.html", page(content, sheet, **settings))
+    with writing_results(folder):
+        atomic_write_json(folder / "judge_report.json", content)
+        atomic_write_text(folder / "judge_report.html", page(content, sheet, **settings))
     return JudgeEvaluation(report, folder)
 
 

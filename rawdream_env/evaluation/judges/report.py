@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from rawdream_env.errors import DatasetError
+from rawdream_env.evaluation.reporting.output import writing_results
 from rawdream_env.files import atomic_write_bytes, atomic_write_json
 from rawdream_env.judges.base import ask
 from rawdream_env.judges.verdict import combine_votes
@@ -74,8 +75,14 @@ class JudgeRow:
     invalid: Rate
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON form: counts, rates with intervals and n."""
-        return {**self.confusion.as_dict(), "invalid": self.invalid.as_dict()}
+        """JSON form: counts, rates with intervals and n. Both success rates are over the ``judged`` clips."""
+        c = self.confusion
+        rates = {
+            "success": Rate.of(c.true_positive + c.false_positive, c.n),
+            "true_success": Rate.of(c.true_positive + c.false_negative, c.n),
+            "invalid": self.invalid,
+        }
+        return {**c.as_dict(), "judged": c.n, **{name: rate.as_dict() for name, rate in rates.items()}}
 
 
 class JudgeReport:
@@ -165,13 +172,12 @@ class JudgeReport:
 
     def write(self, folder: str | Path) -> Path:
         """Write ``judge_report.json`` and, when there are mistakes, ``mistakes.png``; returns the folder."""
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        atomic_write_json(path / "judge_report.json", self.as_dict())
-        if self._mistakes:
-            atomic_write_bytes(path / "mistakes.png", encode_picture(contact_sheet(self.mistakes())))
-        else:
-            (path / "mistakes.png").unlink(missing_ok=True)
+        with writing_results(folder) as path:
+            atomic_write_json(path / "judge_report.json", self.as_dict())
+            if self._mistakes:
+                atomic_write_bytes(path / "mistakes.png", encode_picture(contact_sheet(self.mistakes())))
+            else:
+                (path / "mistakes.png").unlink(missing_ok=True)
         return path
 
 

@@ -69,7 +69,8 @@ def aggregate(
 
 
 def describe(records: Sequence[EpisodeRecord], at_end: bool) -> dict[str, Any]:
-    """Rates and confusions of some episodes of one policy.
+    """Rates and confusions of some episodes of one policy. ``dream`` is over the readable first verdicts, ``dream_trusted``
+    over those that are known and not flagged: it is the success rate in the dream.
 
     ``at_end``: compare verdicts with success at the end of the video, else with success after any chunk.
     """
@@ -79,6 +80,8 @@ def describe(records: Sequence[EpisodeRecord], at_end: bool) -> dict[str, Any]:
         "simulator": Rate.over(r.simulator for r in records).as_dict(),
         "simulator_end": Rate.over(r.simulator_end for r in records).as_dict(),
         "dream": Rate.over(r.dream == 1 for r in dreams).as_dict(),
+        "dream_trusted": Rate.over(r.dream == 1 for r in records if r.trusted).as_dict(),
+        "verdicts": verdict_counts(records),
         "dream_invalid": sum(r.dream < 0 for r in records),
         "closed_loop": Confusion.over([r.dream == 1 for r in dreams], truth).as_dict(),
     }
@@ -98,6 +101,19 @@ def describe(records: Sequence[EpisodeRecord], at_end: bool) -> dict[str, Any]:
         ).as_dict()
         out["judge_invalid"] = len(records) - len(judged)
     return out
+
+
+def verdict_counts(records: Sequence[EpisodeRecord]) -> dict[str, int]:
+    """The dream's episodes apart, as GRPO counts its rollouts.
+
+    ``judged``: the outcome is known, flagged ones included; ``invalid``: no first verdict, or no second one of a success;
+    ``flagged``: a success that did not repeat; ``trusted``: judged and not flagged.
+    """
+    flagged, trusted = sum(r.flagged for r in records), sum(r.trusted for r in records)
+    judged = flagged + trusted
+    return {
+        "episodes": len(records), "judged": judged, "invalid": len(records) - judged, "flagged": flagged, "trusted": trusted
+    }  # fmt: skip
 
 
 def _acted_truth(records: Sequence[EpisodeRecord], at_end: bool) -> list[bool]:
@@ -123,13 +139,11 @@ def verification(dreams: Sequence[EpisodeRecord], at_end: bool) -> dict[str, Any
         return Confusion.over([r.dream == 1 for r in some], truth)
 
     flagged = against([r for r in readable if r.flagged])
-    repeated, failures = sum(r.result.verified for r in readable), sum(r.dream == 0 for r in dreams)
     return {
         "against": "dreamed actions in the simulator" if acted else "closed-loop episode in the simulator",
         "flagged": Rate.over(r.flagged for r in readable).as_dict(),
         "invalid": len(successes) - len(readable),
         "flagged_wrong": Rate.of(flagged.false_positive, flagged.n).as_dict(),
-        "dream_verified": Rate.of(repeated, failures + len(readable)).as_dict(),
         "before": against(dreams).as_dict(),
         "after": against(kept).as_dict(),
     }
@@ -158,10 +172,12 @@ def conclusions(policies: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def gain(before: Sequence[EpisodeRecord], after: Sequence[EpisodeRecord]) -> dict[str, Any]:
-    """Difference of success rates on the same starts with a paired interval; simulator and dream apart."""
+    """Difference of success rates on the same starts with a paired interval; simulator and dream apart, the dream over the
+    starts at which both outcomes are trusted.
+    """
     known = {(r.task, r.index): r for r in before}
     pairs = [(known[r.task, r.index], r) for r in after]
-    both = [(a, b) for a, b in pairs if a.dream >= 0 and b.dream >= 0]
+    both = [(a, b) for a, b in pairs if a.trusted and b.trusted]
     return {
         "simulator": paired_bootstrap([a.simulator for a, _ in pairs], [b.simulator for _, b in pairs]).as_dict(),
         "dream": paired_bootstrap([a.dream == 1 for a, _ in both], [b.dream == 1 for _, b in both]).as_dict(),
@@ -184,7 +200,7 @@ def rank_policies(records: Sequence[EpisodeRecord], *, resamples: int = 500, see
     for r in records:
         at = policies.index(r.policy), where[r.task, r.index]
         simulator[at] = r.simulator
-        if r.dream >= 0:
+        if r.trusted:
             dream[at] = r.dream
     task_of = np.array([tasks.index(task) for task, _ in starts])
 

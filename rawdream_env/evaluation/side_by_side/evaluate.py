@@ -11,7 +11,8 @@ Up to five outcomes are recorded for every start (task, index) and every policy:
 5. *judge*: the judge on the simulator's videos, which isolates the judge's errors from the world model's.
 
 ``diagnose`` adds 3, 4 and 5. They split the gap between dream and simulator into the judge's share (5) and the world model's
-(3 and 4 beyond 5). INVALID verdicts are counted separately and are not failures.
+(3 and 4 beyond 5). INVALID verdicts and flagged successes are counted separately: the success rate in the dream is over the
+episodes that were judged and not flagged.
 
 Both worlds are vector environments that :func:`rawdream_env.envs.episodes.run_episodes` steps. ``sim_env`` (an id) or
 ``simulator`` (an object) replaces the simulator by any Gymnasium vector environment that has our infos, lists its ``tasks``
@@ -321,8 +322,9 @@ def _frames(rollout: Rollout) -> UInt8Array:
 def _rates(name: str, records: Sequence[EpisodeRecord]) -> dict[str, str]:
     """Success rates of a policy so far, for the progress bar."""
     own = [record for record in records if record.policy == name]
-    rates = {"sim": sum(r.simulator for r in own), "dream": sum(r.dream == 1 for r in own)}
-    return {"policy": name, **{world: f"{100 * count / len(own):.0f}%" for world, count in rates.items()}}
+    outcomes = {"sim": [r.simulator for r in own], "dream": [r.dream == 1 for r in own if r.trusted]}
+    rates = {world: f"{100 * sum(some) / len(some):.0f}%" if some else "-" for world, some in outcomes.items()}
+    return {"policy": name, **rates}
 
 
 def config_dict(config: EvaluateConfig) -> dict[str, Any]:

@@ -37,6 +37,11 @@ class EpisodeRecord:
         """Whether the dream has a success that did not repeat."""
         return self.result.flagged
 
+    @property
+    def trusted(self) -> bool:
+        """Whether the dream's outcome is known: judged, and not flagged."""
+        return self.result.valid
+
 
 _KINDS = {
     (True, 1): "both succeed",

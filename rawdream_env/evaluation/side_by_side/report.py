@@ -17,6 +17,7 @@ from markupsafe import Markup
 from rawdream_env.evaluation.reporting import html, pictures
 from rawdream_env.evaluation.reporting.charts import Series, line_chart, point
 from rawdream_env.evaluation.reporting.numbers import Json, estimate_text, percent
+from rawdream_env.evaluation.reporting.output import writing_results
 from rawdream_env.evaluation.side_by_side.records import Clip, SideBySide
 from rawdream_env.files import atomic_write_json, atomic_write_text
 from rawdream_env.media import encode_video
@@ -50,14 +51,13 @@ _LEGEND = {
 
 def write_report(result: SideBySide, folder: str | Path, fps: float) -> Path:
     """Write the three files into ``folder``, which is created if missing; returns the path of the page."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({**asdict(record), "flagged": record.flagged}) for record in result.records]
-    atomic_write_text(folder / "episodes.jsonl", "".join(line + "\n" for line in lines))
-    atomic_write_json(folder / "report.json", result.report)
-    path = folder / "report.html"
-    atomic_write_text(path, render(result.report, result.clips, fps))
-    return path
+    page = render(result.report, result.clips, fps)
+    with writing_results(folder) as path:
+        atomic_write_text(path / "episodes.jsonl", "".join(line + "\n" for line in lines))
+        atomic_write_json(path / "report.json", result.report)
+        atomic_write_text(path / "report.html", page)
+    return path / "report.html"
 
 
 def render(report: Json, clips: Sequence[Clip], fps: float) -> str:

@@ -9,14 +9,17 @@ from rawdream_env.evaluation.reporting.numbers import rate_text
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """Success rates per policy and task in the dream and the simulator, then the gains and the conclusions."""
-    lines = [("policy", "task", "dream", "simulator")]
+    """Success rates per policy and task in the dream (of trusted episodes) and the simulator, with the dream's INVALID and
+    flagged episodes, then the gains and the conclusions.
+    """
+    lines: list[tuple[str, ...]] = [("policy", "task", "dream", "INVALID", "flagged", "simulator")]
     for entry in report["policies"]:
         parts = {"all tasks": entry["all"], **entry["tasks"]}
         for number, (task, part) in enumerate(parts.items()):
             name = "" if number else entry["name"]
-            lines.append((name, task, rate_text(part["dream"]), rate_text(part["simulator"])))
-    widths = [max(len(line[i]) for line in lines) for i in range(4)]
+            apart = (str(part["verdicts"][kind]) for kind in ("invalid", "flagged"))
+            lines.append((name, task, rate_text(part["dream_trusted"]), *apart, rate_text(part["simulator"])))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     text.insert(1, "-" * max(map(len, text)))
     return "\n".join([*text, *_gains(report), *report["conclusions"]])

@@ -111,6 +111,7 @@ def evaluate_world_model(
         CheckpointError: the world model or the file of an extractor is missing or does not fit.
         DatasetError: a data folder is damaged, or has no episode of at least one chunk.
     """
+    from rawdream_env.evaluation.reporting.output import writing_results
     from rawdream_env.evaluation.world_model.report import render
     from rawdream_env.files import atomic_write_bytes, atomic_write_json, atomic_write_text, check_output
 
@@ -136,7 +137,6 @@ def evaluate_world_model(
             approximations=config.approximations,
         )
     episodes, notes = _read(config, world_model)
-    folder.mkdir(parents=True, exist_ok=True)
     fidelity = evaluate_fidelity(
         world_model,
         episodes,
@@ -155,10 +155,12 @@ def evaluate_world_model(
         "run": provenance(seed=config.seed),
     }
     film = _film(fidelity)
-    for name, content in film.items():
-        atomic_write_bytes(folder / name, content)
-    atomic_write_json(folder / "fidelity.json", report)
-    atomic_write_text(folder / "report.html", render(report, film.get("grid.mp4")))
+    page = render(report, film.get("grid.mp4"))
+    with writing_results(folder):
+        for name, content in film.items():
+            atomic_write_bytes(folder / name, content)
+        atomic_write_json(folder / "fidelity.json", report)
+        atomic_write_text(folder / "report.html", page)
     return WorldModelEvaluation(report, folder)
 
 

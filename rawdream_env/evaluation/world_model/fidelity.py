@@ -193,14 +193,14 @@ class Fidelity:
 
     def save(self, folder: str | Path) -> None:
         """Write ``fidelity.json``, ``fidelity.png`` and ``fidelity.gif`` into ``folder``."""
+        from rawdream_env.evaluation.reporting.output import writing_results
         from rawdream_env.files import atomic_write_bytes, atomic_write_json
 
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        atomic_write_json(folder / "fidelity.json", self.as_dict())
-        if self.samples:
-            atomic_write_bytes(folder / "fidelity.png", encode_picture(self.picture(), optimize=True))
-            atomic_write_bytes(folder / "fidelity.gif", encode_gif(self.clip(), self.fps))
+        with writing_results(folder) as path:
+            atomic_write_json(path / "fidelity.json", self.as_dict())
+            if self.samples:
+                atomic_write_bytes(path / "fidelity.png", encode_picture(self.picture(), optimize=True))
+                atomic_write_bytes(path / "fidelity.gif", encode_gif(self.clip(), self.fps))
 
 
 def evaluate_fidelity(

@@ -14,7 +14,7 @@ import threading
 from collections import OrderedDict
 from pathlib import Path
 
-from rawdream_env.files import atomic_write_json
+from rawdream_env.files import atomic_write_json, json_sha256
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +38,13 @@ class ReplyCache:
         if self._folder is None:
             return None
         try:
-            replies = json.loads(self._path(key).read_text(encoding="utf-8"))["replies"]
+            entry = json.loads(self._path(key).read_text(encoding="utf-8"))
+            replies = entry["replies"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
         if not isinstance(replies, list) or not all(isinstance(reply, str) for reply in replies):
+            return None
+        if "sha256" in entry and entry["sha256"] != json_sha256([key, replies]):  # earlier versions wrote none
             return None
         self._remember(key, tuple(replies))
         return tuple(replies)
@@ -53,7 +56,7 @@ class ReplyCache:
             return
         try:
             self._path(key).parent.mkdir(parents=True, exist_ok=True)
-            atomic_write_json(self._path(key), {"replies": list(replies)})
+            atomic_write_json(self._path(key), {"replies": list(replies), "sha256": json_sha256([key, list(replies)])})
         except (OSError, UnicodeError) as error:
             if not self._warned:
                 self._warned = True

@@ -100,9 +100,9 @@ class Rows:
         self._renderer.close()
 
 
-def serve(pipe: Connection, from_main_thread: bool, rows: Sequence[int], image_size: int, layout: str) -> None:
+def serve(pipe: Connection, rows: Sequence[int], image_size: int, layout: str) -> None:
     """A worker's life: answer every request with (number, True, result) or (number, False, error) until the pipe closes."""
-    follow_parent(from_main_thread)
+    follow_parent()
     twins = Rows(rows, image_size, layout)
     with contextlib.suppress(EOFError, OSError):
         while True:

@@ -30,7 +30,7 @@ from rawdream_env.piper.geometry import check_image_size
 from rawdream_env.piper.relations import BoolArray, find_task
 from rawdream_env.piper.simulator.layouts import check_layout
 from rawdream_env.piper.simulator.rows import Request, Rows, serve
-from rawdream_env.processes import in_main_thread, starting_children
+from rawdream_env.processes import starting_children
 from rawdream_env.types import ACTION_DIM, Float32Array, UInt8Array
 
 _CLOSE_S = 5.0
@@ -133,7 +133,7 @@ class PiperWorkers:
                 _bound(ours, timeout_s)
                 process = context.Process(
                     target=serve,
-                    args=(theirs, in_main_thread(), self._rows_of(w), image_size, layout),
+                    args=(theirs, self._rows_of(w), image_size, layout),
                     name=f"piper-worker-{w}",
                     daemon=True,
                 )

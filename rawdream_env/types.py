@@ -36,10 +36,15 @@ class Outcome(IntEnum):
 
 @dataclass(frozen=True)
 class Video:
-    """Frames to be judged: ``frames`` uint8 (F, H, W, 3), the start frame first; ``fps`` in Hz."""
+    """Frames to be judged: ``frames`` uint8 (F, H, W, 3), the start frame first; ``fps`` in Hz.
+
+    ``state_success``: whether the task is done at the end, by the state behind the pictures: 1, 0, or -1 where there is no
+    such state. Only the judge "state" reads it.
+    """
 
     frames: UInt8Array
     fps: float
+    state_success: int = -1
 
 
 @dataclass(frozen=True)
@@ -165,6 +170,15 @@ class SupportsPrepare(Protocol):
 
     def prepare(self, num_envs: int) -> None:
         """Raise ``NotEnoughMemoryError`` when ``num_envs`` rows do not fit."""
+        ...
+
+
+@runtime_checkable
+class SupportsState(Protocol):
+    """A world model that imagines a state and not only pictures."""
+
+    def success(self, state: Any, instructions: Sequence[str]) -> Any:
+        """Whether each row's task is done in its state: int8 (B,), 1, 0, or -1 where the model cannot tell."""
         ...
 
 

@@ -47,7 +47,8 @@ class ChunkResult:
     ``frames`` uint8 (n, K, H, W, 3), or the last one alone, (n, 1, H, W, 3), where ``return_frames`` is off;
     ``verdict`` int8 (n,): 1 success, 0 failure, -1 no verdict or invalid; ``valid`` bool (n,): False where the judge
     failed or the frames are not finite; ``ends`` bool (n,): the episode ends before its horizon;
-    ``probability`` float64 (n,) of success, NaN where unknown, or None without probabilities.
+    ``probability`` float64 (n,) of success, NaN where unknown, or None without probabilities; ``state_success`` int8 (n,):
+    1 or 0 by the state behind the pictures, -1 unknown, or None without a state.
     """
 
     frames: UInt8Array
@@ -55,6 +56,7 @@ class ChunkResult:
     valid: NDArray[np.bool_]
     ends: NDArray[np.bool_]
     probability: NDArray[np.float64] | None = None
+    state_success: NDArray[np.int8] | None = None
 
 
 class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
@@ -79,8 +81,8 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
     ## Infos
     Arrays with ``_key`` masks: ``instruction`` (object), ``task_id`` (int64), ``is_success`` (bool), ``verdict`` (int8:
     1, 0, -1 none or invalid), ``valid`` (bool), with ``return_frames`` ``frames`` (uint8, (num_envs, K, H, W, 3)), and
-    ``success_probability`` (float64) where a judge gives one. An environment that knows the state behind the pictures may
-    add ``state_success`` (bool) at the end of an episode; it is never rewarded. A row whose mask is False did nothing in this
+    ``success_probability`` (float64) where a judge gives one. A dream whose world model imagines a
+    state adds ``state_success`` (bool): whether the task is done in it; it is not rewarded. A row whose mask is False did nothing in this
     call. With a ``reflector``, ``verdict`` and ``is_success`` are the reflector's, and ``env_verdict`` (int8) is the
     environment's own.
 
@@ -435,6 +437,8 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
         if result.probability is not None:
             known = ~np.isnan(result.probability)
             put(infos, self.num_envs, "success_probability", rows[known], result.probability[known])
+        if result.state_success is not None and (known := result.state_success >= 0).any():
+            put(infos, self.num_envs, "state_success", rows[known], result.state_success[known] == 1)
         if self.return_frames:
             put(infos, self.num_envs, "frames", rows, result.frames)
 
@@ -484,7 +488,7 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
         for key in [key for key in infos if not key.startswith("_")]:
             rows = done[infos["_" + key][done]]
             put(final_info, self.num_envs, key, rows, infos[key][rows])
-            if key in ("frames", "success_probability", "env_verdict"):  # the new episode has none yet
+            if key in ("frames", "success_probability", "env_verdict", "state_success"):  # the new episode has none yet
                 infos[key][rows] = 0
                 infos["_" + key][rows] = False
         self._restart(done)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from rawdream_env.envs.imagination import (
     imagine,
     scatter,
     select,
+    state_success,
 )
 from rawdream_env.envs.reflector import Reflector
 from rawdream_env.errors import InvalidActionError, InvalidOptionError
@@ -270,8 +272,10 @@ class DreamVectorEnv(ChunkVectorEnv):
                 state, rows = select(state, keep), [rows[i] for i in keep]
             actions = np.stack([trajectories[row].actions[chunk] for row in rows]).astype(np.float32)
             state, frames, finite = imagine(self.world_model, state, actions)
+            done = state_success(self.world_model, state, [episodes[row].start for row in rows])
             for i, row in enumerate(rows):
                 episodes[row].actions.append(actions[i])
+                episodes[row].state_success = int(done[i])
                 episodes[row].valid = bool(finite[i])
                 if finite[i]:
                     episodes[row].frames.append(frames[i].copy())
@@ -296,6 +300,9 @@ class DreamVectorEnv(ChunkVectorEnv):
         state = self._state if whole else select(self._state, rows)
         state, frames, finite = imagine(self.world_model, state, actions)
         episodes = [self._extended(row, actions[i], frames[i], bool(finite[i])) for i, row in enumerate(rows.tolist())]
+        done = state_success(self.world_model, state, [episode.start for episode in episodes])
+        for episode, success in zip(episodes, done.tolist(), strict=True):
+            episode.state_success = success
         wanted = finite & (last | (self.judge_every == "chunk")) & self._judged[rows]
         verdicts = self._judge(self.judge, episodes, wanted.tolist())
         self._state = state if whole else scatter(self._state, rows, state)
@@ -307,7 +314,7 @@ class DreamVectorEnv(ChunkVectorEnv):
                 episodes[i].verdict = verdict
             episodes[i].valid = verdict is None or verdict.outcome != Outcome.INVALID
             self._current[row] = episodes[i]
-        return self._result(frames, episodes, verdicts, ~finite)
+        return replace(self._result(frames, episodes, verdicts, ~finite), state_success=done)
 
     def _finish(self, rows: Rows) -> None:
         for row in rows.tolist():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rawdream_env.errors import InvalidOptionError, RawDreamError
 from rawdream_env.seeding import NoiseKey
-from rawdream_env.types import Float32Array, Start, Trajectory, UInt8Array, Verdict, Video, WorldModel
+from rawdream_env.types import Float32Array, Start, SupportsState, Trajectory, UInt8Array, Verdict, Video, WorldModel
 
 
 @dataclass
@@ -26,10 +26,12 @@ class Episode:
     actions: list[Float32Array] = field(default_factory=list)
     verdict: Verdict | None = None
     valid: bool = True
+    state_success: int = -1
+    """1, 0, or -1 where the world model has no state: after the last chunk."""
 
     def video(self, fps: float) -> Video:
         """All frames so far."""
-        return Video(np.concatenate(self.frames), fps)
+        return Video(np.concatenate(self.frames), fps, self.state_success)
 
     def trajectory(self, action_shape: tuple[int, int]) -> Trajectory:
         """The episode as a trajectory for ``replay``; ``extra`` has ``verdict`` (or None) and ``valid``."""
@@ -89,6 +91,13 @@ def imagine(model: WorldModel, state: Any, actions: Float32Array) -> tuple[Any, 
         finite &= torch.isfinite(frames).flatten(1).all(dim=1).cpu()
         frames = torch.nan_to_num(frames).round().clamp(0, 255)
     return state, frames.detach().to(device="cpu", dtype=torch.uint8).numpy().copy(), finite.numpy()
+
+
+def state_success(model: WorldModel, state: Any, starts: Sequence[Start]) -> NDArray[np.int8]:
+    """Whether each row's task is done in the model's own state: 1, 0, or -1 where it has none (int8 (n,))."""
+    if not isinstance(model, SupportsState):
+        return np.full(len(starts), -1, np.int8)
+    return np.asarray(model.success(state, [start.instruction for start in starts]), np.int8)
 
 
 def select(state: Any, rows: Sequence[int] | NDArray[np.intp]) -> Any:

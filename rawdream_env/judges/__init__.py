@@ -21,7 +21,8 @@ def load_judge(spec: str | Path | Mapping[str, Any] | Judge, *, device: str = "c
     """The judge that ``spec`` names.
 
     Args:
-        spec: ``"embedded"`` (the bundled classifier), ``"scripted"`` (for tests), a folder written by
+        spec: ``"embedded"`` (the bundled classifier), ``"state"`` (what a world model's own state says, see
+            ``judges/state.py``), ``"scripted"`` (for tests), a folder written by
             ``save_pretrained`` (of the bundled judge or of a VideoMAE reward model), ``"owner/name"`` of the Hugging
             Face hub, ``"module:factory"``, a vision-language model (``"vlm_server:http://host:8000/v1"``,
             ``"vlm_local:FOLDER"``, a mapping of options with ``"kind"``, or a ``.json`` file of one; see
@@ -45,6 +46,10 @@ def load_judge(spec: str | Path | Mapping[str, Any] | Judge, *, device: str = "c
         from rawdream_env.judges.scripted import ScriptedJudge
 
         return ScriptedJudge()
+    if isinstance(spec, str) and spec == "state":
+        from rawdream_env.judges.state import StateJudge
+
+        return StateJudge()
     if isinstance(spec, str) and spec.startswith("robometer:"):
         from rawdream_env.judges.robometer import RobometerJudge
 
@@ -58,7 +63,7 @@ def _load_folder(folder: Path, spec: object, device: str, dtype: str | None) -> 
         if spec == EMBEDDED:
             raise CheckpointError(f"the bundled judge is missing from {folder}; train it with `rawdream judge train`")
         raise InvalidOptionError(
-            f"judge {str(spec)!r} is neither 'embedded' nor 'scripted' nor 'robometer:URL' nor a folder nor "
+            f"judge {str(spec)!r} is neither 'embedded' nor 'state' nor 'scripted' nor 'robometer:URL' nor a folder nor "
             "'owner/name' of the Hugging Face hub nor 'module:factory' nor 'vlm_server:http://host:8000/v1'"
         )
     if dtype not in (None, "float32"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import gymnasium as gym
 import numpy as np
@@ -14,9 +14,13 @@ from rawdream_env.errors import InvalidOptionError
 
 AnyVectorEnv = VectorEnv[Any, Any, Any]
 W = TypeVar("W")
+if TYPE_CHECKING:
+    _VectorWrapper = VectorWrapper[Any, Any, Any, Any, Any]
+else:  # in gymnasium 1.2, which RLlib pins, the class is not generic
+    _VectorWrapper = VectorWrapper
 
 
-class ForwardingVectorWrapper(VectorWrapper[Any, Any, Any, Any, Any]):
+class ForwardingVectorWrapper(_VectorWrapper):
     """A ``VectorWrapper`` that also forwards ``call``, ``get_attr``, ``set_attr`` and ``autoreset_mode``.
 
     skrl and LeRobot call the first three, TorchRL looks for ``autoreset_mode`` as an attribute; Gymnasium's base class

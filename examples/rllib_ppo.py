@@ -4,6 +4,8 @@
     python examples/rllib_ppo.py --updates 2
     python examples/rllib_ppo.py --updates 2 --env sim
 
+Untested: written for ray 2.60; no update has been run yet.
+
 RLlib copies single environments itself. The example shows the interface. A Gaussian policy from scratch does not learn four
 manipulation tasks from a sparse reward in a few updates; ``sb3_ppo.py`` and ``torchrl_ppo.py`` start from the bundled
 policy.

@@ -83,7 +83,7 @@ class TokenActions(ForwardingVectorWrapper):
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """Step with integer ``actions`` (B, K*A)."""
-        return self.env.step(_decoded(actions, (self.num_envs, math.prod(self._shape[1:])), self._shape))
+        return self.env.step(_decoded(actions, self.action_space.shape, self._shape))
 
 
 class ImageOnly(ForwardingVectorWrapper):

@@ -40,6 +40,7 @@ from rawdream_env.piper.relations import OBJECTS, PLACE_RELATIONS, TASKS, Task, 
 from rawdream_env.piper.scene import arm_state
 from rawdream_env.piper.scene_pictures import begin_scripted
 from rawdream_env.piper.simulator import layouts
+from rawdream_env.piper.simulator.motions import Waypoint, follow, pick_waypoints, place_waypoints
 from rawdream_env.piper.simulator.renderer import PiperRenderer
 from rawdream_env.piper.simulator.twin import PiperTwin
 from rawdream_env.policies import load_policy
@@ -57,6 +58,7 @@ _IMAGE_SIZE: Final = 64
 _ROWS, _BATCHES, _SCRIPTED = 24, 14, 160
 _EPISODES = _ROWS * _BATCHES + _SCRIPTED
 _TEMPERATURES: Final = (0.0, 0.5, 0.7, 1.0, 1.3)
+_PLACING_SHARE = 0.5
 _CHUNKS = 8
 _ROTATION_NOISE = np.array([1.0, 1.0, 1.0, 0.3, 0.3, 0.3])
 _FEWEST_STEPS = 9
@@ -212,7 +214,12 @@ def _policy_episodes(
 
 def _scripted_episode(twin: PiperTwin, seed: int) -> Recording | None:
     rng = np.random.default_rng(seed)
-    act, _ = begin_scripted(twin, rng)
+    if rng.random() < _PLACING_SHARE:
+        task = find_task(_OTHER_RELATIONS[int(rng.integers(len(_OTHER_RELATIONS)))])
+        twin.set_scene(layouts.sample_task_layout(task, "wide", rng), _tool(rng))
+        act = PlacePractice(twin, task, rng).act
+    else:
+        act, _ = begin_scripted(twin, rng)
     recording = Recording(twin, KINDS.index("scripted"))
     try:
         for _ in range(_CHUNKS * CHUNK_LEN):
@@ -222,6 +229,57 @@ def _scripted_episode(twin: PiperTwin, seed: int) -> Recording | None:
     except SimulatorError:
         return None
     return recording if len(recording) >= _FEWEST_STEPS else None
+
+
+class PlacePractice:
+    """Grasps the first object of a relation well, and lets it go on or in the second, off its middle and from some height,
+    again and again: what rests, what tips and what slides off is learned here.
+    """
+
+    def __init__(self, twin: PiperTwin, task: Task, rng: np.random.Generator) -> None:
+        self._twin, self._task, self._rng = twin, task, rng
+        self._queue: list[Waypoint] = []
+        self._steps = 0
+        self._noise = float(rng.choice([0.0, 0.05, 0.12, 0.25]))
+
+    def act(self) -> Float32Array:
+        """Next action (7,)."""
+        rng = self._rng
+        if not self._queue:
+            held = self._twin.relations()[relation_index(f"holding:{self._task.object_a}")] and self._twin.pose[6] > 0
+            self._queue = self._place() if held else self._pick()
+        waypoint = self._queue[0]
+        action, reached = follow(self._twin.pose, waypoint)
+        self._steps += 1
+        if self._steps >= (waypoint.wait or waypoint.max_steps) or (reached and not waypoint.wait):
+            self._queue.pop(0)
+            self._steps = 0
+        action[:6] += self._noise * rng.normal(size=6) * _ROTATION_NOISE
+        return np.clip(action, -1.0, 1.0).astype(np.float32)
+
+    def _pick(self) -> list[Waypoint]:
+        rng = self._rng
+        return pick_waypoints(
+            self._twin,
+            self._task.object_a,
+            offset=rng.normal(0.0, [0.002, 0.002, 0.001]),
+            turn=float(rng.normal(0.0, 0.1)),
+            lift=float(rng.uniform(0.03, 0.06)),
+            squeeze=int(rng.integers(2, 5)),
+        )
+
+    def _place(self) -> list[Waypoint]:
+        rng = self._rng
+        return place_waypoints(
+            self._twin,
+            self._task.object_a,
+            self._task.object_b,
+            inside=self._task.relation.startswith("in:"),
+            error=rng.normal(0.0, rng.choice([0.003, 0.006, 0.012]), 2),
+            drop=float(rng.uniform(0.0, 0.012)),
+            turn=float(rng.normal(0.0, 0.2)),
+            retreat=float(rng.uniform(0.03, 0.08)),
+        )
 
 
 class _PracticeEnv(ChunkVectorEnv):

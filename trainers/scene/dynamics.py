@@ -10,6 +10,7 @@ Shape letters: B rows, N objects, U frames of a window.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from rawdream_env.trainers.common.schedule import Schedule
 from rawdream_env.trainers.common.training_loop import TrainingLoop
 from rawdream_env.trainers.scene.states import SceneStates, Window, disturb
 from rawdream_env.world_models.scene.dynamics import DynamicsConfig, SceneDynamics, SceneFrame
-from rawdream_env.world_models.scene.loading import new_dynamics
+from rawdream_env.world_models.scene.loading import new_dynamics, read_dynamics
 
 _ROTATION_MM = 20.0
 """Millimetres that count as much as an entry of the rotation matrix: about the objects' radius."""
@@ -46,6 +47,8 @@ class DynamicsTrainConfig:
     """Name of the robot, whose scene the states are of; empty: the default robot."""
     model: DynamicsConfig = field(default_factory=lambda: DynamicsConfig(0))
     """Architecture; the number of objects is the robot's."""
+    init: str = ""
+    """World-model or run folder with trained ``dynamics/`` to start from; empty: from scratch."""
     steps: int = 60_000
     """Number of optimizer steps; with ``minutes`` the maximum."""
     minutes: float = 0.0
@@ -86,6 +89,8 @@ def train_dynamics(config: DynamicsTrainConfig, *, progress: bool = True) -> Sce
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mix(config.seed, 1))
         model = new_dynamics(config.model, config.robot)
+    if config.init:
+        model = read_dynamics(Path(config.init), config.robot).train()
     optimizer = torch.optim.AdamW(
         model.parameters(), config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay, fused=True
     )

@@ -112,9 +112,8 @@ def test_distances_are_those_of_the_shapes(dynamics: SceneDynamics, which: int) 
     outside = want > 1e-3
     assert outside.sum() > 20 and ((gap.numpy() < 0) == (want < 0))[abs(want) > 1e-3].all()
     np.testing.assert_allclose(gap.numpy()[outside], want[outside], atol=2e-4 if tubes else 1e-5)
-    step = 1e-3 * normal[outside]
-    further = distance(dynamics, which, torch.tensor(points, dtype=torch.float32)[outside] + step)[0]
-    torch.testing.assert_close(further - gap[outside], torch.full_like(further, 1e-3), atol=1e-5, rtol=0)
+    nearer = torch.tensor(points, dtype=torch.float32)[outside] - 5e-4 * normal[outside]
+    torch.testing.assert_close(distance(dynamics, which, nearer)[0], gap[outside] - 5e-4, atol=1e-6, rtol=0)
 
 
 def test_distances_by_hand(dynamics: SceneDynamics) -> None:

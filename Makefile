@@ -13,7 +13,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 LINT := build/lint
 
 # Their wheels require builds of torch other than the CPU build; installed without dependencies, they work.
-RL_LIBRARIES := torchrl==0.14.1 skrl==2.1.1 tensordict==0.14.3 pyvers==0.2.3 hoptorch==0.1.4 orjson==3.13.0
+RL_LIBRARIES := torchrl==0.14.1 skrl==2.1.1 tensordict==0.14.3 pyvers==0.2.3 hoptorch==0.1.4 orjson==3.13.0 \
+	rsl-rl-lib==5.5.1 GitPython==3.2.1 gitdb==4.0.12 smmap==5.0.3
 
 .PHONY: demo install test vllm-test lint bench wheel clean help
 .DEFAULT_GOAL := help

@@ -34,7 +34,7 @@ def build(option: dict[str, Any]) -> Any:
 
     kept = {name: value for name, value in option.items() if name != "draw"}
     with contextlib.suppress(CheckpointError):
-        return load_world_model("embedded", **kept)
+        return load_world_model("embedded-video", **kept)
     from dataclasses import replace
 
     from benchmarks.common import random_world_model

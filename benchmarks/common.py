@@ -102,7 +102,7 @@ def embedded_models() -> tuple[Any, Any, Any, bool]:
         from rawdream_env.policies import load_policy
         from rawdream_env.world_models import load_world_model
 
-        return load_world_model("embedded"), load_judge("embedded"), load_policy("embedded"), True
+        return load_world_model("embedded-video"), load_judge("embedded"), load_policy("embedded"), True
     except CheckpointError:
         return random_world_model(), random_judge(), random_policy(), False
 

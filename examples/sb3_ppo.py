@@ -1,40 +1,107 @@
-"""Train PPO of stable-baselines3 in the dream or in the simulator: only the id changes.
+"""Improve the bundled policy with PPO of stable-baselines3, in the dream or in the simulator: only the id changes.
 
     pip install 'rawdream-env[sb3]'
-    python examples/sb3_ppo.py --steps 2000
-    python examples/sb3_ppo.py --steps 2000 --env rawdream/PiperSim-v0
+    python examples/sb3_ppo.py --env dream
+    python examples/sb3_ppo.py --env sim --updates 40 --out runs/sb3
 
-The example shows the interface. PPO from scratch does not learn four manipulation tasks from a sparse reward in 2,000 chunks;
-use ``rawdream policy grpo`` to improve a pre-trained policy.
+PPO starts from the bundled policy (``SB3TokenPolicy``). Before and after training, the policy's success rate is measured in
+the simulator, from the same starts, with 95 % Wilson intervals. With --out the policy is saved for
+``rawdream policy evaluate``.
 """
 
 import argparse
 
 import gymnasium as gym
 from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecMonitor
+from tqdm import tqdm
 
 import rawdream_env  # noqa: F401  (registers the ids)
-from rawdream_env.wrappers import SB3VecEnv
+from rawdream_env.statistics import Rate
+from rawdream_env.trainers.policy.validation import simulator_success
+from rawdream_env.wrappers import InstructionObservation, SB3TokenPolicy, SB3VecEnv, TokenActions
+
+IDS = {"dream": "rawdream/PiperDream-v0", "sim": "rawdream/PiperSim-v0"}
+HORIZON = 8  # chunks in an episode, and in a rollout of every environment
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--env", default="rawdream/PiperDream-v0")
-parser.add_argument("--num-envs", type=int, default=4)
-parser.add_argument("--steps", type=int, default=2000, help="action chunks over all environments")
+parser.add_argument("--env", default="dream", help="dream, sim or the id of an environment")
+parser.add_argument("--num-envs", type=int, default=64)
+parser.add_argument(
+    "--updates", type=int, default=40, help="rollouts of 8 chunks in every environment, each with an update"
+)
+parser.add_argument("--steps", type=int, help="the same in action chunks over all environments")
+parser.add_argument("--lr", type=float, default=2e-4)
+parser.add_argument("--temperature", type=float, default=0.7, help="of sampling in training; evaluation is also greedy")
+parser.add_argument("--episodes", type=int, default=50, help="simulator episodes per task, before and after; 0: none")
+parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--out", help="folder for the model of stable-baselines3 and the policy")
 parser.add_argument("--env-options", nargs="*", default=[], metavar="KEY=VALUE", help="for example world_model=null")
 args = parser.parse_args()
 
+
+class Progress(BaseCallback):
+    """A progress bar with the success rate of the last update's episodes in the training environment."""
+
+    def _on_training_start(self):
+        self.bar = tqdm(total=updates, desc="PPO", unit="update")
+
+    def _on_rollout_start(self):
+        self.outcomes = []
+
+    def _on_step(self):
+        ended = zip(self.locals["infos"], self.locals["dones"], strict=True)
+        self.outcomes += [info["is_success"] for info, done in ended if done]
+        return True
+
+    def _on_rollout_end(self):
+        self.bar.set_postfix_str(f"success {sum(self.outcomes) / max(1, len(self.outcomes)):.0%}")
+        self.bar.update()
+
+    def _on_training_end(self):
+        self.bar.close()
+
+
+def measure(name):
+    """Print the success rates of the trained actor in the simulator."""
+    for temperature in (0.0, args.temperature) if args.episodes else ():
+        rates = simulator_success(model.policy.actor, args.episodes, temperature=temperature, progress=True)
+        total = Rate.of(sum(rate.successes for rate in rates.values()), sum(rate.n for rate in rates.values()))
+        print(f"{name}, temperature {temperature:g}: {total}")
+        for task, rate in rates.items():
+            print(f"  {task:12} {rate}")
+
+
+def learning_rate(left):
+    """Warm-up over the first 4 updates, then constant; ``left`` falls from 1 to 0. Adam's first steps are too large."""
+    return args.lr * min(1.0, ((1 - left) * updates + 1) / 4)
+
+
 options = dict(option.split("=", 1) for option in args.env_options)
-envs = gym.make_vec(args.env, num_envs=args.num_envs, autoreset_mode="SameStep", **options)
+envs = gym.make_vec(IDS.get(args.env, args.env), num_envs=args.num_envs, autoreset_mode="SameStep", **options)
+envs = TokenActions(InstructionObservation(envs, words=True))
+batch = HORIZON * args.num_envs
+updates = args.updates if args.steps is None else max(1, args.steps // batch)
 model = PPO(
-    "MultiInputPolicy",
-    VecMonitor(SB3VecEnv(envs)),
-    n_steps=64,
-    batch_size=64,
-    n_epochs=2,
-    policy_kwargs={"features_extractor_kwargs": {"cnn_output_dim": 64}, "net_arch": [64]},
-    seed=0,
-    verbose=1,
+    SB3TokenPolicy,
+    VecMonitor(SB3VecEnv(envs, end_at_horizon=True)),
+    n_steps=HORIZON,
+    batch_size=max(2, batch // 2),
+    n_epochs=1,
+    learning_rate=learning_rate,
+    gamma=1.0,  # an episode's return is 1 or 0
+    gae_lambda=0.95,
+    clip_range=0.5,  # of the ratio of a chunk, the product over its 56 tokens
+    max_grad_norm=5.0,
+    policy_kwargs={"temperature": args.temperature},
+    seed=args.seed,
+    device="cpu",
 )
-model.learn(args.steps)
+measure("before")
+model.learn(updates * batch, callback=Progress())
 envs.close()
+measure("after")
+if args.out:
+    model.save(f"{args.out}/ppo.zip")
+    model.policy.actor.save_pretrained(f"{args.out}/policy")

@@ -216,7 +216,12 @@ def _memory() -> Check:
 
 
 def _optional() -> Iterator[Check]:
-    for package, extra in (("stable-baselines3", "sb3"), ("torchrl", "torchrl"), ("skrl", "skrl")):
+    for package, extra in (
+        ("stable-baselines3", "sb3"),
+        ("torchrl", "torchrl"),
+        ("skrl", "skrl"),
+        ("rsl-rl-lib", "rsl_rl"),
+    ):
         try:
             yield Check(package, "ok", f"{version(package)} (optional)")
         except PackageNotFoundError:

@@ -215,9 +215,10 @@ class Scene(Protocol):
         """
         ...
 
-    def relations(self, position: Tensor, rotation: Tensor, present: Tensor, arm: Tensor) -> BoolArray:
-        """Which relations hold in B scenes, bool (B, R) in the order of ``GoalGrammar.relations``, from positions (B, O, 3),
-        rotations (B, O, 3, 3), ``present`` (B, O) and arm states (B, 8), on the CPU.
+    def truth(self, position: Tensor, rotation: Tensor, present: Tensor, arm: Tensor) -> tuple[FloatArray, BoolArray]:
+        """What data sets record of B scenes: object poses (B, O, 7), NaN for absent ones, and which relations hold (B, R), in
+        the order of ``GoalGrammar.relations``. From positions (B, O, 3), rotations (B, O, 3, 3), ``present`` (B, O) and arm
+        states (B, 8), on the CPU.
         """
         ...
 

@@ -181,6 +181,12 @@ class SupportsState(Protocol):
         """Whether each row's task is done in its state: int8 (B,), 1, 0, or -1 where the model cannot tell."""
         ...
 
+    def belief(self, state: Any) -> tuple[Any, Any]:
+        """Object poses float64 (B, O, 7), xyz and quaternion wxyz, NaN for absent objects, and relations bool (B, R), as a
+        simulator records them (``privileged.object_poses``, ``privileged.relations``).
+        """
+        ...
+
 
 @runtime_checkable
 class SupportsClose(Protocol):

@@ -93,11 +93,12 @@ def test_constraints_pin_every_requirement_exactly_and_fit():
         *extras["sb3"],
         *extras["torchrl"],
         *extras["skrl"],
+        *extras["rsl_rl"],
     ]:
         requirement = Requirement(text)
         assert requirement.specifier.contains(by_name[canonicalize_name(requirement.name)]), text
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for name, pin in re.findall(r"(\w+)==(\S+)", makefile):
+    for name, pin in re.findall(r"([\w-]+)==(\S+)", makefile):
         assert by_name[canonicalize_name(name)] == pin, f"Makefile pins {name}=={pin}"
 
 

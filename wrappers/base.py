@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import copy
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import gymnasium as gym
 import numpy as np
@@ -16,9 +16,13 @@ from rawdream_env.errors import InvalidOptionError
 
 AnyVectorEnv = VectorEnv[Any, Any, Any]
 W = TypeVar("W")
+if TYPE_CHECKING:
+    _VectorWrapper = VectorWrapper[Any, Any, Any, Any, Any]
+else:  # in gymnasium 1.2, which RLlib pins, the class is not generic
+    _VectorWrapper = VectorWrapper
 
 
-class ForwardingVectorWrapper(VectorWrapper[Any, Any, Any, Any, Any]):
+class ForwardingVectorWrapper(_VectorWrapper):
     """A ``VectorWrapper`` that also forwards ``call``, ``get_attr``, ``set_attr`` and ``autoreset_mode``.
 
     skrl and LeRobot call the first three, TorchRL looks for ``autoreset_mode`` as an attribute; Gymnasium's base class

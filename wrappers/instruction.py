@@ -9,6 +9,7 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.vector.utils import batch_space
 
+from rawdream_env import text
 from rawdream_env.errors import InvalidOptionError
 from rawdream_env.wrappers.base import AnyVectorEnv, ForwardingVectorWrapper
 
@@ -20,19 +21,22 @@ CHARSET = string.ascii_letters + string.digits + string.punctuation + " " + "".j
 
 
 class InstructionObservation(ForwardingVectorWrapper):
-    """Adds ``"instruction"``, a `gymnasium.spaces.Text`, to the ``Dict`` observation.
+    """Adds ``"instruction"`` to the ``Dict`` observation, as text or as the bundled policy's word ids.
 
-    For your own loops and trainers that pass whole observations to a vision-language-action policy. Batched, it is a
-    tuple of num_envs strings, as Gymnasium batches ``Text``; with SAME_STEP autoreset the entries of ``final_obs`` get
-    the instruction of the episode that ended.
+    *Text* (default), a `gymnasium.spaces.Text`: for your own loops and trainers that pass whole observations to a
+    vision-language-action policy. Batched, it is a tuple of num_envs strings, as Gymnasium batches ``Text``.
+    stable-baselines3, skrl and TorchRL do **not** take text observations.
 
-    stable-baselines3, skrl and TorchRL do **not** take text observations. With those, omit this wrapper and read
-    ``infos["instruction"]`` or ``envs.call("task_description")``.
+    *Words* (``words=True``), ``Box(0, 1023, (16,), int64)``: the row of ``rawdream_env.text.tokenize``, which the bundled
+    policy reads. Any library passes it on.
+
+    With SAME_STEP autoreset the entries of ``final_obs`` get the instruction of the episode that ended.
 
     Args:
         env: a vector environment whose observation space is a ``Dict`` and whose infos carry ``instruction``.
         charset: the characters an instruction may have. Sampling the space draws from it.
         max_length: longest instruction in characters.
+        words: word ids instead of text.
 
     Raises:
         InvalidOptionError: the observation space is no ``Dict`` or already has an ``instruction``; an instruction has a
@@ -41,7 +45,9 @@ class InstructionObservation(ForwardingVectorWrapper):
 
     _CHANGES = ("_current",)
 
-    def __init__(self, env: AnyVectorEnv, charset: str = CHARSET, max_length: int = MAX_LENGTH) -> None:
+    def __init__(
+        self, env: AnyVectorEnv, charset: str = CHARSET, max_length: int = MAX_LENGTH, *, words: bool = False
+    ) -> None:
         super().__init__(env)
         single = env.single_observation_space
         if not isinstance(single, spaces.Dict):
@@ -51,7 +57,9 @@ class InstructionObservation(ForwardingVectorWrapper):
         if "instruction" in single.spaces:
             raise InvalidOptionError("The observation already has an 'instruction'; use the wrapper once.")
         self._text = spaces.Text(max_length, charset=charset)
-        self.single_observation_space = spaces.Dict({**single.spaces, "instruction": self._text})
+        self.words = words
+        space = spaces.Box(0, text.VOCAB_SIZE - 1, text.tokenize("").shape, np.int64) if words else self._text
+        self.single_observation_space = spaces.Dict({**single.spaces, "instruction": space})
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self._current: list[str] = [""] * self.num_envs
 
@@ -72,7 +80,7 @@ class InstructionObservation(ForwardingVectorWrapper):
         if "final_obs" in infos:
             finals = np.empty(self.num_envs, dtype=object)
             for row, final in enumerate(infos["final_obs"]):
-                finals[row] = None if final is None else {**final, "instruction": before[row]}
+                finals[row] = None if final is None else {**final, "instruction": self._row(before[row])}
             infos = {**infos, "final_obs": finals}
         return observations, rewards, terminations, truncations, infos
 
@@ -80,16 +88,20 @@ class InstructionObservation(ForwardingVectorWrapper):
         mask = infos.get("_instruction", np.zeros(self.num_envs, bool))
         for row in np.flatnonzero(mask):
             self._current[row] = self._checked(str(infos["instruction"][row]))
-        return {**observations, "instruction": tuple(self._current)}
+        rows = tuple(self._row(instruction) for instruction in self._current)
+        return {**observations, "instruction": np.stack(rows) if self.words else rows}
 
-    def _checked(self, text: str) -> str:
-        if self._text.contains(text):
-            return text
-        unknown = sorted(set(text) - self._text.character_set)
-        reason = f"has {len(text)} characters"
+    def _row(self, instruction: str) -> Any:
+        return text.tokenize(instruction) if self.words else instruction
+
+    def _checked(self, instruction: str) -> str:
+        if self._text.contains(instruction):
+            return instruction
+        unknown = sorted(set(instruction) - self._text.character_set)
+        reason = f"has {len(instruction)} characters"
         if unknown:
             reason = f"has characters outside the charset: {''.join(unknown)!r}"
         raise InvalidOptionError(
-            f"The instruction {text!r} {reason} (allowed: 1 to {self._text.max_length} characters of the charset). "
+            f"The instruction {instruction!r} {reason} (allowed: 1 to {self._text.max_length} characters of the charset). "
             "Pass charset= or max_length= to InstructionObservation."
         )

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from rawdream_env.envs.infos import row_info
 from rawdream_env.errors import InvalidOptionError, MissingDependencyError
 from rawdream_env.wrappers.base import AnyVectorEnv, as_numpy, autoreset_mode, chain
+from rawdream_env.wrappers.spaces import FlatAction
 
 try:
     from stable_baselines3.common.vec_env import VecEnv
@@ -34,7 +35,7 @@ class SB3VecEnv(VecEnv):
     The wrapper translates between the two interfaces:
 
     - actions: stable-baselines3 sees the chunk flattened, ``Box(-1, 1, (K * A,))``, since some of its algorithms only
-      take vectors;
+      take vectors; the ``MultiDiscrete`` of `TokenActions` stays as it is;
     - episode ends: ``dones`` is terminated or truncated, ``TimeLimit.truncated`` marks truncation, the last observation is
       ``terminal_observation``, the infos of that step are those of the episode that ended (``is_success`` with them),
       and the new episode's are in ``reset_infos``;
@@ -44,14 +45,17 @@ class SB3VecEnv(VecEnv):
 
     Args:
         env: a vector environment with SAME_STEP autoreset.
+        end_at_horizon: report the horizon as a terminal state, without ``TimeLimit.truncated``. At a truncation
+            stable-baselines3 adds gamma times the value of the last observation to the reward. That suits tasks that go
+            on; here an episode without success at the horizon has failed, and with gamma 1 it would be rewarded.
 
     Raises:
         InvalidOptionError: another autoreset mode (stable-baselines3 would train on the reset step), a text
-            observation, or an action space that is no ``Box``.
+            observation, or an action space that is neither ``Box`` nor ``MultiDiscrete``.
         MissingDependencyError: stable-baselines3 is not installed.
     """
 
-    def __init__(self, env: AnyVectorEnv) -> None:
+    def __init__(self, env: AnyVectorEnv, *, end_at_horizon: bool = False) -> None:
         mode = autoreset_mode(env)
         if mode is not AutoresetMode.SAME_STEP:
             raise InvalidOptionError(
@@ -59,17 +63,17 @@ class SB3VecEnv(VecEnv):
                 'make it with gym.make_vec(id, num_envs=..., autoreset_mode="SameStep").'
             )
         actions, observations = env.single_action_space, env.single_observation_space
-        if not isinstance(actions, spaces.Box):
-            raise InvalidOptionError(f"SB3VecEnv flattens a Box action space, not {type(actions).__name__}.")
-        if isinstance(observations, spaces.Dict) and "instruction" in observations.spaces:
+        if not isinstance(actions, spaces.Box | spaces.MultiDiscrete):
+            raise InvalidOptionError(f"SB3VecEnv takes Box or MultiDiscrete actions, not {type(actions).__name__}.")
+        if isinstance(observations, spaces.Dict) and any(isinstance(s, spaces.Text) for s in observations.values()):
             raise InvalidOptionError(
-                "stable-baselines3 takes no text observations: omit InstructionObservation and read "
-                "infos['instruction']."
+                "stable-baselines3 takes no text observations: use InstructionObservation(env, words=True), or omit it and "
+                "read infos['instruction']."
             )
-        self.env = env
+        self.env = FlatAction(env) if isinstance(actions, spaces.Box) else env
+        self.end_at_horizon = end_at_horizon
         self._actions: NDArray[Any] | None = None
-        flat = spaces.Box(actions.low.reshape(-1), actions.high.reshape(-1), dtype=np.float32)
-        super().__init__(env.num_envs, observations, flat)
+        super().__init__(env.num_envs, observations, self.env.single_action_space)
 
     def reset(self) -> Any:
         """Reset every environment with the seeds of ``seed()`` (used once); infos go to ``reset_infos``."""
@@ -89,9 +93,7 @@ class SB3VecEnv(VecEnv):
 
     def step_async(self, actions: NDArray[Any]) -> None:
         """Keep ``actions`` (B, K * A) for ``step_wait``."""
-        shape = self.env.single_action_space.shape
-        assert shape is not None
-        self._actions = np.asarray(actions, np.float32).reshape(self.num_envs, *shape)
+        self._actions = np.asarray(actions)
 
     def step_wait(self) -> tuple[Any, NDArray[np.float32], NDArray[np.bool_], list[dict[str, Any]]]:
         """Take the step: observations, rewards float32 (B,), dones bool (B,), one info dict per row."""
@@ -109,7 +111,7 @@ class SB3VecEnv(VecEnv):
                 self.reset_infos[row] = info
                 info = row_info(finals["final_info"], row)
                 info["terminal_observation"] = _arrays(finals["final_obs"][row])
-            info["TimeLimit.truncated"] = bool(truncated[row] and not terminated[row])
+            info["TimeLimit.truncated"] = bool(truncated[row] and not terminated[row] and not self.end_at_horizon)
             rows.append(info)
         return _arrays(observations), as_numpy(rewards).astype(np.float32), dones, rows
 

@@ -81,10 +81,10 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
     ## Infos
     Arrays with ``_key`` masks: ``instruction`` (object), ``task_id`` (int64), ``is_success`` (bool), ``verdict`` (int8:
     1, 0, -1 none or invalid), ``valid`` (bool), with ``return_frames`` ``frames`` (uint8, (num_envs, K, H, W, 3)), and
-    ``success_probability`` (float64) where a judge gives one. A dream whose world model imagines a state adds
-    ``state_success`` (bool): whether the task is done in it; it is not rewarded. A row whose mask is False did nothing in this
-    call. With a ``reflector``, ``verdict`` and ``is_success`` are the reflector's, and ``env_verdict`` (int8) is the
-    environment's own.
+    ``success_probability`` (float64) where a judge gives one. A dream whose world model imagines a
+    state adds ``state_success`` (bool): whether the task is done in it; it is not rewarded. A row whose mask is False did
+    nothing in this call. With a ``reflector``, ``verdict`` and ``is_success`` are the reflector's, and ``env_verdict``
+    (int8) is the environment's own.
 
     ## Autoreset
     NextStep: the step after an episode's end ignores that row's action, gives reward 0 and the next episode's first

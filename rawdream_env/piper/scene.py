@@ -142,12 +142,12 @@ class PiperScene:
         groups = {"blue_block": cube, "red_block": cube, "stove": stove, "spoon": half_turn, "cup": half_turn}
         return tuple(groups.get(name, np.eye(3)[None]) for name in OBJECTS)
 
-    def relations(self, position: Tensor, rotation: Tensor, present: Tensor, arm: Tensor) -> BoolArray:
-        """The relations of scenes (B,), in the order of ``relations.RELATION_NAMES``."""
+    def truth(self, position: Tensor, rotation: Tensor, present: Tensor, arm: Tensor) -> tuple[FloatArray, BoolArray]:
+        """Object poses of scenes (B,), and their relations in the order of ``relations.RELATION_NAMES``."""
         poses = np.full((*present.shape, 7), np.nan)
         here = present.numpy()
         poses[here, :3], poses[here, 3:] = position.numpy()[here], _quaternion(rotation.numpy()[here])
-        return relations(poses, arm[:, 6:].sum(-1).numpy(), arm[:, :3].numpy())
+        return poses, relations(poses, arm[:, 6:].sum(-1).numpy(), arm[:, :3].numpy())
 
     def arm_at_rest(self, command: Tensor) -> Tensor:
         """Commanded poses (..., 7) -> states of an arm that has settled there (..., 8)."""

@@ -3,7 +3,9 @@
 Two thirds of the episodes are a policy's, with sampling temperatures, action noise, biased chunks and sudden releases, so
 that its grasps are there in all degrees of failure; the others are scripted: play, grasp practice and noisy experts. The
 policy's scenes are those of the tasks, of the tasks with another object (or none) in place of the target, and of relations
-that are no task. **An episode ends before the relation of a task comes true**, so the data hold no success of a task.
+that are no task. **An episode ends before the relation of a task comes true**, so the data hold no success of a task. It also
+ends where a task's object is let go near its target, whatever comes of it: if successes alone were cut off, the data would
+say that the object always falls.
 
 ``states-00000.safetensors`` holds E episodes with T rows in all; absent objects are zero::
 
@@ -59,6 +61,8 @@ _TEMPERATURES: Final = (0.0, 0.5, 0.7, 1.0, 1.3)
 _CHUNKS = 8
 _ROTATION_NOISE = np.array([1.0, 1.0, 1.0, 0.3, 0.3, 0.3])
 _FEWEST_STEPS = 9
+_UP, _NEAR_TARGET = 0.01, 0.10
+"""An object this much (m) above where it lay, and this close to its target, may be placed on it."""
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -182,7 +186,9 @@ class Recording:
         """The episode as in a shard."""
         rows = {name: np.stack([row[name] for row in self._rows]) for name in self._rows[0]}
         present = np.array([[name in self.present for name in OBJECTS]])
-        return rows | {"length": np.array([len(self._rows)]), "present": present, "kind": np.array([self.kind])}
+        end = let_go_near_target(rows["position"], present[0], rows["command"])
+        rows = {name: values[:end] for name, values in rows.items()}
+        return rows | {"length": np.array([end]), "present": present, "kind": np.array([self.kind])}
 
     def _row(self) -> Arrays:
         twin = self.twin
@@ -196,6 +202,25 @@ class Recording:
             "command": twin.pose,
         }
         return {name: np.asarray(value, np.float32) for name, value in row.items()}
+
+
+def let_go_near_target(position: NDArray[Any], present: NDArray[np.bool_], command: NDArray[Any]) -> int:
+    """Number of rows (of T) before the gripper opens while a task's object is held up near its target.
+
+    Args:
+        position: (T, O, 3). present: (O,). command: (T, 7), after each row's control step.
+    """
+    opens = command[:, 6] < 0
+    end = len(position)
+    for task in TASKS:
+        a, b = OBJECTS.index(task.object_a), OBJECTS.index(task.object_b)
+        if present[a] and present[b]:
+            before = np.concatenate([position[:1], position[:-1]])
+            up = before[:, a, 2] > position[0, a, 2] + _UP
+            near = np.linalg.norm(before[:, a, :2] - before[:, b, :2], axis=-1) < _NEAR_TARGET
+            found = np.flatnonzero(opens & up & near)
+            end = min(end, int(found[0])) if len(found) else end
+    return end
 
 
 def _policy_episodes(

@@ -212,6 +212,11 @@ class TinyVLA(TokenPolicy):
 
     def forward_train(self, frames: Tensor, word_ids: Tensor) -> tuple[Tensor, Tensor]:
         """``frames`` uint8 (B, H, W, 3), ``word_ids`` int64 (B, 16) -> logits (B, K*A, 256), read-out (B, 13)."""
+        registers, steps = self.features(frames, word_ids)
+        return self.token_logits(steps), self.auxiliary_head(registers.flatten(1))
+
+    def features(self, frames: Tensor, word_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The decoder's output for frames and words as above: registers (B, 3, D) and step queries (B, K, D)."""
         b = frames.shape[0]
         present = word_ids != 0
         # In an empty sentence the first word counts as present: attention over nothing is not defined.
@@ -228,10 +233,14 @@ class TinyVLA(TokenPolicy):
         for layer in self.decoder:
             x = layer(x, sentence, mask, cells)
         x = self.head_norm(x)
-        features = self.head(x[:, 3:]).view(b, self.chunk_len, ACTION_DIM, -1)
-        with torch.autocast(frames.device.type, enabled=False):  # scores stay in float32: bfloat16 has 2-3 digits
+        return x[:, :3], x[:, 3:]
+
+    def token_logits(self, steps: Tensor) -> Tensor:
+        """Token scores (B, K*A, 256) of step queries (B, K, D)."""
+        features = self.head(steps).view(len(steps), self.chunk_len, ACTION_DIM, -1)
+        with torch.autocast(steps.device.type, enabled=False):  # scores stay in float32: bfloat16 has 2-3 digits
             logits = features.float() @ self.bins + self.bin_bias
-        return logits.reshape(b, self.num_action_tokens, NUM_TOKENS), self.auxiliary_head(x[:, :3].flatten(1))
+        return logits.reshape(len(steps), self.num_action_tokens, NUM_TOKENS)
 
     def _cells(self, frames: Tensor, pooled: Tensor) -> Tensor:
         """Frames uint8 (B, H, W, 3) and the pooled sentence (B, D) -> cells (B, N, D)."""

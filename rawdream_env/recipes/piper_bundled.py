@@ -42,7 +42,7 @@ from rawdream_env.evaluation.world_model.fidelity import evaluate_fidelity
 from rawdream_env.files import atomic_write_json
 from rawdream_env.piper.goals import OTHER_RELATIONS
 from rawdream_env.piper.starts import make_start_pack
-from rawdream_env.recipes.card import write_card
+from rawdream_env.recipes.card import write_card, write_manifest
 from rawdream_env.recipes.folders import Paths, settings_of
 from rawdream_env.recipes.presets import PRESETS, Scale, VideoScale
 from rawdream_env.recipes.scene_stages import scene_stages
@@ -354,3 +354,4 @@ def _install(assets: Path) -> None:
         if folder.is_dir():  # another kind of world model has other files
             shutil.rmtree(target / folder.name, ignore_errors=True)
     shutil.copytree(assets, target, dirs_exist_ok=True)
+    write_manifest(target)  # of all files there

@@ -13,6 +13,7 @@ from rawdream_env.resolve import bundled_folder, resolve
 if TYPE_CHECKING:
     from rawdream_env.types import WorldModel
 
+EMBEDDED_VIDEO = "embedded-video"
 APPROXIMATIONS = ("rolling_cache", "tiny_decoder", "fp8")
 
 
@@ -25,8 +26,9 @@ def load_world_model(
     approximations: Sequence[str] = (),
     micro_batch_size: int = 0,
 ) -> WorldModel:
-    """The world model that ``spec`` names: "embedded" (the bundled one), "null" (the small twin, for tests), a folder,
-    "owner/name" of the Hugging Face hub, "module:factory", or an object with the ``WorldModel`` protocol.
+    """The world model that ``spec`` names: "embedded" (the bundled one, of object states), "embedded-video" (the bundled video
+    diffusion transformer), "null" (the small twin, for tests), a folder, "owner/name" of the Hugging Face hub,
+    "module:factory", or an object with the ``WorldModel`` protocol.
 
     Args:
         spec: see above.
@@ -51,7 +53,7 @@ def load_world_model(
 
         return NullWorldModel()
     found: Path | WorldModel = resolve(
-        spec,
+        bundled_folder("video_world_model") if spec == EMBEDDED_VIDEO else spec,
         "world model",
         WorldModel,
         bundled=bundled_folder("world_model"),

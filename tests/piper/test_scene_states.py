@@ -15,8 +15,15 @@ from torch import Tensor
 from rawdream_env.errors import DatasetError
 from rawdream_env.files import load_safetensors
 from rawdream_env.piper import geometry
-from rawdream_env.piper.relations import TASKS, relation_index, relations
-from rawdream_env.piper.scene_states import KINDS, Recording, ShardSize, collect_states, shard_path
+from rawdream_env.piper.relations import OBJECTS, TASKS, relation_index, relations
+from rawdream_env.piper.scene_states import (
+    KINDS,
+    Recording,
+    ShardSize,
+    collect_states,
+    let_go_near_target,
+    shard_path,
+)
 from rawdream_env.piper.simulator import layouts
 from rawdream_env.piper.simulator.skills import ScriptedExpert
 from rawdream_env.piper.simulator.twin import PiperTwin
@@ -52,7 +59,7 @@ def test_no_task_is_done_in_the_states(folder: Path) -> None:
     for shard in shards:
         rows, episodes = len(shard["arm"]), len(shard["length"])
         assert shard["position"].shape == (rows, 7, 3) and shard["length"].sum() == rows
-        assert 1 <= episodes <= SIZE.episodes and shard["length"].min() >= 10
+        assert 1 <= episodes <= SIZE.episodes
         assert rows_with_a_task_done(shard) == 0
         absent = ~shard["present"].repeat_interleave(shard["length"], 0)
         assert not shard["position"][absent].any() and not shard["velocity"][absent].any()
@@ -70,10 +77,22 @@ def test_a_recording_ends_before_the_task_is_done() -> None:
     assert twin.relations()[relation_index(TASKS[0].relation)] and steps > 20
     recording.step(expert.act())  # changes nothing
     shard = {name: torch.from_numpy(value) for name, value in recording.arrays().items()}
-    assert len(recording) == steps and len(shard["arm"]) == steps + 1
-    assert rows_with_a_task_done(shard) == 0
-    placed = shard["position"][-1, 0] - shard["position"][-1, 1]
-    assert placed[:2].norm() < 0.03 and placed[2] > 0.02  # one step more would be too many
+    assert len(recording) == steps and rows_with_a_task_done(shard) == 0
+    assert len(shard["arm"]) == shard["length"] <= steps  # the release is left out too
+    held = shard["position"][-1, 0] - shard["position"][-1, 1]
+    assert held[:2].norm() < 0.03 and held[2] > 0.02 and shard["command"][-1, 6] > 0
+
+
+def test_an_episode_ends_where_a_target_may_be_reached() -> None:
+    """Whatever comes of it: a blue block is lifted at row 2 and let go at row 5."""
+    position, command = np.zeros((8, 7, 3)), np.full((8, 7), -1.0)
+    position[2:, 0, 2], command[1:5, 6] = 0.05, 1.0
+    present = np.array([name in ("blue_block", "red_block") for name in OBJECTS])
+    assert let_go_near_target(position, present, command) == 5
+    position[:, 1, 0] = 0.11  # far from the red block
+    assert let_go_near_target(position, present, command) == 8
+    position[:, 1, 0], present[1] = 0.09, False  # no target
+    assert let_go_near_target(position, present, command) == 8
 
 
 @pytest.mark.slow

@@ -402,7 +402,7 @@ def test_approximations_are_opt_in_and_named(wan_release: Path, tmp_path: Path) 
     with pytest.raises(CheckpointError, match=r"Download safetensors/taew2_1.safetensors"):
         load_world_model(target, approximations=["tiny_decoder"])
     with pytest.raises(CheckpointError, match="has another frame codec"):
-        load_world_model("embedded", approximations=["tiny_decoder"])
+        load_world_model("embedded-video", approximations=["tiny_decoder"])
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(

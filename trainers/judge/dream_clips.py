@@ -1,11 +1,12 @@
-"""Imagined clips for the judge: replays of recorded actions, with labels from the simulator.
+"""Imagined clips for the judge: replays of recorded actions, with labels.
 
 The judge is used on imagined videos, so it is also trained on them: windows of play data that the world model has not
-been trained on are imagined from their first frame with the recorded actions, and labeled by the simulator's relations.
+been trained on are imagined from their first frame with the recorded actions. A world model that imagines states says itself
+what its clips show, and they are labeled by that; clips of other world models are labeled by the simulator's relations.
 The format is that of ``rawdream_env.trainers.judge.clips``. Each file is a function of the configuration and its number,
 and an existing file is skipped: rerun the same command to resume.
 
-The label is the simulator's even if the imagined video is wrong. A judge trained on such clips, for example with a
+The simulator's label may be wrong about an imagined video. A judge trained on such clips, for example with a
 vanished object labeled as a success, becomes less certain about them, which is intended.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +31,7 @@ from rawdream_env.files import save_sealed
 from rawdream_env.resolve import fingerprint
 from rawdream_env.seeding import mix
 from rawdream_env.trainers.judge.clips import CHUNK, episode_windows, grammar_of
-from rawdream_env.types import WorldModel
+from rawdream_env.types import SupportsState, WorldModel
 from rawdream_env.world_models import load_world_model
 
 
@@ -137,12 +139,28 @@ def _write(path: Path, arrays: EpisodeArrays, file: _File, model: WorldModel, co
         for (first, last), text in zip(file.windows, texts, strict=True)
     ]
     assert all(len(episode.actions) % CHUNK == 0 for episode in episodes)
-    dreams = dream_episodes(model, episodes, seed=mix(config.seed, file.number), batch_size=config.clips_per_file)
-    frames = np.stack([np.concatenate([e.frames[:1], dream]) for e, dream in zip(episodes, dreams, strict=True)])
     rows = file.windows
-    poses = arrays.privileged["object_poses"].reshape(-1, len(grammar.objects), 7)[rows]
+    poses = arrays.privileged["object_poses"].reshape(-1, len(grammar.objects), 7)[rows].astype(np.float64)
     relations = arrays.privileged["relations"][rows] > 0.5
-    reached = grammar.label_windows(arrays, rows[:, 0], rows[:, 1]).reached[np.arange(len(rows)), file.goals]
+    knows = isinstance(model, SupportsState)
+
+    def ended(i: int, state: Any) -> None:
+        (poses[i, 1],), (relations[i, 1],) = model.belief(state)  # type: ignore[attr-defined]
+
+    dreams = dream_episodes(
+        model,
+        episodes,
+        seed=mix(config.seed, file.number),
+        batch_size=config.clips_per_file,
+        ended=ended if knows else None,
+    )
+    frames = np.stack([np.concatenate([e.frames[:1], dream]) for e, dream in zip(episodes, dreams, strict=True)])
+    labels = (
+        grammar.label_clips(poses[:, 0], poses[:, 1], relations[:, 0], relations[:, 1])
+        if knows
+        else grammar.label_windows(arrays, rows[:, 0], rows[:, 1])
+    )
+    reached = labels.reached[np.arange(len(rows)), file.goals]
     tensors = {
         "frames": torch.from_numpy(frames),
         "labels": torch.from_numpy(reached.astype(np.uint8)),

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from rawdream_env.envs.episodes import make_env, run_episodes
 from rawdream_env.policies.action_tokens import decode, encode
@@ -62,6 +63,7 @@ def simulator_success(
     seed: int = 1_000_000,
     temperature: float = 0.0,
     num_envs: int = 32,
+    progress: bool = False,
     **options: Any,
 ) -> dict[str, Rate]:
     """Success rates of ``policy`` on every task of a simulator, by task name, with Wilson intervals.
@@ -76,6 +78,7 @@ def simulator_success(
         seed: simulator seed of the first episode.
         temperature: sampling temperature of the policy; 0 is greedy.
         num_envs: maximum number of episodes at once.
+        progress: show a progress bar.
         options: keyword arguments of the environment, such as layout and num_workers.
     """
     env: Any = make_env(sim_env or find_robot().sim_env, min(num_envs, episodes), **options)
@@ -85,5 +88,6 @@ def simulator_success(
         for task_id, (name, instruction) in enumerate(env.unwrapped.tasks):
             starts = [Start(blank, instruction, task_id, seed=seed + i) for i in range(episodes)]
             rollouts = run_episodes(env, starts, policy, temperature=temperature)
-            rates[name] = Rate.over(rollout.success_any for rollout in rollouts)
+            bar = tqdm(rollouts, name, episodes, unit="episode", leave=False, disable=not progress)
+            rates[name] = Rate.over(rollout.success_any for rollout in bar)
     return rates

@@ -92,7 +92,7 @@ def train_reader(config: ReaderTrainConfig, *, progress: bool = True) -> SceneRe
             chosen = torch.from_numpy(rng.integers(len(train["start"]), size=config.batch_size))
             batch = {name: x[chosen] for name, x in train.items()}
             with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
-                reading = model(batch["start"])
+                reading = model(batch["start"], batch["present"])
             losses = reader_losses(
                 reading, batch["start_position"], batch["start_rotation"], batch["present"], model.camera
             )

@@ -87,8 +87,8 @@ class WorldModelTrainConfig:
     run_dir: str
     """Run folder. Rerun the same command to resume an interrupted run. The model is written to ``run_dir/world_model``."""
     init: str = ""
-    """World model to fine-tune, a folder or "embedded" (the bundled one). Codec and action bounds are kept; architecture and
-    rollout settings are kept unless others are given."""
+    """World model to fine-tune, a folder or "embedded" (the bundled video model). Codec and action bounds are kept; so are
+    architecture and rollout settings unless others are given."""
     codec: str = ""
     """World model, a folder or "embedded", to take the frame codec from; the transformer is trained from scratch."""
     validation: tuple[str, ...] = ()

@@ -22,7 +22,6 @@ weights, and the number of processes changes only the order of sums.
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from importlib import resources
 from pathlib import Path
 from typing import cast
 
@@ -32,6 +31,7 @@ from torch import Tensor, nn
 
 from rawdream_env.errors import CheckpointError, InvalidOptionError, RunDirError
 from rawdream_env.files import lock_file, remove_litter
+from rawdream_env.resolve import bundled_folder
 from rawdream_env.seeding import mix
 from rawdream_env.trainers.common.distributed import ProcessGroup, accumulating, join, micro_batches, spread, whole
 from rawdream_env.trainers.common.offload import HostCopies
@@ -60,6 +60,7 @@ from rawdream_env.trainers.world_model.latent_windows import (
 )
 from rawdream_env.trainers.world_model.stage import stage_loop
 from rawdream_env.trainers.world_model.validation import Validation, assembled
+from rawdream_env.world_models import EMBEDDED_VIDEO
 from rawdream_env.world_models.autoencoders import FrameCodec, PackedFrameAutoencoder
 from rawdream_env.world_models.loading import read_world_model, save_world_model
 from rawdream_env.world_models.memory import require_memory, training_memory
@@ -277,8 +278,8 @@ def _require_memory(config: WorldModelTrainConfig, world: ProcessGroup) -> None:
 
 
 def _folder(name: str) -> str:
-    """A folder, or that of the bundled world model."""
-    return str(resources.files("rawdream_env.assets") / "world_model") if name == "embedded" else name
+    """A folder, or that of the bundled video model."""
+    return str(bundled_folder("video_world_model")) if name in ("embedded", EMBEDDED_VIDEO) else name
 
 
 def _resolved(config: WorldModelTrainConfig) -> tuple[WorldModelTrainConfig, WanWorldModel | None]:

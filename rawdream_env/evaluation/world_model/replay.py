@@ -50,13 +50,14 @@ def dream_episodes(
     batch_size: int = 16,
     change_actions: Callable[[int, Float32Array], Float32Array] | None = None,
     progress: Callable[[int], None] | None = None,
+    ended: Callable[[int, Any], None] | None = None,
 ) -> Iterator[UInt8Array]:
     """Imagine each episode's actions from its first frame; yields (N', H, W, 3) in order, N' = N rounded down to
     chunks.
 
     Episode i uses noise key ``NoiseKey(seed, episode=i, draw=draw)`` whatever the batch. Shorter episodes leave the
     batch when they end. ``change_actions(i, actions)`` replaces the actions (used for the sensitivity ratio).
-    ``progress(n)`` is called after n more chunks.
+    ``progress(n)`` is called after n more chunks, ``ended(i, state)`` with an episode's last state, of one row.
     """
     import torch
 
@@ -84,6 +85,9 @@ def dream_episodes(
                 state, out = world_model.imagine(state, torch.from_numpy(part).to(device))
                 for r, clip in zip(rows, out.cpu().numpy(), strict=True):
                     imagined[r].append(clip)
+                if ended is not None:
+                    for at in np.flatnonzero(chunks[rows] == c + 1):
+                        ended(first + int(rows[at]), state[torch.tensor([at])])
                 if progress is not None:
                     progress(len(rows))
         nothing = np.empty((0, *frames.shape[1:]), np.uint8)

@@ -137,7 +137,9 @@ class SceneDynamics(nn.Module):
         self.contact = ContactNetwork(shapes, fixed, d)
         self.before = nn.ModuleList(_Block(d, 2 * d) for _ in range(config.layers))
         self.exchange_norm = nn.LayerNorm(d)
-        self.exchange = nn.Sequential(nn.Linear(3 * d, d), nn.SiLU(), nn.Linear(d, d))
+        # Few numbers, and nothing of the object that feels: pairs that never touched in the data must not look new.
+        self.intent = nn.Linear(d, 16)
+        self.exchange = nn.Sequential(nn.Linear(d + 16, d), nn.SiLU(), nn.Linear(d, d))
         self.after = nn.ModuleList(_Block(d, 2 * d) for _ in range(config.layers))
         self.arm_in, self.arm_noise, self.to_arm = nn.Linear(_GRIPPER, d), nn.Linear(z, d, bias=False), nn.Linear(d, d)
         self.arm_blocks = nn.ModuleList(_Block(d, d) for _ in range(2))
@@ -168,7 +170,6 @@ class SceneDynamics(nn.Module):
         motion = torch.cat([apply(to_tool[:, None], v) for v in frame.velocity.split(3, -1)], -1)
         gripper = self._gripper(frame, command, to_tool)
         objects = self._objects(which, frame, place, rotation, motion, gripper)
-        first = [i for i in range(n) for j in range(n) if i != j]
         second = [j for i in range(n) for j in range(n) if i != j]
 
         with torch.autocast("cpu", torch.bfloat16, enabled=self.training and arm.device.type == "cpu"):
@@ -182,8 +183,8 @@ class SceneDynamics(nn.Module):
                 x = block(x)
             hand = self.arm_in(gripper) + self.to_arm(F.silu(x)).sum(1) + self.arm_noise(noise)
             if n > 1:
-                h = self.exchange_norm(x)
-                message = self.exchange(torch.cat([h[:, first], h[:, second], pairs], -1))
+                intent = self.intent(self.exchange_norm(x))
+                message = self.exchange(torch.cat([intent[:, second], pairs], -1))
                 x = x + message.unflatten(1, (n, -1)).sum(2)
             for block in self.arm_blocks:
                 hand = block(hand)

@@ -104,8 +104,9 @@ class SceneReader(nn.Module):
         self.doubt = nn.Parameter(torch.zeros(o, config.hidden, 4))
         self.doubt_bias = nn.Parameter(torch.zeros(o, 4))
 
-    def forward(self, frames: Tensor) -> Reading:
-        """Read pictures.
+    def forward(self, frames: Tensor, wanted: Tensor | None = None) -> Reading:
+        """Read pictures. ``wanted`` bool (B, O): the objects whose position and rotation are needed; None: all. In training it
+        saves the work for absent ones.
 
         Raises:
             ValueError: another shape or type.
@@ -113,9 +114,11 @@ class SceneReader(nn.Module):
         size = self.config.image_size
         if frames.dtype != torch.uint8 or frames.shape[1:] != (size, size, 3):
             raise ValueError(f"frames must be uint8 (B, {size}, {size}, 3), got {frames.dtype} {tuple(frames.shape)}")
-        return Reading(*exact_rows(self._read, self.place, frames))
+        if wanted is None:
+            wanted = torch.ones(len(frames), self.config.objects, dtype=torch.bool, device=frames.device)
+        return Reading(*exact_rows(self._read, self.place, frames, wanted))
 
-    def _read(self, frames: Tensor) -> tuple[Tensor, ...]:
+    def _read(self, frames: Tensor, wanted: Tensor) -> tuple[Tensor, ...]:
         folded = F.pixel_unshuffle(frames.permute(0, 3, 1, 2).float() / 127.5 - 1, FOLD)
         folded = folded.contiguous(memory_format=torch.channels_last)
         x = self.stem(folded) + self.place
@@ -127,7 +130,7 @@ class SceneReader(nn.Module):
         present = (torch.cat([pooled, heat.amax(-1, keepdim=True)], -1) * self.present).sum(-1) + self.present_bias
         best, side = heat.argmax(-1), x.shape[-1]
         cells = torch.stack([best % side, best // side], -1)  # (B, O, 2): u, v
-        hidden = self._look(torch.cat([folded.to(x.dtype), x], 1), cells)
+        hidden = self._look(torch.cat([folded.to(x.dtype), x], 1), cells, wanted)
         numbers = _per_object(hidden, self.read2) + self.read2_bias
         doubt = (_per_object(hidden.detach(), self.doubt) + self.doubt_bias).clamp(-5, 5).exp()
         return (
@@ -139,17 +142,18 @@ class SceneReader(nn.Module):
             logs.unflatten(-1, (side, side)),
         )
 
-    def _look(self, features: Tensor, cells: Tensor) -> Tensor:
-        """Features (B, C, h, h) around each object's cell (B, O, 2) -> (B, O, hidden)."""
-        b, o, k = *cells.shape[:2], self.config.window
+    def _look(self, features: Tensor, cells: Tensor, wanted: Tensor) -> Tensor:
+        """Features (B, C, h, h) around the cells (B, O, 2) of the wanted objects (B, O) -> (B, O, hidden)."""
+        k = self.config.window
         padded = F.pad(features, (k // 2,) * 4).permute(0, 2, 3, 1)
+        row, which = wanted.nonzero(as_tuple=True)  # (M,)
         offsets = torch.arange(k, device=cells.device)
-        columns, rows = (cells[..., i, None] + offsets for i in (0, 1))  # (B, O, K)
-        index = torch.arange(b, device=cells.device).view(-1, 1, 1, 1)
-        windows = padded[index, rows[..., None], columns[:, :, None]].flatten(0, 1).permute(0, 3, 1, 2)
-        x = self.window_in(windows) + self.identity.repeat(b, 1)[..., None, None]
-        x = F.silu(self.window_down(F.silu(x))).float().reshape(b, o, -1)
-        return F.silu(_per_object(x, self.read1) + self.read1_bias)
+        columns, rows = (cells[row, which, i, None] + offsets for i in (0, 1))  # (M, K)
+        windows = padded[row[:, None, None], rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+        x = self.window_in(windows) + self.identity[which][..., None, None]
+        x = F.silu(self.window_down(F.silu(x))).float().flatten(1)
+        seen = x.new_zeros(*wanted.shape, x.shape[-1]).index_put((row, which), x)
+        return F.silu(_per_object(seen, self.read1) + self.read1_bias)
 
 
 def _per_object(x: Tensor, weight: Tensor) -> Tensor:

@@ -240,6 +240,10 @@ class SceneWorldModel:
         maps = self.maps.draw(position, rotation, present, torch.cat([arm[:, :6], opening], -1))
         return maps.to(self.device)
 
+    def belief(self, state: SceneState) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """Object poses (B, O, 7), NaN for absent ones, and relations (B, R), as a simulator records them."""
+        return self.scene.truth(state.position, state.rotation, state.present, state.arm)
+
     def success(self, state: SceneState, instructions: Sequence[str]) -> NDArray[np.int8]:
         """Whether the task of each row's instruction is done in the model's own state: 1, 0, or -1 where it cannot tell (int8
         (B,)). The truth within the dream, to compare a judge with; never a reward.
@@ -250,7 +254,7 @@ class SceneWorldModel:
         out = np.full(len(state), -1, np.int8)
         if goals is None or not any(asked):
             return out
-        holds = self.scene.relations(state.position, state.rotation, state.present, state.arm)
+        _, holds = self.belief(state)
         finite = state.finite.numpy()
         for row, goal in enumerate(asked):
             if goal is not None and finite[row]:

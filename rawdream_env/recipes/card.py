@@ -106,9 +106,10 @@ def _scene(stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
         "episodes with disturbed actions, and scripted play, grasp practice and noisy experts.",
         f"- **Pictures**: {pictures['pictures']} of {pictures['episodes']} scripted episodes for the painter; "
         f"{starts['pictures']} start pictures for the reader.",
-        "- **No task is done in them.** An episode ends before the relation of one of the four tasks comes true, and an episode of "
-        "states also where a task's object is let go near its target, whatever comes of it. Tests count that no relation of a "
-        "task is true in collected states and pictures. The objects are grasped, carried, dropped and put elsewhere. The policies whose episodes are among the states were trained on play and, the second one, on the "
+        "- **No task is done in them.** An episode ends before the relation of one of the four tasks comes true; an episode of "
+        "states also ends where a task's object is let go near its target, whatever comes of it. Tests count that none of "
+        "these relations is true in collected states and pictures. The objects are grasped, carried, dropped and put "
+        "elsewhere. The policies whose episodes are among the states were trained on play and, the second one, on the "
         "demonstrations of the tasks.",
         f"- **Time**: {hours:.2f} hours for data and training of the world model.",
         "",

@@ -33,10 +33,6 @@ _ORDER = (
 )
 
 
-_SCENE_DATA = ("states", "pictures", "start_pictures")
-"""Stages that collect data for the scene world model alone."""
-
-
 def model_card(stages: Mapping[str, Mapping[str, Any]], metrics: Mapping[str, Any]) -> str:
     """The card as Markdown.
 
@@ -95,7 +91,8 @@ def _stage_rows(stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def _scene(stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
     states, pictures = stages["states"]["facts"], stages["pictures"]["facts"]
     starts = stages["start_pictures"]["facts"]
-    hours = sum(stages[name]["hours"] for name in (*_SCENE_DATA, "reader", "dynamics", "painter", "world_model"))
+    own = ("states", "pictures", "start_pictures", "reader", "dynamics", "painter", "world_model")
+    hours = sum(stages[name]["hours"] for name in own)
     return [
         "## What the world model was trained on",
         "",

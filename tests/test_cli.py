@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from importlib import import_module
 
 import numpy as np
@@ -320,6 +320,18 @@ def test_stages_resume_skip_and_notice_other_settings(tmp_path):
         run_stages(stages_in(tmp_path, log, first={"steps": 2}), markers)
 
 
+def test_presets_train_the_world_model_that_they_name(tmp_path):
+    from rawdream_env.recipes.piper_bundled import PRESETS, EmbeddedConfig, recipe
+
+    scene = ["states", "pictures", "start_pictures", "reader", "dynamics", "painter"]
+    for preset, wanted in (("cpu", scene), ("smoke", scene), ("gpu", [])):
+        config = EmbeddedConfig(out=tmp_path, preset=preset, device="cpu")
+        names = [stage.name for stage in recipe(config, PRESETS[preset])]
+        at = names.index("world_model")
+        assert [name for name in names if name in scene] == wanted == names[at - len(wanted) : at]
+        assert names.index("policy") < at < names.index("dreams") < names.index("judge") < names.index("assets")
+
+
 def test_recipe_needs_only_earlier_stages(tmp_path):
     from rawdream_env.recipes.piper_bundled import PRESETS, EmbeddedConfig, recipe
 
@@ -333,7 +345,14 @@ def test_recipe_needs_only_earlier_stages(tmp_path):
 
 
 @pytest.mark.slow
-def test_whole_recipe_in_small(tmp_path, capsys):
+@pytest.mark.parametrize("kind", ["scene", "video"])
+def test_whole_recipe_in_small(tmp_path, capsys, monkeypatch, kind):
+    from rawdream_env.recipes.presets import PRESETS, VideoScale
+    from rawdream_env.trainers.world_model.config import StageConfig
+
+    if kind == "video":
+        stages = [StageConfig(steps=2, batch_size=size, lr=1e-3) for size in (2, 1)]
+        monkeypatch.setitem(PRESETS, "smoke", replace(PRESETS["smoke"], world_model=VideoScale(*stages)))
     assert (
         cli.main(["models", "train", "--preset", "smoke", "--out", str(tmp_path), "--workers", "0", "--no-progress"])
         == 0
@@ -349,6 +368,12 @@ def test_whole_recipe_in_small(tmp_path, capsys):
         "2048 transitions",
     ):
         assert words in card
+    for words in (
+        "trained on object states that the simulator reports",
+        "No task is done in them",
+        "| start pictures |",
+    ):
+        assert (words in card) == (kind == "scene")
     assert cli.main(["models", "train", "--preset", "smoke", "--out", str(tmp_path), "--seed", "1"]) == 2
     assert "made with other settings" in capsys.readouterr().err
 

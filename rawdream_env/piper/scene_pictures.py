@@ -50,20 +50,21 @@ _OTHER_RELATIONS = [name for name in PLACE_RELATIONS if name not in {task.relati
 _KINDS = {"play": 0.35, "practice": 0.4, "expert": 0.25}
 """Shares of the drivers."""
 _STEPS = 72
-_PER_SHARD = 500
-_STARTS_PER_SHARD = 4000
+_PER_SHARD = {"pictures": 500, "starts": 4000}
+FRAMES = 8
+"""Frames of an episode."""
 _HARD = {"pot": 3.0, "spoon": 3.0}
 """How much more often these are grasped in ``GraspPractice``: their grasps slip."""
 
 
-def collect_pictures(folder: Path, episodes: int, *, frames: int = 8, seed: int = 0, image_size: int = 64) -> None:
+def collect_pictures(folder: Path, episodes: int, *, frames: int = FRAMES, seed: int = 0, image_size: int = 64) -> None:
     """Write shards of ``episodes`` episodes with ``frames`` random frames each. A shard that exists is not made again."""
     twin = PiperTwin(image_size)
 
     def one(i: int) -> Arrays:
         return _episode(twin, mix(seed, 1, i), frames)
 
-    _write_shards(folder, "pictures", episodes, _PER_SHARD, one)
+    _write_shards(folder, "pictures", episodes, one)
     twin.close()
 
 
@@ -76,16 +77,21 @@ def collect_starts(folder: Path, count: int, *, seed: int = 0, image_size: int =
         start = twin.set_scene(_places(rng), _tool(rng, spread=1.0 if rng.random() < 0.7 else 2.0))
         return _start(twin, start)
 
-    _write_shards(folder, "starts", count, _STARTS_PER_SHARD, one)
+    _write_shards(folder, "starts", count, one)
     twin.close()
 
 
-def _write_shards(folder: Path, name: str, count: int, per_shard: int, one: Callable[[int], Arrays]) -> None:
+def shard_paths(folder: Path, kind: str, count: int) -> tuple[Path, ...]:
+    """The files of ``count`` episodes (``kind`` "pictures") or starts ("starts")."""
+    return tuple(folder / f"{kind}-{i:05d}.safetensors" for i in range(-(-count // _PER_SHARD[kind])))
+
+
+def _write_shards(folder: Path, kind: str, count: int, one: Callable[[int], Arrays]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for shard, first in enumerate(range(0, count, per_shard)):
-        path = folder / f"{name}-{shard:05d}.safetensors"
+    size = _PER_SHARD[kind]
+    for shard, path in enumerate(shard_paths(folder, kind, count)):
         if not path.exists():
-            rows = [one(i) for i in range(first, min(first + per_shard, count))]
+            rows = [one(i) for i in range(shard * size, min((shard + 1) * size, count))]
             save_safetensors(path, {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in rows[0]})
 
 

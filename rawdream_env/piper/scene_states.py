@@ -13,13 +13,14 @@ say that the object always falls.
     rotation  (T, O, 4) quaternion wxyz   command  (T, 7) commanded pose after the row's control step
     velocity  (T, O, 6) linear, angular   length   int64 (E,)    present  bool (E, O)    kind  int64 (E,)
 
-A shard depends on the seed, its number and the policies alone. A shard that exists is not made again.
+A shard depends on the seed, its number, its size and the policies alone. A shard that exists is not made again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -30,6 +31,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from rawdream_env.data.parallel import run_pieces
+from rawdream_env.data.recording import claim_folder
 from rawdream_env.envs.base import ChunkResult, ChunkVectorEnv, Rows
 from rawdream_env.envs.episodes import EpisodeRequest, run_episodes
 from rawdream_env.errors import SimulatorError
@@ -44,6 +46,7 @@ from rawdream_env.piper.simulator.motions import Waypoint, follow, pick_waypoint
 from rawdream_env.piper.simulator.renderer import PiperRenderer
 from rawdream_env.piper.simulator.twin import PiperTwin
 from rawdream_env.policies import load_policy
+from rawdream_env.resolve import fingerprint
 from rawdream_env.seeding import NoiseKey, mix
 from rawdream_env.types import Float32Array, Policy, Start
 
@@ -55,8 +58,6 @@ _TASK_ODDS: Final = (0.22, 0.31, 0.28, 0.19)
 _TASK_RELATIONS: Final = [relation_index(task.relation) for task in TASKS]
 _OTHER_RELATIONS: Final = [name for name in PLACE_RELATIONS if name not in {task.relation for task in TASKS}]
 _IMAGE_SIZE: Final = 64
-_ROWS, _BATCHES, _SCRIPTED = 24, 14, 160
-_EPISODES = _ROWS * _BATCHES + _SCRIPTED
 _TEMPERATURES: Final = (0.0, 0.5, 0.7, 1.0, 1.3)
 _PLACING_SHARE = 0.5
 _CHUNKS = 8
@@ -68,6 +69,23 @@ _UP, _NEAR_TARGET = 0.01, 0.10
 Arrays = dict[str, NDArray[Any]]
 
 
+@dataclass(frozen=True)
+class ShardSize:
+    """Episodes that are tried for a shard; those that end too early are not in it."""
+
+    rows: int = 24
+    """Episodes of one policy that run together."""
+    batches: int = 14
+    """Times ``rows`` episodes, each with a policy and a temperature drawn for them."""
+    scripted: int = 160
+    """Scripted episodes."""
+
+    @property
+    def episodes(self) -> int:
+        """All of them."""
+        return self.rows * self.batches + self.scripted
+
+
 def collect_states(
     folder: Path,
     shards: int,
@@ -75,26 +93,30 @@ def collect_states(
     policies: Sequence[str] = ("embedded",),
     seed: int = 0,
     workers: int = 0,
+    size: ShardSize = ShardSize(),
     progress: bool = True,
 ) -> None:
-    """Write ``shards`` files of about 500 episodes and 22,000 steps each (half a minute on one core).
+    """Write ``shards`` files, by default of about 500 episodes and 22,000 steps each (half a minute on one core).
 
     Args:
         folder: where to; created.
         shards: number of files when done.
-        policies: names or folders of policies, drawn at random for every 24 episodes.
-        seed: equal seeds and policies give equal shards.
+        policies: names or folders of policies, drawn at random for every ``size.rows`` episodes.
+        seed: equal seeds, sizes and policies give equal shards.
         workers: processes; 0: this one.
+        size: number of episodes of a shard.
         progress: show a progress bar.
 
     Raises:
-        CheckpointError: no such policy. RendererError: no OpenGL. SimulatorError: a worker process died; rerun the same
-            command to resume.
+        CheckpointError: no such policy. DatasetError: the folder holds states of another seed, size or policy.
+        RendererError: no OpenGL. SimulatorError: a worker process died; rerun the same command to resume.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    settings = {"seed": seed, "size": asdict(size), "policies": [fingerprint(load_policy(name)) for name in policies]}
+    claim_folder(folder, "config.json", settings, "collected")
     missing = [i for i in range(shards) if not shard_path(folder, i).exists()]
-    factory = partial(_ShardWriter, folder, tuple(policies), seed)
-    bar = tqdm(total=shards * _EPISODES, initial=(shards - len(missing)) * _EPISODES, desc="states", unit="episode",
+    factory = partial(_ShardWriter, folder, tuple(policies), seed, size)
+    bar = tqdm(total=shards * size.episodes, initial=(shards - len(missing)) * size.episodes, desc="states", unit="episode",
                disable=not progress)  # fmt: skip
     with bar:
         try:
@@ -112,11 +134,11 @@ def shard_path(folder: Path, number: int) -> Path:
 class _ShardWriter:
     """Makes the shards of one process."""
 
-    def __init__(self, folder: Path, policies: Sequence[str], seed: int) -> None:
-        self.folder, self.seed = folder, seed
+    def __init__(self, folder: Path, policies: Sequence[str], seed: int, size: ShardSize) -> None:
+        self.folder, self.seed, self.size = folder, seed, size
         self.policies = [load_policy(name) for name in policies]
         self.renderer = PiperRenderer(_IMAGE_SIZE)
-        self.twins = [PiperTwin(renderer=self.renderer) for _ in range(_ROWS)]
+        self.twins = [PiperTwin(renderer=self.renderer) for _ in range(size.rows)]
 
     def __call__(self, piece: int, tick: Callable[[], None], stopped: Callable[[], bool]) -> None:
         """Make shard ``piece``."""
@@ -132,11 +154,11 @@ class _ShardWriter:
 
     def _episodes(self, seed: int) -> Iterator[Recording | None]:
         rng = np.random.default_rng(seed)
-        for batch in range(_BATCHES):
+        for batch in range(self.size.batches):
             policy = self.policies[int(rng.integers(len(self.policies)))]
             yield from _policy_episodes(self.twins, policy, float(rng.choice(_TEMPERATURES)), mix(seed, batch))
-        for i in range(_SCRIPTED):
-            yield _scripted_episode(self.twins[0], mix(seed, _BATCHES + i))
+        for i in range(self.size.scripted):
+            yield _scripted_episode(self.twins[0], mix(seed, self.size.batches + i))
 
     def close(self) -> None:
         """Free the renderer."""

@@ -4,13 +4,17 @@
     rawdream models train --preset gpu     the same recipe with more data and more steps, on a CUDA device
 
 The stages, in order: collect play -> pre-train the policy on it -> run that policy on instructions that are not
-tasks -> train the world model on play and these rollouts -> imagine clips of other play -> train the judge on
-all of it -> collect 3 demonstrations per task -> fine-tune the policy on them -> render the starts -> copy the checkpoints
--> evaluate everything -> write the model card. Only the three demonstrations per task and the final evaluation use the
-four tasks (paper section 3: task-agnostic).
+tasks -> collect 3 demonstrations per task -> fine-tune the policy on them -> train the world model -> imagine clips of other
+play -> train the judge on all of it -> render the starts -> copy the checkpoints -> evaluate everything -> write the model
+card.
 
-Rollouts of the pre-trained policy are training data because RL acts in the dream with sampled action tokens, which jitter
-unlike scripted play, and a world model is only accurate near its data.
+The presets cpu and smoke train the scene world model (``scene_stages.py``): collect object states and pictures, in which no
+relation of a task ever comes true, then train reader, dynamics and painter. The preset gpu trains the video world model on
+play and rollouts. Only the demonstrations and the final evaluation show the four tasks done (paper section 3:
+task-agnostic).
+
+Rollouts of policies are training data because RL acts in the dream with sampled action tokens, which jitter unlike scripted
+play, and a world model is only accurate near its data.
 
 A complete stage writes a marker to ``out/stages`` with its settings and duration, and is skipped from then on. An
 interrupted stage resumes from its trainer's last checkpoint. A marker with other settings, of this stage or of one that it
@@ -38,8 +42,10 @@ from rawdream_env.evaluation.world_model.fidelity import evaluate_fidelity
 from rawdream_env.files import atomic_write_json
 from rawdream_env.piper.goals import OTHER_RELATIONS
 from rawdream_env.piper.starts import make_start_pack
-from rawdream_env.recipes.card import write_card
-from rawdream_env.recipes.presets import PRESETS, Scale
+from rawdream_env.recipes.card import write_card, write_manifest
+from rawdream_env.recipes.folders import Paths, settings_of
+from rawdream_env.recipes.presets import PRESETS, Scale, VideoScale
+from rawdream_env.recipes.scene_stages import scene_stages
 from rawdream_env.trainers.common.stages import Stage, run_stages
 from rawdream_env.trainers.judge.config import JudgeTrainConfig
 from rawdream_env.trainers.judge.dream_clips import DreamClipsConfig, make_dream_clips
@@ -48,6 +54,7 @@ from rawdream_env.trainers.policy.config import SFTConfig
 from rawdream_env.trainers.policy.sft import train_sft
 from rawdream_env.trainers.world_model.config import WorldModelTrainConfig
 from rawdream_env.trainers.world_model.train import train_world_model
+from rawdream_env.world_models import load_world_model
 from rawdream_env.world_models.loading import read_world_model, save_world_model
 
 
@@ -113,24 +120,8 @@ def train_embedded(config: EmbeddedConfig) -> EmbeddedResult:
 
 def recipe(config: EmbeddedConfig, scale: Scale) -> list[Stage]:
     """All stages, in order; ``config.device`` is filled in."""
-    parts = (_play_stages, _world_model_stages, _judge_stages, _policy_stages, _finish_stages)
+    parts = (_play_stages, _policy_stages, _world_model_stages, _judge_stages, _finish_stages)
     return [stage for part in parts for stage in part(config, scale, Paths(config.out))]
-
-
-class Paths:
-    """Folders under ``out``."""
-
-    def __init__(self, out: Path) -> None:
-        self.out = out
-        self.play, self.held_out = out / "data" / "play", out / "data" / "held_out_play"
-        self.rollouts, self.other_play = out / "data" / "rollouts", out / "data" / "other_play"
-        self.demonstrations = out / "data" / "demonstrations"
-        self.world_model = out / "world_model" / "world_model"
-        self.dreams = out / "dreams"
-        self.judge = out / "judge" / "judge"
-        self.generalist = out / "policy_pretrained" / "policy"
-        self.policy = out / "policy" / "policy"
-        self.assets = out / "assets"
 
 
 def _collect_stage(name: str, config: CollectConfig, needs: tuple[str, ...] = ()) -> Stage:
@@ -162,7 +153,7 @@ def _play_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[Sta
         _collect_stage("held_out_play", play(paths.held_out, scale.held_out, config.seed + 2)),
         Stage(
             "pretrained",
-            _settings(pretrain),
+            settings_of(pretrain),
             (paths.generalist / "config.json",),
             _trained(pretrain, config.progress),
             ("play",),
@@ -172,19 +163,22 @@ def _play_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[Sta
 
 
 def _world_model_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[Stage]:
+    if not isinstance(scale.world_model, VideoScale):
+        options: Any = {"seed": config.seed, "workers": config.workers, "progress": config.progress}
+        return scene_stages(scale.world_model, paths, **options)
     train = WorldModelTrainConfig(
         data=(str(paths.play), str(paths.rollouts)),
         run_dir=str(paths.world_model.parent),
         seed=config.seed,
         device=config.device,
-        autoencoder=scale.autoencoder,
-        transformer=scale.transformer,
+        autoencoder=scale.world_model.autoencoder,
+        transformer=scale.world_model.transformer,
     )
 
     def run() -> None:
         train_world_model(train)
 
-    return [Stage("world_model", _settings(train), (paths.world_model / "config.json",), run, ("play", "rollouts"))]
+    return [Stage("world_model", settings_of(train), (paths.world_model / "config.json",), run, ("play", "rollouts"))]
 
 
 def _judge_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[Stage]:
@@ -216,8 +210,8 @@ def _judge_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[St
         return {"validation": report}
 
     return [
-        Stage("dreams", _settings(dreams), (paths.dreams,), imagine, ("other_play", "world_model")),
-        Stage("judge", _settings(train), (paths.judge / "config.json",), run, ("play", "rollouts", "dreams")),
+        Stage("dreams", settings_of(dreams), (paths.dreams,), imagine, ("other_play", "world_model")),
+        Stage("judge", settings_of(train), (paths.judge / "config.json",), run, ("play", "rollouts", "dreams")),
     ]
 
 
@@ -269,7 +263,7 @@ def _policy_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[S
         _collect_stage("demonstrations", demonstrations),
         Stage(
             "policy",
-            _settings(fewshot),
+            settings_of(fewshot),
             (paths.policy / "config.json",),
             _trained(fewshot, config.progress),
             ("pretrained", "demonstrations"),
@@ -287,8 +281,11 @@ def _finish_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[S
             make_start_pack(path, scale.starts, layout, config.seed + 3)
 
     def assemble() -> None:
-        save_world_model(read_world_model(paths.world_model), assets / "world_model", half=True)
-        for source in (paths.judge, paths.policy):
+        copied = [paths.world_model, paths.judge, paths.policy]
+        if isinstance(scale.world_model, VideoScale):
+            save_world_model(read_world_model(paths.world_model), assets / "world_model", half=True)
+            copied.remove(paths.world_model)
+        for source in copied:
             shutil.copytree(source, assets / source.name, dirs_exist_ok=True)
         _forget_folders(assets / "judge" / "config.json")
 
@@ -316,7 +313,7 @@ def _finish_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[S
 
 def measure(config: EmbeddedConfig, scale: Scale, paths: Paths) -> dict[str, Any]:
     """Measure the world model on held-out play, the policy in dream and simulator, and the judge on held-out clips."""
-    model = read_world_model(paths.assets / "world_model").to(config.device)
+    model = load_world_model(paths.assets / "world_model", device=config.device)
     reader = LeRobotReader(paths.held_out)
     fidelity = evaluate_fidelity(model, episodes_from_dataset(reader), progress=config.progress)
     fidelity.save(paths.out / "metrics")
@@ -349,13 +346,12 @@ def _forget_folders(path: Path) -> None:
     atomic_write_json(path, content)
 
 
-def _settings(config: Any) -> dict[str, Any]:
-    """The settings of a stage: its configuration without folders (covered by ``needs``) and without the progress bar."""
-    left_out = ("data", "out", "run_dir", "robot", "world_model", "imagined", "init", "replay", "progress")
-    return {key: value for key, value in asdict(config).items() if key not in left_out}
-
-
 def _install(assets: Path) -> None:
     from rawdream_env import assets as package
 
-    shutil.copytree(assets, Path(package.__file__).parent, dirs_exist_ok=True)
+    target = Path(package.__file__).parent
+    for folder in assets.iterdir():
+        if folder.is_dir():  # another kind of world model has other files
+            shutil.rmtree(target / folder.name, ignore_errors=True)
+    shutil.copytree(assets, target, dirs_exist_ok=True)
+    write_manifest(target)  # of all files there

@@ -2,25 +2,53 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from rawdream_env.piper.scene_states import ShardSize
 from rawdream_env.trainers.world_model.config import StageConfig
+
+
+@dataclass(frozen=True)
+class SceneScale:
+    """Amounts of data and training of the scene world model."""
+
+    shards: int
+    """Files of states."""
+    pictures: int
+    """Episodes with a few pictures each, for the painter."""
+    start_pictures: int
+    """Start pictures, for the reader."""
+    reader_minutes: float
+    painter_minutes: float
+    dynamics_minutes: float
+    """Training time of each part; 0: no limit."""
+    shard: ShardSize = field(default_factory=ShardSize)
+    steps: int = 1_000_000
+    """Maximum number of optimizer steps of each part; by default the minutes decide."""
+
+
+@dataclass(frozen=True)
+class VideoScale:
+    """Amounts of training of the video world model, which learns from play and rollouts."""
+
+    autoencoder: StageConfig
+    transformer: StageConfig
 
 
 @dataclass(frozen=True)
 class Scale:
     """Amounts of data, training and measurement."""
 
+    world_model: SceneScale | VideoScale
+    """Which world model is trained, and how much."""
     play: int
-    """Play episodes (128 control steps each) for world model, judge and policy."""
+    """Play episodes (128 control steps each) for judge, policy and video world model."""
     rollouts: int
-    """Rollouts of the pre-trained policy, on instructions of no task, for the world model and the judge."""
+    """Rollouts of the pre-trained policy, on instructions of no task, for the judge and the video world model."""
     other_play: int
     """Play episodes for the imagined clips; the world model is not trained on them."""
     held_out: int
     """Held-out play episodes on which the world model is measured."""
-    autoencoder: StageConfig
-    transformer: StageConfig
     dream_clips: int
     judge_steps: int
     judge_batch: int
@@ -34,12 +62,18 @@ class Scale:
 
 
 CPU = Scale(
+    world_model=SceneScale(
+        shards=140,
+        pictures=4000,
+        start_pictures=48_000,
+        reader_minutes=10.0,
+        painter_minutes=12.0,
+        dynamics_minutes=40.0,
+    ),
     play=1568,
     rollouts=960,
     other_play=320,
     held_out=200,
-    autoencoder=StageConfig(steps=3200, batch_size=16, lr=2e-3, ema=0.99),
-    transformer=StageConfig(steps=7500, batch_size=4, lr=6e-4, decay=0.7),
     dream_clips=1200,
     judge_steps=1600,
     judge_batch=32,
@@ -50,12 +84,14 @@ CPU = Scale(
     episodes=100,
 )
 GPU = Scale(
+    world_model=VideoScale(
+        autoencoder=StageConfig(steps=10_000, batch_size=64, lr=2e-3, ema=0.995),
+        transformer=StageConfig(steps=20_000, batch_size=32, lr=6e-4),
+    ),
     play=6000,
     rollouts=4000,
     other_play=800,
     held_out=200,
-    autoencoder=StageConfig(steps=10_000, batch_size=64, lr=2e-3, ema=0.995),
-    transformer=StageConfig(steps=20_000, batch_size=32, lr=6e-4),
     dream_clips=4000,
     judge_steps=6000,
     judge_batch=64,
@@ -66,12 +102,20 @@ GPU = Scale(
     episodes=200,
 )
 SMOKE = Scale(
+    world_model=SceneScale(
+        shards=1,
+        pictures=4,
+        start_pictures=8,
+        reader_minutes=0.0,
+        painter_minutes=0.0,
+        dynamics_minutes=0.0,
+        shard=ShardSize(rows=2, batches=1, scripted=4),
+        steps=2,
+    ),
     play=16,
     rollouts=8,
     other_play=8,
     held_out=2,
-    autoencoder=StageConfig(steps=2, batch_size=2, lr=1e-3),
-    transformer=StageConfig(steps=2, batch_size=1, lr=1e-4),
     dream_clips=64,
     judge_steps=2,
     judge_batch=2,

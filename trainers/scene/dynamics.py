@@ -164,9 +164,9 @@ def energy_loss(
         noise = torch.randn(2, len(window.which), model.config.noise_dim, generator=generator)
         one = model(window.which, one, truth.command, noise[0])
         two = model(window.which, two, truth.command, noise[1])
-        objects.append(_score(_objects(one), _objects(two), _objects(truth)))
+        objects.append(energy_score(_objects(one), _objects(two), _objects(truth)))
         arm_scale = torch.tensor(_ARM_MM)
-        arms.append(_score(one.arm * arm_scale, two.arm * arm_scale, truth.arm * arm_scale))
+        arms.append(energy_score(one.arm * arm_scale, two.arm * arm_scale, truth.arm * arm_scale))
         spread.append((one.position - two.position).detach().norm(dim=-1).mean() * 1000)
     object_score, arm_score = torch.stack(objects).mean(), torch.stack(arms).mean()
     metrics: dict[str, Any] = {
@@ -183,8 +183,10 @@ def _objects(frame: SceneFrame) -> Tensor:
     return torch.cat([frame.position * 1000, frame.rotation.flatten(-2) * 14, frame.velocity * scale], -1)
 
 
-def _score(one: Tensor, two: Tensor, truth: Tensor) -> Tensor:
-    """Energy score (mean) of two samples; the last axis is a vector."""
+def energy_score(one: Tensor, two: Tensor, truth: Tensor) -> Tensor:
+    """Energy score of two samples, each a vector (..., D) in millimetres: their mean distance to ``truth`` minus half the
+    distance between them, averaged. Distances are softened below ``_SOFT_MM``.
+    """
 
     def distance(a: Tensor, b: Tensor) -> Tensor:
         return ((a - b).square().sum(-1) + _SOFT_MM**2).sqrt() - _SOFT_MM

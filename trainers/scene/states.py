@@ -61,7 +61,7 @@ class SceneStates:
     """Windows of ``length`` frames from the shards in ``folders``.
 
     Raises:
-        DatasetError: there are no shards, or one is damaged.
+        DatasetError: there are no shards, one is damaged, or no episode is longer than a window.
     """
 
     def __init__(self, folders: Sequence[str | Path], length: int) -> None:
@@ -75,6 +75,10 @@ class SceneStates:
                 parts.setdefault(n, []).append(part)
         self.groups = {n: self._group(list_) for n, list_ in sorted(parts.items())}
         self.groups = {n: group for n, group in self.groups.items() if len(group.first)}
+        if not self.groups:
+            raise DatasetError(
+                f"no episode in {', '.join(map(str, folders))} has more than {length} rows; collect more."
+            )
         totals = np.array([group.weight[-1] for group in self.groups.values()])
         self._odds = totals / totals.sum()
 

@@ -58,9 +58,11 @@ def read_reader(folder: Path) -> SceneReader:
     """The reader in a world model's ``folder``.
 
     Raises:
-        CheckpointError: it is missing or damaged; so for the other parts.
+        CheckpointError: it is missing or damaged. InvalidOptionError: its robot is not registered or has no scene. So for the
+            other parts.
     """
     config = _read_config(ReaderConfig, folder / "reader" / "config.json")
+    find_robot(config.robot).load("scene")  # before it reads as a damaged file
     return load_module(lambda: SceneReader(config), folder / "reader" / "model.safetensors").eval()
 
 
@@ -73,6 +75,7 @@ def read_painter(folder: Path) -> ScenePainter:
 def read_dynamics(folder: Path, robot: str = "") -> SceneDynamics:
     """The dynamics in a world model's ``folder``, for the scene of ``robot``."""
     config = _read_config(DynamicsConfig, folder / "dynamics" / "config.json")
+    find_robot(robot).load("scene")
     return load_module(lambda: new_dynamics(config, robot), folder / "dynamics" / "model.safetensors").eval()
 
 

@@ -1,0 +1,31 @@
+"""Where a recipe keeps its files, and what the marker of a stage records."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+
+class Paths:
+    """Folders under ``out``."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.play, self.held_out = out / "data" / "play", out / "data" / "held_out_play"
+        self.rollouts, self.other_play = out / "data" / "rollouts", out / "data" / "other_play"
+        self.demonstrations = out / "data" / "demonstrations"
+        self.states, self.pictures = out / "data" / "states", out / "data" / "pictures"
+        self.scene = out / "scene"
+        self.world_model = out / "world_model" / "world_model"
+        self.dreams = out / "dreams"
+        self.judge = out / "judge" / "judge"
+        self.generalist = out / "policy_pretrained" / "policy"
+        self.policy = out / "policy" / "policy"
+        self.assets = out / "assets"
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """The settings of a stage: its configuration without folders (covered by ``Stage.needs``) and without the progress bar."""
+    left_out = ("data", "out", "run_dir", "robot", "world_model", "imagined", "init", "replay", "progress")
+    return {key: value for key, value in asdict(config).items() if key not in left_out}

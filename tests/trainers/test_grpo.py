@@ -574,7 +574,8 @@ def test_ctrl_c_saves_and_says_so(quick_disk: Path, caplog: pytest.LogCaptureFix
 
 
 def test_it_stops_when_the_minutes_are_up_and_when_everything_is_solved(tmp_path: Path) -> None:
-    result = train(tmp_path / "minutes", minutes=0.0, steps=3, max_groups_per_step=3)  # without replacements
+    options: dict[str, Any] = {"minutes": 0.0, "steps": 3, "max_groups_per_step": 3}  # without replacements
+    result = train(tmp_path / "minutes", toy_env(judge=None), **options)  # verdicts by hash
     assert (result.stopped, result.step) == ("minutes", 1) and "1 of 3 steps are done" in result.message
     solved = train(tmp_path / "solved", toy_env(judge=lambda v, i: True), max_groups_per_step=4)
     assert solved.stopped == "solved" and "nothing left to learn" in solved.message

@@ -575,7 +575,8 @@ def test_ctrl_c_saves_and_says_so(quick_disk: Path, caplog: pytest.LogCaptureFix
 
 
 def test_it_stops_when_the_minutes_are_up_and_when_everything_is_solved(tmp_path: Path) -> None:
-    result = train(tmp_path / "minutes", minutes=0.0, steps=3)
+    options: dict[str, Any] = {"minutes": 0.0, "steps": 3, "max_groups_per_step": 3}  # without replacements
+    result = train(tmp_path / "minutes", toy_env(judge=None), **options)  # verdicts by hash
     assert (result.stopped, result.step) == ("minutes", 1) and "1 of 3 steps are done" in result.message
     solved = train(tmp_path / "solved", toy_env(judge=lambda v, i: True), max_groups_per_step=4)
     assert solved.stopped == "solved" and "nothing left to learn" in solved.message
@@ -592,7 +593,7 @@ def test_a_step_that_finds_no_usable_groups_ends_with_its_minutes(tmp_path: Path
         return False
 
     config = toy_config(tmp_path / "run")
-    result = train(tmp_path / "run", toy_env(judge=hopeless), minutes=0.0, max_groups_per_step=64)
+    result = train(tmp_path / "run", toy_env(12, judge=hopeless), minutes=0.0, max_groups_per_step=64)
     assert (result.stopped, result.step) == ("minutes", 0) and "0 of" in result.message
     assert len(shown) <= config.groups_per_step * config.group_size
     assert any("Time is up in step 1, with 0 of" in message for message in caplog.messages)

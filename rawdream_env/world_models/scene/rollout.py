@@ -47,6 +47,8 @@ class SceneRolloutConfig:
     """Frames of a chunk, K."""
     action_dim: int = 7
     """Action dims, A."""
+    noise_scale: float = 1.0
+    """Factor of the dynamics' noise: 1 as trained, less for outcomes nearer to the most likely one, 0 for none."""
     start_noise: float = 0.0
     """The reader's expected errors, times this, are added to the start state as keyed noise."""
 
@@ -55,8 +57,10 @@ class SceneRolloutConfig:
         if not (0 < self.fps <= 1000 and 1 <= self.chunk_len <= 1000 and 1 <= self.action_dim <= 1000):
             raise InvalidOptionError(f"fps {self.fps}, chunk_len {self.chunk_len} and action_dim {self.action_dim} must be "
                                      "above 0 and at most 1000.")  # fmt: skip
-        if not 0 <= self.start_noise <= 100:
-            raise InvalidOptionError(f"start_noise {self.start_noise} must be between 0 and 100.")
+        if not (0 <= self.start_noise <= 100 and 0 <= self.noise_scale <= 100):
+            raise InvalidOptionError(
+                f"noise_scale {self.noise_scale} and start_noise {self.start_noise} must be between 0 and 100."
+            )
 
 
 class SceneWorldModel:
@@ -158,7 +162,7 @@ class SceneWorldModel:
         commands = self._kinematics.integrate(state.command, actions)
         keys = [key.at(chunk=chunk) for key, chunk in zip(state.keys, state.chunks, strict=True)]
         noise = keyed_normal(keys, (self.chunk_len, self.dynamics.config.noise_dim), DYNAMICS_STREAM)
-        frames = self.unroll(state, commands, noise)
+        frames = self.unroll(state, commands, self.config.noise_scale * noise)
         last = frames[-1]
         nxt = replace(
             state,

@@ -63,12 +63,12 @@ class Scale:
 
 CPU = Scale(
     world_model=SceneScale(
-        shards=140,
+        shards=80,
         pictures=4000,
         start_pictures=48_000,
-        reader_minutes=10.0,
-        painter_minutes=12.0,
-        dynamics_minutes=40.0,
+        reader_minutes=20.0,
+        painter_minutes=14.0,
+        dynamics_minutes=45.0,
     ),
     play=1568,
     rollouts=960,

@@ -32,15 +32,15 @@ class DemoConfig:
 
     out: Path = Path("runs/demo")
     """Folder for report.html, dream.gif, report.json and the training run."""
-    minutes: float = 5.0
+    minutes: float = 6.0
     """Training time in the dream. Rerunning the command adds this time again."""
     episodes: int = 25
     """Starts per task in the evaluation (four tasks, two policies, dream and simulator)."""
-    steps: int = 50
+    steps: int = 60
     """Maximum number of policy updates; usually ``minutes`` ends training first."""
     num_envs: int = 64
     """Number of episodes imagined in parallel in training; fewer need less memory."""
-    lr: float = 1e-4
+    lr: float = 2e-4
     """AdamW learning rate, after a warm-up of a few steps."""
     temperature: float = 0.7
     """Sampling temperature in training; the evaluation is greedy."""
@@ -48,8 +48,9 @@ class DemoConfig:
     """Policy to improve: "embedded", a folder, a hub id, or module:factory."""
     world_model: str = "embedded"
     """World model: "embedded", a folder, a hub id, or module:factory."""
-    judge: str = "embedded"
-    """Judge: "embedded", a folder, a server, a hub id, or module:factory."""
+    judge: str = "state"
+    """Judge: "state" (whether the task is done in the state that the world model imagines), "embedded" (the bundled judge of
+    videos), a folder, a server, a hub id, or module:factory."""
     dtype: str = "bfloat16"
     """Precision of the world model: "bfloat16" is faster, "float32" is bit-reproducible."""
     num_inference_steps: int = 1

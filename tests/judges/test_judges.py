@@ -268,7 +268,7 @@ def test_the_shipped_judge_answers_as_it_always_did() -> None:
     ]
     texts = ["stack the blue block onto the red block", "put the spoon into the bowl", "go"]
     found = [verdict.probability for verdict in load_judge("embedded")(clips, texts)]
-    assert found == pytest.approx([0.0078346, 0.0858405, 0.7633578], abs=2e-5)
+    assert found == pytest.approx([0.0024299, 0.0393184, 0.0024382], abs=2e-5)
 
 
 def test_padding_does_not_change_the_text() -> None:

@@ -56,6 +56,8 @@ class SB3TokenPolicy(ActorCriticPolicy):
         CheckpointError: the folder is missing or damaged.
     """
 
+    action_dist: MultiCategoricalDistribution
+
     def __init__(
         self,
         observation_space: spaces.Space[Any],
@@ -82,11 +84,14 @@ class SB3TokenPolicy(ActorCriticPolicy):
         self.actor = actor
         width = 3 * actor.config.width
         self.critic = nn.Sequential(nn.Linear(width, self.critic_width), nn.SiLU(), nn.Linear(self.critic_width, 1))
-        nn.init.zeros_(self.critic[-1].weight)
-        nn.init.zeros_(self.critic[-1].bias)
+        head = self.critic[-1]
+        assert isinstance(head, nn.Linear)
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
         # The networks that the base class would build are not needed.
         del self.features_extractor, self.pi_features_extractor, self.vf_features_extractor
-        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
+        optimizer_class: Any = self.optimizer_class  # declared as the base class, which takes no learning rate
+        self.optimizer = optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
 
     def forward(self, obs: Any, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Actions (B, K*A), values (B, 1) and log-probabilities (B,) for a batch of observations."""

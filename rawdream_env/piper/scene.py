@@ -58,8 +58,8 @@ def _round(shape: ObjectShape) -> FloatArray:
 def _surface(name: str) -> FloatArray:
     shape = SHAPES[name]
     if shape.kind != "box":
-        handle = [np.array(POT_HANDLE[0]) + _box(np.array(POT_HANDLE[1]), _SPACING)] if name == "pot" else []
-        return np.concatenate([_round(shape), *handle])
+        handles = [np.array(POT_HANDLE[0]) + _box(np.array(POT_HANDLE[1]), _SPACING)] if name == "pot" else []
+        return np.concatenate([_round(shape), *handles])
     if name == "spoon":  # a wide bowl at its -x end, a thin handle
         bowl = _rings(np.array([0.014, 0.008, 0.0]), np.zeros(3), _SPACING) * np.array([1.1, 0.85, 1.0])
         handle = _box(np.array([0.033, 0.006, 0.006]), _SPACING)
@@ -89,10 +89,10 @@ def _quaternion(rotation: FloatArray) -> FloatArray:
     size = np.sqrt(np.maximum(0, 1 + diagonal @ signs.T)) / 2  # absolute values of w, x, y, z
     cross = {(0, 1): m[:, 2, 1] - m[:, 1, 2], (0, 2): m[:, 0, 2] - m[:, 2, 0], (0, 3): m[:, 1, 0] - m[:, 0, 1]}
     cross |= {(1, 2): m[:, 0, 1] + m[:, 1, 0], (1, 3): m[:, 0, 2] + m[:, 2, 0], (2, 3): m[:, 1, 2] + m[:, 2, 1]}
-    products = np.stack([np.stack([size[:, i] ** 2 if i == j else cross[min(i, j), max(i, j)] / 4 for j in range(4)], -1)
-                         for i in range(4)], -2)  # fmt: skip
-    row = products[np.arange(len(m)), size.argmax(-1)]
-    return np.asarray(row / np.linalg.norm(row, axis=-1, keepdims=True))
+    rows = [[size[:, i] ** 2 if i == j else cross[min(i, j), max(i, j)] / 4 for j in range(4)] for i in range(4)]
+    products = np.stack([np.stack(row, -1) for row in rows], -2)
+    best = products[np.arange(len(m)), size.argmax(-1)]
+    return np.asarray(best / np.linalg.norm(best, axis=-1, keepdims=True))
 
 
 def _cube_rotations() -> FloatArray:
@@ -135,10 +135,8 @@ class PiperScene:
     def rotations(self) -> Sequence[FloatArray]:
         """Per object (G, 3, 3). A spoon's handle is as thick as wide; a cup stands on either end."""
         half_turn = np.stack([np.eye(3), np.diag([1.0, -1.0, -1.0])])
-        cube, stove = (
-            _cube_rotations(),
-            np.stack([geo.rotation_from_rpy(np.array([0, 0, k * np.pi / 2])) for k in range(4)]),
-        )
+        stove = np.stack([geo.rotation_from_rpy(np.array([0, 0, k * np.pi / 2])) for k in range(4)])
+        cube = _cube_rotations()
         groups = {"blue_block": cube, "red_block": cube, "stove": stove, "spoon": half_turn, "cup": half_turn}
         return tuple(groups.get(name, np.eye(3)[None]) for name in OBJECTS)
 

@@ -239,7 +239,7 @@ class TinyVLA(TokenPolicy):
         """Token scores (B, K*A, 256) of step queries (B, K, D)."""
         features = self.head(steps).view(len(steps), self.chunk_len, ACTION_DIM, -1)
         with torch.autocast(steps.device.type, enabled=False):  # scores stay in float32: bfloat16 has 2-3 digits
-            logits = features.float() @ self.bins + self.bin_bias
+            logits: Tensor = features.float() @ self.bins + self.bin_bias
         return logits.reshape(len(steps), self.num_action_tokens, NUM_TOKENS)
 
     def _cells(self, frames: Tensor, pooled: Tensor) -> Tensor:

@@ -59,16 +59,18 @@ class Scale:
     """Starts per task in each start pack."""
     episodes: int
     """Episodes per task in the final side-by-side measurement."""
+    judge_on_dreams: bool = True
+    """Train the judge on imagined clips too. An untrained scene world model imagines no success to learn from."""
 
 
 CPU = Scale(
     world_model=SceneScale(
-        shards=140,
+        shards=80,
         pictures=4000,
         start_pictures=48_000,
-        reader_minutes=10.0,
-        painter_minutes=12.0,
-        dynamics_minutes=40.0,
+        reader_minutes=20.0,
+        painter_minutes=14.0,
+        dynamics_minutes=45.0,
     ),
     play=1568,
     rollouts=960,
@@ -124,5 +126,6 @@ SMOKE = Scale(
     fewshot_steps=2,
     starts=2,
     episodes=1,
+    judge_on_dreams=False,
 )
 PRESETS: dict[str, Scale] = {"cpu": CPU, "gpu": GPU, "smoke": SMOKE}

@@ -27,7 +27,7 @@ def load_shards(folders: Sequence[str | Path], kind: str, names: Sequence[str]) 
     paths = [path for folder in folders for path in sorted(Path(folder).glob(f"{kind}-*.safetensors"))]
     if not paths:
         raise DatasetError(f"no {kind}-*.safetensors in {', '.join(map(str, folders))}; collect them first.")
-    shards = []
+    shards: list[dict[str, Tensor]] = []
     for path in paths:
         try:
             shard = load_safetensors(path)

@@ -53,13 +53,13 @@ class DynamicsTrainConfig:
     """Number of optimizer steps; with ``minutes`` the maximum."""
     minutes: float = 0.0
     """Budget of training time in minutes; 0: no limit."""
-    single_frames: float = 0.5
+    single_frames: float = 0.7
     """Share of the training on single frames."""
-    unroll: int = 8
+    unroll: int = 4
     """Frames of a window in the rest of the training."""
     batch_size: int = 768
     """Single frames per step."""
-    unrolled_batch_size: int = 96
+    unrolled_batch_size: int = 160
     """Windows per step."""
     lr: float = 2e-3
     """Peak learning rate of AdamW: linear warm-up, then a cosine to 1 %."""

@@ -121,11 +121,9 @@ def train_painter(config: PainterTrainConfig, *, progress: bool = True) -> Scene
 def draw_maps(maps: SceneMaps, data: dict[str, Tensor], episodes: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
     """The maps of the starts and of the chosen ``frames`` (B,) of ``episodes`` (B,)."""
     present = data["present"][episodes]
-    start = maps.draw(
-        *(data[f"start_{name}"][episodes] for name in ("position", "rotation")), present, data["start_arm"][episodes]
-    )
+    start = [data[f"start_{name}"][episodes] for name in ("position", "rotation", "arm")]
     now = [data[name][episodes, frames] for name in ("position", "rotation", "arm")]
-    return start, maps.draw(now[0], now[1], present, now[2])
+    return maps.draw(start[0], start[1], present, start[2]), maps.draw(now[0], now[1], present, now[2])
 
 
 def pixel_weights(target: Tensor, background: Tensor, covered: Tensor, config: PainterTrainConfig) -> Tensor:

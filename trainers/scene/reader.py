@@ -68,10 +68,10 @@ def train_reader(config: ReaderTrainConfig, *, progress: bool = True) -> SceneRe
     symmetry = torch.tensor(find_robot(config.model.robot).load("scene").symmetry)
     data["start_rotation"] = canonical_rotation(data["start_rotation"], symmetry)
     train, held = ({name: x[part] for name, x in data.items()} for part in _split(len(data["start"]), config.held_out))
-    sizes = {"image_size": data["start"].shape[1], "objects": data["present"].shape[1]}
+    size, objects = data["start"].shape[1], data["present"].shape[1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mix(config.seed, 1))
-        model = SceneReader(replace(config.model, **sizes))
+        model = SceneReader(replace(config.model, image_size=size, objects=objects))
     averaged = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay, fused=True)
     with TrainingLoop(

@@ -136,7 +136,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     if missing := sorted(names - set(shard)):
         raise DatasetError(f"{path} lacks {', '.join(missing)}; collect it again.")
     rows, (episodes, objects) = int(shard["length"].sum()), shard["present"].shape
-    wanted = {name: (rows, objects, width) for name, width in _WIDTHS.items()}
+    wanted: dict[str, tuple[int, ...]] = {name: (rows, objects, width) for name, width in _WIDTHS.items()}
     wanted |= {"arm": (rows, ARM_DIM), "command": (rows, 7), "length": (episodes,)}
     for name, shape in wanted.items():
         if shard[name].shape != shape:
@@ -171,7 +171,8 @@ def _matrices(quaternion: Tensor) -> Tensor:
         *(2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)),
         *(2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)),
     ]
-    return torch.stack(rows, -1).unflatten(-1, (3, 3))
+    matrices: Tensor = torch.stack(rows, -1).unflatten(-1, (3, 3))
+    return matrices
 
 
 def _mirror(window: Window, chosen: Tensor) -> Window:

@@ -108,7 +108,8 @@ class ContactNetwork(nn.Module):
         out = felt.new_zeros(b, n * (n - 1), felt.shape[-1])
         out[row, order[ends[:, 0], ends[:, 1]]] = felt[:, 0]
         out[row, order[ends[:, 1], ends[:, 0]]] = felt[:, 1]
-        return self.out(torch.cat([out, self._second(which)], -1))
+        pairs: Tensor = self.out(torch.cat([out, self._second(which)], -1))
+        return pairs
 
     @torch.no_grad()
     def _near(self, which: Tensor, place: Tensor, rotation: Tensor, lower: list[int], upper: list[int]) -> Tensor:
@@ -151,8 +152,9 @@ class ContactNetwork(nn.Module):
             [lever * 30, far_lever * 30, push, *close, speed.clamp(-2, 2) * 3, side[:, None].to(gaps.dtype)], -1
         )
         felt = self.point_net(features) * (0.2 * (1 - gaps / _REACH).clamp(0, 1).square())
-        out = felt.new_zeros(len(which) * 2, felt.shape[-1]).index_add(0, pair * 2 + mine, felt)
-        return out.unflatten(0, (-1, 2))
+        summed = felt.new_zeros(len(which) * 2, felt.shape[-1]).index_add(0, pair * 2 + mine, felt)
+        out: Tensor = summed.unflatten(0, (-1, 2))
+        return out
 
     def distance(self, which: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
         """Signed distance (m) of points (M, 2, P, 3), in the objects' own frames, to the shapes of objects (M, 2), and the
@@ -171,9 +173,8 @@ class ContactNetwork(nn.Module):
         ring_normal = torch.cat([normal[..., :1] * flat / radius, normal[..., 1:]], -1)
         gap, normal = torch.cat([box_gap, ring_gap], -1), torch.cat([box_normal, ring_normal], -2)
         nearest = gap.argmin(-1, keepdim=True)
-        return gap.gather(-1, nearest)[..., 0], normal.gather(-2, nearest[..., None].expand(*nearest.shape, 3))[
-            ..., 0, :
-        ]
+        normal = normal.gather(-2, nearest[..., None].expand(*nearest.shape, 3))
+        return gap.gather(-1, nearest)[..., 0], normal[..., 0, :]
 
 
 def _outside(beyond: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,7 +190,8 @@ def _outside(beyond: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
 
 def _speed(velocity: Tensor, lever: Tensor) -> Tensor:
     """Velocity (Q, 3) of points at ``lever`` (Q, 3) of bodies with ``velocity`` (Q, 6)."""
-    return velocity[:, :3] + torch.linalg.cross(velocity[:, 3:], lever)
+    speed: Tensor = velocity[:, :3] + torch.linalg.cross(velocity[:, 3:], lever)
+    return speed
 
 
 def _tables(shapes: Sequence[Shape]) -> tuple[FloatArray, FloatArray]:

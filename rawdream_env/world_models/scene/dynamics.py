@@ -120,6 +120,12 @@ class SceneDynamics(nn.Module):
         fixed: bool (O,): objects that never move.
     """
 
+    rotations: Tensor
+    axial: Tensor
+    fixed: Tensor
+    velocity_scale: Tensor
+    lengths: Tensor
+
     def __init__(self, config: DynamicsConfig, shapes: Sequence[Shape], symmetry: Symmetry, fixed: Tensor) -> None:
         super().__init__()
         config.check()
@@ -298,4 +304,5 @@ class SceneDynamics(nn.Module):
 def _turn(angle: Tensor) -> Tensor:
     """Rotation (B, 3, 3) about z."""
     c, s, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
-    return torch.stack([c, -s, zero, s, c, zero, zero, zero, zero + 1], -1).unflatten(-1, (3, 3))
+    rotation: Tensor = torch.stack([c, -s, zero, s, c, zero, zero, zero, zero + 1], -1).unflatten(-1, (3, 3))
+    return rotation

@@ -121,7 +121,7 @@ def canonical_rotation(rotation: Tensor, symmetry: Tensor) -> Tensor:
     period = 2 * torch.pi / symmetry.clamp(min=1)
     turn = -torch.where(symmetry > 0, (yaw / period).round() * period, yaw)
     c, s, o = turn.cos(), turn.sin(), torch.zeros_like(turn)
-    turned = torch.stack([c, -s, o, s, c, o, o, o, o + 1], -1).unflatten(-1, (3, 3))
+    turned: Tensor = torch.stack([c, -s, o, s, c, o, o, o, o + 1], -1).unflatten(-1, (3, 3))
     return rotation @ turned
 
 

@@ -109,7 +109,8 @@ class ScenePainter(nn.Module):
     def paint(self, canvas: Tensor, maps: Tensor) -> Tensor:
         """``forward`` as pictures uint8 (B, S, S, 3)."""
         pictures = self(canvas, maps).clamp(-1, 1)
-        return ((pictures + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+        painted: Tensor = ((pictures + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+        return painted
 
     def _checked(self, maps: Tensor, rows: int) -> Tensor:
         side = self.config.image_size // FOLD

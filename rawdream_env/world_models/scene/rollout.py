@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rawdream_env.errors import InvalidActionError, InvalidOptionError
-from rawdream_env.robots import ArmMapConfig, Kinematics, Scene, find_goals, find_robot
+from rawdream_env.robots import ArmMapConfig, BoolArray, FloatArray, Kinematics, Scene, find_goals, find_robot
 from rawdream_env.seeding import NoiseKey, keyed_normal
 from rawdream_env.world_models.scene.dynamics import SceneDynamics, SceneFrame
 from rawdream_env.world_models.scene.maps import SceneMaps
@@ -55,8 +55,9 @@ class SceneRolloutConfig:
     def check(self) -> None:
         """Raise ``InvalidOptionError`` for settings that no rollout can have."""
         if not (0 < self.fps <= 1000 and 1 <= self.chunk_len <= 1000 and 1 <= self.action_dim <= 1000):
-            raise InvalidOptionError(f"fps {self.fps}, chunk_len {self.chunk_len} and action_dim {self.action_dim} must be "
-                                     "above 0 and at most 1000.")  # fmt: skip
+            raise InvalidOptionError(
+                f"fps {self.fps}, chunk_len {self.chunk_len} and action_dim {self.action_dim} must be above 0 and at most 1000."
+            )
         if not (0 <= self.start_noise <= 100 and 0 <= self.noise_scale <= 100):
             raise InvalidOptionError(
                 f"noise_scale {self.noise_scale} and start_noise {self.start_noise} must be between 0 and 100."
@@ -237,14 +238,15 @@ class SceneWorldModel:
         for some in torch.arange(b * k).split(self.micro_batch_size or _PAINTED_AT_ONCE):
             flat = (x.flatten(0, 1)[some] for x in (position, rotation, present, arm))
             out[some] = self.painter.paint(state.canvas[row[some].to(self.device)], self._maps(*flat)).cpu()
-        return out.unflatten(0, (b, k))
+        pictures: Tensor = out.unflatten(0, (b, k))
+        return pictures
 
     def _maps(self, position: Tensor, rotation: Tensor, present: Tensor, arm: Tensor) -> Tensor:
         opening = arm[:, 6:].sum(-1, keepdim=True)
         maps = self.maps.draw(position, rotation, present, torch.cat([arm[:, :6], opening], -1))
         return maps.to(self.device)
 
-    def belief(self, state: SceneState) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    def belief(self, state: SceneState) -> tuple[FloatArray, BoolArray]:
         """Object poses (B, O, 7), NaN for absent ones, and relations (B, R), as a simulator records them."""
         return self.scene.truth(state.position, state.rotation, state.present, state.arm)
 

@@ -15,7 +15,8 @@ def rotate(vector: Tensor) -> Tensor:
     cross = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).unflatten(-1, (3, 3))
     identity = torch.eye(3, dtype=vector.dtype, device=vector.device)
     linear, quadratic = (angle.sin() / angle)[..., None], ((1 - angle.cos()) / square)[..., None]
-    return identity + linear * cross + quadratic * compose(cross, cross)
+    matrix: Tensor = identity + linear * cross + quadratic * compose(cross, cross)
+    return matrix
 
 
 # Products of 3x3 matrices by elementwise arithmetic: batched matrix kernels round differently depending on the batch.

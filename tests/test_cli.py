@@ -352,7 +352,8 @@ def test_whole_recipe_in_small(tmp_path, capsys, monkeypatch, kind):
 
     if kind == "video":
         stages = [StageConfig(steps=2, batch_size=size, lr=1e-3) for size in (2, 1)]
-        monkeypatch.setitem(PRESETS, "smoke", replace(PRESETS["smoke"], world_model=VideoScale(*stages)))
+        video = replace(PRESETS["smoke"], world_model=VideoScale(*stages), judge_on_dreams=True)
+        monkeypatch.setitem(PRESETS, "smoke", video)
     assert (
         cli.main(["models", "train", "--preset", "smoke", "--out", str(tmp_path), "--workers", "0", "--no-progress"])
         == 0

@@ -194,7 +194,7 @@ def _judge_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[St
     train = JudgeTrainConfig(
         data=(str(paths.play), str(paths.rollouts)),
         run_dir=str(paths.judge.parent),
-        imagined=(str(paths.dreams),),
+        imagined=(str(paths.dreams),) if scale.judge_on_dreams else (),
         steps=scale.judge_steps,
         batch_size=scale.judge_batch,
         validation_share=0.5 if config.preset == "smoke" else 0.1,

@@ -59,6 +59,8 @@ class Scale:
     """Starts per task in each start pack."""
     episodes: int
     """Episodes per task in the final side-by-side measurement."""
+    judge_on_dreams: bool = True
+    """Train the judge on imagined clips too. An untrained scene world model imagines no success to learn from."""
 
 
 CPU = Scale(
@@ -124,5 +126,6 @@ SMOKE = Scale(
     fewshot_steps=2,
     starts=2,
     episodes=1,
+    judge_on_dreams=False,
 )
 PRESETS: dict[str, Scale] = {"cpu": CPU, "gpu": GPU, "smoke": SMOKE}

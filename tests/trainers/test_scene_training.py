@@ -203,6 +203,7 @@ def config(tmp_path: Path, **changes: Any) -> DynamicsTrainConfig:
         str(tmp_path / "run"),
         model=DynamicsConfig(0, width=16, layers=1),
         steps=6,
+        single_frames=0.5,
         unroll=3,
         batch_size=16,
         unrolled_batch_size=4,

@@ -252,7 +252,7 @@ class SceneWorldModel:
 
     def success(self, state: SceneState, instructions: Sequence[str]) -> NDArray[np.int8]:
         """Whether the task of each row's instruction is done in the model's own state: 1, 0, or -1 where it cannot tell (int8
-        (B,)). The truth within the dream, to compare a judge with; never a reward.
+        (B,)). The truth within the dream, which the judge "state" reports.
         """
         goals = find_goals(self.robot)
         known = {} if goals is None else {words: goal for _, words, goal in goals.tasks if goal in goals.relations}

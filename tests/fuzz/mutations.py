@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rawdream_env import media
-from rawdream_env.trainers.common.checkpoints import _checksum
+from rawdream_env.files import json_sha256
 
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 7, -7, 1.5, -0.0, 1e308, 1e-320, float("nan"), float("inf"), -float("inf"), 2**31, 2**63, 10**12,
@@ -144,7 +144,7 @@ def _reseal(root: Path) -> None:
                 files[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         if "checksum" in content:
             content.pop("checksum")
-            content["checksum"] = _checksum(content)
+            content["checksum"] = json_sha256(content)
         manifest.write_text(json.dumps(content))
 
 

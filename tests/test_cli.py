@@ -265,7 +265,8 @@ def test_table_says_what_the_gains_mean(dream, simulator, said):
         return {"value": sum(ends) / 2, "low": ends[0], "high": ends[1], "n": 50}
 
     rate = {"successes": 5, "n": 10, "value": 0.5, "low": 0.2, "high": 0.8}
-    part = {"dream": rate, "simulator": {**rate, "value": None, "n": 0}}
+    verdicts = {"invalid": 0, "flagged": 0}
+    part = {"dream": rate, "dream_trusted": rate, "verdicts": verdicts, "simulator": {**rate, "value": None, "n": 0}}
     before = {"name": "before", "all": part, "tasks": {"stack_block": part}}
     after = {**before, "name": "after", "gain": {"dream": gain(dream), "simulator": gain(simulator)}}
     policies = [before, after]

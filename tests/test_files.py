@@ -198,17 +198,20 @@ def test_every_bundled_file_is_verified_on_load(tmp_path: Path) -> None:
     from rawdream_env.judges import load_judge
     from rawdream_env.policies import load_policy
     from rawdream_env.starts.pack import PackStarts
+    from rawdream_env.world_models import load_world_model
     from rawdream_env.world_models.loading import read_world_model
 
     shutil.copytree(Path(bundled.__file__).parent, tmp_path / "assets")
     root = tmp_path / "assets"
+    video, parts = root / "video_world_model", ("reader", "dynamics", "painter")
     loaders: dict[str, Callable[[], Any]] = {
         "judge/model.safetensors": lambda: load_judge(root / "judge"),
         "policy/model.safetensors": lambda: load_policy(root / "policy"),
         "starts_narrow.safetensors": lambda: PackStarts(root / "starts_narrow.safetensors"),
         "starts_wide.safetensors": lambda: PackStarts(root / "starts_wide.safetensors"),
-        "world_model/autoencoder/model.safetensors": lambda: read_world_model(root / "world_model"),
-        "world_model/transformer/diffusion_pytorch_model.safetensors": lambda: read_world_model(root / "world_model"),
+        "video_world_model/autoencoder/model.safetensors": lambda: read_world_model(video),
+        "video_world_model/transformer/diffusion_pytorch_model.safetensors": lambda: read_world_model(video),
+        **{f"world_model/{part}/model.safetensors": lambda: load_world_model(root / "world_model") for part in parts},
     }
     assert loaders.keys() == {path.relative_to(root).as_posix() for path in root.rglob("*.safetensors")}
     for name, load in loaders.items():

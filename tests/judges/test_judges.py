@@ -344,7 +344,7 @@ def test_damaged_checkpoints_are_named(judge: EmbeddedJudge, tmp_path: Path) -> 
 def test_load_judge_by_name_folder_and_object(tmp_path: Path) -> None:
     judge = load_judge("scripted")
     assert load_judge(judge) is judge
-    with pytest.raises(InvalidOptionError, match="neither 'embedded' nor 'scripted' nor"):
+    with pytest.raises(InvalidOptionError, match="neither 'embedded' nor 'state' nor 'scripted' nor"):
         load_judge(str(tmp_path / "nothing"))
     with pytest.raises(InvalidOptionError, match="int"):
         load_judge(3)  # type: ignore[arg-type]

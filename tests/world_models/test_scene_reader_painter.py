@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from rawdream_env import robots
 from rawdream_env.errors import CheckpointError, DatasetError, InvalidOptionError
 from rawdream_env.files import load_safetensors
 from rawdream_env.piper import geometry, scene_pictures
 from rawdream_env.piper.relations import OBJECTS, TASKS, relation_index, relations
 from rawdream_env.piper.scene import SCENE, arm_state
 from rawdream_env.piper.simulator.twin import PiperTwin
-from rawdream_env.robots import Robot, register_robot
+from rawdream_env.robots import Robot
 from rawdream_env.trainers.scene.data import STARTS, load_shards
 from rawdream_env.trainers.scene.painter import PainterTrainConfig, train_painter
 from rawdream_env.trainers.scene.reader import ReaderTrainConfig, reader_losses, train_reader
@@ -44,7 +45,14 @@ class Dots:
 
 
 DOTS = Dots()
-register_robot(Robot("dots", scene=f"{__name__}:DOTS", kinematics="rawdream_env.piper.arm_map:ArmMap"))
+
+
+@pytest.fixture(autouse=True)
+def dots(monkeypatch):
+    """A robot of these tests alone."""
+    monkeypatch.setitem(
+        robots._ROBOTS, "dots", Robot("dots", scene=f"{__name__}:DOTS", kinematics="rawdream_env.piper.arm_map:ArmMap")
+    )
 
 
 def seeded(make: Any) -> Any:

@@ -36,14 +36,13 @@ from rawdream_env.envs.base import ChunkResult, ChunkVectorEnv, Rows
 from rawdream_env.envs.episodes import EpisodeRequest, run_episodes
 from rawdream_env.errors import SimulatorError
 from rawdream_env.files import save_safetensors
-from rawdream_env.piper import geometry as geo
 from rawdream_env.piper.envs import CHUNK_LEN, FPS
-from rawdream_env.piper.relations import OBJECTS, PLACE_RELATIONS, TASKS, Task, find_task, relation_index
+from rawdream_env.piper.relations import OBJECTS, TASKS, Task
 from rawdream_env.piper.scene import arm_state
-from rawdream_env.piper.scene_pictures import begin_scripted
 from rawdream_env.piper.simulator import layouts
-from rawdream_env.piper.simulator.motions import Waypoint, follow, pick_waypoints, place_waypoints
+from rawdream_env.piper.simulator.practice import TASK_RELATIONS, PlacePractice, begin_scripted, sample_other_task
 from rawdream_env.piper.simulator.renderer import PiperRenderer
+from rawdream_env.piper.simulator.skills import NOISE_SCALE
 from rawdream_env.piper.simulator.twin import PiperTwin
 from rawdream_env.policies import load_policy
 from rawdream_env.resolve import fingerprint
@@ -55,13 +54,10 @@ KINDS: Final = ("task scene", "other target", "other relation", "scripted")
 _KIND_ODDS: Final = (0.5, 0.22, 0.28)
 _TASK_ODDS: Final = (0.22, 0.31, 0.28, 0.19)
 """Handle and spoon grasps, which slip, are more frequent."""
-_TASK_RELATIONS: Final = [relation_index(task.relation) for task in TASKS]
-_OTHER_RELATIONS: Final = [name for name in PLACE_RELATIONS if name not in {task.relation for task in TASKS}]
 _IMAGE_SIZE: Final = 64
 _TEMPERATURES: Final = (0.0, 0.5, 0.7, 1.0, 1.3)
 _PLACING_SHARE = 0.5
 _CHUNKS = 8
-_ROTATION_NOISE = np.array([1.0, 1.0, 1.0, 0.3, 0.3, 0.3])
 _FEWEST_STEPS = 9
 _UP, _NEAR_TARGET = 0.01, 0.10
 """An object this much (m) above where it lay, and this close to its target, may be placed on it."""
@@ -180,7 +176,7 @@ class Recording:
         if self.over:
             return
         self.twin.step(action, render=False)
-        self.over = bool(self.twin.relations()[_TASK_RELATIONS].any())
+        self.over = bool(self.twin.relations()[TASK_RELATIONS].any())
         if not self.over:
             self._rows.append(self._row())
 
@@ -237,8 +233,8 @@ def _policy_episodes(
 def _scripted_episode(twin: PiperTwin, seed: int) -> Recording | None:
     rng = np.random.default_rng(seed)
     if rng.random() < _PLACING_SHARE:
-        task = find_task(_OTHER_RELATIONS[int(rng.integers(len(_OTHER_RELATIONS)))])
-        twin.set_scene(layouts.sample_task_layout(task, "wide", rng), _tool(rng))
+        task = sample_other_task(rng)
+        twin.set_scene(layouts.sample_task_layout(task, "wide", rng), layouts.sample_tool(rng))
         act = PlacePractice(twin, task, rng).act
     else:
         act, _ = begin_scripted(twin, rng)
@@ -251,57 +247,6 @@ def _scripted_episode(twin: PiperTwin, seed: int) -> Recording | None:
     except SimulatorError:
         return None
     return recording if len(recording) >= _FEWEST_STEPS else None
-
-
-class PlacePractice:
-    """Grasps the first object of a relation well, and lets it go on or in the second, off its middle and from some height,
-    again and again: what rests, what tips and what slides off is learned here.
-    """
-
-    def __init__(self, twin: PiperTwin, task: Task, rng: np.random.Generator) -> None:
-        self._twin, self._task, self._rng = twin, task, rng
-        self._queue: list[Waypoint] = []
-        self._steps = 0
-        self._noise = float(rng.choice([0.0, 0.05, 0.12, 0.25]))
-
-    def act(self) -> Float32Array:
-        """Next action (7,)."""
-        rng = self._rng
-        if not self._queue:
-            held = self._twin.relations()[relation_index(f"holding:{self._task.object_a}")] and self._twin.pose[6] > 0
-            self._queue = self._place() if held else self._pick()
-        waypoint = self._queue[0]
-        action, reached = follow(self._twin.pose, waypoint)
-        self._steps += 1
-        if self._steps >= (waypoint.wait or waypoint.max_steps) or (reached and not waypoint.wait):
-            self._queue.pop(0)
-            self._steps = 0
-        action[:6] += self._noise * rng.normal(size=6) * _ROTATION_NOISE
-        return np.clip(action, -1.0, 1.0).astype(np.float32)
-
-    def _pick(self) -> list[Waypoint]:
-        rng = self._rng
-        return pick_waypoints(
-            self._twin,
-            self._task.object_a,
-            offset=rng.normal(0.0, [0.002, 0.002, 0.001]),
-            turn=float(rng.normal(0.0, 0.1)),
-            lift=float(rng.uniform(0.03, 0.06)),
-            squeeze=int(rng.integers(2, 5)),
-        )
-
-    def _place(self) -> list[Waypoint]:
-        rng = self._rng
-        return place_waypoints(
-            self._twin,
-            self._task.object_a,
-            self._task.object_b,
-            inside=self._task.relation.startswith("in:"),
-            error=rng.normal(0.0, rng.choice([0.003, 0.006, 0.012]), 2),
-            drop=float(rng.uniform(0.0, 0.012)),
-            turn=float(rng.normal(0.0, 0.2)),
-            retreat=float(rng.uniform(0.03, 0.08)),
-        )
 
 
 class _PracticeEnv(ChunkVectorEnv):
@@ -325,7 +270,7 @@ class _PracticeEnv(ChunkVectorEnv):
         for row, key in zip(rows, keys, strict=True):
             rng = np.random.default_rng(mix(key.seed, key.episode))
             kind, task, places = practice_scene(rng)
-            frame = self.twins[row].set_scene(places, _tool(rng))
+            frame = self.twins[row].set_scene(places, layouts.sample_tool(rng))
             self.recordings[row] = Recording(self.twins[row], kind)
             self._disturb[row] = _disturbance(rng)
             starts.append(Start(frame, task.instruction, seed=key.seed))
@@ -351,7 +296,7 @@ def practice_scene(rng: np.random.Generator) -> tuple[int, Task, dict[str, layou
     """Kind, instruction and places of a policy's episode."""
     kind = int(rng.choice(len(_KIND_ODDS), p=_KIND_ODDS))
     if KINDS[kind] == "other relation":
-        task = find_task(_OTHER_RELATIONS[int(rng.integers(len(_OTHER_RELATIONS)))])
+        task = sample_other_task(rng)
         return kind, task, layouts.sample_task_layout(task, "wide", rng)
     task = TASKS[int(rng.choice(len(TASKS), p=_TASK_ODDS))]
     places = layouts.sample_task_layout(task, "narrow" if rng.random() < 0.6 else "wide", rng)
@@ -361,13 +306,6 @@ def practice_scene(rng: np.random.Generator) -> tuple[int, Task, dict[str, layou
             others = [name for name in OBJECTS if name not in (task.object_a, task.object_b)]
             places[str(rng.choice(others))] = at
     return kind, task, places
-
-
-def _tool(rng: np.random.Generator) -> NDArray[np.float64]:
-    pose = geo.HOME_POSE.copy()
-    pose[:3] += rng.uniform(-0.025, 0.025, 3)
-    pose[5] += rng.uniform(-0.2, 0.2)
-    return pose
 
 
 def _disturbance(rng: np.random.Generator) -> Callable[[Float32Array], Float32Array]:
@@ -380,7 +318,7 @@ def _disturbance(rng: np.random.Generator) -> Callable[[Float32Array], Float32Ar
 
     def disturb(actions: Float32Array) -> Float32Array:
         actions = np.array(actions)
-        actions[:, :6] += (noise * rng.normal(size=(len(actions), 6)) + bias * rng.normal(size=6)) * _ROTATION_NOISE
+        actions[:, :6] += (noise * rng.normal(size=(len(actions), 6)) + bias * rng.normal(size=6)) * NOISE_SCALE
         if slips and rng.random() < 0.25:
             actions[int(rng.integers(len(actions))) :, 6] *= -1
         return np.clip(actions, -1.0, 1.0)

@@ -17,8 +17,8 @@ from rawdream_env.errors import DatasetError
 from rawdream_env.files import save_safetensors
 from rawdream_env.piper import geometry
 from rawdream_env.piper.relations import OBJECTS
-from rawdream_env.piper.scene_pictures import GraspPractice
 from rawdream_env.piper.scene_states import Recording
+from rawdream_env.piper.simulator.practice import GraspPractice
 from rawdream_env.piper.simulator.twin import PiperTwin
 from rawdream_env.trainers.scene.dynamics import DynamicsTrainConfig, energy_score, train_dynamics
 from rawdream_env.trainers.scene.states import SceneStates, Window

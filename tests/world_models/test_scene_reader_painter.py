@@ -18,6 +18,7 @@ from rawdream_env.files import load_safetensors
 from rawdream_env.piper import geometry, scene_pictures
 from rawdream_env.piper.relations import OBJECTS, TASKS, relation_index, relations
 from rawdream_env.piper.scene import SCENE, arm_state
+from rawdream_env.piper.simulator import practice
 from rawdream_env.piper.simulator.twin import PiperTwin
 from rawdream_env.robots import Robot
 from rawdream_env.trainers.scene.data import STARTS, load_shards
@@ -274,10 +275,10 @@ def test_no_picture_shows_a_task_done(data: Path):
 
 
 def test_an_episode_ends_before_a_task_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(scene_pictures, "_OTHER_RELATIONS", ["on:blue_block:red_block"])
-    for name, cut in (("cut", scene_pictures._TASK_RELATIONS), ("uncut", [])):
-        monkeypatch.setattr(scene_pictures, "_TASK_RELATIONS", cut)
-        monkeypatch.setattr(scene_pictures, "_KINDS", {"expert": 1.0})
+    monkeypatch.setattr(practice, "_OTHER_RELATIONS", ["on:blue_block:red_block"])
+    for name, cut in (("cut", scene_pictures.TASK_RELATIONS), ("uncut", [])):
+        monkeypatch.setattr(scene_pictures, "TASK_RELATIONS", cut)
+        monkeypatch.setattr(practice, "_KINDS", {"expert": 1.0})
         scene_pictures.collect_pictures(tmp_path / name, 3, frames=8, image_size=SIZE)
     shards = {name: load_safetensors(tmp_path / name / "pictures-00000.safetensors") for name in ("cut", "uncut")}
     assert holding_tasks(shards["cut"]) == 0 < holding_tasks(shards["uncut"])

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rawdream_env.errors import InvalidOptionError
+from rawdream_env.piper import geometry as geo
 from rawdream_env.piper.relations import MOVABLE, OBJECTS, SHAPES, TASKS, Task, object_index
 
 Pose2D = tuple[float, float, float]
@@ -49,6 +50,14 @@ def sample_task_layout(task: Task, layout: str, rng: np.random.Generator) -> dic
         turn = 0.0 if name == "stove" else rng.uniform(-NARROW_YAW, NARROW_YAW)
         poses[name] = (x + float(dx), y + float(dy), yaw + float(turn))
     return poses
+
+
+def sample_tool(rng: np.random.Generator, spread: float = 1.0) -> NDArray[np.float64]:
+    """The commanded pose (7,) in which an episode begins; ``spread`` 1 is what ``PiperTwin.reset`` draws."""
+    pose = geo.HOME_POSE.copy()
+    pose[:3] += spread * rng.uniform(-0.025, 0.025, 3)
+    pose[5] += spread * rng.uniform(-0.2, 0.2)
+    return pose
 
 
 def sample_play_objects(rng: np.random.Generator) -> tuple[str, ...]:

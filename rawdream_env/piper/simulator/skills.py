@@ -30,7 +30,8 @@ from rawdream_env.types import Float32Array
 
 FloatArray = NDArray[np.floating[Any]]
 
-_NOISE_SCALE: Final = np.array([1.0, 1.0, 1.0, 0.3, 0.3, 0.3])
+NOISE_SCALE: Final = np.array([1.0, 1.0, 1.0, 0.3, 0.3, 0.3])
+"""Noise of an action's motion: a third of it on rotations."""
 
 
 class ScriptedExpert:
@@ -83,7 +84,7 @@ class ScriptedExpert:
                 break
             self._pop()
         if self._noise:
-            action[:6] += self._rng.normal(0.0, self._noise, 6) * _NOISE_SCALE
+            action[:6] += self._rng.normal(0.0, self._noise, 6) * NOISE_SCALE
         return np.clip(action, -1.0, 1.0).astype(np.float32)
 
     def _pop(self) -> None:
@@ -134,7 +135,7 @@ class PlayPolicy:
         else:
             waypoint = self._queue[0]
             action, reached = follow(self._twin.pose, waypoint)
-            action[:6] += self._rng.normal(0.0, self._noise, 6) * _NOISE_SCALE
+            action[:6] += self._rng.normal(0.0, self._noise, 6) * NOISE_SCALE
             self._steps += 1
             slack = waypoint.tolerance + 0.3 * self._noise * geo.DPOS
             near = waypoint.xyz is None or bool(np.abs(waypoint.xyz - self._twin.pose[:3]).max() < slack)

@@ -117,10 +117,7 @@ class PiperTwin:
         else:
             chosen = layouts.sample_play_objects(rng) if objects is None else layouts.check_objects(objects)
             places = layouts.sample_wide_layout(chosen, rng)
-        start = geo.HOME_POSE.copy()
-        start[:3] += rng.uniform(-0.025, 0.025, 3)
-        start[5] += rng.uniform(-0.2, 0.2)
-        return self.set_scene(places, start)
+        return self.set_scene(places, layouts.sample_tool(rng))
 
     def set_scene(self, places: dict[str, layouts.Pose2D], pose: FloatArray) -> UInt8Array:
         """Put objects at (x, y, yaw) on the table and the tool at a commanded pose (7,); returns the first frame."""

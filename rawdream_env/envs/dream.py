@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -314,7 +313,7 @@ class DreamVectorEnv(ChunkVectorEnv):
                 episodes[i].verdict = verdict
             episodes[i].valid = verdict is None or verdict.outcome != Outcome.INVALID
             self._current[row] = episodes[i]
-        return replace(self._result(frames, episodes, verdicts, ~finite), state_success=done)
+        return self._result(frames, episodes, verdicts, ~finite)
 
     def _finish(self, rows: Rows) -> None:
         for row in rows.tolist():
@@ -357,7 +356,8 @@ class DreamVectorEnv(ChunkVectorEnv):
         if any(v is not None and v.probability is not None for v in verdicts):
             values = [np.nan if v is None or v.probability is None else v.probability for v in verdicts]
             probability = np.array(values, dtype=np.float64)
-        return ChunkResult(frames, outcome, valid, broken, probability)
+        states = np.array([episode.state_success for episode in episodes], dtype=np.int8)
+        return ChunkResult(frames, outcome, valid, broken, probability, states)
 
     def close_extras(self, **kwargs: Any) -> None:
         """Free the state and the recordings; close the starts and the judge."""

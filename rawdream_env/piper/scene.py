@@ -149,8 +149,8 @@ class PiperScene:
 
     def arm_at_rest(self, command: Tensor) -> Tensor:
         """Commanded poses (..., 7) -> states of an arm that has settled there (..., 8)."""
-        opening = -0.01 + (1 - command[..., 6:]) / 2 * (geo.MAX_OPENING + 0.01)
-        return torch.cat([command[..., :6], opening.clamp(0, geo.MAX_OPENING).expand(*command.shape[:-1], 2) / 2], -1)
+        opening = torch.from_numpy(geo.finger_opening(command[..., 6:].numpy()))
+        return torch.cat([command[..., :6], opening.expand(*command.shape[:-1], 2) / 2], -1)
 
     def arm_pose(self, arm: Tensor) -> Tensor:
         """Arm states (..., 7) -> commanded poses whose settled finger opening is the measured one."""

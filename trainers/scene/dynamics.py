@@ -159,13 +159,13 @@ def energy_loss(
     objects: list[Tensor] = []
     arms: list[Tensor] = []
     spread: list[Tensor] = []
+    arm_scale = torch.tensor(_ARM_MM)
     for u in range(window.rest.arm.shape[1]):
         truth = window.after(u)
         noise = torch.randn(2, len(window.which), model.config.noise_dim, generator=generator)
         one = model(window.which, one, truth.command, noise[0])
         two = model(window.which, two, truth.command, noise[1])
         objects.append(energy_score(_objects(one), _objects(two), _objects(truth)))
-        arm_scale = torch.tensor(_ARM_MM)
         arms.append(energy_score(one.arm * arm_scale, two.arm * arm_scale, truth.arm * arm_scale))
         spread.append((one.position - two.position).detach().norm(dim=-1).mean() * 1000)
     object_score, arm_score = torch.stack(objects).mean(), torch.stack(arms).mean()

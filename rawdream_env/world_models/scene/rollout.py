@@ -15,15 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rawdream_env.errors import InvalidActionError, InvalidOptionError
+from rawdream_env.errors import InvalidOptionError
 from rawdream_env.robots import ArmMapConfig, BoolArray, FloatArray, Kinematics, Scene, find_goals, find_robot
 from rawdream_env.seeding import NoiseKey, keyed_normal
+from rawdream_env.world_models.row_state import check_start, checked_actions
 from rawdream_env.world_models.scene.dynamics import SceneDynamics, SceneFrame
 from rawdream_env.world_models.scene.maps import SceneMaps
 from rawdream_env.world_models.scene.painter import ScenePainter
@@ -117,13 +119,7 @@ class SceneWorldModel:
     def start(self, frames: Tensor, keys: Sequence[NoiseKey], proprio: Tensor | None = None) -> SceneState:
         """Start B episodes. ``frames`` uint8 (B, H, W, 3); ``proprio`` (B, P) the commanded pose, required."""
         frames = torch.as_tensor(frames)
-        if frames.shape[1:] != self.frame_shape or frames.dtype != torch.uint8:
-            raise ValueError(
-                f"start frames must be uint8 {('B', *self.frame_shape)}, got {frames.dtype} {tuple(frames.shape)}; "
-                "resize them to the world model's frame_shape"
-            )
-        if len(keys) != len(frames):
-            raise ValueError(f"{len(frames)} start frames but {len(keys)} noise keys")
+        check_start(frames, keys, self.frame_shape)
         wanted = (len(frames), self._kinematics.state_dim)
         if proprio is None or tuple(proprio.shape) != wanted:
             got = None if proprio is None else tuple(proprio.shape)
@@ -154,12 +150,7 @@ class SceneWorldModel:
     @torch.no_grad()
     def imagine(self, state: SceneState, actions: Tensor) -> tuple[SceneState, Tensor]:
         """One chunk for every row: ``actions`` (B, K, A) in [-1, 1] -> next state, frames uint8 (B, K, H, W, 3)."""
-        actions = torch.as_tensor(actions, dtype=torch.float32).cpu()
-        wanted = (len(state), self.chunk_len, self.config.action_dim)
-        if actions.shape != wanted:
-            raise InvalidActionError(f"actions must have shape {wanted}, got {tuple(actions.shape)}")
-        if not torch.isfinite(actions).all():
-            raise InvalidActionError("actions contain NaN or infinity; check the policy before stepping")
+        actions = checked_actions(actions, (len(state), self.chunk_len, self.config.action_dim))
         commands = self._kinematics.integrate(state.command, actions)
         keys = [key.at(chunk=chunk) for key, chunk in zip(state.keys, state.chunks, strict=True)]
         noise = keyed_normal(keys, (self.chunk_len, self.dynamics.config.noise_dim), DYNAMICS_STREAM)
@@ -254,15 +245,22 @@ class SceneWorldModel:
         """Whether the task of each row's instruction is done in the model's own state: 1, 0, or -1 where it cannot tell (int8
         (B,)). The truth within the dream, which the judge "state" reports.
         """
-        goals = find_goals(self.robot)
-        known = {} if goals is None else {words: goal for _, words, goal in goals.tasks if goal in goals.relations}
-        asked = [known.get(words) for words in instructions]
+        asked = [self._columns.get(words) for words in instructions]
         out = np.full(len(state), -1, np.int8)
-        if goals is None or not any(asked):
+        if all(column is None for column in asked):
             return out
         _, holds = self.belief(state)
         finite = state.finite.numpy()
-        for row, goal in enumerate(asked):
-            if goal is not None and finite[row]:
-                out[row] = holds[row, list(goals.relations).index(goal)]
+        for row, column in enumerate(asked):
+            if column is not None and finite[row]:
+                out[row] = holds[row, column]
         return out
+
+    @cached_property
+    def _columns(self) -> dict[str, int]:
+        """The relation that each task's instruction asks for, as a column of the relations."""
+        goals = find_goals(self.robot)
+        if goals is None:
+            return {}
+        relations = list(goals.relations)
+        return {words: relations.index(goal) for _, words, goal in goals.tasks if goal in relations}

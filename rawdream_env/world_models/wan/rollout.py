@@ -28,11 +28,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from rawdream_env.errors import CheckpointError, InvalidActionError, InvalidOptionError
+from rawdream_env.errors import CheckpointError, InvalidOptionError
 from rawdream_env.robots import ArmMapConfig
 from rawdream_env.seeding import NoiseKey, keyed_normal
 from rawdream_env.world_models.autoencoders import FRAMES_PER_LATENT, FrameCodec
 from rawdream_env.world_models.memory import module_bytes, require_memory, rollout_memory, rows_that_fit
+from rawdream_env.world_models.row_state import check_start, checked_actions
 from rawdream_env.world_models.sampler import sample_flow
 from rawdream_env.world_models.wan.chunk import ChunkDenoiser, ConditionCache, Context, ContextCache
 from rawdream_env.world_models.wan.dream_state import DreamState
@@ -195,13 +196,7 @@ class WanWorldModel:
     def start(self, frames: Tensor, keys: Sequence[NoiseKey], proprio: Tensor | None = None) -> DreamState:
         """Start B episodes. ``frames`` uint8 (B, H, W, 3); ``proprio`` (B, P) commanded pose, required with an arm map."""
         frames = torch.as_tensor(frames)
-        if frames.shape[1:] != self.frame_shape or frames.dtype != torch.uint8:
-            raise ValueError(
-                f"start frames must be uint8 {('B', *self.frame_shape)}, got {frames.dtype} {tuple(frames.shape)}; "
-                "resize them to the world model's frame_shape"
-            )
-        if len(keys) != len(frames):
-            raise ValueError(f"{len(frames)} start frames but {len(keys)} noise keys")
+        check_start(frames, keys, self.frame_shape)
         arch = self.transformer.arch
         # Without an arm map the pose is zeros, which are part of the key of the anchor's noise.
         width = 7 if self._arm_map is None else self._arm_map.state_dim
@@ -240,13 +235,7 @@ class WanWorldModel:
     def imagine(self, state: DreamState, actions: Tensor) -> tuple[DreamState, Tensor]:
         """One chunk for every row: ``actions`` (B, K, A) in [-1, 1] -> next state, frames uint8 (B, K, H, W, 3)."""
         arch = self.transformer.arch
-        actions = torch.as_tensor(actions, dtype=torch.float32).cpu()
-        if actions.shape != (len(state), self.chunk_len, arch.action_dim):
-            raise InvalidActionError(
-                f"actions must have shape {(len(state), self.chunk_len, arch.action_dim)}, got {tuple(actions.shape)}"
-            )
-        if not torch.isfinite(actions).all():
-            raise InvalidActionError("actions contain NaN or infinity; check the policy before stepping")
+        actions = checked_actions(actions, (len(state), self.chunk_len, arch.action_dim))
         poses = self._integrate(state.pose, actions)
         split = (arch.chunk_latents, FRAMES_PER_LATENT)
         new_conditions = self._conditions(actions.unflatten(1, split), poses.unflatten(1, split))

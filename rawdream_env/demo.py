@@ -181,7 +181,7 @@ def training_curve(rows: Sequence[Mapping[str, Any]], temperature: float) -> dic
     """Dreamed success over training, from the lines of ``metrics.jsonl``: windows of about five updates (more in long runs),
     each with its first and last update, and the rates over all rollouts and per task id, without flagged and INVALID ones.
     """
-    count = max(1, len(rows) // (5 * -(-len(rows) // 100))) if rows else 0
+    count = max(1, len(rows) // (5 * -(-len(rows) // 80))) if rows else 0
     windows = []
     for i in range(count):
         first, last = len(rows) * i // count, len(rows) * (i + 1) // count
@@ -204,9 +204,10 @@ def curve_text(report: Mapping[str, Any]) -> str:
     from rawdream_env.evaluation.reporting.numbers import rate_text
 
     training = report["training"]
-    if not training["windows"]:
+    windows = training["windows"]
+    if not windows:
         return ""
-    ends = training["windows"][0], training["windows"][-1]
+    ends = windows if len(windows) == 1 else [windows[0], windows[-1]]
     columns = [f"updates {first}-{last}" for first, last in (window["updates"] for window in ends)]
     lines = [[f"dream, training at T = {training['temperature']:g}", *columns]]
     lines.append(["all tasks", *(rate_text(window["all"]) for window in ends)])

@@ -39,7 +39,7 @@ _MATRICES = (
 )
 """Confusion tables: key in the report, title, note, and whose verdicts are the rows."""
 _LINES = (("dream", "s-dream"), ("copy of the first frame", "s-first"), ("copy of the last true frame", "s-last"))
-_TRAINING_LINES = (("dream", "s-dream"), ("simulator", "s-truth"))
+_TRAINING_LINES = (("dream, while training", "s-dream"), ("simulator, before and after", "s-truth"))
 _SOURCES = {"simulator_actions": "simulator's actions", "dreamed_actions": "dreamed actions"}
 _OUTCOMES = {1: "success", 0: "failure", -1: "invalid"}
 _LEGEND = {

@@ -90,7 +90,7 @@ class PiperTwin:
         self.task: Task | None = None
         self.pose: FloatArray = geo.HOME_POSE.copy()
         """Commanded tool pose (7,): xyz, roll pitch yaw, gripper command."""
-        self._heights = np.zeros((2, len(OBJECTS)))
+        self._heights: FloatArray = np.zeros((2, len(OBJECTS)))
         """Of the objects' origins (m): at the start, and the highest after any control step."""
 
     # --- episode -----------------------------------------------------------------------------------------------------

@@ -35,13 +35,13 @@ class DemoConfig:
     out: Path = Path("runs/demo")
     """Folder for report.html, dream.gif, report.json and the training run."""
     long: bool = False
-    """Train for at most 120 updates or 20 minutes, instead of 60 updates or 6 minutes."""
+    """Train longer: at most 120 updates or 20 minutes, whichever ends first, instead of 60 updates or 6 minutes."""
     minutes: float | None = None
-    """Training time in the dream; default: 6, with ``long`` 20. Rerunning the command adds this time again."""
+    """Training time in the dream; default: 6, or 20 with --long. Rerunning the command adds this time again."""
     episodes: int = 25
     """Starts per task in the evaluation (four tasks, two policies, dream and simulator)."""
     steps: int | None = None
-    """Maximum number of policy updates; default: 60, with ``long`` 120."""
+    """Maximum number of policy updates; default: 60, or 120 with --long."""
     num_envs: int = 64
     """Number of episodes imagined in parallel in training; fewer need less memory."""
     lr: float = 2e-4

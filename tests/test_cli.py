@@ -5,16 +5,21 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import is_dataclass, replace
 from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
+import rawdream_env
 from rawdream_env import cli, doctor
 from rawdream_env.errors import InvalidOptionError, RendererError, RunDirError
 
@@ -357,7 +362,10 @@ def test_stages_resume_skip_and_notice_other_settings(tmp_path):
 def test_presets_train_the_world_model_that_they_name(tmp_path):
     from rawdream_env.recipes.piper_bundled import PRESETS, EmbeddedConfig, recipe
 
-    scene = ["states", "pictures", "start_pictures", "reader", "dynamics", "painter"]
+    scene = [
+        "states", "pictures", "start_pictures", "reader", "painter", "first_dynamics", "first_world_model", "dreamers",
+        "more_states", "dynamics",
+    ]  # fmt: skip
     for preset, wanted in (("cpu", scene), ("smoke", scene), ("gpu", [])):
         config = EmbeddedConfig(out=tmp_path, preset=preset, device="cpu")
         names = [stage.name for stage in recipe(config, PRESETS[preset])]
@@ -376,6 +384,24 @@ def test_recipe_needs_only_earlier_stages(tmp_path):
             json.dumps(stage.settings, default=str)
             assert str(tmp_path) not in json.dumps(stage.settings, default=str), "a moved folder would not resume"
             seen.add(stage.name)
+
+
+@pytest.mark.slow
+def test_policies_of_the_second_round_are_trained_in_the_first_world_model(tmp_path: Path) -> None:
+    from rawdream_env.recipes.folders import Paths
+    from rawdream_env.recipes.presets import PRESETS
+    from rawdream_env.recipes.scene_stages import scene_stages
+
+    bundled = Path(rawdream_env.__file__).parent / "assets"
+    paths = Paths(tmp_path)
+    shutil.copytree(bundled / "world_model", paths.first_scene / "world_model")
+    shutil.copytree(bundled / "policy", paths.policy)
+    scale = replace(PRESETS["smoke"].world_model, dreamers=1, dreamer_steps=1)
+    stage = next(s for s in scene_stages(scale, paths, seed=0, workers=0, progress=False) if s.name == "dreamers")
+    stage.run()
+    (made,) = stage.makes
+    trained, before = (load_file(folder / "model.safetensors") for folder in (made.parent, paths.policy))
+    assert any(not torch.equal(trained[name], before[name]) for name in before)
 
 
 @pytest.mark.slow

@@ -22,8 +22,12 @@ _ORDER = (
     "pictures",
     "start_pictures",
     "reader",
-    "dynamics",
     "painter",
+    "first_dynamics",
+    "first_world_model",
+    "dreamers",
+    "more_states",
+    "dynamics",
     "world_model",
     "dreams",
     "judge",
@@ -89,9 +93,10 @@ def _stage_rows(stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _scene(stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    states, pictures = stages["states"]["facts"], stages["pictures"]["facts"]
-    starts = stages["start_pictures"]["facts"]
-    own = ("states", "pictures", "start_pictures", "reader", "dynamics", "painter", "world_model")
+    states, more, pictures, starts = (
+        stages[name]["facts"] for name in ("states", "more_states", "pictures", "start_pictures")
+    )
+    own = _ORDER[_ORDER.index("states") : _ORDER.index("dreams")]
     hours = sum(stages[name]["hours"] for name in own)
     return [
         "## What the world model was trained on",
@@ -100,14 +105,16 @@ def _scene(stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
         "sees the start picture, the commanded start pose and the actions.",
         "",
         f"- **States**: {states['episodes']} episodes, {states['transitions']} control steps, without pictures: a policy's "
-        "episodes with disturbed actions, and scripted play, grasp practice and noisy experts.",
+        "episodes with disturbed actions, and scripted play, practice of grasping and placing, and noisy experts. Then "
+        f"{more['episodes']} episodes, {more['transitions']} control steps, with policies among them that GRPO trained in a "
+        "first world model (a second round).",
         f"- **Pictures**: {pictures['pictures']} of {pictures['episodes']} scripted episodes for the painter; "
         f"{starts['pictures']} start pictures for the reader.",
         "- **No task is done in them.** An episode ends before the relation of one of the four tasks comes true; an episode of "
         "states also ends where a task's object is let go near its target, whatever comes of it. Tests count that none of "
         "these relations is true in collected states and pictures. The objects are grasped, carried, dropped and put "
-        "elsewhere. The policies whose episodes are among the states were trained on play and, the second one, on the "
-        "demonstrations of the tasks.",
+        "elsewhere. The policies whose episodes are among the states were trained on play, on the demonstrations of the tasks, "
+        "and on the tasks in the first world model.",
         f"- **Time**: {hours:.2f} hours for data and training of the world model.",
         "",
     ]
@@ -130,6 +137,7 @@ def _what(stage: Mapping[str, Any]) -> str:
     elif "steps" in settings and "transitions" not in facts:
         parts.append(f"{settings['steps']} steps of {settings['batch_size']}, lr {settings['lr']:g}")
     words = {"clips": "imagined clips", "per_task": "starts per task", "episodes": "episodes per task"}
+    words |= {"dreamers": "policies", "grpo_steps": "GRPO steps each"}
     parts += [
         f"{settings[key]} {word}" for key, word in words.items() if key in settings and "transitions" not in facts
     ]

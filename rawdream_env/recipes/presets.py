@@ -13,15 +13,22 @@ class SceneScale:
     """Amounts of data and training of the scene world model."""
 
     shards: int
-    """Files of states."""
+    """Files of states, of the pre-trained and the few-shot policy."""
+    more_shards: int
+    """Files of states with policies among them that were trained in a first world model."""
+    dreamers: int
+    """Number of those policies; an untrained world model imagines no success to train them on."""
+    dreamer_steps: int
+    """GRPO steps of each."""
     pictures: int
     """Episodes with a few pictures each, for the painter."""
     start_pictures: int
     """Start pictures, for the reader."""
     reader_minutes: float
     painter_minutes: float
+    first_dynamics_minutes: float
     dynamics_minutes: float
-    """Training time of each part; 0: no limit."""
+    """Training time of each part, of the dynamics in the first world model and after it; 0: no limit."""
     shard: ShardSize = field(default_factory=ShardSize)
     steps: int = 1_000_000
     """Maximum number of optimizer steps of each part; by default the minutes decide."""
@@ -66,11 +73,15 @@ class Scale:
 CPU = Scale(
     world_model=SceneScale(
         shards=80,
+        more_shards=45,
+        dreamers=2,
+        dreamer_steps=30,
         pictures=4000,
         start_pictures=48_000,
         reader_minutes=20.0,
         painter_minutes=14.0,
-        dynamics_minutes=45.0,
+        first_dynamics_minutes=25.0,
+        dynamics_minutes=40.0,
     ),
     play=1568,
     rollouts=960,
@@ -106,10 +117,14 @@ GPU = Scale(
 SMOKE = Scale(
     world_model=SceneScale(
         shards=1,
+        more_shards=1,
+        dreamers=0,
+        dreamer_steps=0,
         pictures=4,
         start_pictures=8,
         reader_minutes=0.0,
         painter_minutes=0.0,
+        first_dynamics_minutes=0.0,
         dynamics_minutes=0.0,
         shard=ShardSize(rows=2, batches=1, scripted=4),
         steps=2,

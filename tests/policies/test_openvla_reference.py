@@ -145,7 +145,8 @@ def _siglip(tower: VisionTower, config: TowerConfig, pixels: torch.Tensor) -> to
         f"{root}embeddings.patch_embedding.weight": own["patch_embed.proj.weight"],
         f"{root}embeddings.patch_embedding.bias": own["patch_embed.proj.bias"],
     }
-    pairs = {"layer_norm1": "norm1", "layer_norm2": "norm2", "self_attn.out_proj": "attn.proj", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}  # fmt: skip
+    pairs = {"layer_norm1": "norm1", "layer_norm2": "norm2", "self_attn.out_proj": "attn.proj"}
+    pairs |= {"mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
     for i in range(config.depth - 1):
         for kind in ("weight", "bias"):
             state |= {f"{root}encoder.layers.{i}.{a}.{kind}": own[f"blocks.{i}.{b}.{kind}"] for a, b in pairs.items()}

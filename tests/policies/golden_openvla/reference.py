@@ -70,7 +70,7 @@ def main(folder: Path, checkout: str, out: str) -> None:
                 ids = torch.cat([ids, torch.tensor([[29871]])], dim=1)
             values = torch.from_numpy(pixels(index))
             scores: list[torch.Tensor] = []
-            hook = head.register_forward_hook(lambda module, args, output: scores.append(output))
+            hook = head.register_forward_hook(lambda module, args, output, kept=scores: kept.append(output))
             actions, hidden = model.predict_action(
                 ids, unnorm_key="tiny", pixel_values=values, attention_mask=torch.ones_like(ids)
             )

@@ -92,7 +92,7 @@ def test_one_update_starts_at_ratio_one_and_its_folder_loads(
         assert any(name.startswith("vision_backbone.") for name in moved) and log[-1] == "towers"
     saved = load_policy(tmp_path / "run" / "policy")
     frame = np.zeros((1, SIDE, SIDE, 3), np.uint8)
-    torch.testing.assert_close(saved.logits(frame, ["x"]), result.policy.logits(frame, ["x"]), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(saved.logits(frame, ["x"]), result.policy.logits(frame, ["x"]), atol=2e-3, rtol=0)
 
 
 def test_it_learns_and_resumes_bit_by_bit(folder: Path, tmp_path: Path) -> None:

@@ -68,7 +68,8 @@ def write_tiny_openvla(
     extremes = {"min": action["q01"], "max": action["q99"]}
     atomic_write_json(path / STATISTICS, {name: {"action": {**action, **extremes}, "num_transitions": 100}})
     tokenizer = json.loads(tiny_tokenizer().to_str())
-    tokenizer["model"]["merges"] = [" ".join(pair) for pair in tokenizer["model"]["merges"]]  # as older versions wrote it
+    merges = tokenizer["model"]["merges"]
+    tokenizer["model"]["merges"] = [" ".join(pair) for pair in merges]  # as older versions wrote them
     (path / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     atomic_write_json(path / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", "legacy": False})
     return path

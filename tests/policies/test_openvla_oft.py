@@ -206,7 +206,8 @@ def truncate(path: Path) -> None:
         (lambda p: edit(p, timm_model_args=[{"width": 3}, {}]), "timm_model_args must be two objects"),
         (lambda p: text(p, vocab_size=32000), "a vocabulary of 32000 tokens.* padded to 32064"),
         (lambda p: text(p, hidden_size=96), "has shape"),
-        (lambda p: text(p, hidden_size=-1), "hidden_size is -1"),
+        (lambda p: text(p, hidden_size=-1), "hidden_size: -1 is no positive integer"),
+        (lambda p: text(p, num_attention_heads=5), "5 attention heads do not divide hidden_size 64"),
         (lambda p: text(p, num_hidden_layers=2), "9 tensors that this model has not"),
         (lambda p: text(p, num_hidden_layers=4), "lacks 9 of"),
         (lambda p: (p / "dataset_statistics.json").unlink(), "without the action statistics of its training data"),
@@ -256,7 +257,7 @@ def relabel(folder: Path) -> None:
 
 
 def test_names_of_checkpoints(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(CheckpointError, match="never saw action tokens; use Haozhan72/"):
+    with pytest.raises(CheckpointError, match="was not trained on action tokens; use Haozhan72/"):
         load_policy("moojink/openvla-7b-oft-finetuned-libero-spatial")  # before any download
     monkeypatch.setattr("rawdream_env.policies.resolve", lambda *args, **kwargs: folder)
     assert isinstance(load_policy("owner/name", unnorm_key="piper"), OpenVLAOFT)

@@ -7,16 +7,13 @@ since steps of a small learning rate vanish in bfloat16.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rawdream_env.errors import CheckpointError, InvalidOptionError, MissingDependencyError
 from rawdream_env.files import atomic_write_json, load_safetensors, read_json, save_safetensors, sealed_folder
-
-if TYPE_CHECKING:
-    from peft import LoraConfig
 
 ADAPTER, ADAPTER_WEIGHTS, ADAPTER_CONFIG = "default", "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
@@ -76,7 +73,7 @@ def merged_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def save_lora(model: nn.Module, folder: Path) -> None:
     """Write the adapters alone, in peft's format: ``adapter_model.safetensors`` and ``adapter_config.json``."""
-    config: LoraConfig | None = getattr(model, "lora_config", None)
+    config: Any = getattr(model, "lora_config", None)
     if config is None:
         raise InvalidOptionError("the policy has no LoRA adapters to save.")
     tensors = {

@@ -20,8 +20,8 @@ PADDED_VOCAB_SIZE = 32064
 _VISION = "dinosiglip-vit-so-224px"
 _L1_CHECKPOINTS = "openvla-7b-oft-finetuned-libero"
 _FOREIGN_FILES = {
-    "action_head*": "has a continuous action head (L1 regression); its language model never saw action tokens",
-    "noisy_action_projector*": "has a diffusion action head; its language model never saw action tokens",
+    "action_head*": "has a continuous action head (L1 regression); its language model was not trained on action tokens",
+    "noisy_action_projector*": "has a diffusion action head; its language model was not trained on action tokens",
     "proprio_projector*": "reads proprioception, which this policy has not",
     "vision_backbone--*": "modulates the vision towers by the instruction (FiLM), which this policy does not",
 }
@@ -105,9 +105,22 @@ def _towers(folder: Path, given: Any) -> tuple[TowerConfig, TowerConfig]:
         raise CheckpointError(f"{folder}/config.json: {TOWERS_KEY} must be two objects with keys of {sorted(known)}.")
     try:
         first, second = (TowerConfig(**tower) for tower in given)
+        for tower in (first, second):
+            heads = _positive(tower.num_heads, int)
+            if _positive(tower.embed_dim, int) % heads or _positive(tower.depth, int) < 2:
+                raise TypeError(f"{tower} has a width that its heads do not divide, or fewer than 2 layers")
+            _positive(tower.mlp_ratio, float)
+            _positive(tower.reg_tokens + 1, int)
     except TypeError as error:
         raise CheckpointError(f"{folder}/config.json: {TOWERS_KEY}: {error}.") from error
     return first, second
+
+
+def _positive(value: Any, kind: type) -> Any:
+    """``value``; ``TypeError`` unless it is a positive number, an integer where ``kind`` is int."""
+    if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float) or not value > 0:
+        raise TypeError(f"{value!r} is no positive {'integer' if kind is int else 'number'}")
+    return value
 
 
 def _sizes(folder: Path, text: dict[str, Any], dinov2: TowerConfig, siglip: TowerConfig) -> OpenVLAOFTConfig:
@@ -118,12 +131,14 @@ def _sizes(folder: Path, text: dict[str, Any], dinov2: TowerConfig, siglip: Towe
             fallback = values["num_attention_heads"]
         value = text.get(field.name)
         value = fallback if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise CheckpointError(f"{folder}/config.json: {field.name} is {value!r}, expected a positive number.")
-        values[field.name] = value
-    if values["hidden_size"] % values["num_attention_heads"]:
+        try:
+            values[field.name] = _positive(value, type(field.default))
+        except TypeError as error:
+            raise CheckpointError(f"{folder}/config.json: {field.name}: {error}.") from error
+    width, heads, groups = (values[n] for n in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
+    if width % heads or heads % groups:
         raise CheckpointError(
-            f"{folder}/config.json: hidden_size {values['hidden_size']} is not divisible by num_attention_heads "
-            f"{values['num_attention_heads']}."
+            f"{folder}/config.json: {heads} attention heads do not divide hidden_size {width}, or are no multiple of "
+            f"{groups} key-value heads."
         )
     return OpenVLAOFTConfig(dinov2, siglip, **values)

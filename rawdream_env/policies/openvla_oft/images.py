@@ -57,7 +57,7 @@ def _resize(image: UInt8Array, taps: Callable[[int], Taps]) -> Float32Array:
     for axis in (0, 1):
         index, weight = taps(image.shape[axis])
         shape = (-1, 1, 1) if axis == 0 else (1, -1, 1)
-        values = sum(w.reshape(shape) * values.take(i, axis) for i, w in zip(index, weight, strict=True))  # type: ignore[assignment]
+        values = sum(w.reshape(shape) * values.take(i, axis) for i, w in zip(index, weight, strict=True))
     return values
 
 

@@ -78,6 +78,7 @@ def check_bidirectional(model: LanguageModel) -> None:
 
 def llama_config(config: OpenVLAOFTConfig) -> LlamaConfig:
     """transformers' configuration of the language model."""
+    options: dict[str, Any] = {"attn_implementation": "sdpa"}  # untyped in transformers
     return LlamaConfig(
         vocab_size=PADDED_VOCAB_SIZE,
         hidden_size=config.hidden_size,
@@ -89,5 +90,5 @@ def llama_config(config: OpenVLAOFTConfig) -> LlamaConfig:
         rms_norm_eps=config.rms_norm_eps,
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
         pad_token_id=LM_VOCAB_SIZE,
-        attn_implementation="sdpa",
+        **options,
     )

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rawdream_env.errors import CheckpointError, InvalidOptionError
 from rawdream_env.files import atomic_write_bytes, atomic_write_json
 from rawdream_env.policies import action_tokens
 from rawdream_env.policies.base import TokenPolicy
@@ -231,13 +230,8 @@ class OpenVLAOFT(TokenPolicy):
         config, upstream = read_config(path)
         statistics, tokenizer = read_statistics(path), prompt.load_tokenizer(path)
         key = unnorm_key or upstream.get("unnorm_key")
-        try:
-            with torch.device("meta"):
-                policy = cls(config, tokenizer, statistics, unnorm_key=key, upstream=upstream, files=_small_files(path))
-        except (RuntimeError, TypeError, ArithmeticError) as error:
-            if isinstance(error, InvalidOptionError):
-                raise
-            raise CheckpointError(f"{path}/config.json has impossible sizes ({error}); restore it.") from error
+        with torch.device("meta"):
+            policy = cls(config, tokenizer, statistics, unnorm_key=key, upstream=upstream, files=_small_files(path))
         stored = checkpoint.list_tensors(path)
         checkpoint.check_tensors(stored, policy.state_dict(), _unused_names(config), path)
         policy._fill(stored, torch.device(device), dtype)

@@ -108,21 +108,22 @@ def tiny_config() -> dict[str, Any]:
 
 def tiny_tensors(seed: int = 0) -> dict[str, Tensor]:
     """Random weights under upstream's names, those that no output depends on included."""
+    return {name: _draw(name, tuple(shape), seed) for name, shape in checkpoint_shapes(TINY).items()}
+
+
+def checkpoint_shapes(config: OpenVLAOFTConfig) -> dict[str, torch.Size]:
+    """Names and shapes of a public checkpoint's tensors, those that no output depends on included."""
     with torch.device("meta"):
-        shapes = {
-            name: tensor.shape
-            for name, tensor in OpenVLAOFT(TINY, None, {"x": {"action": IDENTITY}}).state_dict().items()
-        }
-    for tower, config in zip(("featurizer", "fused_featurizer"), TOWERS, strict=True):
-        root, width = f"vision_backbone.{tower}.", torch.Size([config.embed_dim])
+        state = OpenVLAOFT(config, None, {"any": {"action": IDENTITY}}).state_dict()
+    shapes = {name: tensor.shape for name, tensor in state.items()}
+    for tower, sizes in (("featurizer", config.dinov2), ("fused_featurizer", config.siglip)):
+        root, width = f"vision_backbone.{tower}.", torch.Size([sizes.embed_dim])
         shapes |= {root + "norm.weight": width, root + "norm.bias": width}
         for name, shape in list(shapes.items()):
             if name.startswith(f"{root}blocks.0."):
-                shapes[name.replace("blocks.0", f"blocks.{config.depth - 1}")] = shape
-    shapes |= {
-        f"vision_backbone.fused_featurizer.attn_pool.{n}": torch.Size(s) for n, s in _attention_pool(TOWERS[1]).items()
-    }
-    return {name: _draw(name, tuple(shape), seed) for name, shape in shapes.items()}
+                shapes[name.replace("blocks.0", f"blocks.{sizes.depth - 1}")] = shape
+    pool = _attention_pool(config.siglip)
+    return shapes | {f"vision_backbone.fused_featurizer.attn_pool.{n}": torch.Size(s) for n, s in pool.items()}
 
 
 def _attention_pool(config: TowerConfig) -> dict[str, tuple[int, ...]]:

@@ -15,10 +15,12 @@ from safetensors.torch import load_file, save_file
 from rawdream_env.errors import CausalAttentionError, CheckpointError, InvalidOptionError
 from rawdream_env.policies import load_policy
 from rawdream_env.policies.openvla_oft import language
+from rawdream_env.policies.openvla_oft.config import OpenVLAOFTConfig
 from rawdream_env.policies.openvla_oft.policy import OpenVLAOFT
 from rawdream_env.policies.openvla_oft.statistics import ActionStatistics, choose_statistics
+from rawdream_env.policies.openvla_oft.vision import DINOV2_L, SIGLIP_SO400M
 from rawdream_env.seeding import NoiseKey
-from rawdream_env.testing.openvla_oft import IDENTITY, write_tiny_openvla
+from rawdream_env.testing.openvla_oft import IDENTITY, checkpoint_shapes, write_tiny_openvla
 from rawdream_env.types import Policy
 
 SENTENCES = ["lift the cup", "stack the blue block onto the red block and then go back, slowly", "Place the pot", ""]
@@ -170,6 +172,15 @@ def test_saved_folders_have_upstream_s_names_and_load_again(folder: Path, tmp_pa
     assert config.items() <= json.loads((tmp_path / "wide" / "config.json").read_text()).items()
     again = load_policy(tmp_path / "wide").logits(images(1), SENTENCES[:1])
     assert torch.equal(again, policy.logits(images(1), SENTENCES[:1]))
+
+
+def test_the_full_size_has_openvla_7b_s_parameters() -> None:
+    shapes = checkpoint_shapes(OpenVLAOFTConfig(DINOV2_L, SIGLIP_SO400M))
+    assert len(shapes) == 982 and sum(shape.numel() for shape in shapes.values()) == 7_541_237_184
+    assert shapes["vision_backbone.featurizer.blocks.23.ls2.scale_factor"] == (1024,)
+    assert shapes["vision_backbone.fused_featurizer.blocks.26.mlp.fc1.weight"] == (4304, 1152)
+    assert shapes["projector.fc2.weight"] == (4096, 8704)
+    assert shapes["language_model.lm_head.weight"] == (32064, 4096)
 
 
 def edit(folder: Path, **changes: object) -> None:

@@ -95,6 +95,7 @@ def test_one_update_starts_at_ratio_one_and_its_folder_loads(
     torch.testing.assert_close(saved.logits(frame, ["x"]), result.policy.logits(frame, ["x"]), atol=2e-3, rtol=0)
 
 
+@pytest.mark.slow
 def test_it_learns_and_resumes_bit_by_bit(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("peft")
 

@@ -10,6 +10,6 @@
 ``prompt.py``           instructions to token ids
 ``statistics.py``       model actions to environment actions and back
 ``adapters.py``         LoRA: add, export, save, load
-``feature_cache.py``    features of frozen towers, computed once per frame
+``frame_cache.py``      prepared frames and features of frozen towers, computed once
 ======================  ============================================================================================
 """

@@ -10,6 +10,7 @@ Frames are upright and as the environment shows them. Shape letters: B rows, H W
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import numpy as np
@@ -17,11 +18,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rawdream_env.config import parse_workers
 from rawdream_env.policies.openvla_oft.jpeg import round_trip
 from rawdream_env.policies.openvla_oft.vision import IMAGE_SIZE
 from rawdream_env.types import Float32Array, UInt8Array
 
 CROP_AREA = 0.9
+_MAX_THREADS = 8
 Taps = tuple[NDArray[np.intp], Float32Array]
 """Indices (taps, 224) into an axis, and their weights."""
 _MEAN = (0.485, 0.456, 0.406, 0.5, 0.5, 0.5)  # ImageNet's for DINOv2, then SigLIP's
@@ -30,7 +33,15 @@ _STD = (0.229, 0.224, 0.225, 0.5, 0.5, 0.5)
 
 def prepare(frames: UInt8Array) -> UInt8Array:
     """Frames uint8 (B, H, W, 3) of any size -> what the policy sees, uint8 (B, 224, 224, 3)."""
-    return np.stack([centre_crop(lanczos(round_trip(frame))) for frame in frames])
+    workers = min(_MAX_THREADS, len(frames), parse_workers(-1))
+    if workers <= 1:
+        return np.stack([_prepare(frame) for frame in frames])
+    with ThreadPoolExecutor(workers) as pool:  # numpy computes without the interpreter's lock
+        return np.stack(list(pool.map(_prepare, frames)))
+
+
+def _prepare(frame: UInt8Array) -> UInt8Array:
+    return centre_crop(lanczos(round_trip(frame)))
 
 
 def normalise(images: Tensor) -> Tensor:

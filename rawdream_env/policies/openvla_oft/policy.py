@@ -28,7 +28,7 @@ from rawdream_env.policies import action_tokens
 from rawdream_env.policies.base import TokenPolicy
 from rawdream_env.policies.openvla_oft import adapters, checkpoint, images, prompt
 from rawdream_env.policies.openvla_oft.config import OpenVLAOFTConfig, read_config
-from rawdream_env.policies.openvla_oft.feature_cache import FeatureCache
+from rawdream_env.policies.openvla_oft.frame_cache import FrameCache
 from rawdream_env.policies.openvla_oft.language import LanguageModel, check_bidirectional
 from rawdream_env.policies.openvla_oft.statistics import (
     STATISTICS,
@@ -40,7 +40,7 @@ from rawdream_env.policies.openvla_oft.vision import NUM_PATCHES, Projector, Vis
 from rawdream_env.types import ACTION_DIM
 
 CHUNK_LEN = 8
-FEATURE_CACHE_BYTES = 4 * 2**30
+FEATURE_CACHE_BYTES, IMAGE_CACHE_BYTES = 4 * 2**30, 2**30
 PROMPT_BLOCK = 16
 """Prompts are padded to a multiple of this, so that a row's result depends on its own length alone."""
 _CARRIED_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
@@ -85,7 +85,8 @@ class OpenVLAOFT(TokenPolicy):
         self.action_statistics: ActionStatistics
         self.use_statistics(unnorm_key)
         self.unused: dict[str, Tensor] = {}  # tensors of the checkpoint that no output depends on
-        self.feature_cache = FeatureCache(FEATURE_CACHE_BYTES)
+        self.feature_cache = FrameCache(FEATURE_CACHE_BYTES)  # about 1 MB per frame at full size
+        self.image_cache = FrameCache(IMAGE_CACHE_BYTES)
         self._prompts: dict[str, list[int]] = {}
         self.vision_backbone = VisionBackbone(config.dinov2, config.siglip)
         self.projector = Projector(config.dinov2.embed_dim + config.siglip.embed_dim, config.hidden_size)
@@ -105,7 +106,7 @@ class OpenVLAOFT(TokenPolicy):
         """Patch features (B, N, D1 + D2) of ``frames`` uint8 (B, H, W, 3). Of frozen towers: kept, without a gradient."""
         if any(p.requires_grad for p in self.vision_backbone.parameters()):
             self.feature_cache.clear()
-            return self._tower_features(frames)
+            return self._tower_features(self.image_cache.look_up(frames.cpu(), _prepare))
         return self.feature_cache.look_up(frames.cpu(), self._frozen_features).to(self.device)
 
     def token_logits(self, features: Tensor, instructions: Sequence[str]) -> Tensor:
@@ -138,16 +139,16 @@ class OpenVLAOFT(TokenPolicy):
             self._prompts[instruction] = prompt.prompt_ids(self.tokenizer, instruction)
         return self._prompts[instruction]
 
-    def _tower_features(self, frames: Tensor) -> Tensor:
-        prepared = torch.from_numpy(images.prepare(frames.cpu().numpy())).to(self.device)
+    def _tower_features(self, prepared: Tensor) -> Tensor:
         weight = self.vision_backbone.featurizer.pos_embed
-        features: Tensor = self.vision_backbone(images.normalise(prepared).to(weight.dtype))
+        features: Tensor = self.vision_backbone(images.normalise(prepared.to(self.device)).to(weight.dtype))
         return features
 
     @torch.no_grad()
     def _frozen_features(self, frames: Tensor) -> Tensor:
         """Features in blocks of exactly ``act_batch`` rows, so that a frame's features depend on it alone."""
-        blocks = [self._tower_features(frames[rows]) for rows in self.blocks(len(frames))]
+        prepared = _prepare(frames)
+        blocks = [self._tower_features(prepared[rows]) for rows in self.blocks(len(frames))]
         return torch.cat(blocks)[: len(frames)]
 
     def _blocked_logits(self, frames: Tensor, instructions: list[str]) -> Tensor:
@@ -250,6 +251,10 @@ class OpenVLAOFT(TokenPolicy):
             else:
                 self.unused[name] = tensor.to(dtype=dtype)
         self.language_model.rebuild_rotary(device)
+
+
+def _prepare(frames: Tensor) -> Tensor:
+    return torch.from_numpy(images.prepare(frames.numpy()))
 
 
 def padded_length(length: int) -> int:

@@ -1,7 +1,7 @@
-"""Features of frozen vision towers, computed once per frame.
+"""What is computed from a frame alone, computed once per frame.
 
-A rollout computes the features of every frame it sees; the policy update needs the same features again, in every epoch. With
-frozen towers they do not change, so they are kept, by the content of the frame, up to a number of bytes.
+A rollout prepares every frame it sees and, with frozen towers, computes its features; the policy update needs the same again, in
+every epoch. Results are kept by the content of the frame, up to a number of bytes.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 
-class FeatureCache:
-    """Features on the CPU by frame; the least recently used are dropped beyond ``max_bytes``."""
+class FrameCache:
+    """Tensors on the CPU by frame; the least recently used are dropped beyond ``max_bytes``."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
@@ -27,18 +27,18 @@ class FeatureCache:
         return len(self._kept)
 
     def clear(self) -> None:
-        """Forget everything: the towers have changed."""
+        """Forget everything: what computes the tensors has changed."""
         self._kept.clear()
         self._bytes = 0
 
     def look_up(self, frames: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
-        """Features (B, ...) of ``frames`` uint8 (B, H, W, 3) on the CPU; ``compute`` is asked for new frames, each once."""
+        """Rows (B, ...) for ``frames`` uint8 (B, H, W, 3) on the CPU; ``compute`` is asked for new frames, each once."""
         keys = [_key(frame) for frame in frames]
         found = {key: self._kept[key] for key in keys if key in self._kept}
         new = list(dict.fromkeys(key for key in keys if key not in found))
         if new:
-            features = compute(frames[[keys.index(key) for key in new]]).cpu()
-            found |= {key: row.clone() for key, row in zip(new, features, strict=True)}
+            rows = compute(frames[[keys.index(key) for key in new]]).cpu()
+            found |= {key: row.clone() for key, row in zip(new, rows, strict=True)}
         for key, row in found.items():
             self._keep(key, row)
         return torch.stack([found[key] for key in keys])

@@ -31,6 +31,9 @@ DEFAULT_ROBOT = "piper"
 ENTRY_POINTS = "rawdream.robots"
 """Entry-point group of installed packages that register robots: ``name = "module that calls register_robot"``."""
 
+LIFT_RISE = 0.02
+"""An object is picked up once its origin is this much (m) above where it was at the episode's start."""
+
 FloatArray = NDArray[np.floating[Any]]
 BoolArray = NDArray[np.bool_]
 Part = Literal["kinematics", "scene", "goals", "episode_source", "sim_starts", "start_pack"]

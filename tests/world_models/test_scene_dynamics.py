@@ -229,6 +229,22 @@ def test_success_is_the_task_of_the_instruction_in_the_state(model: SceneWorldMo
     assert model.success(state, [TASKS[1].instruction] * 5).tolist() == [0, 0, 0, -1, 0]
 
 
+def test_a_lift_is_of_the_object_that_the_task_moves_and_is_remembered(model: SceneWorldModel) -> None:
+    state = begin(model, 3)
+    assert model.lifted(state, [TASKS[0].instruction] * 3).tolist() == [0, 0, 0]
+    heights = state.heights.clone()
+    heights[0, BLUE, 1] += 0.021
+    heights[1, BLUE, 1] += 0.019
+    heights[2, RED, 1] += 0.021
+    state = replace(state, heights=heights)
+    assert model.lifted(state, [TASKS[0].instruction] * 3).tolist() == [1, 0, 0]
+    assert model.lifted(state, ["sing a song"] * 3).tolist() == [-1, -1, -1]
+    after, _ = model.imagine(state, torch.zeros(3, 8, 7))
+    assert model.lifted(after, [TASKS[0].instruction] * 3)[0] == 1
+    assert (after.heights[..., 0] == state.heights[..., 0]).all()
+    assert (after.heights[..., 1] >= torch.maximum(state.heights[..., 1], after.position[..., 2])).all()
+
+
 @pytest.fixture
 def folder(model: SceneWorldModel, tmp_path: Path) -> Path:
     save_scene_world_model(model, tmp_path)

@@ -11,7 +11,12 @@ from rawdream_env.types import Outcome, UInt8Array, Verdict
 
 @dataclass(frozen=True)
 class EpisodeRecord:
-    """Outcomes of one policy at one start. Verdicts are 1, 0 or -1 (INVALID); None: not measured."""
+    """Outcomes of one policy at one start. Verdicts are 1, 0 or -1 (INVALID); None: not measured.
+
+    ``..._end``: success at the end, else after any chunk. ``dream_state`` and ``simulator_actions_state``: what the dream's own
+    state says of the closed-loop dream and of the simulator's actions, by the judge's time rule, -1 where it is not known.
+    ``..._lifted``: whether the task's object was picked up under the simulator's actions, in the simulator and in the dream.
+    """
 
     policy: str
     task: str
@@ -25,6 +30,10 @@ class EpisodeRecord:
     dreamed_actions_end: bool | None = None
     simulator_actions: int | None = None
     judge_on_simulator: int | None = None
+    dream_state: int = -1
+    simulator_actions_state: int = -1
+    simulator_lifted: int = -1
+    simulator_actions_lifted: int = -1
 
     @property
     def result(self) -> EpisodeResult:

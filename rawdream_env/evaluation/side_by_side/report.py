@@ -19,6 +19,7 @@ from rawdream_env.evaluation.reporting.charts import Series, line_chart, point
 from rawdream_env.evaluation.reporting.numbers import Json, estimate_text, percent
 from rawdream_env.evaluation.reporting.output import writing_results
 from rawdream_env.evaluation.side_by_side.records import Clip, SideBySide
+from rawdream_env.evaluation.side_by_side.table import MEASURES, measure_text
 from rawdream_env.files import atomic_write_json, atomic_write_text
 from rawdream_env.media import encode_video
 from rawdream_env.types import UInt8Array
@@ -36,6 +37,7 @@ _MATRICES = (
     ),
     ("simulator_actions", "Simulator's actions dreamed", "Same start and actions, judged on the dream.", "dream"),
     ("judge_on_simulator", "Judge alone", "The judge on the simulator's videos.", "judge"),
+    ("judge_against_state", "Judge and state", "The judge on the dream; true: the dream's own state.", "judge"),
 )
 """Confusion tables: key in the report, title, note, and whose verdicts are the rows."""
 _LINES = (("dream", "s-dream"), ("copy of the first frame", "s-first"), ("copy of the last true frame", "s-last"))
@@ -74,6 +76,8 @@ def render(report: Json, clips: Sequence[Clip], fps: float) -> str:
         charts=[_charts(entry["horizon"]) for entry in report["policies"]],
         films=[_film(clip, fps) for clip in ordered],
         matrices=_MATRICES,
+        measures=MEASURES,
+        measure=measure_text,
         lines=_LINES,
         sources=_SOURCES,
         legend=[(str(COLOURS[word]).replace(" ", ""), name) for word, name in _LEGEND.items()],
@@ -81,7 +85,7 @@ def render(report: Json, clips: Sequence[Clip], fps: float) -> str:
 
 
 def _cards(overall: Json) -> list[tuple[str, Json, str]]:
-    """Two to four key numbers: title, rate, note."""
+    """One to five key numbers: title, rate, note."""
     closed = overall["closed_loop"]
     cards = [("Same outcome at the same start", closed["agreement"], f"kappa {estimate_text(closed['kappa'])}")]
     if "dreamed_actions" in overall:
@@ -89,6 +93,10 @@ def _cards(overall: Json) -> list[tuple[str, Json, str]]:
         rates = f"precision {percent(judge['precision'])}, recall {percent(judge['recall'])}"
         cards.append(("Dreamed successes that are true", precision, "the dream's actions, executed in the simulator"))
         cards.append(("Judge correct on simulator videos", judge["agreement"], rates))
+    if "lifts_on_misses" in overall:
+        cards.append(
+            ("Missed grasps that the dream lifts", overall["lifts_on_misses"], "the simulator's actions, imagined")
+        )
     if "verification" in overall:
         flagged, wrong = overall["verification"]["flagged"], overall["verification"]["flagged_wrong"]
         cards.append(("Dreamed successes flagged", flagged, f"of these are false: {percent(wrong)}"))

@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from rawdream_env.errors import RawDreamError
+from rawdream_env.piper.relations import relation_index
 from rawdream_env.piper.simulator.renderer import PiperRenderer
 from rawdream_env.piper.simulator.twin import PiperTwin, TwinState
 from rawdream_env.processes import follow_parent
@@ -68,7 +69,7 @@ class Rows:
         ]
 
     def step(self, rows: Sequence[int], actions: Any, every_frame: bool) -> list[tuple[Any, ...]]:
-        """One chunk per row: (frames, success, proprio, relations) of each."""
+        """One chunk per row: (frames, success, proprio, relations, lifted) of each."""
         results = []
         for row, chunk in zip(rows, actions, strict=True):
             twin = self._twins[row]
@@ -78,7 +79,10 @@ class Rows:
                 for action in chunk:
                     twin.step(action, render=False)
                 frames = twin.frame()[None]
-            results.append((frames, twin.task is not None and twin.success(), twin.proprio(), twin.relations()))
+            truth, task = twin.relations(), twin.task
+            success = task is not None and bool(truth[relation_index(task.relation)])
+            lifted = task is not None and twin.lifted(task.object_a)
+            results.append((frames, success, twin.proprio(), truth, lifted))
         return results
 
     def proprio(self, rows: Sequence[int]) -> list[Float32Array]:

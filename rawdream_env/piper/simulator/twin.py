@@ -22,6 +22,7 @@ from rawdream_env.piper import geometry as geo
 from rawdream_env.piper.relations import MOVABLE, OBJECTS, SHAPES, BoolArray, Task, find_task, relation_index, relations
 from rawdream_env.piper.simulator import layouts
 from rawdream_env.piper.simulator.model import TIMESTEP
+from rawdream_env.robots import LIFT_RISE
 from rawdream_env.seeding import mix
 from rawdream_env.types import ACTION_DIM, Float32Array, UInt8Array
 
@@ -54,6 +55,7 @@ class TwinState:
     task: Task | None
     pose: FloatArray
     joints: FloatArray
+    heights: FloatArray
 
 
 class PiperTwin:
@@ -88,6 +90,8 @@ class PiperTwin:
         self.task: Task | None = None
         self.pose: FloatArray = geo.HOME_POSE.copy()
         """Commanded tool pose (7,): xyz, roll pitch yaw, gripper command."""
+        self._heights: FloatArray = np.zeros((2, len(OBJECTS)))
+        """Of the objects' origins (m): at the start, and the highest after any control step."""
 
     # --- episode -----------------------------------------------------------------------------------------------------
     def reset(
@@ -134,6 +138,7 @@ class PiperTwin:
         mujoco.mj_step(self.model, self.data, nstep=_SETTLE_STEPS)
         self.data.time = 0.0
         self._refresh()
+        self._heights = np.tile(self.data.xpos[self._bodies, 2], (2, 1))
         return self.frame() if self._renderer else self._blank()
 
     def _place(self, i: int, name: str, place: layouts.Pose2D | None) -> None:
@@ -190,6 +195,7 @@ class PiperTwin:
         self._refresh()
         if data.warning[mujoco.mjtWarning.mjWARN_BADQACC].number or not np.isfinite(data.qpos).all():
             raise SimulatorError(f"the physics diverged at t = {data.time:.2f} s; reset with another seed.")
+        np.maximum(self._heights[1], data.xpos[self._bodies, 2], out=self._heights[1])
         return self.frame() if render and self._renderer else None
 
     def step_chunk(self, actions: Any) -> UInt8Array:
@@ -258,6 +264,11 @@ class PiperTwin:
             raise InvalidOptionError("this episode is free play; name the task to check.")
         return bool(self.relations()[relation_index(goal.relation)])
 
+    def lifted(self, name: str) -> bool:
+        """Whether an object has been ``robots.LIFT_RISE`` above its start after any control step of this episode."""
+        start, highest = self._heights[:, OBJECTS.index(name)]
+        return bool(highest - start >= LIFT_RISE)
+
     def close(self) -> None:
         """Free the renderer. Closing again does nothing."""
         if self._renderer is not None and self._owns_renderer:
@@ -269,12 +280,15 @@ class PiperTwin:
         physics = np.empty(mujoco.mj_stateSize(self.model, _WHOLE_STATE))
         mujoco.mj_getState(self.model, self.data, physics, _WHOLE_STATE)
         warnings = int(self.data.warning[mujoco.mjtWarning.mjWARN_BADQACC].number)
-        return TwinState(physics, warnings, self.present, self.task, self.pose.copy(), self._joints.copy())
+        return TwinState(
+            physics, warnings, self.present, self.task, self.pose.copy(), self._joints.copy(), self._heights.copy()
+        )
 
     def restore(self, state: TwinState) -> None:
         """Continue from ``state``; frames and later states are bit-identical."""
         self.present, self.task = state.present, state.task
         self.pose, self._joints = state.pose.copy(), state.joints.copy()
+        self._heights = state.heights.copy()
         mujoco.mj_resetData(self.model, self.data)
         for i, name in enumerate(OBJECTS):
             self._set_collisions(i, name in state.present)

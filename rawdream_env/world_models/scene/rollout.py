@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,8 +24,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rawdream_env.errors import InvalidOptionError
-from rawdream_env.robots import ArmMapConfig, BoolArray, FloatArray, Kinematics, Scene, find_goals, find_robot
+from rawdream_env.robots import (
+    LIFT_RISE,
+    ArmMapConfig,
+    BoolArray,
+    FloatArray,
+    Kinematics,
+    Scene,
+    find_goals,
+    find_robot,
+)
 from rawdream_env.seeding import NoiseKey, keyed_normal
+from rawdream_env.types import ShownFrames
 from rawdream_env.world_models.row_state import check_start, checked_actions
 from rawdream_env.world_models.scene.dynamics import SceneDynamics, SceneFrame
 from rawdream_env.world_models.scene.maps import SceneMaps
@@ -64,6 +75,13 @@ class SceneRolloutConfig:
             raise InvalidOptionError(
                 f"noise_scale {self.noise_scale} and start_noise {self.start_noise} must be between 0 and 100."
             )
+
+
+class _Task(NamedTuple):
+    """A task's relation, as a column of the relations, and the object that it moves, as a row of the objects."""
+
+    relation: int
+    moved: int
 
 
 class SceneWorldModel:
@@ -142,6 +160,7 @@ class SceneWorldModel:
             arm=arm,
             arm_before=arm,
             command=command,
+            heights=position[..., 2:].repeat(1, 1, 2),
             canvas=self.painter.start(frames.to(self.device), start_maps),
             keys=tuple(keys),
             chunks=(0,) * len(frames),
@@ -150,12 +169,18 @@ class SceneWorldModel:
     @torch.no_grad()
     def imagine(self, state: SceneState, actions: Tensor) -> tuple[SceneState, Tensor]:
         """One chunk for every row: ``actions`` (B, K, A) in [-1, 1] -> next state, frames uint8 (B, K, H, W, 3)."""
+        return self.imagine_shown(state, actions, "all")
+
+    @torch.no_grad()
+    def imagine_shown(self, state: SceneState, actions: Tensor, shown: ShownFrames) -> tuple[SceneState, Tensor]:
+        """As :meth:`imagine`; only the ``shown`` frames are painted: all K of a chunk, the last one, or none."""
         actions = checked_actions(actions, (len(state), self.chunk_len, self.config.action_dim))
         commands = self._kinematics.integrate(state.command, actions)
         keys = [key.at(chunk=chunk) for key, chunk in zip(state.keys, state.chunks, strict=True)]
         noise = keyed_normal(keys, (self.chunk_len, self.dynamics.config.noise_dim), DYNAMICS_STREAM)
         frames = self.unroll(state, commands, self.config.noise_scale * noise)
         last = frames[-1]
+        highest = torch.stack([state.heights[..., 1], *(frame.position[..., 2] for frame in frames)]).amax(0)
         nxt = replace(
             state,
             position=last.position,
@@ -164,9 +189,13 @@ class SceneWorldModel:
             arm=last.arm,
             arm_before=last.arm_before,
             command=last.command,
+            heights=torch.stack([state.heights[..., 0], highest], -1),
             chunks=tuple(chunk + 1 for chunk in state.chunks),
         )
-        return nxt, self._paint(state, frames)
+        painted = {"all": frames, "last": frames[-1:], "none": []}[shown]
+        return nxt, self._paint(state, painted) if painted else torch.empty(
+            len(state), 0, *self.frame_shape, dtype=torch.uint8
+        )
 
     def unroll(self, state: SceneState, commands: Tensor, noise: Tensor) -> list[SceneFrame]:
         """The K frames after ``state``, without pictures: commanded poses (B, K, P), noise (B, K, Z) -> each (B, O, ...)."""
@@ -245,22 +274,39 @@ class SceneWorldModel:
         """Whether the task of each row's instruction is done in the model's own state: 1, 0, or -1 where it cannot tell (int8
         (B,)). The truth within the dream, which the judge "state" reports.
         """
-        asked = [self._columns.get(words) for words in instructions]
+        asked = [self._tasks.get(words) for words in instructions]
         out = np.full(len(state), -1, np.int8)
-        if all(column is None for column in asked):
+        if all(task is None for task in asked):
             return out
         _, holds = self.belief(state)
         finite = state.finite.numpy()
-        for row, column in enumerate(asked):
-            if column is not None and finite[row]:
-                out[row] = holds[row, column]
+        for row, task in enumerate(asked):
+            if task is not None and finite[row]:
+                out[row] = holds[row, task.relation]
+        return out
+
+    def lifted(self, state: SceneState, instructions: Sequence[str]) -> NDArray[np.int8]:
+        """Whether the object that each row's task moves has been picked up so far, by ``robots.LIFT_RISE``: int8 (B,), 1, 0, or
+        -1 where it cannot tell.
+        """
+        out = np.full(len(state), -1, np.int8)
+        rises = (state.heights[..., 1] - state.heights[..., 0]).numpy() >= LIFT_RISE
+        finite = state.finite.numpy()
+        for row, words in enumerate(instructions):
+            task = self._tasks.get(words)
+            if task is not None and finite[row]:
+                out[row] = rises[row, task.moved]
         return out
 
     @cached_property
-    def _columns(self) -> dict[str, int]:
-        """The relation that each task's instruction asks for, as a column of the relations."""
+    def _tasks(self) -> dict[str, _Task]:
+        """What each task's instruction asks for."""
         goals = find_goals(self.robot)
         if goals is None:
             return {}
-        relations = list(goals.relations)
-        return {words: relations.index(goal) for _, words, goal in goals.tasks if goal in relations}
+        relations, objects = list(goals.relations), list(self.scene.objects)
+        return {
+            words: _Task(relations.index(goal), objects.index(goals.goal_objects(goal)[0]))
+            for _, words, goal in goals.tasks
+            if goal in relations
+        }

@@ -1,7 +1,7 @@
 """What is computed from a frame alone, computed once per frame.
 
-A rollout prepares every frame it sees and, with frozen towers, computes its features; the policy update needs the same again, in
-every epoch. Results are kept by the content of the frame, up to a number of bytes.
+A rollout prepares every frame it sees and, with frozen towers, computes its features. The policy update needs the same again,
+in every epoch. Results are kept by the content of the frame, up to a number of bytes.
 """
 
 from __future__ import annotations

@@ -203,6 +203,15 @@ class SupportsState(Protocol):
 
 
 @runtime_checkable
+class SupportsTrace(SupportsState, Protocol):
+    """A world model that imagines the state of every frame; states have ``arm`` (B, 8), as in ``robots.Scene.truth``."""
+
+    def trace(self, state: Any, actions: Tensor) -> Sequence[Any]:
+        """The states of the K frames of a chunk, without pictures: ``actions`` (B, K, A); the last is ``imagine``'s."""
+        ...
+
+
+@runtime_checkable
 class SupportsLift(Protocol):
     """A world model whose state tells whether a task's object has been picked up."""
 

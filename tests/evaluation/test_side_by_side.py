@@ -32,6 +32,7 @@ from rawdream_env.evaluation.side_by_side.records import EpisodeRecord, SideBySi
 from rawdream_env.evaluation.side_by_side.table import MEASURES, measure_text, table
 from rawdream_env.judges.scripted import ScriptedJudge
 from rawdream_env.seeding import NoiseKey
+from rawdream_env.statistics import Rate
 from rawdream_env.types import PolicyOutput, Video
 
 SIZE, K, GOAL, CHUNKS = 24, 4, 8.0, 2
@@ -564,6 +565,27 @@ def test_clip_film_has_outcome_borders() -> None:
     film = report.clip_frames(clip, min_side=SIZE)
     assert film.shape == (1 + CHUNKS * K, SIZE + 12, 2 * (SIZE + 12) + 4, 3)
     assert film[0, 0, 0].tolist() == [218, 54, 51] and film[0, 0, -1].tolist() == [46, 160, 67]
+
+
+def test_training_is_drawn_between_the_simulators_before_and_after() -> None:
+    windows = [
+        {"updates": [1, 5], "all": Rate.of(3, 10).as_dict()},
+        {"updates": [6, 9], "all": Rate.of(6, 10).as_dict()},
+    ]
+    policies = {"before": ToyPolicy(0.3), "after": ToyPolicy(0.6)}
+    result = evaluate(
+        CONFIG,
+        policies=policies,
+        dream=make_dream(),
+        simulator=ToySimulator(),
+        training={"temperature": 0.7, "windows": windows},
+        progress=False,
+    )
+    page = report.render(result.report, result.clips, 10.0)
+    assert "dream: 30.00" in page and "dream: 60.00" in page and "at temperature 0.7" in page
+    for entry in result.report["policies"]:
+        assert f"simulator: {100 * entry['all']['simulator']['value']:.2f}" in page
+    assert "Training in the dream" not in report.render(run().report, [], 10.0)
 
 
 def test_chart_ticks_cover_the_data() -> None:

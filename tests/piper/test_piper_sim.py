@@ -21,9 +21,11 @@ from rawdream_env.errors import (
 )
 from rawdream_env.piper import geometry as geo
 from rawdream_env.piper.relations import OBJECTS, RELATION_NAMES, SHAPES, TASK_NAMES, TASKS, find_task, object_index
+from rawdream_env.piper.scene import arm_state
 from rawdream_env.piper.simulator import layouts
 from rawdream_env.piper.simulator.skills import PlayPolicy, ScriptedExpert
 from rawdream_env.piper.simulator.twin import PiperTwin, new_model
+from rawdream_env.piper.simulator.view import PiperView
 from rawdream_env.piper.simulator.workers import PiperWorkers
 
 STAY = np.array([0, 0, 0, 0, 0, 0, -1.0])
@@ -117,6 +119,15 @@ def test_episode_depends_on_seed_and_actions_alone(twin: PiperTwin) -> None:
     assert frames.shape == (8, 64, 64, 3)
     assert frames.dtype == np.uint8
     assert (twin.reset(5, task="place_cup") != first).any()
+
+
+def test_a_drawn_state_looks_like_the_episode(twin: PiperTwin) -> None:
+    twin.reset(3, task="put_spoon")
+    twin.step_chunk(np.random.default_rng(0).uniform(-1, 1, (8, 7)))
+    arm = np.r_[arm_state(twin.tool_pose(), twin.gripper_opening())[:6], twin.finger_positions()]
+    view = PiperView(64)
+    np.testing.assert_array_equal(view.draw(twin.object_poses()[None], arm[None])[0], twin.frame())
+    view.close()
 
 
 def test_observations(blind: PiperTwin) -> None:

@@ -214,6 +214,17 @@ def begin(model: SceneWorldModel, rows: int = 2) -> SceneState:
     return model.start(frames, [NoiseKey(i) for i in range(rows)], poses)
 
 
+def test_equal_start_pictures_are_read_once(model: SceneWorldModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = torch.randint(0, 256, (2, 64, 64, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    read, rows = model.reader.forward, []
+    monkeypatch.setattr(model.reader, "forward", lambda some: rows.append(len(some)) or read(some))
+    pose = torch.tensor(geometry.HOME_POSE, dtype=torch.float32)
+    state = model.start(frames[[1, 0, 1]], [NoiseKey(i) for i in range(3)], pose.expand(3, -1))
+    assert rows == [2]
+    for name in ("position", "rotation", "present", "canvas"):
+        assert torch.equal(getattr(state, name)[[1, 2]], getattr(begin(model), name))
+
+
 def test_success_is_the_task_of_the_instruction_in_the_state(model: SceneWorldModel) -> None:
     state = begin(model, 5)
     position = state.position.clone()

@@ -137,6 +137,7 @@ def evaluate(
     policies: Mapping[str, Policy] | None = None,
     dream: Any = None,
     simulator: Any = None,
+    training: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> SideBySide:
     """Run the comparison and, with ``config.out``, write ``report.html``, ``report.json`` and ``episodes.jsonl``.
@@ -147,6 +148,7 @@ def evaluate(
         dream: a ``DreamVectorEnv`` with a judge, autoreset disabled and ``return_frames=True``, instead of that of
             ``config``.
         simulator: instead of that of ``config``; the module docstring lists the requirements.
+        training: dreamed success while the last policy was trained, for the report's chart (``report.training_chart``).
         progress: show a progress bar.
 
     Environments that were passed in stay open.
@@ -186,6 +188,7 @@ def evaluate(
     chunk_len, fps = dream.single_action_space.shape[0], float(dream.unwrapped.fps)
     at_end = dream.unwrapped.judge_every == "episode"
     report = aggregate(records, scores, chunk_len=chunk_len, at_end=at_end, config=config_dict(config))
+    report |= {} if training is None else {"training": dict(training)}
     result = SideBySide(report, records, clips)
     if config.out is not None:
         write_report(result, config.out, fps)
@@ -296,7 +299,8 @@ def _compare(
         )
         left = sim if did is None else did
         happened = left.success_end if at_end else left.success_any
-        clip = Clip(record, sim.start.instruction, _frames(left), _frames(imagined), happened, did is not None)
+        shown = sim.start.instruction, _frames(left), _frames(imagined), happened, did is not None
+        clip = Clip(record, *shown, left.actions, imagined.trajectory)
         horizon = {}
         if did is not None and echo is not None:  # both worlds got the same actions
             assert echo.frames is not None

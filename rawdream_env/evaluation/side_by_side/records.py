@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rawdream_env.envs.verification import EpisodeResult, episode_result
-from rawdream_env.types import Outcome, UInt8Array, Verdict
+from rawdream_env.types import Float32Array, Outcome, Trajectory, UInt8Array, Verdict
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class Clip:
     """Frames for the report: ``left`` from the simulator, ``right`` from the dream, uint8 (F, H, W, 3).
 
     ``happened``: whether the simulator's episode is a success; ``same_actions``: it executes the dream's actions.
+    ``left_actions`` (T, K, A) and ``dreamed`` repeat the two episodes.
     """
 
     record: EpisodeRecord
@@ -73,6 +74,8 @@ class Clip:
     right: UInt8Array
     happened: bool
     same_actions: bool
+    left_actions: Float32Array | None = None
+    dreamed: Trajectory | None = None
 
     @property
     def kind(self) -> str:

@@ -141,19 +141,34 @@ class PiperTwin:
         self._heights = np.tile(self.data.xpos[self._bodies, 2], (2, 1))
         return self.frame() if self._renderer else self._blank()
 
+    def pose_scene(self, poses: FloatArray, arm: FloatArray) -> None:
+        """Show a state, to be drawn and not to be continued from: object poses (7, 7), NaN for absent ones, and the arm (8,):
+        tool xyz, roll pitch yaw, positions of the fingers.
+        """
+        mujoco.mj_resetData(self.model, self.data)
+        self.present = ()
+        for i, (name, pose) in enumerate(zip(OBJECTS, poses, strict=True)):
+            self._place(i, name, None)
+            if np.isfinite(pose).all():
+                self._set_pose(i, name, pose)
+        self.data.qpos[self._arm_qpos] = geo.joint_angles(np.append(arm[:6], 0.0))
+        self.data.qpos[self._finger_qpos] = arm[6:]
+        self._refresh()
+
     def _place(self, i: int, name: str, place: layouts.Pose2D | None) -> None:
-        model, data, body = self.model, self.data, self._bodies[i]
         here = place is not None
         self._set_collisions(i, here)
         x, y, yaw = place if place is not None else (-2.0, 0.3 * i, 0.0)
         z = SHAPES[name].half[2] + (0.0 if name == "stove" else 0.0005) if here else -1.0
-        quat = (np.cos(yaw / 2), 0.0, 0.0, np.sin(yaw / 2))
+        self._set_pose(i, name, (x, y, z, np.cos(yaw / 2), 0.0, 0.0, np.sin(yaw / 2)))
+
+    def _set_pose(self, i: int, name: str, pose: Sequence[float] | FloatArray) -> None:
         if name == "stove":
-            mocap = model.body_mocapid[body]
-            data.mocap_pos[mocap], data.mocap_quat[mocap] = (x, y, z), quat
+            mocap = self.model.body_mocapid[self._bodies[i]]
+            self.data.mocap_pos[mocap], self.data.mocap_quat[mocap] = pose[:3], pose[3:]
         else:
-            at = model.joint(name).qposadr[0]
-            data.qpos[at : at + 7] = (x, y, z, *quat)
+            at = self.model.joint(name).qposadr[0]
+            self.data.qpos[at : at + 7] = pose
 
     def _set_collisions(self, i: int, here: bool) -> None:
         contype, conaffinity = self._collides[i]

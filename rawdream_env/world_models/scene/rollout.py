@@ -14,7 +14,7 @@ Shape letters: B rows, K frames of a chunk, A action dims, O objects, N objects 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -40,7 +40,7 @@ from rawdream_env.world_models.row_state import check_start, checked_actions
 from rawdream_env.world_models.scene.dynamics import SceneDynamics, SceneFrame
 from rawdream_env.world_models.scene.maps import SceneMaps
 from rawdream_env.world_models.scene.painter import ScenePainter
-from rawdream_env.world_models.scene.reader import SceneReader
+from rawdream_env.world_models.scene.reader import Reading, SceneReader
 from rawdream_env.world_models.scene.state import SceneState
 
 DYNAMICS_STREAM, START_STREAM = 0, 1
@@ -143,7 +143,11 @@ class SceneWorldModel:
             got = None if proprio is None else tuple(proprio.shape)
             raise ValueError(f"this world model moves the arm from its pose: give proprio {wanted}, got {got}")
         command = torch.as_tensor(proprio, dtype=torch.float32).cpu()
-        reading = self.reader(frames.to(self.device))
+        distinct, which = torch.unique(
+            frames.cpu().flatten(1), dim=0, return_inverse=True
+        )  # a group's members start alike
+        read = self.reader(distinct.unflatten(1, frames.shape[1:]).to(self.device))
+        reading = Reading(*(getattr(read, field.name)[which.to(self.device)] for field in fields(Reading)))
         arm = self.scene.arm_at_rest(command)
         position = reading.position.float().cpu()
         if self.config.start_noise:
@@ -174,28 +178,27 @@ class SceneWorldModel:
     @torch.no_grad()
     def imagine_shown(self, state: SceneState, actions: Tensor, shown: ShownFrames) -> tuple[SceneState, Tensor]:
         """As :meth:`imagine`; only the ``shown`` frames are painted: all K of a chunk, the last one, or none."""
+        states = self.trace(state, actions)
+        painted = {"all": states, "last": states[-1:], "none": []}[shown]
+        return states[-1], self._paint(state, painted) if painted else torch.empty(
+            len(state), 0, *self.frame_shape, dtype=torch.uint8
+        )
+
+    @torch.no_grad()
+    def trace(self, state: SceneState, actions: Tensor) -> list[SceneState]:
+        """The states of a chunk's K frames, without pictures: ``actions`` (B, K, A); the last is that of :meth:`imagine`."""
         actions = checked_actions(actions, (len(state), self.chunk_len, self.config.action_dim))
         commands = self._kinematics.integrate(state.command, actions)
         keys = [key.at(chunk=chunk) for key, chunk in zip(state.keys, state.chunks, strict=True)]
         noise = keyed_normal(keys, (self.chunk_len, self.dynamics.config.noise_dim), DYNAMICS_STREAM)
+        chunks = tuple(chunk + 1 for chunk in state.chunks)
         frames = self.unroll(state, commands, self.config.noise_scale * noise)
-        last = frames[-1]
-        highest = torch.stack([state.heights[..., 1], *(frame.position[..., 2] for frame in frames)]).amax(0)
-        nxt = replace(
-            state,
-            position=last.position,
-            rotation=last.rotation,
-            velocity=last.velocity,
-            arm=last.arm,
-            arm_before=last.arm_before,
-            command=last.command,
-            heights=torch.stack([state.heights[..., 0], highest], -1),
-            chunks=tuple(chunk + 1 for chunk in state.chunks),
-        )
-        painted = {"all": frames, "last": frames[-1:], "none": []}[shown]
-        return nxt, self._paint(state, painted) if painted else torch.empty(
-            len(state), 0, *self.frame_shape, dtype=torch.uint8
-        )
+        states, highest = list[SceneState](), state.heights[..., 1]
+        for frame in frames:
+            highest = torch.maximum(highest, frame.position[..., 2])
+            heights = torch.stack([state.heights[..., 0], highest], -1)
+            states.append(replace(state, **frame._asdict(), heights=heights, chunks=chunks))
+        return states
 
     def unroll(self, state: SceneState, commands: Tensor, noise: Tensor) -> list[SceneFrame]:
         """The K frames after ``state``, without pictures: commanded poses (B, K, P), noise (B, K, Z) -> each (B, O, ...)."""
@@ -246,7 +249,7 @@ class SceneWorldModel:
             for whole, value in zip(target[3:], frame[3:], strict=True):
                 whole[rows] = value[:real].cpu()
 
-    def _paint(self, state: SceneState, frames: list[SceneFrame]) -> Tensor:
+    def _paint(self, state: SceneState, frames: list[SceneState]) -> Tensor:
         """uint8 (B, K, H, W, 3)."""
         b, k = len(state), len(frames)
         position = torch.nan_to_num(torch.stack([frame.position for frame in frames], 1))

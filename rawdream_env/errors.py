@@ -46,6 +46,10 @@ class CheckpointError(RawDreamError, ValueError):
     """A checkpoint is missing, damaged, of the wrong kind, or does not match its configuration."""
 
 
+class CausalAttentionError(RawDreamError, RuntimeError):
+    """A language model attends to earlier tokens only, where all tokens must see each other."""
+
+
 class DatasetError(RawDreamError, ValueError):
     """A data set folder is missing, damaged or incomplete."""
 

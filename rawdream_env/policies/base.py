@@ -22,7 +22,8 @@ from rawdream_env.types import PolicyOutput
 class TokenPolicy(nn.Module):
     """Base of policies that emit L = K*A categorical tokens in one parallel pass (paper section 3.2).
 
-    A subclass sets ``chunk_len`` K, ``action_dim`` A, ``image_size`` (H, W) and defines ``logits``. ``act_batch`` is the
+    A subclass sets ``chunk_len`` K, ``action_dim`` A, ``image_size`` (H, W), None for any, and defines ``logits``.
+    ``decode_actions`` and ``encode_actions`` may scale the actions that tokens stand for. ``act_batch`` is the
     fixed number of rows in one forward pass of ``act``: a batch is cut into blocks of exactly that many rows, and the
     last block is padded. Matrix kernels choose their blocking by shape, so that the batch size would otherwise change the
     last bits of a row. On CPU in float32, row i is bit-identical for every batch size and for all neighbours.
@@ -30,7 +31,7 @@ class TokenPolicy(nn.Module):
 
     chunk_len: int
     action_dim: int
-    image_size: tuple[int, int]
+    image_size: tuple[int, int] | None
     act_batch: int = 8
 
     @abstractmethod
@@ -60,8 +61,15 @@ class TokenPolicy(nn.Module):
         logits = self._blocked_logits(frames, list(instructions))
         tokens = action_tokens.sample_tokens(logits, temperature, keys)
         logprobs = action_tokens.token_logprobs(logits, tokens, temperature)
-        actions = action_tokens.decode(tokens).reshape(-1, self.chunk_len, self.action_dim)
-        return PolicyOutput(actions=actions, tokens=tokens, logprobs=logprobs)
+        return PolicyOutput(actions=self.decode_actions(tokens), tokens=tokens, logprobs=logprobs)
+
+    def decode_actions(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, K*A) -> environment actions float32 (B, K, A)."""
+        return action_tokens.decode(tokens).reshape(-1, self.chunk_len, self.action_dim)
+
+    def encode_actions(self, actions: Tensor) -> Tensor:
+        """Environment actions (B, K, A) -> tokens int64 (B, K*A), labels of supervised training."""
+        return action_tokens.encode(actions).flatten(1)
 
     def logprobs(self, images: Any, instructions: Sequence[str], tokens: Tensor, *, temperature: float) -> Tensor:
         """Log-probabilities fp32 (B, K*A) of ``tokens`` int64 (B, K*A) at ``temperature``; differentiable."""
@@ -92,7 +100,8 @@ class TokenPolicy(nn.Module):
     def check_images(self, images: Any, instructions: Sequence[str]) -> Tensor:
         """Images as a uint8 tensor (B, H, W, 3) on the policy's device, or ``InvalidOptionError`` with the numbers."""
         tensor = torch.as_tensor(np.ascontiguousarray(images) if isinstance(images, np.ndarray) else images)
-        expected = (len(instructions), *self.image_size, 3)
+        size = self.image_size or tuple(tensor.shape[1:3])
+        expected = (len(instructions), *size, 3)
         if tensor.dtype != torch.uint8 or tuple(tensor.shape) != expected:
             raise InvalidOptionError(
                 f"images are {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}, expected uint8 "
@@ -101,13 +110,13 @@ class TokenPolicy(nn.Module):
         return tensor.to(self.device)
 
     def _blocked_logits(self, frames: Tensor, instructions: list[str]) -> Tensor:
-        """``logits`` in blocks of exactly ``act_batch`` rows; the last block is padded with the last row."""
-        num_rows, block = frames.shape[0], self.act_batch
-        if num_rows == 0:
+        """``logits`` in blocks of exactly ``act_batch`` rows."""
+        if not len(frames):
             return torch.zeros(0, self.num_action_tokens, action_tokens.NUM_TOKENS, device=self.device)
-        rows = list(range(num_rows)) + [num_rows - 1] * (-num_rows % block)
-        parts = [
-            self.logits(frames[rows[i : i + block]], [instructions[r] for r in rows[i : i + block]])
-            for i in range(0, len(rows), block)
-        ]
-        return torch.cat(parts)[:num_rows]
+        parts = [self.logits(frames[rows], [instructions[r] for r in rows]) for rows in self.blocks(len(frames))]
+        return torch.cat(parts)[: len(frames)]
+
+    def blocks(self, num_rows: int) -> list[list[int]]:
+        """Rows 0 .. ``num_rows`` - 1 in blocks of exactly ``act_batch``; the last block is padded with the last row."""
+        rows = list(range(num_rows)) + [num_rows - 1] * (-num_rows % self.act_batch)
+        return [rows[i : i + self.act_batch] for i in range(0, len(rows), self.act_batch)]

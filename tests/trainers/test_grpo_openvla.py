@@ -1,0 +1,152 @@
+"""GRPO with a tiny OpenVLA-OFT: in a scripted world, and by the command line in the Piper's dream and simulator."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from rawdream_env import cli
+from rawdream_env.envs.dream import DreamVectorEnv
+from rawdream_env.judges.scripted import ScriptedJudge
+from rawdream_env.piper.envs import PiperSimVectorEnv
+from rawdream_env.policies import load_policy
+from rawdream_env.starts.memory import NullStarts
+from rawdream_env.testing.openvla_oft import write_tiny_openvla
+from rawdream_env.trainers.common.run_dir import read_jsonl
+from rawdream_env.trainers.grpo import grpo
+from rawdream_env.trainers.grpo.grpo import GRPOConfig, train_grpo, update
+from rawdream_env.types import Video
+from rawdream_env.world_models.null import NullState, NullWorldModel
+
+SIDE = 16
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_openvla(tmp_path_factory.mktemp("tiny"))
+
+
+class ShowGripper(NullWorldModel):
+    """Frames as bright as the chunk's mean gripper command is high."""
+
+    def __init__(self) -> None:
+        super().__init__((SIDE, SIDE, 3), 8)
+
+    def imagine(self, state: NullState, actions: Tensor) -> tuple[NullState, Tensor]:
+        state, frames = super().imagine(state, actions)
+        shade = ((actions[:, :, 6].mean(1) + 1) * 127).round().to(torch.uint8)
+        return state, torch.zeros_like(frames) + shade[:, None, None, None, None]
+
+
+def often_open(video: Video, instruction: str) -> bool:
+    return bool(video.frames[-1].mean() < 170)  # at least 3 of 8 actions
+
+
+def toy_env(num_envs: int = 8) -> DreamVectorEnv:
+    return DreamVectorEnv(
+        num_envs,
+        world_model=ShowGripper(),
+        judge=ScriptedJudge(often_open),
+        starts=NullStarts((SIDE, SIDE, 3)),
+        max_episode_steps=2,
+        autoreset_mode="Disabled",
+    )
+
+
+def config(run_dir: Path, **kwargs: Any) -> GRPOConfig:
+    options: dict[str, Any] = {"steps": 1, "group_size": 4, "groups_per_step": 2, "temperature": 1.6, "lr": 1e-3}
+    options |= {"warmup_steps": 0, "max_kl": None, "tensorboard": False, "progress": False, **kwargs}
+    return GRPOConfig(run_dir, **options)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_one_update_starts_at_ratio_one_and_its_folder_loads(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: bool
+) -> None:
+    policy = load_policy(folder)
+    if lora:
+        pytest.importorskip("peft")
+        policy.add_lora(4)
+    before = {name: p.detach().clone() for name, p in policy.named_parameters()}
+    log: list[str] = []
+    policy.vision_backbone.register_forward_hook(lambda module, args, output: log.append("towers"))
+    monkeypatch.setattr(grpo, "update", lambda *args: [log.append("update"), update(*args)][1])
+    result = train_grpo(config(tmp_path / "run", microbatch_size=5), env=toy_env(), policy=policy)
+    line = read_jsonl(tmp_path / "run" / "metrics.jsonl")[0]
+    assert abs(line["first_ratio_deviation"]) < 1e-5 and line["grad_norm"] > 0
+    moved = {name for name, p in result.policy.named_parameters() if not torch.equal(p, before[name])}
+    if lora:
+        assert moved and all(".lora_" in name for name in moved)
+        assert log[-1] == "update"  # it finds the features of its frames
+        checkpoint = next((tmp_path / "run").rglob("*.safetensors"))
+        assert not any("base_layer" in name for name in load_file(checkpoint))
+    else:
+        assert any(name.startswith("vision_backbone.") for name in moved) and log[-1] == "towers"
+    saved = load_policy(tmp_path / "run" / "policy")
+    frame = np.zeros((1, SIDE, SIDE, 3), np.uint8)
+    torch.testing.assert_close(saved.logits(frame, ["x"]), result.policy.logits(frame, ["x"]), atol=2e-3, rtol=0)
+
+
+@pytest.mark.slow
+def test_it_learns_and_resumes_bit_by_bit(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+
+    def policy() -> Any:
+        made = load_policy(folder)
+        made.add_lora(4)
+        return made
+
+    options = {"steps": 4, "save_every": 1, "lr": 5e-3}
+    whole = train_grpo(config(tmp_path / "whole", **options), env=toy_env(), policy=policy())
+    lines = read_jsonl(tmp_path / "whole" / "metrics.jsonl")
+    assert lines[-1]["success_rate"] > lines[0]["success_rate"] + 0.1
+    train_grpo(config(tmp_path / "parts", **{**options, "steps": 2}), env=toy_env(5), policy=policy())
+    parts = train_grpo(config(tmp_path / "parts", **options), env=toy_env(5), policy=policy())
+    assert read_jsonl(tmp_path / "parts" / "metrics.jsonl") == lines
+    for (name, a), (_, b) in zip(whole.policy.named_parameters(), parts.policy.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def coin(frames: np.ndarray) -> bool:
+    return bool(int(frames[-1].sum(dtype=np.int64)) % 2)
+
+
+def coin_judge() -> ScriptedJudge:
+    return ScriptedJudge(lambda video, instruction: coin(video.frames))
+
+
+class CoinSim(PiperSimVectorEnv):
+    """The simulator, where chance decides about success: an untrained policy never has any."""
+
+    def _advance(self, rows: Any, actions: Any, last: Any) -> Any:
+        result = super()._advance(rows, actions, last)
+        verdict = np.array([coin(frames) if done else -1 for frames, done in zip(result.frames, last, strict=True)])
+        return replace(result, verdict=verdict.astype(np.int8))
+
+
+gym.register("test/CoinSim-v0", entry_point=CoinSim, vector_entry_point=CoinSim)
+
+
+@pytest.mark.parametrize(
+    ("env_id", "extra"),
+    [
+        ("rawdream/PiperDream-v0", ["judge", "test_grpo_openvla:coin_judge", "max_episode_steps", "2"]),
+        ("test/CoinSim-v0", ["max_episode_steps", "2"]),
+    ],
+)
+def test_the_command_runs_in_dream_and_simulator(folder: Path, tmp_path: Path, env_id: str, extra: list[str]) -> None:
+    words = ["policy", "grpo", "--run-dir", str(tmp_path / "run"), "--policy", str(folder), "--env-id", env_id]
+    words += ["--steps", "1", "--group-size", "4", "--groups-per-step", "1", "--num-envs", "4"]
+    words += ["--no-dual-noise-verification", "--no-tensorboard", "--no-progress", "--env-kwargs", *extra]
+    assert cli.main(words) == 0
+    line = read_jsonl(tmp_path / "run" / "metrics.jsonl")[0]
+    assert abs(line["first_ratio_deviation"]) < 1e-5 and 0 < line["success_rate"] < 1
+    assert load_policy(tmp_path / "run" / "policy").unnorm_key == "piper"

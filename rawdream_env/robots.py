@@ -46,6 +46,8 @@ class Robot:
     """Id of its dream environment."""
     sim_env: str = ""
     """Id of its simulator environment, with the same spaces and infos."""
+    sim_options: tuple[str, ...] = ()
+    """Names of the options that the simulator takes besides those of every environment: "num_workers", "image_size", ..."""
     kinematics: str = ""
     """``(ArmMapConfig) -> Kinematics``, for world models that take poses and arm maps."""
     scene: str = ""

@@ -98,6 +98,12 @@ def find_robot(name: str = "") -> Robot:
     return _ROBOTS[name or DEFAULT_ROBOT]
 
 
+def sim_options(env_id: str, **options: Any) -> dict[str, Any]:
+    """Those of ``options`` that the simulator environment ``env_id`` takes, by its robot's ``sim_options``."""
+    taken = {name for robot in _ROBOTS.values() if robot.sim_env == env_id for name in robot.sim_options}
+    return {name: value for name, value in options.items() if name in taken}
+
+
 def is_registered(name: str) -> bool:
     """Whether :func:`find_robot` knows the name."""
     name = name or DEFAULT_ROBOT

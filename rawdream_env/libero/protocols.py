@@ -1,17 +1,16 @@
 """Evaluation protocols of LIBERO by name. Success rates of different protocols are not comparable.
 
 They differ in how long an episode may last, how long objects settle before it, and which initial states are used. Results
-record the protocol (``as_dict``), and :func:`require_same_protocol` refuses to compare different ones.
+record the protocol (``as_dict``); ``rawdream policy compare`` refuses to compare different ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from rawdream_env.config import parse_choice, parse_positive_int
-from rawdream_env.errors import InvalidOptionError, ProtocolMismatchError, shorten
+from rawdream_env.errors import InvalidOptionError
 from rawdream_env.libero import SUITES
 from rawdream_env.seeding import mix
 
@@ -106,21 +105,3 @@ def find_protocol(name: str | Protocol, suite: str) -> Protocol:
         return name
     horizons, others = _PROTOCOLS[parse_choice("protocol", name, PROTOCOLS)]
     return Protocol(name, suite, horizons[list(SUITES).index(suite)], **others)
-
-
-def require_same_protocol(protocols: Mapping[str, Mapping[str, Any] | None]) -> None:
-    """Refuse to compare results of different protocols. ``protocols``: what each result recorded, by its name.
-
-    Raises:
-        ProtocolMismatchError: two of them differ; the message lists what differs.
-    """
-    (first, reference), *others = protocols.items()
-    for name, protocol in others:
-        a, b = dict(reference or {}), dict(protocol or {})
-        differ = [key for key in (*a, *(key for key in b if key not in a)) if a.get(key) != b.get(key)]
-        if differ:
-            listed = ", ".join(f"{key} {a.get(key, 'none')} and {b.get(key, 'none')}" for key in differ)
-            raise ProtocolMismatchError(
-                f"{first} and {name} were measured with different protocols ({shorten(listed, 300)[1:-1]}), so their "
-                "success rates cannot be compared; evaluate both with the same protocol."
-            )

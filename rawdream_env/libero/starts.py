@@ -63,6 +63,15 @@ class LiberoStarts:
         task_id = draw_task(key, len(self.tasks)) if chosen is None else chosen
         return self.scene(task_id, self.protocol.scene(seed_for(key.seed, key.episode), self.init_states))
 
+    def trial(self, seed: int, task_id: int, index: int) -> Start:
+        """Start ``index`` of a task in an evaluation: the initial states in order."""
+        return self.scene(task_id, self.protocol.trial(seed, task_id, index, self.init_states))
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """The protocol, for results."""
+        return {**self.protocol.as_dict(), "init_states": self.init_states}
+
     def scene(self, task_id: int, seed: int) -> Start:
         """The start of a task with a scene seed, which ends with the number of its initial state."""
         if self._workers is None:

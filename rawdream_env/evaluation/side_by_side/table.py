@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rawdream_env.evaluation.reporting.numbers import rate_text
+from rawdream_env.evaluation.side_by_side.compare import protocol_lines
 
 
 def table(report: Mapping[str, Any]) -> str:
@@ -22,7 +23,7 @@ def table(report: Mapping[str, Any]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     text.insert(1, "-" * max(map(len, text)))
-    return "\n".join([*text, *_gains(report), *report["conclusions"]])
+    return "\n".join([*text, *protocol_lines(report), *_gains(report), *report["conclusions"]])
 
 
 def _gains(report: Mapping[str, Any]) -> list[str]:

@@ -4,6 +4,7 @@ Only numpy and the standard library. What is here, and when to use it:
 
 - one success rate: :class:`Rate` (Wilson score interval);
 - before and after on the *same* episodes, seeds or tasks: :func:`paired_bootstrap`;
+- a mean over training runs with different seeds: :func:`mean_of_runs`;
 - agreement of two evaluations on the order of policies: :func:`spearman`, :func:`kendall_tau`;
 - two binary raters of the same episodes: :class:`Confusion` (agreement, Cohen's kappa, precision, recall).
 
@@ -220,6 +221,24 @@ def paired_bootstrap(
         gained, lost = int((difference > 0).sum()), int((difference < 0).sum())
         return Estimate(float(difference[0]), *paired_interval(gained, lost, n, confidence), n)
     return bootstrap_ratio(difference, confidence=confidence, resamples=resamples, seed=seed)
+
+
+_STUDENT = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110,
+    2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+"""0.975 quantiles of Student's t distribution with 1, 2, ... degrees of freedom."""
+
+
+def mean_of_runs(values: ArrayLike) -> Estimate:
+    """Mean over few independent runs (training seeds) with its 95 % t interval; one run has no interval."""
+    x = np.asarray(values, dtype=np.float64).ravel()
+    n = len(x)
+    if n < 2:
+        return Estimate(float(x[0]) if n else math.nan, math.nan, math.nan, n)
+    quantile = _STUDENT[n - 2] if n - 2 < len(_STUDENT) else _z(0.95)
+    mean, half = float(x.mean()), float(quantile * x.std(ddof=1) / math.sqrt(n))
+    return Estimate(mean, mean - half, mean + half, n)
 
 
 def ranks(values: ArrayLike) -> Float64Array:

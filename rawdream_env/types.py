@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,9 +108,9 @@ class PolicyOutput:
 class WorldModel(Protocol):
     """Imagines what the camera sees after a chunk of actions.
 
-    Optional: ``device`` (a ``torch.device``, where actions are expected; default the CPU), and
-    :class:`SupportsPrepare`. A state may have ``finite``, a bool tensor (B,): False where the frames are not finite, which
-    makes the episode invalid.
+    Optional: ``device`` (a ``torch.device``, where actions are expected; default the CPU), :class:`SupportsPrepare` and
+    :class:`SupportsShownFrames`. A state may have ``finite``, a bool tensor (B,): False where the frames are not finite,
+    which makes the episode invalid.
     """
 
     chunk_len: int
@@ -134,7 +134,8 @@ class Judge(Protocol):
     """Decides whether an instruction is carried out in a video.
 
     Optional: ``remote`` (bool, default False): the verdicts come from a server, so that calls may wait in
-    threads; and :class:`SupportsClose`.
+    threads; ``sees_frames`` (bool, default True): False where only ``Video.state_success`` counts, so that frames need not
+    be computed for it; and :class:`SupportsClose`.
     """
 
     def __call__(self, videos: Sequence[Video], instructions: Sequence[str]) -> list[Verdict]:
@@ -170,6 +171,19 @@ class SupportsPrepare(Protocol):
 
     def prepare(self, num_envs: int) -> None:
         """Raise ``NotEnoughMemoryError`` when ``num_envs`` rows do not fit."""
+        ...
+
+
+ShownFrames = Literal["all", "last", "none"]
+"""Which frames of a chunk somebody looks at."""
+
+
+@runtime_checkable
+class SupportsShownFrames(Protocol):
+    """A world model that need not compute every frame of a chunk to go on."""
+
+    def imagine_shown(self, state: Any, actions: Tensor, shown: ShownFrames) -> tuple[Any, Tensor]:
+        """As ``WorldModel.imagine``, with only the ``shown`` frames: uint8 (B, K or 1 or 0, H, W, 3), each as among all."""
         ...
 
 

@@ -17,6 +17,7 @@ from rawdream_env.statistics import (
     bootstrap_ratio,
     cohen_kappa,
     kendall_tau,
+    mean_of_runs,
     paired_bootstrap,
     paired_interval,
     pearson,
@@ -179,3 +180,14 @@ def test_kappa_against_one_constant_rater_has_no_interval() -> None:
 def test_one_unit_has_a_value_and_no_interval():
     one = bootstrap_ratio([0.4], [0.8])
     assert one.value == pytest.approx(0.5) and math.isnan(one.low) and math.isnan(one.high) and one.n == 1
+
+
+def test_a_mean_of_runs_has_a_t_interval() -> None:
+    three = mean_of_runs([1, 2, 3])  # deviation 1, 4.303 / sqrt(3) = 2.484
+    assert (three.value, three.n) == (2.0, 3)
+    assert three.low == pytest.approx(2 - 2.484, abs=1e-3) and three.high == pytest.approx(2 + 2.484, abs=1e-3)
+    many = mean_of_runs([0.0, 1.0] * 50)  # about 1.96 standard errors
+    assert many.high - 0.5 == pytest.approx(1.96 * 0.5025 / 10, abs=1e-3)
+    assert (
+        mean_of_runs([4.0]).value == 4.0 and math.isnan(mean_of_runs([4.0]).low) and math.isnan(mean_of_runs([]).value)
+    )

@@ -24,7 +24,7 @@ from rawdream_env.envs.imagination import (
 from rawdream_env.envs.reflector import Reflector
 from rawdream_env.errors import InvalidActionError, InvalidOptionError
 from rawdream_env.judges import load_judge
-from rawdream_env.judges.base import ask, is_scanning
+from rawdream_env.judges.base import ask, is_scanning, sees_frames
 from rawdream_env.judges.ensemble import HoldOutJudge
 from rawdream_env.robots import DEFAULT_ROBOT
 from rawdream_env.seeding import NoiseKey
@@ -34,6 +34,7 @@ from rawdream_env.types import (
     Float32Array,
     Judge,
     Outcome,
+    ShownFrames,
     Start,
     SupportsClose,
     SupportsPrepare,
@@ -60,6 +61,9 @@ class DreamVectorEnv(ChunkVectorEnv):
     INVALID verdict (outage, unreadable reply, frames that are not finite) gives reward 0, ``verdict`` -1 and ``valid``
     False; at the horizon it truncates. Frames that are not finite are never shown to the judge and truncate at once. When
     a judge raises, the environment is as it was before the step, which can be tried again.
+
+    Frames inside a chunk that nobody looks at are not computed where the world model can do without (``imagine_shown``):
+    that is so when ``return_frames`` is off, there is no reflector, and the judge sees no frames ("state").
 
     Raises on construction:
         InvalidOptionError: an option is unknown or does not fit the others.
@@ -194,7 +198,9 @@ class DreamVectorEnv(ChunkVectorEnv):
         return [None if e is None else e.trajectory(shape) for e in self._episodes_of(rows, which)]
 
     def videos(self, rows: Sequence[int] | None = None, *, which: str = "finished") -> list[Video | None]:
-        """The videos that the judge is shown: recorded frames of ``rows``, as in :meth:`trajectories`."""
+        """The videos that the judge is shown: recorded frames of ``rows``, as in :meth:`trajectories`. Where nobody looks at
+        the frames inside a chunk (the class docstring), they have the last frame of every chunk alone.
+        """
         return [None if e is None else e.video(self.fps) for e in self._episodes_of(rows, which)]
 
     def _episodes_of(self, rows: Sequence[int] | None, which: str) -> list[Episode | None]:
@@ -237,8 +243,10 @@ class DreamVectorEnv(ChunkVectorEnv):
             self._check_trajectory(index, trajectory)
         replays: list[Replay] = []
         for first in range(0, len(trajectories), max(size, 1)):
-            episodes = self._imagine_again(trajectories[first : first + size], draw)
             asked = self.judge if judge is True else (judge or None)
+            unseen = asked is None or not sees_frames(asked)
+            shown: ShownFrames = "none" if unseen and not return_frames else "all"
+            episodes = self._imagine_again(trajectories[first : first + size], draw, shown)
             verdicts = self._judge(asked, episodes, [e.valid for e in episodes])
             for episode, verdict in zip(episodes, verdicts, strict=True):
                 frames = np.concatenate(episode.frames) if return_frames else None
@@ -258,7 +266,7 @@ class DreamVectorEnv(ChunkVectorEnv):
                 f"expected finite float32 (T, {', '.join(map(str, shape or ()))})."
             )
 
-    def _imagine_again(self, trajectories: Sequence[Trajectory], draw: int) -> list[Episode]:
+    def _imagine_again(self, trajectories: Sequence[Trajectory], draw: int, shown: ShownFrames) -> list[Episode]:
         keys = [t.noise_key.at(draw=draw) for t in trajectories]
         episodes = [Episode(t.start, key, [t.start.frame[None]]) for t, key in zip(trajectories, keys, strict=True)]
         state = begin_states(self.world_model, [t.start for t in trajectories], keys)
@@ -270,7 +278,7 @@ class DreamVectorEnv(ChunkVectorEnv):
             if len(keep) < len(rows):
                 state, rows = select(state, keep), [rows[i] for i in keep]
             actions = np.stack([trajectories[row].actions[chunk] for row in rows]).astype(np.float32)
-            state, frames, finite = imagine(self.world_model, state, actions)
+            state, frames, finite = imagine(self.world_model, state, actions, shown)
             done = state_success(self.world_model, state, [episodes[row].start for row in rows])
             for i, row in enumerate(rows):
                 episodes[row].actions.append(actions[i])
@@ -297,7 +305,9 @@ class DreamVectorEnv(ChunkVectorEnv):
     def _advance(self, rows: Rows, actions: Float32Array, last: NDArray[np.bool_]) -> ChunkResult:
         whole = len(rows) == self.num_envs
         state = self._state if whole else select(self._state, rows)
-        state, frames, finite = imagine(self.world_model, state, actions)
+        unseen = not (self.return_frames or self.reflector or sees_frames(self.judge)) and self._judged[rows].all()
+        shown: ShownFrames = "last" if unseen else "all"
+        state, frames, finite = imagine(self.world_model, state, actions, shown)
         episodes = [self._extended(row, actions[i], frames[i], bool(finite[i])) for i, row in enumerate(rows.tolist())]
         done = state_success(self.world_model, state, [episode.start for episode in episodes])
         for episode, success in zip(episodes, done.tolist(), strict=True):

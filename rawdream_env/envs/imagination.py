@@ -13,7 +13,18 @@ from torch import Tensor
 
 from rawdream_env.errors import InvalidOptionError, RawDreamError
 from rawdream_env.seeding import NoiseKey
-from rawdream_env.types import Float32Array, Start, SupportsState, Trajectory, UInt8Array, Verdict, Video, WorldModel
+from rawdream_env.types import (
+    Float32Array,
+    ShownFrames,
+    Start,
+    SupportsShownFrames,
+    SupportsState,
+    Trajectory,
+    UInt8Array,
+    Verdict,
+    Video,
+    WorldModel,
+)
 
 
 @dataclass
@@ -71,15 +82,23 @@ def begin_states(model: WorldModel, starts: Sequence[Start], keys: Sequence[Nois
         return model.start(frames, list(keys), proprio)
 
 
-def imagine(model: WorldModel, state: Any, actions: Float32Array) -> tuple[Any, UInt8Array, NDArray[np.bool_]]:
-    """One chunk: (next state, frames uint8 (n, K, H, W, 3), finite (n,)).
+def imagine(
+    model: WorldModel, state: Any, actions: Float32Array, shown: ShownFrames = "all"
+) -> tuple[Any, UInt8Array, NDArray[np.bool_]]:
+    """One chunk: (next state, frames uint8 (n, K, H, W, 3), finite (n,)); with ``shown`` "last" or "none" there is only the
+    last frame, or none, of a model that can do without the others.
 
     A row is not finite when the model returns floating frames with NaN or infinity, or when the attribute
     ``finite`` (n,) of the next state is False. Finite floating frames are taken as 0 to 255.
     """
+    count = model.chunk_len
     with torch.no_grad():
-        state, frames = model.imagine(state, torch.from_numpy(actions))
-    expected = (len(actions), model.chunk_len, *model.frame_shape)
+        if shown != "all" and isinstance(model, SupportsShownFrames):
+            count = int(shown == "last")
+            state, frames = model.imagine_shown(state, torch.from_numpy(actions), shown)
+        else:
+            state, frames = model.imagine(state, torch.from_numpy(actions))
+    expected = (len(actions), count, *model.frame_shape)
     if not isinstance(frames, Tensor) or tuple(frames.shape) != expected:
         got = tuple(frames.shape) if hasattr(frames, "shape") else type(frames).__name__
         raise RawDreamError(f"{type(model).__name__}.imagine returned frames {got}, expected {expected}.")

@@ -58,6 +58,11 @@ def is_scanning(judge: object) -> bool:
     return bool(getattr(judge, "scanning", False))
 
 
+def sees_frames(judge: object) -> bool:
+    """Whether a judge looks at the frames of a video (attribute ``sees_frames``, default True)."""
+    return bool(getattr(judge, "sees_frames", True))
+
+
 def ask(judge: Judge, videos: Sequence[Video], instructions: Sequence[str]) -> list[Verdict]:
     """The verdicts of ``judge``, exactly one ``Verdict`` per video; ``JudgeError`` for anything else it returns.
 

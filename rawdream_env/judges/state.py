@@ -17,6 +17,7 @@ class StateJudge:
     """
 
     scanning = True
+    sees_frames = False
 
     def __call__(self, videos: Sequence[Video], instructions: Sequence[str]) -> list[Verdict]:
         """One verdict per video."""

@@ -13,7 +13,7 @@ from rawdream_env.errors import InvalidActionError
 from rawdream_env.piper import geometry as piper
 from rawdream_env.piper.simulator.twin import PiperTwin
 from rawdream_env.seeding import NoiseKey
-from rawdream_env.types import WorldModel
+from rawdream_env.types import SupportsShownFrames, WorldModel
 from rawdream_env.world_models.autoencoders import AutoencoderConfig, PackedFrameAutoencoder
 from rawdream_env.world_models.null import NullWorldModel
 from rawdream_env.world_models.scene.dynamics import DynamicsConfig
@@ -104,6 +104,19 @@ def test_a_key_replays_and_another_draw_differs(model: Any, starts: Tensor) -> N
     assert torch.equal(dream(model, starts, [0, 1, 2])[1], frames)
     again = dream(model, starts, [0, 1, 2], draw=1)[1]
     assert all(not torch.equal(a, b) for a, b in zip(frames, again, strict=True))
+
+
+def test_frames_that_are_left_out_change_nothing(model: Any, starts: Tensor) -> None:
+    if not isinstance(model, SupportsShownFrames):
+        pytest.skip("computes every frame")
+    whole: Any = model
+    state, _ = dream(whole, starts, [0, 1], chunks=1)
+    actions = torch.stack([actions_of(row)[1] for row in (0, 1)])
+    after, frames = whole.imagine(state, actions)
+    for shown, kept in (("last", frames[:, -1:]), ("none", frames[:, :0])):
+        same, some = whole.imagine_shown(state, actions, shown)
+        assert torch.equal(some, kept)
+        assert torch.equal(whole.imagine(same, actions)[1], whole.imagine(after, actions)[1])
 
 
 def test_actions_matter_at_once(model: Any, starts: Tensor) -> None:

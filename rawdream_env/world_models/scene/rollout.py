@@ -25,6 +25,7 @@ from torch import Tensor
 from rawdream_env.errors import InvalidOptionError
 from rawdream_env.robots import ArmMapConfig, BoolArray, FloatArray, Kinematics, Scene, find_goals, find_robot
 from rawdream_env.seeding import NoiseKey, keyed_normal
+from rawdream_env.types import ShownFrames
 from rawdream_env.world_models.row_state import check_start, checked_actions
 from rawdream_env.world_models.scene.dynamics import SceneDynamics, SceneFrame
 from rawdream_env.world_models.scene.maps import SceneMaps
@@ -150,6 +151,11 @@ class SceneWorldModel:
     @torch.no_grad()
     def imagine(self, state: SceneState, actions: Tensor) -> tuple[SceneState, Tensor]:
         """One chunk for every row: ``actions`` (B, K, A) in [-1, 1] -> next state, frames uint8 (B, K, H, W, 3)."""
+        return self.imagine_shown(state, actions, "all")
+
+    @torch.no_grad()
+    def imagine_shown(self, state: SceneState, actions: Tensor, shown: ShownFrames) -> tuple[SceneState, Tensor]:
+        """As :meth:`imagine`; only the ``shown`` frames are painted: all K of a chunk, the last one, or none."""
         actions = checked_actions(actions, (len(state), self.chunk_len, self.config.action_dim))
         commands = self._kinematics.integrate(state.command, actions)
         keys = [key.at(chunk=chunk) for key, chunk in zip(state.keys, state.chunks, strict=True)]
@@ -166,7 +172,10 @@ class SceneWorldModel:
             command=last.command,
             chunks=tuple(chunk + 1 for chunk in state.chunks),
         )
-        return nxt, self._paint(state, frames)
+        painted = {"all": frames, "last": frames[-1:], "none": []}[shown]
+        return nxt, self._paint(state, painted) if painted else torch.empty(
+            len(state), 0, *self.frame_shape, dtype=torch.uint8
+        )
 
     def unroll(self, state: SceneState, commands: Tensor, noise: Tensor) -> list[SceneFrame]:
         """The K frames after ``state``, without pictures: commanded poses (B, K, P), noise (B, K, Z) -> each (B, O, ...)."""

@@ -10,6 +10,7 @@ import atexit
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,11 +33,12 @@ _KEPT_STARTS = 64
 
 @dataclass(frozen=True)
 class SceneState:
-    """All that the future of a row depends on."""
+    """All that the future of a row depends on. The controller's measurements are part of it: the first control step after an
+    initial state uses those of the reset before.
+    """
 
     physics: NDArray[np.float64]
-    goal_pos: NDArray[np.float64]
-    goal_ori: NDArray[np.float64]
+    controller: dict[str, Any]
     gripper: NDArray[np.float64]
     camera_clock: tuple[float, bool]
     clock: tuple[float, int]
@@ -183,7 +185,13 @@ class LiberoScene:
         if not self._wanted:
             return np.zeros(())
         self._context.gl_ctx.make_current()  # another scene may have drawn last
-        return self._sensor(cache)
+        image = self._sensor(cache)
+        if error := self._mujoco.mjr_getError():
+            raise RendererError(
+                f"OpenGL error {error} while drawing {self._task}: its context was freed or memory ran out. Create a new "
+                "environment, and run hf-libero's own environments in other processes."
+            )
+        return image
 
     def _capture(self) -> SceneState:
         sim, robot = self._base.sim, self._base.robots[0]
@@ -191,8 +199,11 @@ class LiberoScene:
         self._mujoco.mj_getState(sim.model._model, sim.data._data, physics, self._what)
         return SceneState(
             physics,
-            np.array(robot.controller.goal_pos),
-            np.array(robot.controller.goal_ori),
+            {
+                name: copy(value)
+                for name, value in vars(robot.controller).items()
+                if isinstance(value, np.ndarray | bool)
+            },
             np.array(robot.gripper.current_action),
             (self._camera._time_since_last_sample, self._camera._sampled),
             (self._base.cur_time, self._base.timestep),
@@ -201,8 +212,7 @@ class LiberoScene:
     def _load(self, state: SceneState) -> None:
         sim, robot = self._base.sim, self._base.robots[0]
         self._mujoco.mj_setState(sim.model._model, sim.data._data, state.physics, self._what)
-        robot.controller.goal_pos = state.goal_pos.copy()
-        robot.controller.goal_ori = state.goal_ori.copy()
+        vars(robot.controller).update({name: copy(value) for name, value in state.controller.items()})
         robot.gripper.current_action = state.gripper.copy()
         self._camera._time_since_last_sample, self._camera._sampled = state.camera_clock
         self._base.cur_time, self._base.timestep = state.clock

@@ -87,7 +87,7 @@ class LiberoSimVectorEnv(ChunkVectorEnv):
             judge_every: "chunk" or "episode": when success is checked.
             num_workers: worker processes that share the rows; 0: this process. Results do not depend on it.
             timeout_s: how long a worker may take to answer, in seconds; the first reset builds the scenes.
-            max_scenes: tasks that a process keeps built; another task replaces the one not used for longest.
+            max_scenes: scenes that a process keeps built (some 400 MB each); another replaces the one not used for longest.
             image_size: side of the frames in pixels.
             device: device of torch observations.
             output: "numpy" or "torch" observations.

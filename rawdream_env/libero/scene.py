@@ -1,18 +1,20 @@
-"""One LIBERO task in hf-libero's own environment, shared by the rows of a process.
+"""One LIBERO scene in hf-libero's own environment, shared by the rows of a process and by the tasks of the scene.
 
-Building an environment takes seconds and hundreds of megabytes, so a process builds each task once and switches rows in and
-out: a row is a :class:`SceneState`. States and pictures are bit-equal to those of an environment of the row's own.
+Building an environment takes seconds and hundreds of megabytes, so a process builds each scene once and switches rows in and
+out: a row is a :class:`SceneState`. Tasks that differ in their goal alone (all ten of ``libero_goal``) are tasks of one scene.
+States and pictures are bit-equal to those of an environment of the row's own.
 """
 
 from __future__ import annotations
 
 import atexit
+import json
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from rawdream_env.libero.protocols import SETTLE_ACTION
 from rawdream_env.types import Float32Array, UInt8Array
 
 _CAMERA = "agentview"
+_GOAL = ("goal_state", "language_instruction", "obj_of_interest")
 _PLACEMENTS = 20
 """How often the simulator may try to place the objects."""
 _KEPT_STARTS = 64
@@ -37,6 +40,7 @@ class SceneState:
     initial state uses those of the reset before.
     """
 
+    task: int
     physics: NDArray[np.float64]
     controller: dict[str, Any]
     gripper: NDArray[np.float64]
@@ -67,12 +71,26 @@ class SceneStep:
     success_end: bool
 
 
+@lru_cache(maxsize=256)
+def scene_of(suite: str, task: int) -> str:
+    """All that makes up the scene of a task; equal for tasks that differ in their goal alone."""
+    return json.dumps({key: value for key, value in _problem(suite, task).items() if key not in _GOAL})
+
+
+def _problem(suite: str, task: int) -> dict[str, Any]:
+    import_simulator()
+    from libero.libero.envs.bddl_utils import robosuite_parse_problem
+
+    problem: dict[str, Any] = robosuite_parse_problem(str(tasks_of(suite)[task].bddl))
+    return problem
+
+
 class LiberoScene:
-    """The environment of one task.
+    """The environment of a task and of all others with the same scene.
 
     Args:
         suite: such as "libero_goal".
-        task: number of the task.
+        task: number of one of its tasks.
         image_size: side of the pictures in pixels.
         scene_seed: seed of the furniture's places.
 
@@ -87,12 +105,13 @@ class LiberoScene:
 
         self._mujoco = mujoco
         self._what = int(mujoco.mjtState.mjSTATE_INTEGRATION)
-        found = tasks_of(suite)[task]
-        self._init_states = load_init_states(suite, found)
-        self._task = found.name
+        self._suite, self._tasks = suite, tasks_of(suite)
+        self._goals: dict[int, Any] = {}
+        self._init_states: dict[int, NDArray[np.float64]] = {}
+        self._task = task
         with _own_random_state(), _renderer_errors():
             self._env = envs.OffScreenRenderEnv(
-                bddl_file_name=str(found.bddl),
+                bddl_file_name=str(self._tasks[task].bddl),
                 camera_names=[_CAMERA],
                 camera_heights=image_size,
                 camera_widths=image_size,
@@ -111,13 +130,13 @@ class LiberoScene:
         self._sensor, self._camera._sensor = self._camera._sensor, look
         self._wanted = False
         self._fresh = self._capture()
-        self._starts: OrderedDict[tuple[int, int], SceneStart] = OrderedDict()
+        self._starts: OrderedDict[tuple[int, int, int], SceneStart] = OrderedDict()
 
-    def begin(self, number: int, settle_steps: int) -> SceneStart:
-        """Initial state ``number`` after ``settle_steps`` control steps."""
-        key = number, settle_steps
+    def begin(self, task: int, number: int, settle_steps: int) -> SceneStart:
+        """Initial state ``number`` of a task after ``settle_steps`` control steps."""
+        key = task, number, settle_steps
         if key not in self._starts:
-            self._starts[key] = self._settle(number, settle_steps)
+            self._starts[key] = self._settle(*key)
             if len(self._starts) > _KEPT_STARTS:
                 self._starts.popitem(last=False)
         self._starts.move_to_end(key)
@@ -158,27 +177,35 @@ class LiberoScene:
             except RandomizationError:
                 continue
             return
-        raise SimulatorError(f"the objects of {self._task} could not be placed in {_PLACEMENTS} attempts.")
+        name = self._tasks[self._task].name
+        raise SimulatorError(f"the objects of {name} could not be placed in {_PLACEMENTS} attempts.")
 
-    def _settle(self, number: int, settle_steps: int) -> SceneStart:
-        if not 0 <= number < len(self._init_states):
-            raise DatasetError(
-                f"{self._task} has {len(self._init_states)} initial states, so there is no number {number}. The last three "
-                "digits of a start's seed are the number of its initial state."
-            )
-        flat, model = self._init_states[number], self._base.sim.model
-        if len(flat) != 1 + model.nq + model.nv:
-            raise DatasetError(
-                f"the initial states of {self._task} have {len(flat)} numbers, its scene has {1 + model.nq + model.nv}; "
-                "install hf-libero again."
-            )
-        self._load(self._fresh)
+    def _settle(self, task: int, number: int, settle_steps: int) -> SceneStart:
+        flat = self._initial(task, number)
+        self._load(replace(self._fresh, task=task))
         self._wanted = not settle_steps
         observation = self._env.set_init_state(flat)
         for k in range(settle_steps):
             self._wanted = k == settle_steps - 1
             observation = self._base.step(SETTLE_ACTION)[0]
         return SceneStart(self._capture(), _upright(observation), self._proprio())
+
+    def _initial(self, task: int, number: int) -> NDArray[np.float64]:
+        """A flat initial state that fits the scene."""
+        name, model = self._tasks[task].name, self._base.sim.model
+        if task not in self._init_states:
+            self._init_states[task] = load_init_states(self._suite, self._tasks[task])
+        states, size = self._init_states[task], 1 + model.nq + model.nv
+        if not 0 <= number < len(states):
+            raise DatasetError(
+                f"{name} has {len(states)} initial states, so there is no number {number}. The last three digits of a "
+                "start's seed are the number of its initial state."
+            )
+        if states.shape[1] != size:
+            raise DatasetError(
+                f"the initial states of {name} have {states.shape[1]} numbers, its scene has {size}; install hf-libero again."
+            )
+        return states[number]
 
     def _look(self, cache: Any) -> Any:
         """The camera, which draws only what is asked for."""
@@ -188,8 +215,8 @@ class LiberoScene:
         image = self._sensor(cache)
         if error := self._mujoco.mjr_getError():
             raise RendererError(
-                f"OpenGL error {error} while drawing {self._task}: its context was freed or memory ran out. Create a new "
-                "environment, and run hf-libero's own environments in other processes."
+                f"OpenGL error {error} while drawing {self._tasks[self._task].name}: memory ran out, or its context was freed. "
+                "Create a new environment, and run hf-libero's own environments in other processes."
             )
         return image
 
@@ -198,6 +225,7 @@ class LiberoScene:
         physics = np.empty(self._mujoco.mj_stateSize(sim.model._model, self._what))
         self._mujoco.mj_getState(sim.model._model, sim.data._data, physics, self._what)
         return SceneState(
+            self._task,
             physics,
             {
                 name: copy(value)
@@ -210,6 +238,10 @@ class LiberoScene:
         )
 
     def _load(self, state: SceneState) -> None:
+        self._task = state.task
+        if state.task not in self._goals:
+            self._goals[state.task] = {key: _problem(self._suite, state.task)[key] for key in _GOAL}
+        self._base.parsed_problem.update(self._goals[state.task])
         sim, robot = self._base.sim, self._base.robots[0]
         self._mujoco.mj_setState(sim.model._model, sim.data._data, state.physics, self._what)
         vars(robot.controller).update({name: copy(value) for name, value in state.controller.items()})

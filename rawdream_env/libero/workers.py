@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from rawdream_env.envs.row_workers import RowGroup, RowWorkers
 from rawdream_env.errors import SimulatorError
-from rawdream_env.libero.scene import LiberoScene, SceneState
+from rawdream_env.libero.scene import LiberoScene, SceneState, scene_of
 from rawdream_env.types import Float32Array, UInt8Array
 
-_Key = tuple[str, int, int, int]
+_Key = tuple[str, str, int, int]
 _scenes: OrderedDict[_Key, LiberoScene] = OrderedDict()
 """The scenes of this process, the last used last; all its rows share them."""
 _groups = 0
@@ -25,7 +25,7 @@ _groups = 0
 
 @dataclass(frozen=True)
 class SceneOptions:
-    """``suite``, ``image_size`` in pixels, ``scene_seed``, ``settle_steps`` and how many tasks a process keeps built."""
+    """``suite``, ``image_size`` in pixels, ``scene_seed``, ``settle_steps`` and how many scenes a process keeps built."""
 
     suite: str
     image_size: int
@@ -35,13 +35,13 @@ class SceneOptions:
 
 
 class LiberoRows(RowGroup):
-    """The rows of one process: a row is the number of its task and a state."""
+    """The rows of one process: a row is a state of a scene."""
 
     def __init__(self, options: SceneOptions) -> None:
         global _groups
         super().__init__()
         self._options = options
-        self._rows: dict[int, tuple[int, SceneState] | None] = {}
+        self._rows: dict[int, SceneState | None] = {}
         _groups += 1
 
     def reset(
@@ -50,8 +50,8 @@ class LiberoRows(RowGroup):
         """Begin episodes from initial states; returns the first frame and the proprio of each."""
         answers = []
         for row, task, number in zip(rows, tasks, numbers, strict=True):
-            start = self._scene(task).begin(number, self._options.settle_steps)
-            self._rows[row] = task, start.state
+            start = self._scene(task).begin(task, number, self._options.settle_steps)
+            self._rows[row] = start.state
             answers.append((start.frame.copy(), start.proprio.copy()))
         return answers
 
@@ -63,20 +63,19 @@ class LiberoRows(RowGroup):
         """
         answers: list[tuple[UInt8Array, bool, bool] | None] = []
         for row, chunk in zip(rows, actions, strict=True):
-            if (found := self._rows.get(row)) is None:
+            if (state := self._rows.get(row)) is None:
                 answers.append(None)
                 continue
-            task, state = found
-            step = self._scene(task).step(state, chunk, every_frame)
-            self._rows[row] = task, step.state
+            step = self._scene(state.task).step(state, chunk, every_frame)
+            self._rows[row] = step.state
             answers.append((step.frames, step.success_any, step.success_end))
         return answers
 
-    def state(self, rows: Sequence[int]) -> list[tuple[int, SceneState] | None]:
-        """The task and the state of every row."""
+    def state(self, rows: Sequence[int]) -> list[SceneState | None]:
+        """The state of every row."""
         return [self._rows.get(row) for row in rows]
 
-    def restore(self, rows: Sequence[int], states: Sequence[tuple[int, SceneState] | None]) -> list[None]:
+    def restore(self, rows: Sequence[int], states: Sequence[SceneState | None]) -> list[None]:
         """Continue from other states."""
         self._rows.update(zip(rows, states, strict=True))
         return [None] * len(rows)
@@ -90,11 +89,11 @@ class LiberoRows(RowGroup):
 
     def _scene(self, task: int) -> LiberoScene:
         options = self._options
-        key = options.suite, task, options.image_size, options.scene_seed
+        key = options.suite, scene_of(options.suite, task), options.image_size, options.scene_seed
         if key not in _scenes:
             while len(_scenes) >= options.max_scenes:
                 _scenes.popitem(last=False)[1].close()
-            _scenes[key] = LiberoScene(*key)
+            _scenes[key] = LiberoScene(options.suite, task, options.image_size, options.scene_seed)
         _scenes.move_to_end(key)
         return _scenes[key]
 

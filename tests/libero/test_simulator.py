@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+from dataclasses import replace
 
 import mujoco
 import numpy as np
@@ -23,6 +24,9 @@ from rawdream_env.world_models.null import NullWorldModel
 from tests.libero.conftest import SETTLE, SIDE, TASK
 
 
+OTHER = 3
+
+
 def sim(num_envs=1, **options) -> LiberoSimVectorEnv:
     given = {"suite": "libero_goal", "task": TASK, "image_size": SIDE, "settle_steps": SETTLE, "chunk_len": 2}
     return LiberoSimVectorEnv(num_envs, **{**given, **options})
@@ -33,7 +37,7 @@ def upright(observation):
 
 
 def test_states_and_pictures_are_those_of_hf_libero(libero, group) -> None:
-    task = tasks_of("libero_goal")[TASK]
+    task = tasks_of("libero_goal")[OTHER]  # the scene was built for TASK
     bare = libero.OffScreenRenderEnv(
         bddl_file_name=str(task.bddl), camera_names=["agentview"], camera_heights=SIDE, camera_widths=SIDE
     )
@@ -44,10 +48,10 @@ def test_states_and_pictures_are_those_of_hf_libero(libero, group) -> None:
         observation = bare.set_init_state(load_init_states("libero_goal", task)[3])
         for _ in range(SETTLE):
             observation = bare.step(SETTLE_ACTION)[0]
-        scene = group._scene(TASK)
-        other = scene.begin(5, 0)
+        scene = group._scene(OTHER)
+        other = scene.begin(TASK, 5, 0)
         scene.step(other.state, np.ones((2, 7), np.float32), False)
-        start = scene.begin(3, SETTLE)  # not the first: nothing is left of what the scene did before
+        start = scene.begin(OTHER, 3, SETTLE)  # not the first: nothing is left of what the scene did before
         assert np.array_equal(start.frame, upright(observation)) and start.frame.std() > 10
         np.testing.assert_allclose(start.proprio[:3], observation["robot0_eef_pos"], atol=1e-3)
         rng = np.random.default_rng(0)
@@ -68,23 +72,42 @@ def test_states_and_pictures_are_those_of_hf_libero(libero, group) -> None:
         bare.close()
 
 
-def test_success_is_what_libero_checks(group) -> None:
-    """A turned knob is a burning stove."""
-    scene = group._scene(TASK)
-    start = scene.begin(0, SETTLE)
-    still = np.array([SETTLE_ACTION], np.float32)
-    assert not scene.step(start.state, still, False).success_any and not scene.check_success()
-    scene._load(start.state)
+STILL = np.array([SETTLE_ACTION], np.float32)
+
+
+def burn(scene, state):
+    """The state with the stove's knob turned."""
+    scene._load(state)
     model, data = scene._base.sim.model._model, scene._base.sim.data._data
     (knob,) = (j for j in range(model.njnt) if "flat_stove" in mujoco.mj_id2name(model, mujoco.mjtObj.mjOBJ_JOINT, j))
     data.qpos[model.jnt_qposadr[knob]] = model.jnt_range[knob][1]
-    step = scene.step(scene._capture(), still, False)
+    return scene._capture()
+
+
+def test_success_is_what_libero_checks(group) -> None:
+    """A turned knob is a burning stove."""
+    scene = group._scene(TASK)
+    start = scene.begin(TASK, 0, SETTLE)
+    assert not scene.step(start.state, STILL, False).success_any and not scene.check_success()
+    step = scene.step(burn(scene, start.state), STILL, False)
     assert step.success_any and step.success_end and scene.check_success()
-    glowing = scene.step(step.state, still, False).frames[-1].astype(int)
-    dark = scene.step(start.state, still, False).frames[-1].astype(int)
+    glowing = scene.step(step.state, STILL, False).frames[-1].astype(int)
+    dark = scene.step(start.state, STILL, False).frames[-1].astype(int)
     assert np.abs(glowing - dark).max() > 50, "the burner is shown"
-    again = scene.step(step.state, still, False).frames[-1]
+    again = scene.step(step.state, STILL, False).frames[-1]
     assert np.array_equal(glowing, again), "the glow follows the state"
+
+
+def test_tasks_of_one_scene_share_it(group) -> None:
+    """The stove burns: that is a success of its own task alone, and each task has its initial states."""
+    scene = group._scene(TASK)
+    assert group._scene(OTHER) is scene
+    start = scene.begin(OTHER, 0, SETTLE)
+    assert not np.array_equal(start.frame, scene.begin(TASK, 0, SETTLE).frame)
+    burning = burn(scene, scene.begin(TASK, 0, SETTLE).state)
+    assert scene.step(burning, STILL, False).success_end
+    assert not scene.step(replace(burning, task=OTHER), STILL, False).success_end
+    assert scene.step(burning, STILL, False).success_end
 
 
 def test_contract(group) -> None:
@@ -151,7 +174,7 @@ def test_a_killed_worker_voids_its_episodes_alone(libero, caplog) -> None:
 def test_every_suite_builds_resets_and_steps(libero, suite) -> None:
     scene = LiberoScene(suite, 0, SIDE, 0)
     try:
-        start = scene.begin(1, 1)
+        start = scene.begin(0, 1, 1)
         step = scene.step(start.state, np.array([SETTLE_ACTION] * 2, np.float32), True)
         assert step.frames.shape == (2, SIDE, SIDE, 3) and step.frames.std() > 10
         assert not step.success_end

@@ -23,7 +23,6 @@ from rawdream_env.testing.check_vector_env import check_vector_env
 from rawdream_env.world_models.null import NullWorldModel
 from tests.libero.conftest import SETTLE, SIDE, TASK
 
-
 OTHER = 3
 
 

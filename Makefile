@@ -5,7 +5,7 @@
 #
 # PIP_FLAGS     further options of pip, such as the index of a CUDA or a CPU build of torch
 # VLLM          virtual environment with bin/vllm, for `make vllm-test`: the judge's client against a real server
-# DEMO_FLAGS    options of `rawdream demo`, such as "--minutes 2 --episodes 10"
+# DEMO_FLAGS    options of `rawdream demo`, such as "--long" or "--minutes 2 --episodes 10"
 
 PYTHON ?= python3
 VENV := $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV),.venv)

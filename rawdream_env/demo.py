@@ -1,15 +1,17 @@
 """``rawdream demo``: train a policy in the dream, then evaluate it in the simulator.
 
-1. Train the bundled few-shot policy with GRPO in the dream (paper section 3) for ``minutes``.
+1. Train the bundled few-shot policy with GRPO in the dream (paper section 3): at most 60 updates or 6 minutes; with ``long``
+   120 updates or 20 minutes.
 2. Evaluate the policy before and after training, from the same starts, in the dream and in the simulator.
-3. Print a table with intervals, and write ``report.html`` and ``dream.gif``.
+3. Print a table with intervals, and write ``report.html`` (with dreamed success over the updates) and ``dream.gif``.
 
-Nothing is downloaded. Rerun the same command to resume an interrupted demo.
+Nothing is downloaded. Rerun the same command to resume an interrupted demo; with ``long``, to go on from a short one.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +20,7 @@ from rawdream_env.errors import InvalidOptionError
 
 if TYPE_CHECKING:
     from rawdream_env.evaluation.side_by_side.evaluate import EvaluateConfig
-    from rawdream_env.evaluation.side_by_side.records import Clip, SideBySide
+    from rawdream_env.evaluation.side_by_side.records import SideBySide
     from rawdream_env.trainers.grpo import GRPOConfig
 
 BEFORE, AFTER = "before", "after dreaming"
@@ -32,12 +34,14 @@ class DemoConfig:
 
     out: Path = Path("runs/demo")
     """Folder for report.html, dream.gif, report.json and the training run."""
-    minutes: float = 6.0
-    """Training time in the dream. Rerunning the command adds this time again."""
+    long: bool = False
+    """Train longer: at most 120 updates or 20 minutes, whichever ends first, instead of 60 updates or 6 minutes."""
+    minutes: float | None = None
+    """Training time in the dream; default: 6, or 20 with --long. Rerunning the command adds this time again."""
     episodes: int = 25
     """Starts per task in the evaluation (four tasks, two policies, dream and simulator)."""
-    steps: int = 60
-    """Maximum number of policy updates; usually ``minutes`` ends training first."""
+    steps: int | None = None
+    """Maximum number of policy updates; default: 60, or 120 with --long."""
     num_envs: int = 64
     """Number of episodes imagined in parallel in training; fewer need less memory."""
     lr: float = 2e-4
@@ -66,10 +70,15 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        if self.minutes <= 0 or self.episodes < 1 or self.steps < 1:
-            raise InvalidOptionError(
-                f"minutes={self.minutes}, episodes={self.episodes} and steps={self.steps} must be above 0."
-            )
+        steps, minutes = self.budget
+        if minutes <= 0 or self.episodes < 1 or steps < 1:
+            raise InvalidOptionError(f"minutes={minutes}, episodes={self.episodes} and steps={steps} must be above 0.")
+
+    @property
+    def budget(self) -> tuple[int, float]:
+        """Maximum number of updates and of minutes of training."""
+        steps, minutes = (120, 20.0) if self.long else (60, 6.0)
+        return steps if self.steps is None else self.steps, minutes if self.minutes is None else self.minutes
 
 
 @dataclass(frozen=True)
@@ -84,7 +93,7 @@ class DemoResult:
     def __str__(self) -> str:
         from rawdream_env.evaluation.side_by_side.table import table
 
-        return f"{self.training}\n\n{table(self.report)}\n\nreport  {self.page}\nfilm    {self.film}"
+        return f"{self.training}\n\n{curve_text(self.report)}{table(self.report)}\n\nreport  {self.page}\nfilm    {self.film}"
 
 
 def run_demo(config: DemoConfig) -> DemoResult:
@@ -96,11 +105,16 @@ def run_demo(config: DemoConfig) -> DemoResult:
         RunDirError: ``out`` holds a demo with other options.
     """
     from rawdream_env.evaluation.side_by_side.evaluate import evaluate
+    from rawdream_env.trainers.common.run_dir import read_jsonl
     from rawdream_env.trainers.grpo import train_grpo
 
     begun = time.monotonic()
+    steps, minutes = config.budget
     about = config.episodes * 4 * 2 * SECONDS_PER_EPISODE / 60
-    _say(config, f"1/3  GRPO in the dream: {config.minutes:g} minutes (Ctrl-C stops; rerun to resume)")
+    _say(
+        config,
+        f"1/3  GRPO in the dream: at most {steps} updates or {minutes:g} minutes (Ctrl-C stops; rerun to resume)",
+    )
     training = train_grpo(grpo_config(config))
     if training.stopped == "interrupted":
         raise KeyboardInterrupt
@@ -108,11 +122,11 @@ def run_demo(config: DemoConfig) -> DemoResult:
         config,
         f"2/3  evaluation before and after, in dream and simulator: {config.episodes} starts per task, ~{about:.0f} minutes",
     )
-    result = evaluate(evaluate_config(config), progress=config.progress)
+    curve = training_curve(read_jsonl(config.out / "grpo" / "metrics.jsonl"), config.temperature)
+    result = evaluate(evaluate_config(config), training=curve, progress=config.progress)
     _say(config, "3/3  film")
-    film = write_film(result, config.out / "dream.gif")
-    minutes = (time.monotonic() - begun) / 60
-    said = f"{training.message} The demo took {minutes:.1f} minutes."
+    film = _write_film(config, result)
+    said = f"{training.message} The demo took {(time.monotonic() - begun) / 60:.1f} minutes."
     return DemoResult(result.report, config.out / "report.html", film, said)
 
 
@@ -120,6 +134,7 @@ def grpo_config(config: DemoConfig) -> GRPOConfig:
     """Options of the demo's training run."""
     from rawdream_env.trainers.grpo import GRPOConfig
 
+    steps, minutes = config.budget
     return GRPOConfig(
         run_dir=config.out / "grpo",
         policy=config.policy,
@@ -131,8 +146,8 @@ def grpo_config(config: DemoConfig) -> GRPOConfig:
             "num_inference_steps": config.num_inference_steps,
         },
         num_envs=config.num_envs,
-        steps=config.steps,
-        minutes=config.minutes,
+        steps=steps,
+        minutes=minutes,
         lr=config.lr,
         temperature=config.temperature,
         save_every=1,
@@ -162,35 +177,56 @@ def evaluate_config(config: DemoConfig) -> EvaluateConfig:
 # -- output -----------------------------------------------------------------------------------------------------------
 
 
-def chosen_clips(clips: list[Clip], policy: str = AFTER) -> list[Clip]:
-    """One clip per task for the film; prefers clips of ``policy``, then clips where both worlds succeed."""
-    order = ("both succeed", "only the dream succeeds", "only the simulator succeeds", "both fail")
+def training_curve(rows: Sequence[Mapping[str, Any]], temperature: float) -> dict[str, Any]:
+    """Dreamed success over training, from the lines of ``metrics.jsonl``: windows of about five updates (more in long runs),
+    each with its first and last update, and the rates over all rollouts and per task id, without flagged and INVALID ones.
+    """
+    count = max(1, len(rows) // (5 * -(-len(rows) // 80))) if rows else 0
+    windows = []
+    for i in range(count):
+        first, last = len(rows) * i // count, len(rows) * (i + 1) // count
+        some = rows[first:last]
+        ids = sorted({key.rpartition("_")[2] for row in some for key in row if key.startswith("n/task_")})
+        tasks = {task: _dreamed(some, f"/task_{task}") for task in ids}
+        windows.append({"updates": [first + 1, last], "all": _dreamed(some, ""), "tasks": tasks})
+    return {"temperature": temperature, "windows": windows}
 
-    def rank(clip: Clip) -> tuple[bool, int]:
-        return clip.record.policy != policy, order.index(clip.kind) if clip.kind in order else len(order)
 
-    best: dict[str, Clip] = {}
-    for clip in sorted(clips, key=rank):
-        best.setdefault(clip.record.task, clip)
-    return list(best.values())
+def _dreamed(rows: Sequence[Mapping[str, Any]], suffix: str) -> dict[str, Any]:
+    from rawdream_env.statistics import Rate
+
+    counts = [(row.get(f"trusted{suffix}", 0), row.get(f"trusted_success_rate{suffix}") or 0.0) for row in rows]
+    return Rate.of(sum(round(n * rate) for n, rate in counts), sum(n for n, _ in counts)).as_dict()
 
 
-def write_film(result: SideBySide, path: Path, *, every: int = 2) -> Path:
-    """Dream and simulator side by side, one episode per task; every second frame at 10 Hz: twice the real speed."""
-    from rawdream_env.files import atomic_write_bytes
-    from rawdream_env.types import Outcome
-    from rawdream_env.wrappers.drawing import Panel, compose, encode
+def curve_text(report: Mapping[str, Any]) -> str:
+    """Dreamed success in the first and the last updates, per task; empty without an update."""
+    from rawdream_env.evaluation.reporting.numbers import rate_text
 
-    words = {Outcome.SUCCESS: "success", Outcome.FAILURE: "failure", Outcome.INVALID: "invalid"}
-    pictures = []
-    for clip in chosen_clips(result.clips):
-        dreamt = words[Outcome(clip.record.dream)]
-        happened = "success" if clip.happened else "failure"
-        panels = [Panel("dream", clip.right[::every], dreamt), Panel("simulator", clip.left[::every], happened)]
-        film = list(compose(panels, dreamt, clip.instruction))
-        pictures += [*film, *film[-1:] * 6]  # time to read the verdict
-    atomic_write_bytes(path, encode(pictures, 10.0, "gif"))
-    return path
+    training = report["training"]
+    windows = training["windows"]
+    if not windows:
+        return ""
+    ends = windows if len(windows) == 1 else [windows[0], windows[-1]]
+    columns = [f"updates {first}-{last}" for first, last in (window["updates"] for window in ends)]
+    lines = [[f"dream, training at T = {training['temperature']:g}", *columns]]
+    lines.append(["all tasks", *(rate_text(window["all"]) for window in ends)])
+    for number, task in enumerate(report["policies"][0]["tasks"]):
+        rates = [window["tasks"].get(str(number)) for window in ends]
+        lines.append([task, *("-" if rate is None else rate_text(rate) for rate in rates)])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines) + "\n\n"
+
+
+def _write_film(config: DemoConfig, result: SideBySide) -> Path:
+    """Dream and simulator side by side, one episode per task."""
+    from rawdream_env.evaluation.side_by_side.film import chosen_clips, write_film
+    from rawdream_env.robots import find_robot
+    from rawdream_env.world_models import load_world_model
+
+    model = load_world_model(config.world_model, dtype=config.dtype, num_inference_steps=config.num_inference_steps)
+    robot = find_robot(getattr(model, "robot", ""))
+    return write_film(chosen_clips(result.clips, AFTER), config.out / "dream.gif", model, robot)
 
 
 def _say(config: DemoConfig, text: str) -> None:

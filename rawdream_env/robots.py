@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rawdream_env.errors import InvalidOptionError
+from rawdream_env.types import Start, UInt8Array
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,9 +32,12 @@ DEFAULT_ROBOT = "piper"
 ENTRY_POINTS = "rawdream.robots"
 """Entry-point group of installed packages that register robots: ``name = "module that calls register_robot"``."""
 
+LIFT_RISE = 0.02
+"""An object is picked up once its origin is this much (m) above where it was at the episode's start."""
+
 FloatArray = NDArray[np.floating[Any]]
 BoolArray = NDArray[np.bool_]
-Part = Literal["kinematics", "scene", "goals", "episode_source", "sim_starts", "start_pack"]
+Part = Literal["kinematics", "scene", "view", "goals", "episode_source", "sim_starts", "start_pack"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,8 @@ class Robot:
     """``(ArmMapConfig) -> Kinematics``, for world models that take poses and arm maps."""
     scene: str = ""
     """A :class:`Scene`, for world models of object states."""
+    view: str = ""
+    """``(image_size) -> SceneView``, for films that people look at."""
     goals: str = ""
     """A :class:`GoalGrammar`, for training a judge and a policy on play."""
     episode_source: str = ""
@@ -240,6 +246,29 @@ class Scene(Protocol):
         """Arm states (..., 7): measured tool xyz, roll pitch yaw, finger opening in metres -> poses (..., P) that
         ``Kinematics.draw`` draws like that.
         """
+        ...
+
+
+class SceneView(Protocol):
+    """Draws a robot's scene for people, larger than the models see it: square pictures of the size it was made with.
+
+    Shape letters: F frames, O objects, T chunks, K actions of a chunk, H W picture.
+    """
+
+    def simulate(self, start: Start, actions: FloatArray) -> tuple[UInt8Array, BoolArray]:
+        """The simulator's episode of ``start`` (its seed and task) under ``actions`` (T, K, A): pictures uint8
+        (1 + T K, H, W, 3), the start first, and whether the task is done after each chunk, (T,).
+        """
+        ...
+
+    def draw(self, poses: FloatArray, arm: FloatArray) -> UInt8Array:
+        """Pictures uint8 (F, H, W, 3) of states: object poses (F, O, 7), NaN for absent ones, as ``Scene.truth`` gives them,
+        and arm states (F, 8).
+        """
+        ...
+
+    def close(self) -> None:
+        """Free what draws."""
         ...
 
 

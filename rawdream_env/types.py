@@ -203,6 +203,26 @@ class SupportsState(Protocol):
 
 
 @runtime_checkable
+class SupportsTrace(SupportsState, Protocol):
+    """A world model that imagines the state of every frame; states have ``arm`` (B, 8), as in ``robots.Scene.truth``."""
+
+    def trace(self, state: Any, actions: Tensor) -> Sequence[Any]:
+        """The states of the K frames of a chunk, without pictures: ``actions`` (B, K, A); the last is ``imagine``'s."""
+        ...
+
+
+@runtime_checkable
+class SupportsLift(Protocol):
+    """A world model whose state tells whether a task's object has been picked up."""
+
+    def lifted(self, state: Any, instructions: Sequence[str]) -> Any:
+        """Whether the object that each row's task moves has been ``robots.LIFT_RISE`` above its start in any frame so far: int8
+        (B,), 1, 0, or -1 where the model cannot tell.
+        """
+        ...
+
+
+@runtime_checkable
 class SupportsClose(Protocol):
     """A judge or start source that holds connections, processes or an OpenGL context."""
 

@@ -248,6 +248,39 @@ def test_demo_trains_compares_and_leaves_page_and_film(tmp_path, tiny_policy, ca
     assert np.asarray(film.convert("RGB")).std() > 10
 
 
+def test_demo_budget_is_short_long_or_given():
+    from rawdream_env.demo import DemoConfig
+
+    assert DemoConfig().budget == (60, 6.0) and DemoConfig(long=True).budget == (120, 20.0)
+    assert DemoConfig(long=True, steps=7).budget == (7, 20.0) and DemoConfig(minutes=0.5).budget == (60, 0.5)
+
+
+def test_demo_shows_dreamed_success_at_the_beginning_and_the_end():
+    from rawdream_env.demo import curve_text, training_curve
+
+    rows = [
+        {
+            "trusted": 10,
+            "trusted_success_rate": 0.2,
+            "n/task_0": 12,
+            "trusted/task_0": 10,
+            "trusted_success_rate/task_0": 0.2,
+        },
+        *[{"trusted": 0, "trusted_success_rate": None}] * 9,
+        {"trusted": 8, "trusted_success_rate": 0.75},
+    ]
+    curve = training_curve(rows, 0.7)
+    assert [window["updates"] for window in curve["windows"]] == [[1, 5], [6, 11]]
+    assert [(w["all"]["successes"], w["all"]["n"]) for w in curve["windows"]] == [(2, 10), (6, 8)]
+    assert len(training_curve(rows * 40, 0.7)["windows"]) <= 16
+    lines = curve_text({"training": curve, "policies": [{"tasks": {"stack_block": {}}}]}).splitlines()
+    assert "updates 1-5" in lines[0] and "updates 6-11" in lines[0] and "T = 0.7" in lines[0]
+    assert (
+        "20.0 %" in lines[1] and "75.0 %" in lines[1] and lines[2].startswith("stack_block") and lines[2].endswith("-")
+    )
+    assert curve_text({"training": training_curve([], 0.7), "policies": []}) == ""
+
+
 @pytest.mark.parametrize(
     ("dream", "simulator", "said"),
     [

@@ -138,12 +138,10 @@ def test_kappa_of_a_textbook_table() -> None:
     # 20 both yes, 15 both no, 5 and 10 apart: observed 0.7, by chance 0.5, kappa 0.4.
     confusion = Confusion(20, 5, 10, 15)
     assert confusion.kappa.value == pytest.approx(0.4)
-    # The large-sample error of Fleiss, Cohen and Everitt, term by term.
-    p, row, col, k = np.array([[20, 5], [10, 15]]) / 50, [0.5, 0.5], [0.6, 0.4], 0.4
-    a = sum(p[i, i] * (1 - (row[i] + col[i]) * (1 - k)) ** 2 for i in (0, 1))
-    b = (1 - k) ** 2 * (p[0, 1] * (col[0] + row[1]) ** 2 + p[1, 0] * (col[1] + row[0]) ** 2)
-    error = math.sqrt((a + b - (k - 0.5 * (1 - k)) ** 2) / 50) / 0.5
-    assert confusion.kappa.high - confusion.kappa.value == pytest.approx(1.959964 * error, rel=1e-6)
+    # The Wilson interval of the agreement is [0.5625, 0.8090].
+    assert (confusion.kappa.low, confusion.kappa.high) == pytest.approx(
+        ((0.5625 - 0.5) / 0.5, (0.8090 - 0.5) / 0.5), abs=2e-4
+    )
     # Raters who agree 50 times of 50 by chance 0.52: the ends are those of the agreement's Wilson interval [0.9287, 1].
     perfect = cohen_kappa(Confusion(30, 0, 0, 20))
     assert (perfect.value, perfect.high) == (1.0, 1.0) and perfect.low == pytest.approx(
@@ -151,6 +149,14 @@ def test_kappa_of_a_textbook_table() -> None:
     )
     opposite = cohen_kappa(Confusion(0, 4, 4, 0))  # agreement 0 of 8, [0, 0.3244], by chance 0.5
     assert (opposite.value, opposite.low) == (-1.0, -1.0) and opposite.high == pytest.approx(-0.3512, abs=1e-3)
+
+
+@pytest.mark.parametrize(("n", "kappa"), [(10, 0.3), (20, 0.6), (50, 0.85), (200, 0.95)])
+def test_the_interval_of_kappa_holds_the_truth_in_small_samples(n: int, kappa: float) -> None:
+    cells = np.array([0.25 + kappa / 4, 0.25 - kappa / 4, 0.25 - kappa / 4, 0.25 + kappa / 4])  # both raters: half yes
+    found = [Confusion(*map(int, row)).kappa for row in np.random.default_rng(0).multinomial(n, cells, 500)]
+    known = [k for k in found if math.isfinite(k.low)]
+    assert len(known) > 480 and np.mean([k.low <= kappa <= k.high for k in known]) > 0.9
 
 
 def test_confusion_counts_and_rates() -> None:

@@ -38,6 +38,8 @@ from rawdream_env.types import ACTION_DIM, Float32Array, Start, UInt8Array, Verd
 
 Rows = NDArray[np.intp]
 _UNSTARTED, _RUNNING, _OVER = 0, 1, 2
+_OF_A_STEP = ("frames", "success_probability", "env_verdict", "state_success", "lifted")
+"""Infos that a reset does not give."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class ChunkResult:
     ``verdict`` int8 (n,): 1 success, 0 failure, -1 no verdict or invalid; ``valid`` bool (n,): False where the judge
     failed or the frames are not finite; ``ends`` bool (n,): the episode ends before its horizon;
     ``probability`` float64 (n,) of success, NaN where unknown, or None without probabilities; ``state_success`` int8 (n,):
-    1 or 0 by the state behind the pictures, -1 unknown, or None without a state.
+    1 or 0 by the state behind the pictures, -1 unknown, or None without a state; ``lifted``, likewise: whether the object
+    that the task moves has been picked up so far.
     """
 
     frames: UInt8Array
@@ -57,6 +60,7 @@ class ChunkResult:
     ends: NDArray[np.bool_]
     probability: NDArray[np.float64] | None = None
     state_success: NDArray[np.int8] | None = None
+    lifted: NDArray[np.int8] | None = None
 
 
 class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
@@ -82,7 +86,8 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
     Arrays with ``_key`` masks: ``instruction`` (object), ``task_id`` (int64), ``is_success`` (bool), ``verdict`` (int8:
     1, 0, -1 none or invalid), ``valid`` (bool), with ``return_frames`` ``frames`` (uint8, (num_envs, K, H, W, 3)), and
     ``success_probability`` (float64) where a judge gives one. A dream whose world model imagines a
-    state adds ``state_success`` (bool): whether the task is done in it; it is not rewarded. A row whose mask is False did
+    state adds ``state_success`` (bool): whether the task is done in it; it is not rewarded. Where it is known, ``lifted``
+    (bool): whether the object that the task moves has been picked up in the episode so far. A row whose mask is False did
     nothing in this call. With a ``reflector``, ``verdict`` and ``is_success`` are the reflector's, and ``env_verdict``
     (int8) is the environment's own.
 
@@ -437,8 +442,9 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
         if result.probability is not None:
             known = ~np.isnan(result.probability)
             put(infos, self.num_envs, "success_probability", rows[known], result.probability[known])
-        if result.state_success is not None and (known := result.state_success >= 0).any():
-            put(infos, self.num_envs, "state_success", rows[known], result.state_success[known] == 1)
+        for name, values in (("state_success", result.state_success), ("lifted", result.lifted)):
+            if values is not None and (known := values >= 0).any():
+                put(infos, self.num_envs, name, rows[known], values[known] == 1)
         if self.return_frames:
             put(infos, self.num_envs, "frames", rows, result.frames)
 
@@ -488,7 +494,7 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
         for key in [key for key in infos if not key.startswith("_")]:
             rows = done[infos["_" + key][done]]
             put(final_info, self.num_envs, key, rows, infos[key][rows])
-            if key in ("frames", "success_probability", "env_verdict", "state_success"):  # the new episode has none yet
+            if key in _OF_A_STEP:  # the new episode has none yet
                 infos[key][rows] = 0
                 infos["_" + key][rows] = False
         self._restart(done)

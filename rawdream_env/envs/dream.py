@@ -19,6 +19,7 @@ from rawdream_env.envs.imagination import (
     imagine,
     scatter,
     select,
+    state_lifted,
     state_success,
 )
 from rawdream_env.envs.reflector import Reflector
@@ -250,7 +251,8 @@ class DreamVectorEnv(ChunkVectorEnv):
             verdicts = self._judge(asked, episodes, [e.valid for e in episodes])
             for episode, verdict in zip(episodes, verdicts, strict=True):
                 frames = np.concatenate(episode.frames) if return_frames else None
-                replays.append(Replay(frames, verdict if episode.valid else _BROKEN))
+                verdict = verdict if episode.valid else _BROKEN
+                replays.append(Replay(frames, verdict, tuple(episode.states), episode.lifted))
         return replays
 
     def _check_trajectory(self, index: int, trajectory: Trajectory) -> None:
@@ -279,10 +281,12 @@ class DreamVectorEnv(ChunkVectorEnv):
                 state, rows = select(state, keep), [rows[i] for i in keep]
             actions = np.stack([trajectories[row].actions[chunk] for row in rows]).astype(np.float32)
             state, frames, finite = imagine(self.world_model, state, actions, shown)
-            done = state_success(self.world_model, state, [episodes[row].start for row in rows])
+            starts = [episodes[row].start for row in rows]
+            done, lifted = state_success(self.world_model, state, starts), state_lifted(self.world_model, state, starts)
             for i, row in enumerate(rows):
                 episodes[row].actions.append(actions[i])
-                episodes[row].state_success = int(done[i])
+                episodes[row].states.append(int(done[i]))
+                episodes[row].lifted = int(lifted[i])
                 episodes[row].valid = bool(finite[i])
                 if finite[i]:
                     episodes[row].frames.append(frames[i].copy())
@@ -309,9 +313,10 @@ class DreamVectorEnv(ChunkVectorEnv):
         shown: ShownFrames = "last" if unseen else "all"
         state, frames, finite = imagine(self.world_model, state, actions, shown)
         episodes = [self._extended(row, actions[i], frames[i], bool(finite[i])) for i, row in enumerate(rows.tolist())]
-        done = state_success(self.world_model, state, [episode.start for episode in episodes])
-        for episode, success in zip(episodes, done.tolist(), strict=True):
-            episode.state_success = success
+        starts = [episode.start for episode in episodes]
+        done, lifted = state_success(self.world_model, state, starts), state_lifted(self.world_model, state, starts)
+        for episode, success, up in zip(episodes, done.tolist(), lifted.tolist(), strict=True):
+            episode.states, episode.lifted = [*episode.states, success], up
         wanted = finite & (last | (self.judge_every == "chunk")) & self._judged[rows]
         verdicts = self._judge(self.judge, episodes, wanted.tolist())
         self._state = state if whole else scatter(self._state, rows, state)
@@ -340,7 +345,7 @@ class DreamVectorEnv(ChunkVectorEnv):
         old = self._current[row]
         assert old is not None
         new_frames = [*old.frames, frames.copy()] if finite else old.frames
-        return Episode(old.start, old.key, new_frames, [*old.actions, actions.copy()], old.verdict)
+        return Episode(old.start, old.key, new_frames, [*old.actions, actions.copy()], old.verdict, states=old.states)
 
     def _judge(self, judge: Judge | None, episodes: Sequence[Episode], wanted: Sequence[bool]) -> list[Verdict | None]:
         """Verdicts of the episodes that are ``wanted``, None for the others."""
@@ -366,8 +371,9 @@ class DreamVectorEnv(ChunkVectorEnv):
         if any(v is not None and v.probability is not None for v in verdicts):
             values = [np.nan if v is None or v.probability is None else v.probability for v in verdicts]
             probability = np.array(values, dtype=np.float64)
-        states = np.array([episode.state_success for episode in episodes], dtype=np.int8)
-        return ChunkResult(frames, outcome, valid, broken, probability, states)
+        states = np.array([episode.states[-1] for episode in episodes], dtype=np.int8)
+        lifted = np.array([episode.lifted for episode in episodes], dtype=np.int8)
+        return ChunkResult(frames, outcome, valid, broken, probability, states, lifted)
 
     def close_extras(self, **kwargs: Any) -> None:
         """Free the state and the recordings; close the starts and the judge."""

@@ -61,7 +61,8 @@ class Rollout:
     chunk. ``reward`` is summed over the episode; ``verdict``, ``valid``, ``verified`` and ``flagged`` are those of
     :mod:`rawdream_env.envs.verification`. ``trajectory`` replays the episode where the environment records it.
     ``other_verdicts``: whether the episode is a success by those that are never rewarded, where known: "held_out", the
-    hold-out judge, and "state", the environment's ``info["state_success"]``.
+    hold-out judge, and "state", the environment's ``info["state_success"]`` at the end. ``states`` int8 (T,): that info after
+    each chunk, -1 where it is not known; ``lifted``: ``info["lifted"]`` at the end, 1, 0 or -1.
     """
 
     request: EpisodeRequest
@@ -81,6 +82,8 @@ class Rollout:
     frames: UInt8Array | None = None
     trajectory: Trajectory | None = None
     other_verdicts: dict[str, bool] = field(default_factory=dict)
+    states: NDArray[np.int8] = field(default_factory=lambda: np.zeros(0, np.int8))
+    lifted: int = -1
 
     def __len__(self) -> int:
         """Number of chunks T."""
@@ -110,6 +113,7 @@ class _Running:
     logprobs: list[Any] = field(default_factory=list)
     frames: list[UInt8Array] = field(default_factory=list)
     verdicts: list[int] = field(default_factory=list)
+    states: list[int] = field(default_factory=list)
     reward: float = 0.0
 
 
@@ -206,6 +210,7 @@ class EpisodeRunner:
             episode.actions.append(actions[row])
             episode.reward += float(rewards[row])
             episode.verdicts.append(int(infos["verdict"][row]))
+            episode.states.append(_known(infos, "state_success", row))
             if self.keep_frames and "frames" in infos:
                 episode.frames.append(np.asarray(infos["frames"][row]).copy())
             given = episode.request.actions
@@ -287,7 +292,9 @@ class EpisodeRunner:
             verdicts=np.array(episode.verdicts, np.int8),
             frames=frames,
             trajectory=trajectory,
-            other_verdicts=_other_verdicts(row, infos, trajectory),
+            other_verdicts=_other_verdicts(episode.states[-1], trajectory),
+            states=np.array(episode.states, np.int8),
+            lifted=_known(infos, "lifted", row),
             **self._result(row, episode, infos, trajectory)._asdict(),
         )
 
@@ -387,11 +394,14 @@ def held_out_verdict(verdict: Verdict | None) -> dict[str, bool]:
     return {"held_out": verdict.held_out == Outcome.SUCCESS} if verdict is not None and known else {}
 
 
-def _other_verdicts(row: int, infos: dict[str, Any], trajectory: Trajectory | None) -> dict[str, bool]:
+def _other_verdicts(state: int, trajectory: Trajectory | None) -> dict[str, bool]:
     others = held_out_verdict(None if trajectory is None else trajectory.extra.get("verdict"))
-    if "state_success" in infos and infos["_state_success"][row]:
-        others["state"] = bool(infos["state_success"][row])
-    return others
+    return others if state < 0 else others | {"state": state == 1}
+
+
+def _known(infos: dict[str, Any], name: str, row: int) -> int:
+    """A row's boolean info as 1 or 0; -1 where it has none."""
+    return int(infos[name][row]) if name in infos and infos[f"_{name}"][row] else -1
 
 
 def _stack(parts: list[Any]) -> Any:

@@ -17,6 +17,7 @@ from rawdream_env.types import (
     Float32Array,
     ShownFrames,
     Start,
+    SupportsLift,
     SupportsShownFrames,
     SupportsState,
     Trajectory,
@@ -37,12 +38,14 @@ class Episode:
     actions: list[Float32Array] = field(default_factory=list)
     verdict: Verdict | None = None
     valid: bool = True
-    state_success: int = -1
-    """1, 0, or -1 where the world model has no state: after the last chunk."""
+    states: list[int] = field(default_factory=list)
+    """Whether the task is done after each chunk in the world model's own state: 1, 0, or -1 where it has none."""
+    lifted: int = -1
+    """Whether the task's object has been picked up in that state: 1, 0, or -1 where it is not known."""
 
     def video(self, fps: float) -> Video:
         """All frames so far."""
-        return Video(np.concatenate(self.frames), fps, self.state_success)
+        return Video(np.concatenate(self.frames), fps, self.states[-1] if self.states else -1)
 
     def trajectory(self, action_shape: tuple[int, int]) -> Trajectory:
         """The episode as a trajectory for ``replay``; ``extra`` has ``verdict`` (or None) and ``valid``."""
@@ -52,10 +55,14 @@ class Episode:
 
 @dataclass(frozen=True)
 class Replay:
-    """A replayed episode: ``frames`` uint8 (1 + T*K, H, W, 3) or None; ``verdict`` None without a judge."""
+    """A replayed episode: ``frames`` uint8 (1 + T*K, H, W, 3) or None; ``verdict`` None without a judge; ``states`` and
+    ``lifted`` as in :class:`Episode`.
+    """
 
     frames: UInt8Array | None
     verdict: Verdict | None
+    states: tuple[int, ...] = ()
+    lifted: int = -1
 
 
 def begin_states(model: WorldModel, starts: Sequence[Start], keys: Sequence[NoiseKey]) -> Any:
@@ -117,6 +124,13 @@ def state_success(model: WorldModel, state: Any, starts: Sequence[Start]) -> NDA
     if not isinstance(model, SupportsState):
         return np.full(len(starts), -1, np.int8)
     return np.asarray(model.success(state, [start.instruction for start in starts]), np.int8)
+
+
+def state_lifted(model: WorldModel, state: Any, starts: Sequence[Start]) -> NDArray[np.int8]:
+    """Whether each row's task object has been picked up in the model's own state: 1, 0, or -1 (int8 (n,))."""
+    if not isinstance(model, SupportsLift):
+        return np.full(len(starts), -1, np.int8)
+    return np.asarray(model.lifted(state, [start.instruction for start in starts]), np.int8)
 
 
 def select(state: Any, rows: Sequence[int] | NDArray[np.intp]) -> Any:

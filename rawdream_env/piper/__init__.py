@@ -17,6 +17,7 @@ register_robot(
         sim_options=("num_workers", "image_size", "judge_every", "layout"),
         kinematics="rawdream_env.piper.arm_map:ArmMap",
         scene="rawdream_env.piper.scene:SCENE",
+        view="rawdream_env.piper.simulator.view:PiperView",
         goals="rawdream_env.piper.hindsight:GRAMMAR",
         episode_source="rawdream_env.piper.collect:PiperSource",
         sim_starts="rawdream_env.piper.starts:SimStarts",

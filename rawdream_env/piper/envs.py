@@ -146,7 +146,7 @@ class PiperSimVectorEnv(ChunkVectorEnv):
         wanted = (last | (self.judge_every == "chunk")) & self._judged[rows]
         verdict = np.where(wanted, success, -1).astype(np.int8)
         nothing = np.zeros(len(rows), dtype=np.bool_)
-        return ChunkResult(np.asarray(step.frames), verdict, ~nothing, nothing)
+        return ChunkResult(np.asarray(step.frames), verdict, ~nothing, nothing, lifted=step.lifted.astype(np.int8))
 
     def _save(self) -> dict[str, Any]:
         return {**super()._save(), "workers": self._workers.mark()}

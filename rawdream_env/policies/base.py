@@ -65,21 +65,24 @@ class TokenPolicy(nn.Module):
 
     def logprobs(self, images: Any, instructions: Sequence[str], tokens: Tensor, *, temperature: float) -> Tensor:
         """Log-probabilities fp32 (B, K*A) of ``tokens`` int64 (B, K*A) at ``temperature``; differentiable."""
-        return self.logprobs_and_entropy(images, instructions, tokens, temperature=temperature)[0]
+        return action_tokens.token_logprobs(self._scores(images, instructions, tokens), tokens, temperature)
 
     def logprobs_and_entropy(
         self, images: Any, instructions: Sequence[str], tokens: Tensor, *, temperature: float
     ) -> tuple[Tensor, Tensor]:
         """As ``logprobs``, with the entropy (B, K*A) of each token in nats from the same pass; both differentiable."""
-        frames = self.check_images(images, instructions)
-        expected = (frames.shape[0], self.num_action_tokens)
-        if tuple(tokens.shape) != expected:
-            raise InvalidOptionError(f"tokens have shape {tuple(tokens.shape)}, expected {expected} = (rows, K*A).")
-        logits = self.logits(frames, instructions)
+        logits = self._scores(images, instructions, tokens)
         return (
             action_tokens.token_logprobs(logits, tokens, temperature),
             action_tokens.token_entropy(logits, temperature),
         )
+
+    def _scores(self, images: Any, instructions: Sequence[str], tokens: Tensor) -> Tensor:
+        frames = self.check_images(images, instructions)
+        expected = (frames.shape[0], self.num_action_tokens)
+        if tuple(tokens.shape) != expected:
+            raise InvalidOptionError(f"tokens have shape {tuple(tokens.shape)}, expected {expected} = (rows, K*A).")
+        return self.logits(frames, instructions)
 
     @torch.no_grad()
     def entropy(self, images: Any, instructions: Sequence[str], *, temperature: float) -> Tensor:

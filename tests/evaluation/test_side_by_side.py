@@ -29,9 +29,10 @@ from rawdream_env.evaluation.side_by_side import aggregate as agg
 from rawdream_env.evaluation.side_by_side import report
 from rawdream_env.evaluation.side_by_side.evaluate import EvaluateConfig, evaluate, make_starts, parse_policies
 from rawdream_env.evaluation.side_by_side.records import EpisodeRecord, SideBySide
-from rawdream_env.evaluation.side_by_side.table import table
+from rawdream_env.evaluation.side_by_side.table import MEASURES, measure_text, table
 from rawdream_env.judges.scripted import ScriptedJudge
 from rawdream_env.seeding import NoiseKey
+from rawdream_env.statistics import Rate
 from rawdream_env.types import PolicyOutput, Video
 
 SIZE, K, GOAL, CHUNKS = 24, 4, 8.0, 2
@@ -131,6 +132,34 @@ class ToyWorldModel:
         return State(path[:, -1], state.shade, keys), torch.from_numpy(np.stack(frames, 1))
 
 
+class KnowingWorldModel(ToyWorldModel):
+    """It knows where its square is drawn; "picked up" is three quarters of the way."""
+
+    def success(self, state: State, instructions: Any) -> Any:
+        return np.where([text in dict(TASKS).values() for text in instructions], np.round(state.x.numpy()) >= GOAL, -1)
+
+    def lifted(self, state: State, instructions: Any) -> Any:
+        return (state.x.numpy() >= 0.75 * GOAL).astype(np.int8)
+
+    def belief(self, state: State) -> Any:
+        raise NotImplementedError
+
+
+class LiftingSimulator(ToySimulator):
+    def infos(self, verdict: np.ndarray) -> dict[str, Any]:
+        return super().infos(verdict) | {"lifted": self.x >= 0.75 * GOAL, "_lifted": np.ones(self.num_envs, bool)}
+
+
+class ThereAndBack:
+    """Pushes the square onto the goal with the first chunk and away from it with the second."""
+
+    def act(self, images: Any, instructions: Any, *, temperature: float, keys: Any) -> PolicyOutput:
+        actions = torch.zeros(len(instructions), K, 7)
+        actions[:, :, 0] = torch.tensor([1.0 if position(image) == 0 else -1.0 for image in images])[:, None]
+        empty = torch.zeros(len(instructions), K * 7)
+        return PolicyOutput(actions, empty.long(), empty)
+
+
 class ToyPolicy:
     """Pushes with ``force`` times a number in [0.5, 1.5) that the picture's shade fixes."""
 
@@ -149,7 +178,14 @@ class ToyPolicy:
         raise NotImplementedError
 
 
-def make_dream(gain: float = 1.0, noise: float = 0.0, judge: Any = None, num_envs: int = 8) -> Any:
+def make_dream(
+    gain: float = 1.0,
+    noise: float = 0.0,
+    judge: Any = None,
+    num_envs: int = 8,
+    model: Any = ToyWorldModel,
+    **options: Any,
+) -> Any:
     from rawdream_env.envs.dream import DreamVectorEnv
 
     def rule(video: Video, _: str) -> bool:
@@ -157,12 +193,13 @@ def make_dream(gain: float = 1.0, noise: float = 0.0, judge: Any = None, num_env
 
     return DreamVectorEnv(
         num_envs,
-        world_model=ToyWorldModel(gain, noise),
+        world_model=model(gain, noise),
         judge=judge or ScriptedJudge(rule),
         starts="null",
         max_episode_steps=CHUNKS,
         autoreset_mode="Disabled",
         return_frames=True,
+        **options,
     )
 
 
@@ -171,9 +208,11 @@ CONFIG = EvaluateConfig(
 )
 
 
-def run(config: EvaluateConfig = CONFIG, forces: tuple[float, ...] = (0.5,), **dream: Any) -> SideBySide:
+def run(
+    config: EvaluateConfig = CONFIG, forces: tuple[float, ...] = (0.5,), simulator: Any = ToySimulator, **dream: Any
+) -> SideBySide:
     policies = {f"force {force:g}": ToyPolicy(force) for force in forces}
-    return evaluate(config, policies=policies, dream=make_dream(**dream), simulator=ToySimulator(), progress=False)
+    return evaluate(config, policies=policies, dream=make_dream(**dream), simulator=simulator(), progress=False)
 
 
 def test_a_true_dream_agrees_on_everything() -> None:
@@ -269,6 +308,93 @@ def test_without_diagnosis_only_the_closed_loop_is_measured() -> None:
     overall = result.report["policies"][0]["all"]
     assert not {"dreamed_actions", "judge_on_simulator", "verification"} & set(overall)
     assert not result.clips[0].same_actions and result.report["policies"][0]["horizon"] == {}
+
+
+def test_the_state_of_the_dream_tells_its_errors_from_the_judges() -> None:
+    def measured(judge: Any = None, gain: float = 1.0) -> Any:
+        return run(model=KnowingWorldModel, simulator=LiftingSimulator, judge=judge, gain=gain).report["policies"][0]
+
+    fooled = measured(ScriptedJudge(lambda *_: True))["all"]  # it calls everything a success; the dream is right
+    wrong = fooled["judge_against_state"]
+    assert wrong["false_positive_rate"]["value"] == 1.0 and (wrong["kappa"]["value"], wrong["n"]) == (0.0, 20)
+    for name in ("state_closed_loop", "state_reimagined"):
+        assert fooled[name]["kappa"]["value"] == pytest.approx(1.0) and fooled[name]["n"] == 20
+    assert fooled["dreamed_actions"]["kappa"]["value"] == 0.0
+    assert fooled["lifts_on_misses"]["successes"] == 0 < fooled["lifts_on_misses"]["n"] < 20
+
+    rosy = measured(gain=1.6)  # the judge is right, the dream is not
+    assert rosy["all"]["judge_against_state"]["agreement"]["value"] == 1.0
+    assert rosy["all"]["state_closed_loop"]["false_positive"] == rosy["all"]["dreamed_actions"]["false_positive"] > 0
+    lifts = [part["lifts_on_misses"] for part in (rosy["all"], *rosy["tasks"].values())]
+    assert (
+        lifts[0]["successes"] > 0 and lifts[0]["n"] == lifts[1]["n"] + lifts[2]["n"] == fooled["lifts_on_misses"]["n"]
+    )
+    assert rosy["all"]["dream_minus_simulator"]["value"] == pytest.approx(
+        rosy["all"]["dream"]["value"] - rosy["all"]["simulator"]["value"]
+    )
+
+
+@pytest.mark.parametrize(("judge_every", "success"), [("chunk", 1), ("episode", 0)])
+@pytest.mark.parametrize("judge", [None, "state"])
+def test_truth_and_verdicts_have_one_time_rule(judge_every: str, success: int, judge: str | None) -> None:
+    # The square is on the goal after the first chunk and off it at the end.
+    dream = make_dream(model=KnowingWorldModel, judge=judge, judge_every=judge_every)
+    simulator = ToySimulator()
+    made = evaluate(CONFIG, policies={"p": ThereAndBack()}, dream=dream, simulator=simulator, progress=False)
+    for r in made.records:
+        assert (r.simulator, r.simulator_end) == (True, False)
+        assert r.dream == r.dream_state == r.simulator_actions == r.simulator_actions_state == success
+        assert judge == "state" or r.judge_on_simulator == success
+        assert (r.dreamed_actions, r.dreamed_actions_end) == (True, bool(success))  # a dream that succeeds ends there
+    overall = made.report["policies"][0]["all"]
+    names = ("closed_loop", "dreamed_actions", "simulator_actions", "state_closed_loop", "state_reimagined")
+    assert all(overall[name]["agreement"]["value"] == 1.0 for name in (*names, "judge_against_state"))
+
+
+def test_confusions_of_the_state_by_hand() -> None:
+    def at(index: int, dream: int, state: int, acted: bool, echo: int, lifted: tuple[int, int]) -> EpisodeRecord:
+        given = {"dreamed_actions": acted, "dreamed_actions_end": acted, "dream_state": state}
+        given |= {"simulator_actions_state": echo, "simulator_lifted": lifted[0], "simulator_actions_lifted": lifted[1]}
+        return EpisodeRecord("p", "lift", index, index, True, index < 3, dream, **given)  # type: ignore[arg-type]
+
+    records = [
+        at(0, 1, 1, True, 1, (1, 1)),
+        at(1, 1, 0, False, 0, (0, 1)),
+        at(2, -1, 1, False, 1, (0, 0)),  # the judge did not answer
+        at(3, 0, -1, False, 1, (0, -1)),  # the state is not known
+        at(4, 0, 0, False, 0, (-1, 1)),
+    ]
+    part = agg.describe(records, at_end=True)
+    counts = ("true_positive", "false_positive", "false_negative", "true_negative")
+
+    def confusion(name: str) -> list[int]:
+        return [part[name][count] for count in counts]
+
+    assert confusion("judge_against_state") == [1, 1, 0, 1]
+    assert confusion("state_closed_loop") == [1, 1, 0, 2]
+    assert confusion("state_reimagined") == [2, 1, 1, 1]
+    assert (part["lifts_on_misses"]["successes"], part["lifts_on_misses"]["n"]) == (1, 2)
+
+
+def test_the_terminal_shows_every_measure_and_the_ranking() -> None:
+    knowing = run(forces=(0.3, 0.5, 0.9), model=KnowingWorldModel, simulator=LiftingSimulator)
+    text = table(knowing.report)
+    assert text.count("how far the dream can be trusted") == 3 and "rank correlation of 3 policies" in text
+    part = knowing.report["policies"][1]["tasks"]["place_cup"]
+    shown = [line.split(maxsplit=1)[1] for line in text.splitlines() if line.startswith("place_cup")][3:6]
+    cells = [re.split(r"  +", line) for line in shown]
+    assert cells == [[measure_text(part, *keys) for *keys, _ in MEASURES[i : i + 3]] for i in (0, 3, 6)]
+    page = report.render(knowing.report, knowing.clips, 10.0)
+    assert all(cell.replace(" [", '<br><span class="ci">[') in page for line in cells for cell in line)
+    assert "Missed grasps that the dream lifts" in page
+
+    unknowing = run()  # no state: judge only
+    assert not {"judge_against_state", "state_closed_loop", "state_reimagined", "lifts_on_misses"} & set(
+        unknowing.report["policies"][0]["all"]
+    )
+    lines = [line for line in table(unknowing.report).splitlines() if line.startswith("all tasks")]
+    assert lines[-2].count("not measured") == 2 and "points" in lines[-1]
+    assert "Missed grasps" not in report.render(unknowing.report, unknowing.clips, 10.0)
 
 
 def test_gain_and_ranking_of_three_policies() -> None:
@@ -439,6 +565,27 @@ def test_clip_film_has_outcome_borders() -> None:
     film = report.clip_frames(clip, min_side=SIZE)
     assert film.shape == (1 + CHUNKS * K, SIZE + 12, 2 * (SIZE + 12) + 4, 3)
     assert film[0, 0, 0].tolist() == [218, 54, 51] and film[0, 0, -1].tolist() == [46, 160, 67]
+
+
+def test_training_is_drawn_between_the_simulators_before_and_after() -> None:
+    windows = [
+        {"updates": [1, 5], "all": Rate.of(3, 10).as_dict()},
+        {"updates": [6, 9], "all": Rate.of(6, 10).as_dict()},
+    ]
+    policies = {"before": ToyPolicy(0.3), "after": ToyPolicy(0.6)}
+    result = evaluate(
+        CONFIG,
+        policies=policies,
+        dream=make_dream(),
+        simulator=ToySimulator(),
+        training={"temperature": 0.7, "windows": windows},
+        progress=False,
+    )
+    page = report.render(result.report, result.clips, 10.0)
+    assert "dream: 30.00" in page and "dream: 60.00" in page and "at temperature 0.7" in page
+    for entry in result.report["policies"]:
+        assert f"simulator: {100 * entry['all']['simulator']['value']:.2f}" in page
+    assert "Training in the dream" not in report.render(run().report, [], 10.0)
 
 
 def test_chart_ticks_cover_the_data() -> None:

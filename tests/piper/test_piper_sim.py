@@ -20,10 +20,12 @@ from rawdream_env.errors import (
     SimulatorError,
 )
 from rawdream_env.piper import geometry as geo
-from rawdream_env.piper.relations import OBJECTS, RELATION_NAMES, SHAPES, TASK_NAMES, TASKS, object_index
+from rawdream_env.piper.relations import OBJECTS, RELATION_NAMES, SHAPES, TASK_NAMES, TASKS, find_task, object_index
+from rawdream_env.piper.scene import arm_state
 from rawdream_env.piper.simulator import layouts
 from rawdream_env.piper.simulator.skills import PlayPolicy, ScriptedExpert
 from rawdream_env.piper.simulator.twin import PiperTwin, new_model
+from rawdream_env.piper.simulator.view import PiperView
 from rawdream_env.piper.simulator.workers import PiperWorkers
 
 STAY = np.array([0, 0, 0, 0, 0, 0, -1.0])
@@ -119,6 +121,15 @@ def test_episode_depends_on_seed_and_actions_alone(twin: PiperTwin) -> None:
     assert (twin.reset(5, task="place_cup") != first).any()
 
 
+def test_a_drawn_state_looks_like_the_episode(twin: PiperTwin) -> None:
+    twin.reset(3, task="put_spoon")
+    twin.step_chunk(np.random.default_rng(0).uniform(-1, 1, (8, 7)))
+    arm = np.r_[arm_state(twin.tool_pose(), twin.gripper_opening())[:6], twin.finger_positions()]
+    view = PiperView(64)
+    np.testing.assert_array_equal(view.draw(twin.object_poses()[None], arm[None])[0], twin.frame())
+    view.close()
+
+
 def test_observations(blind: PiperTwin) -> None:
     blind.reset(0, task="stack_block")
     start = blind.pose
@@ -203,9 +214,12 @@ def test_expert_succeeds_in_time(blind: PiperTwin, task: str) -> None:
     for seed in (0, 1):
         blind.reset(seed, task=task, layout="wide" if seed else "narrow")
         expert = ScriptedExpert(blind, task, np.random.default_rng(seed), noise=0.1 * seed)
+        moved, target = find_task(task).object_a, find_task(task).object_b
+        assert not blind.lifted(moved)
         for _ in range(58):
             blind.step(expert.act())
         assert blind.success(task), f"{task} seed {seed}"
+        assert blind.lifted(moved) and not blind.lifted(target)
         assert expert.done
         settled = blind.object_poses()
         for _ in range(6):
@@ -253,7 +267,7 @@ def test_rows_are_the_same_in_process_and_in_workers() -> None:
             step = workers.step([2, 0, 1], actions)
             last = workers.step([1], actions[:1], every_frame=False)
             outcomes.append((frames, step.frames, step.success, step.proprio, step.relations, last.frames))
-            outcomes[-1] += (workers.proprio([2, 0]),)
+            outcomes[-1] += (workers.proprio([2, 0]), step.lifted)
     for a, b in zip(*outcomes, strict=True):
         np.testing.assert_array_equal(a, b)
     assert outcomes[0][1].shape == (3, 8, 64, 64, 3)

@@ -136,6 +136,7 @@ def toy_config(run_dir: Path, **kwargs: Any) -> GRPOConfig:
         "max_groups_per_step": 40,
         "warmup_steps": 0,
         "max_kl": None,
+        "ema": 0.0,
         "tensorboard": False,
         "progress": False,
     }

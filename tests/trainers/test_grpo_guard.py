@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_grpo import bright, collector, toy_env, train, weights
+from test_grpo import TinyPolicy, bright, collector, toy_env, train, weights
 
 from rawdream_env.errors import InvalidOptionError, RunDirError
 from rawdream_env.judges.ensemble import JudgeGap, JudgeGapWarning
@@ -75,6 +75,20 @@ def test_a_bad_update_is_undone_bit_by_bit_and_the_run_goes_on(
     assert [
         m for m in caplog.messages if re.search(r"Step 3: 1 of 2 updates undone: approx_kl .* exceeds max_kl=0.5", m)
     ]
+
+
+def test_the_saved_policy_has_averaged_weights_and_rollouts_the_latest(tmp_path: Path) -> None:
+    expected = torch.cat([p.detach().flatten() for p in TinyPolicy().parameters()])
+    for step in range(3):
+        latest = weights(train(tmp_path / f"{step}", steps=step + 1))
+        decay = min(0.2, (step + 1) / (step + 10))  # 0.1, 0.18, 0.2
+        expected = decay * expected + (1 - decay) * latest
+    run = tmp_path / "averaged"
+    train(run, steps=2, ema=0.2)
+    averaged = train(run, steps=3, ema=0.2)  # resumed
+    assert torch.allclose(weights(averaged), expected, atol=1e-6)
+    assert not torch.allclose(weights(averaged), latest, atol=1e-3)
+    assert (run / "metrics.jsonl").read_bytes() == (tmp_path / "2" / "metrics.jsonl").read_bytes()
 
 
 def test_without_the_guard_the_same_update_moves_the_policy(tmp_path: Path) -> None:

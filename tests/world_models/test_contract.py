@@ -13,7 +13,7 @@ from rawdream_env.errors import InvalidActionError
 from rawdream_env.piper import geometry as piper
 from rawdream_env.piper.simulator.twin import PiperTwin
 from rawdream_env.seeding import NoiseKey
-from rawdream_env.types import SupportsShownFrames, WorldModel
+from rawdream_env.types import SupportsShownFrames, SupportsTrace, WorldModel
 from rawdream_env.world_models.autoencoders import AutoencoderConfig, PackedFrameAutoencoder
 from rawdream_env.world_models.null import NullWorldModel
 from rawdream_env.world_models.scene.dynamics import DynamicsConfig
@@ -117,6 +117,9 @@ def test_frames_that_are_left_out_change_nothing(model: Any, starts: Tensor) -> 
         same, some = whole.imagine_shown(state, actions, shown)
         assert torch.equal(some, kept)
         assert torch.equal(whole.imagine(same, actions)[1], whole.imagine(after, actions)[1])
+    if isinstance(model, SupportsTrace):
+        traced = whole.trace(state, actions)
+        assert len(traced) == model.chunk_len and torch.equal(traced[-1].position, after.position)
 
 
 def test_actions_matter_at_once(model: Any, starts: Tensor) -> None:

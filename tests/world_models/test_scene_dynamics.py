@@ -214,6 +214,17 @@ def begin(model: SceneWorldModel, rows: int = 2) -> SceneState:
     return model.start(frames, [NoiseKey(i) for i in range(rows)], poses)
 
 
+def test_equal_start_pictures_are_read_once(model: SceneWorldModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = torch.randint(0, 256, (2, 64, 64, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    read, rows = model.reader.forward, []
+    monkeypatch.setattr(model.reader, "forward", lambda some: rows.append(len(some)) or read(some))
+    pose = torch.tensor(geometry.HOME_POSE, dtype=torch.float32)
+    state = model.start(frames[[1, 0, 1]], [NoiseKey(i) for i in range(3)], pose.expand(3, -1))
+    assert rows == [2]
+    for name in ("position", "rotation", "present", "canvas"):
+        assert torch.equal(getattr(state, name)[[1, 2]], getattr(begin(model), name))
+
+
 def test_success_is_the_task_of_the_instruction_in_the_state(model: SceneWorldModel) -> None:
     state = begin(model, 5)
     position = state.position.clone()
@@ -227,6 +238,22 @@ def test_success_is_the_task_of_the_instruction_in_the_state(model: SceneWorldMo
     stack = TASKS[0].instruction
     assert model.success(state, [stack, stack, "sing a song", stack, stack]).tolist() == [1, 0, -1, -1, 0]
     assert model.success(state, [TASKS[1].instruction] * 5).tolist() == [0, 0, 0, -1, 0]
+
+
+def test_a_lift_is_of_the_object_that_the_task_moves_and_is_remembered(model: SceneWorldModel) -> None:
+    state = begin(model, 3)
+    assert model.lifted(state, [TASKS[0].instruction] * 3).tolist() == [0, 0, 0]
+    heights = state.heights.clone()
+    heights[0, BLUE, 1] += 0.021
+    heights[1, BLUE, 1] += 0.019
+    heights[2, RED, 1] += 0.021
+    state = replace(state, heights=heights)
+    assert model.lifted(state, [TASKS[0].instruction] * 3).tolist() == [1, 0, 0]
+    assert model.lifted(state, ["sing a song"] * 3).tolist() == [-1, -1, -1]
+    after, _ = model.imagine(state, torch.zeros(3, 8, 7))
+    assert model.lifted(after, [TASKS[0].instruction] * 3)[0] == 1
+    assert (after.heights[..., 0] == state.heights[..., 0]).all()
+    assert (after.heights[..., 1] >= torch.maximum(state.heights[..., 1], after.position[..., 2])).all()
 
 
 @pytest.fixture

@@ -75,6 +75,10 @@ class GRPOConfig:
     """Undo an update after which approx_kl on its own minibatch exceeds this, and go on; None (paper): off.
     Costs one forward pass per update, and a copy of the trained weights and of the optimizer.
     """
+    ema: float = 0.9
+    """Decay per step of the averaged weights, which are those of the policy that is saved: the last steps' noise averages out.
+    Rollouts sample from the latest weights. 0 (paper): off.
+    """
     weight_decay: float = 0.0
     """AdamW weight decay."""
     clip_eps_low: float = 0.2
@@ -117,11 +121,13 @@ class GRPOConfig:
         for name in ("clip_eps_low", "alarm_margin"):
             if not 0 < getattr(self, name) < 1:
                 raise InvalidOptionError(f"{name}={getattr(self, name)} must lie between 0 and 1.")
+        if not 0 <= self.ema < 1:
+            raise InvalidOptionError(f"ema={self.ema} must be at least 0 and below 1.")
         if self.max_kl is not None and not self.max_kl > 0:
             raise InvalidOptionError(f"max_kl={self.max_kl} must be positive, or None to keep every update.")
 
 
-ADDED: dict[str, Any] = {"warmup_steps": 0, "max_kl": None}
+ADDED: dict[str, Any] = {"warmup_steps": 0, "max_kl": None, "ema": 0.0}
 """What runs were made with before these options existed."""
 
 

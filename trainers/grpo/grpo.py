@@ -24,7 +24,8 @@ Where the paper leaves a choice, this is the reading taken here:
 - *INVALID verdicts* are left out like flagged rollouts, never a 0.
 
 Added to the paper, each off by a value of its option: a warm-up of the learning rate (``warmup_steps=0``); an update that
-moves the policy too far is undone (``max_kl=None``); an alarm when the judge leaves other verdicts of the same episodes
+moves the policy too far is undone (``max_kl=None``); the saved policy has weights averaged over the last steps (``ema=0``);
+an alarm when the judge leaves other verdicts of the same episodes
 (``alarm.py``; docs/grpo.md).
 
 Not kept: many GPUs; this is one process.
@@ -131,6 +132,7 @@ def train_grpo(config: GRPOConfig, *, env: VectorEnv[Any, Any, Any] | None = Non
             deferred_interrupt() as interrupted,
         ):
             step, stopped = _train(config, run, learner, vector_env, interrupted, deadline)
+            learner.use_average()
             if callable(save_pretrained := getattr(learner.policy, "save_pretrained", None)):
                 save_pretrained(run.path / "policy")
     finally:
@@ -179,7 +181,9 @@ def _train(
             rollouts = collector.collect(step)
             rolled_out = time.perf_counter()
             whole = False
-            metrics = update(config, learner, rollouts, step) | alarm.look(rollouts.counts.others)
+            metrics = update(config, learner, rollouts, step)
+            learner.follow(config.ema, step)
+            metrics |= alarm.look(rollouts.counts.others)
             run.log(step + 1, **rollouts.metrics(), **metrics)
             replayed = replayed_chunks(env) - replayed
             run.log_timings(step + 1, **timings(rollouts, env, replayed, begun, rolled_out))

@@ -1,4 +1,4 @@
-"""The policy in training: weights and optimizer, saved, restored, and put back when an update went wrong."""
+"""The policy in training: weights, their average and optimizer, saved, restored, and put back when an update went wrong."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from rawdream_env.trainers.grpo.config import GRPOConfig
 
 @dataclass(frozen=True)
 class Learner:
-    """A policy, its trainable parameters by name, and their optimizer."""
+    """A policy, its trainable parameters by name, and their optimizer; ``average``: their average over steps, or empty."""
 
     policy: Any
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
+    average: dict[str, Tensor]
 
     @classmethod
     def of(cls, policy: Any, config: GRPOConfig) -> Learner:
@@ -34,7 +35,21 @@ class Learner:
         if not parameters:
             raise InvalidOptionError("The policy has no parameter with requires_grad: there is nothing to train.")
         optimizer = torch.optim.AdamW(parameters.values(), config.lr, weight_decay=config.weight_decay)
-        return cls(policy, parameters, optimizer)
+        average = {name: p.detach().clone() for name, p in parameters.items()} if config.ema else {}
+        return cls(policy, parameters, optimizer, average)
+
+    @torch.no_grad()
+    def follow(self, decay: float, step: int) -> None:
+        """Move the average towards the weights after ``step``; the decay grows from 0.1, to forget the first weights soon."""
+        decay = min(decay, (step + 1) / (step + 10))
+        for name, average in self.average.items():
+            average.lerp_(self.parameters[name].detach(), 1 - decay)
+
+    @torch.no_grad()
+    def use_average(self) -> None:
+        """Give the policy the averaged weights, if there are any; training cannot go on from them."""
+        for name, average in self.average.items():
+            self.parameters[name].copy_(average)
 
     def copy(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Copies of the weights and of the optimizer's state, for ``put_back``."""
@@ -52,6 +67,7 @@ class Learner:
     def save(self, run: RunDir, step: int, state: Mapping[str, Any]) -> None:
         """Checkpoint after ``step`` steps; ``state``: further JSON values."""
         tensors = {f"policy.{name}": parameter.detach() for name, parameter in self.parameters.items()}
+        tensors |= {f"average.{name}": average for name, average in self.average.items()}
         run.save(step, {**tensors, **pack_optimizer(self.optimizer)}, {"step": step, **state})
 
     def restore(self, run: RunDir) -> tuple[int, dict[str, Any]]:
@@ -70,5 +86,7 @@ class Learner:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(stored[name])
+            for name, average in self.average.items():
+                average.copy_(checkpoint.tensors[f"average.{name}"])
         unpack_optimizer(self.optimizer, checkpoint.tensors)
         return checkpoint.step, checkpoint.state

@@ -24,9 +24,18 @@ def estimate_text(estimate: Json, digits: int = 2) -> str:
     """An estimate as "0.40 [0.15, 0.65], n=50"."""
     value, low, high = estimate["value"], estimate["low"], estimate["high"]
     if value is None:
-        return f"not defined, n={estimate['n']}"
+        return f"not measured, n={estimate['n']}"
     ends = "no interval" if low is None or high is None else f"{_fixed(low, digits)}, {_fixed(high, digits)}"
     return f"{_fixed(value, digits)} [{ends}], n={estimate['n']}"
+
+
+def points_text(difference: Json) -> str:
+    """A difference of rates as "+3.0 points [-1.2, +7.1], n=200"."""
+    value, low, high = difference["value"], difference["low"], difference["high"]
+    if value is None:
+        return f"not measured, n={difference['n']}"
+    ends = "no interval" if low is None or high is None else f"{100 * low:+.1f}, {100 * high:+.1f}"
+    return f"{100 * value:+.1f} points [{ends}], n={difference['n']}"
 
 
 def _fixed(value: float, digits: int) -> str:

@@ -42,8 +42,8 @@ def aggregate(
 ) -> dict[str, Any]:
     """The report as JSON; :mod:`rawdream_env.evaluation.side_by_side.evaluate` explains the names.
 
-    ``scores``: policy -> "dreamed_actions" or "simulator_actions" -> one entry per episode. ``at_end``: compare verdicts
-    with success at the end of the video, else with success after any chunk. The first policy is the reference.
+    ``scores``: policy -> "dreamed_actions" or "simulator_actions" -> one entry per episode. ``at_end``: the records' verdicts
+    are of the end of the episode, else of any chunk; they are compared with the same. The first policy is the reference.
     """
     names = list(dict.fromkeys(r.policy for r in records))
     tasks = list(dict.fromkeys(r.task for r in records))
@@ -70,20 +70,21 @@ def aggregate(
 
 def describe(records: Sequence[EpisodeRecord], at_end: bool) -> dict[str, Any]:
     """Rates and confusions of some episodes of one policy. ``dream`` is over the readable first verdicts, ``dream_trusted``
-    over those that are known and not flagged: it is the success rate in the dream.
+    over those that are known and not flagged: it is the success rate in the dream. What was not measured is left out.
 
     ``at_end``: compare verdicts with success at the end of the video, else with success after any chunk.
     """
     dreams = [r for r in records if r.dream >= 0]
-    truth = [r.simulator_end if at_end else r.simulator for r in dreams]
+    trusted = [r for r in records if r.trusted]
     out: dict[str, Any] = {
         "simulator": Rate.over(r.simulator for r in records).as_dict(),
         "simulator_end": Rate.over(r.simulator_end for r in records).as_dict(),
         "dream": Rate.over(r.dream == 1 for r in dreams).as_dict(),
-        "dream_trusted": Rate.over(r.dream == 1 for r in records if r.trusted).as_dict(),
+        "dream_trusted": Rate.over(r.dream == 1 for r in trusted).as_dict(),
+        "dream_minus_simulator": paired_bootstrap(_truth(trusted, at_end), [r.dream == 1 for r in trusted]).as_dict(),
         "verdicts": verdict_counts(records),
         "dream_invalid": sum(r.dream < 0 for r in records),
-        "closed_loop": Confusion.over([r.dream == 1 for r in dreams], truth).as_dict(),
+        "closed_loop": Confusion.over([r.dream == 1 for r in dreams], _truth(dreams, at_end)).as_dict(),
     }
     verified = verification(dreams, at_end)
     if verified is not None:
@@ -93,14 +94,38 @@ def describe(records: Sequence[EpisodeRecord], at_end: bool) -> dict[str, Any]:
         out["dreamed_actions"] = Confusion.over([r.dream == 1 for r in acted], _acted_truth(acted, at_end)).as_dict()
         echoed = [r for r in records if (r.simulator_actions or 0) >= 0]
         out["simulator_actions"] = Confusion.over(
-            [r.simulator_actions == 1 for r in echoed], [r.simulator_end for r in echoed]
+            [r.simulator_actions == 1 for r in echoed], _truth(echoed, at_end)
         ).as_dict()
         judged = [r for r in records if (r.judge_on_simulator or 0) >= 0]
         out["judge_on_simulator"] = Confusion.over(
-            [r.judge_on_simulator == 1 for r in judged], [r.simulator_end for r in judged]
+            [r.judge_on_simulator == 1 for r in judged], _truth(judged, at_end)
         ).as_dict()
         out["judge_invalid"] = len(records) - len(judged)
-    return out
+    return out | by_state(records, at_end)
+
+
+def by_state(records: Sequence[EpisodeRecord], at_end: bool) -> dict[str, Any]:
+    """Confusions and rates with the dream's own state; empty for a world model without one.
+
+    ``judge_against_state``: the judge's verdicts on the dream, the state as the truth; ``state_closed_loop``: the state against
+    the outcome of the dreamed actions in the simulator; ``state_reimagined``: the state of the simulator's actions, imagined
+    again, against the simulator; ``lifts_on_misses``: of those in which the simulator never picks up the task's object, the
+    share in which the dream does.
+    """
+    out = {}
+    if own := [r for r in records if r.dream_state >= 0]:
+        both = [r for r in own if r.dream >= 0]
+        out["judge_against_state"] = Confusion.over([r.dream == 1 for r in both], [r.dream_state == 1 for r in both])
+        if acted := [r for r in own if r.dreamed_actions is not None]:
+            out["state_closed_loop"] = Confusion.over([r.dream_state == 1 for r in acted], _acted_truth(acted, at_end))
+    if echoed := [r for r in records if r.simulator_actions_state >= 0]:
+        states = [r.simulator_actions_state == 1 for r in echoed]
+        out["state_reimagined"] = Confusion.over(states, _truth(echoed, at_end))
+    described = {name: confusion.as_dict() for name, confusion in out.items()}
+    if any(r.simulator_lifted >= 0 and r.simulator_actions_lifted >= 0 for r in records):
+        misses = [r for r in records if r.simulator_lifted == 0 and r.simulator_actions_lifted >= 0]
+        described["lifts_on_misses"] = Rate.over(r.simulator_actions_lifted == 1 for r in misses).as_dict()
+    return described
 
 
 def verdict_counts(records: Sequence[EpisodeRecord]) -> dict[str, int]:
@@ -114,6 +139,10 @@ def verdict_counts(records: Sequence[EpisodeRecord]) -> dict[str, int]:
     return {
         "episodes": len(records), "judged": judged, "invalid": len(records) - judged, "flagged": flagged, "trusted": trusted
     }  # fmt: skip
+
+
+def _truth(records: Sequence[EpisodeRecord], at_end: bool) -> list[bool]:
+    return [r.simulator_end if at_end else r.simulator for r in records]
 
 
 def _acted_truth(records: Sequence[EpisodeRecord], at_end: bool) -> list[bool]:
@@ -135,7 +164,7 @@ def verification(dreams: Sequence[EpisodeRecord], at_end: bool) -> dict[str, Any
     acted = all(r.dreamed_actions is not None for r in dreams)
 
     def against(some: Sequence[EpisodeRecord]) -> Confusion:
-        truth = _acted_truth(some, at_end) if acted else [r.simulator_end if at_end else r.simulator for r in some]
+        truth = _acted_truth(some, at_end) if acted else _truth(some, at_end)
         return Confusion.over([r.dream == 1 for r in some], truth)
 
     flagged = against([r for r in readable if r.flagged])

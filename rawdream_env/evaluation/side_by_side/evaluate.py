@@ -20,8 +20,12 @@ Both worlds are vector environments that :func:`rawdream_env.envs.episodes.run_e
 after every chunk, and continues to its horizon (options ``max_episode_steps``, ``return_frames``,
 ``end_on_success=False``). A ``protocol`` of the simulator (LIBERO) is recorded, and must be the dream's.
 
-*Truth*: a judge that sees the whole video once (``judge_every="episode"``) can only tell whether the goal holds at its end,
-so its verdicts are compared with success at the end; with ``judge_every="chunk"``, with success after any chunk. The
+A world model that imagines a state also tells success by itself, whatever the judge: in 2 and in 4. That splits the world
+model's share from the judge's within the dream (docs/evaluation.md lists every number).
+
+*Time rule*: a judge that sees the whole video once (``judge_every="episode"``) can only tell whether the goal holds at its end,
+so its verdicts and those of the dream's state are compared with success at the end. With ``judge_every="chunk"`` a success
+counts after any chunk, everywhere: recorded videos are then judged chunk by chunk too, until their first success. The
 simulator's success rate is success after any chunk, which simulator environments reward; the rate at the end is reported
 as well.
 """
@@ -39,19 +43,18 @@ from tqdm import tqdm
 
 from rawdream_env.envs.episodes import Rollout, make_env, run_episodes
 from rawdream_env.envs.imagination import Replay
-from rawdream_env.envs.verification import Verifier
 from rawdream_env.errors import InvalidOptionError
 from rawdream_env.evaluation.side_by_side.aggregate import Scores, aggregate
 from rawdream_env.evaluation.side_by_side.compare import require_same_protocol
 from rawdream_env.evaluation.side_by_side.records import Clip, Clips, EpisodeRecord, SideBySide
 from rawdream_env.evaluation.side_by_side.report import write_report
+from rawdream_env.evaluation.side_by_side.verdicts import judge_recorded, second_verdicts, state_outcome
 from rawdream_env.evaluation.world_model.fidelity import compare_episode
 from rawdream_env.files import check_output
-from rawdream_env.judges.base import ask
 from rawdream_env.policies import load_policy
 from rawdream_env.robots import find_robot, sim_options
 from rawdream_env.seeding import NoiseKey, mix
-from rawdream_env.types import Outcome, Policy, Start, Trajectory, UInt8Array, Verdict, Video
+from rawdream_env.types import Outcome, Policy, Start, Trajectory, UInt8Array, Verdict
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,7 @@ def evaluate(
     policies: Mapping[str, Policy] | None = None,
     dream: Any = None,
     simulator: Any = None,
+    training: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> SideBySide:
     """Run the comparison and, with ``config.out``, write ``report.html``, ``report.json`` and ``episodes.jsonl``.
@@ -145,6 +149,7 @@ def evaluate(
         dream: a ``DreamVectorEnv`` with a judge, autoreset disabled and ``return_frames=True``, instead of that of
             ``config``.
         simulator: instead of that of ``config``; the module docstring lists the requirements.
+        training: dreamed success while the last policy was trained, for the report's chart (``report.training_chart``).
         progress: show a progress bar.
 
     Environments that were passed in stay open.
@@ -186,6 +191,7 @@ def evaluate(
     at_end = dream.unwrapped.judge_every == "episode"
     report = aggregate(records, scores, chunk_len=chunk_len, at_end=at_end, config=config_dict(config))
     report["protocol"] = _protocol(simulator)
+    report |= {} if training is None else {"training": dict(training)}
     result = SideBySide(report, records, clips)
     if config.out is not None:
         write_report(result, config.out, fps)
@@ -284,17 +290,18 @@ def _compare(
     sims = list(run_episodes(simulator, starts, policy, temperature=config.temperature))
     starts = [sim.start for sim in sims]  # as the simulator shows them
     dreams = list(run_episodes(dream, starts, policy, temperature=config.temperature))
-    second = _second_verdicts(base, dreams) if config.verify else nothing
+    second = second_verdicts(base, dreams) if config.verify else nothing
     acted: Sequence[Rollout | None] = nothing
     echoes: Sequence[Replay | None] = nothing
     judged: Sequence[Verdict | None] = nothing
     if config.diagnose:
         acted = list(run_episodes(simulator, starts, actions=[d.actions for d in dreams]))
         recorded = [Trajectory(s.start, NoiseKey(s.request.seed), s.actions) for s in sims]
-        echoes = base.replay(recorded, draw=0, return_frames=True)
-        judged = ask(base.judge, [Video(_frames(s), base.fps) for s in sims], [s.start.instruction for s in sims])
+        echoes = judge_recorded(base, base.replay(recorded, draw=0, return_frames=True, judge=False), starts)
+        judged = [seen.verdict for seen in judge_recorded(base, [Replay(_frames(s), None) for s in sims], starts)]
+    at_end = base.judge_every == "episode"
     for i, (task, index) in enumerate(pairs):
-        sim, imagined, did = sims[i], dreams[i], acted[i]
+        sim, imagined, did, echo = sims[i], dreams[i], acted[i], echoes[i]
         record = EpisodeRecord(
             policy=name,
             task=task,
@@ -306,28 +313,24 @@ def _compare(
             second=_outcome(second[i]),
             dreamed_actions=None if did is None else did.success_any,
             dreamed_actions_end=None if did is None else did.success_end,
-            simulator_actions=None if (echo := echoes[i]) is None else _outcome(echo.verdict),
+            simulator_actions=None if echo is None else _outcome(echo.verdict),
             judge_on_simulator=_outcome(judged[i]),
+            dream_state=state_outcome(imagined.states.tolist(), at_end),
+            simulator_actions_state=-1 if echo is None else state_outcome(echo.states, at_end),
+            simulator_lifted=sim.lifted,
+            simulator_actions_lifted=-1 if echo is None else echo.lifted,
         )
         left = sim if did is None else did
-        happened = left.success_end if dream.unwrapped.judge_every == "episode" else left.success_any
-        clip = Clip(record, sim.start.instruction, _frames(left), _frames(imagined), happened, did is not None)
+        happened = left.success_end if at_end else left.success_any
+        shown = sim.start.instruction, _frames(left), _frames(imagined), happened, did is not None
+        clip = Clip(record, *shown, left.actions, imagined.trajectory)
         horizon = {}
-        if did is not None and echo is not None and echo.frames is not None:  # both worlds got the same actions
+        if did is not None and echo is not None:  # both worlds got the same actions
+            assert echo.frames is not None
             k = base.chunk_len
             horizon["dreamed_actions"] = compare_episode(clip.right[1:], clip.left, k)
             horizon["simulator_actions"] = compare_episode(echo.frames[1:], _frames(sim), k)
         yield clip, horizon
-
-
-def _second_verdicts(dream: Any, dreams: Sequence[Rollout]) -> list[Verdict | None]:
-    """Dual-noise verification (paper section 3.2): the second verdict of each success, None for the others."""
-    chosen = [i for i, rollout in enumerate(dreams) if rollout.verdict is Outcome.SUCCESS and rollout.valid]
-    second: list[Verdict | None] = [None] * len(dreams)
-    trajectories = [t for i in chosen if (t := dreams[i].trajectory) is not None]
-    for i, replay in zip(chosen, Verifier(dream).second_dreams(trajectories), strict=True):
-        second[i] = replay.verdict
-    return second
 
 
 def _outcome(verdict: Verdict | None) -> int | None:

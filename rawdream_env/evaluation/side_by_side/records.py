@@ -6,12 +6,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rawdream_env.envs.verification import EpisodeResult, episode_result
-from rawdream_env.types import Outcome, UInt8Array, Verdict
+from rawdream_env.types import Float32Array, Outcome, Trajectory, UInt8Array, Verdict
 
 
 @dataclass(frozen=True)
 class EpisodeRecord:
-    """Outcomes of one policy at one start. Verdicts are 1, 0 or -1 (INVALID); None: not measured."""
+    """Outcomes of one policy at one start. Verdicts are 1, 0 or -1 (INVALID); None: not measured.
+
+    ``..._end``: success at the end, else after any chunk. ``dream_state`` and ``simulator_actions_state``: what the dream's own
+    state says of the closed-loop dream and of the simulator's actions, by the judge's time rule, -1 where it is not known.
+    ``..._lifted``: whether the task's object was picked up under the simulator's actions, in the simulator and in the dream.
+    """
 
     policy: str
     task: str
@@ -25,6 +30,10 @@ class EpisodeRecord:
     dreamed_actions_end: bool | None = None
     simulator_actions: int | None = None
     judge_on_simulator: int | None = None
+    dream_state: int = -1
+    simulator_actions_state: int = -1
+    simulator_lifted: int = -1
+    simulator_actions_lifted: int = -1
 
     @property
     def result(self) -> EpisodeResult:
@@ -56,6 +65,7 @@ class Clip:
     """Frames for the report: ``left`` from the simulator, ``right`` from the dream, uint8 (F, H, W, 3).
 
     ``happened``: whether the simulator's episode is a success; ``same_actions``: it executes the dream's actions.
+    ``left_actions`` (T, K, A) and ``dreamed`` repeat the two episodes.
     """
 
     record: EpisodeRecord
@@ -64,6 +74,8 @@ class Clip:
     right: UInt8Array
     happened: bool
     same_actions: bool
+    left_actions: Float32Array | None = None
+    dreamed: Trajectory | None = None
 
     @property
     def kind(self) -> str:

@@ -15,10 +15,11 @@ from typing import Any
 from markupsafe import Markup
 
 from rawdream_env.evaluation.reporting import html, pictures
-from rawdream_env.evaluation.reporting.charts import Series, line_chart, point
+from rawdream_env.evaluation.reporting.charts import Point, Series, line_chart, point
 from rawdream_env.evaluation.reporting.numbers import Json, estimate_text, percent
 from rawdream_env.evaluation.reporting.output import writing_results
 from rawdream_env.evaluation.side_by_side.records import Clip, SideBySide
+from rawdream_env.evaluation.side_by_side.table import MEASURES, measure_text
 from rawdream_env.files import atomic_write_json, atomic_write_text
 from rawdream_env.media import encode_video
 from rawdream_env.types import UInt8Array
@@ -36,9 +37,11 @@ _MATRICES = (
     ),
     ("simulator_actions", "Simulator's actions dreamed", "Same start and actions, judged on the dream.", "dream"),
     ("judge_on_simulator", "Judge alone", "The judge on the simulator's videos.", "judge"),
+    ("judge_against_state", "Judge and state", "The judge on the dream; true: the dream's own state.", "judge"),
 )
 """Confusion tables: key in the report, title, note, and whose verdicts are the rows."""
 _LINES = (("dream", "s-dream"), ("copy of the first frame", "s-first"), ("copy of the last true frame", "s-last"))
+_TRAINING_LINES = (("dream, while training", "s-dream"), ("simulator, before and after", "s-truth"))
 _SOURCES = {"simulator_actions": "simulator's actions", "dreamed_actions": "dreamed actions"}
 _OUTCOMES = {1: "success", 0: "failure", -1: "invalid"}
 _LEGEND = {
@@ -71,17 +74,21 @@ def render(report: Json, clips: Sequence[Clip], fps: float) -> str:
         report,
         report["config"],
         cards=[_cards(entry["all"]) for entry in report["policies"]],
+        curve=training_chart(report) if "training" in report else None,
         charts=[_charts(entry["horizon"]) for entry in report["policies"]],
         films=[_film(clip, fps) for clip in ordered],
         matrices=_MATRICES,
+        measures=MEASURES,
+        measure=measure_text,
         lines=_LINES,
+        training_lines=_TRAINING_LINES,
         sources=_SOURCES,
         legend=[(str(COLOURS[word]).replace(" ", ""), name) for word, name in _LEGEND.items()],
     )
 
 
 def _cards(overall: Json) -> list[tuple[str, Json, str]]:
-    """Two to four key numbers: title, rate, note."""
+    """One to five key numbers: title, rate, note."""
     closed = overall["closed_loop"]
     cards = [("Same outcome at the same start", closed["agreement"], f"kappa {estimate_text(closed['kappa'])}")]
     if "dreamed_actions" in overall:
@@ -89,6 +96,10 @@ def _cards(overall: Json) -> list[tuple[str, Json, str]]:
         rates = f"precision {percent(judge['precision'])}, recall {percent(judge['recall'])}"
         cards.append(("Dreamed successes that are true", precision, "the dream's actions, executed in the simulator"))
         cards.append(("Judge correct on simulator videos", judge["agreement"], rates))
+    if "lifts_on_misses" in overall:
+        cards.append(
+            ("Missed grasps that the dream lifts", overall["lifts_on_misses"], "the simulator's actions, imagined")
+        )
     if "verification" in overall:
         flagged, wrong = overall["verification"]["flagged"], overall["verification"]["flagged_wrong"]
         cards.append(("Dreamed successes flagged", flagged, f"of these are false: {percent(wrong)}"))
@@ -107,6 +118,25 @@ def _charts(horizon: Json) -> list[Markup]:
             ]
             charts.append(line_chart(f"PSNR, {region}, {_SOURCES[source]}", "dB", labels, series))
     return charts
+
+
+def training_chart(report: Json) -> Markup:
+    """Success in the dream over training, between the simulator's before and after it (the first and the last policy).
+
+    ``report["training"]``: ``temperature``, and ``windows``, each with its ``updates`` (first, last) and the rate ``all``.
+    """
+    windows, ends = report["training"]["windows"], (report["policies"][0], report["policies"][-1])
+    between: list[Point | None] = [None] * len(windows)
+    labels = ["before", *(str(window["updates"][1]) for window in windows), "after"]
+    before, after = (_percent(entry["all"]["simulator"]) for entry in ends)
+    dreamed = [None, *(_percent(window["all"]) for window in windows), None]
+    series = [Series("dream", "s-dream", dreamed), Series("simulator", "s-truth", [before, *between, after])]
+    return line_chart("Success over training", "%", labels, series, width=620, axis="updates")
+
+
+def _percent(rate: Json) -> Point | None:
+    scaled = {key: None if rate[key] is None else 100 * rate[key] for key in ("value", "low", "high")}
+    return point(scaled)
 
 
 def clip_frames(clip: Clip, min_side: int = 192) -> UInt8Array:

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
-from rawdream_env.evaluation.reporting.numbers import rate_text
+from rawdream_env.evaluation.reporting.numbers import Json, estimate_text, points_text, rate_text
 from rawdream_env.evaluation.side_by_side.compare import protocol_lines
+
+MEASURES = (
+    ("closed_loop", "kappa", "same start, own actions"),
+    ("dreamed_actions", "kappa", "dreamed actions, judge"),
+    ("state_closed_loop", "kappa", "dreamed actions, state"),
+    ("simulator_actions", "kappa", "re-imagined, judge"),
+    ("state_reimagined", "kappa", "re-imagined, state"),
+    ("judge_against_state", "kappa", "judge against state"),
+    ("judge_against_state", "false_positive_rate", "its false positives"),
+    ("lifts_on_misses", "", "lifts on misses"),
+    ("dream_minus_simulator", "", "dream minus simulator"),
+)
+"""What tells how far the dream can be trusted: key in the report, key of the number in it, title. docs/evaluation.md."""
+_COLUMNS_AT_ONCE = 3
 
 
 def table(report: Mapping[str, Any]) -> str:
     """Success rates per policy and task in the dream (of trusted episodes) and the simulator, with the dream's INVALID and
-    flagged episodes, then the gains and the conclusions.
+    flagged episodes; where the dream was diagnosed, how far it can be trusted; then the gains, the rank correlation of three
+    policies or more, and the conclusions.
     """
     lines: list[tuple[str, ...]] = [("policy", "task", "dream", "INVALID", "flagged", "simulator")]
     for entry in report["policies"]:
@@ -20,21 +36,51 @@ def table(report: Mapping[str, Any]) -> str:
             name = "" if number else entry["name"]
             apart = (str(part["verdicts"][kind]) for kind in ("invalid", "flagged"))
             lines.append((name, task, rate_text(part["dream_trusted"]), *apart, rate_text(part["simulator"])))
+    diagnoses = [_trust(entry) for entry in report["policies"] if "dreamed_actions" in entry["all"]]
+    rest = [*chain.from_iterable(diagnoses), *_gains(report), *_ranking(report), *report["conclusions"]]
+    return "\n".join([*_aligned(lines), *protocol_lines(report), *rest])
+
+
+def measure_text(part: Json, name: str, number: str) -> str:
+    """One of ``MEASURES`` of a task or of all tasks."""
+    if name not in part:
+        return "not measured"
+    if name == "dream_minus_simulator":
+        return points_text(part[name])
+    if number == "kappa":
+        return estimate_text(part[name][number])
+    return rate_text(part[name][number] if number else part[name])
+
+
+def _trust(entry: Json) -> list[str]:
+    """``MEASURES`` of a policy, a few columns at a time."""
+    out = ["", f"{entry['name']}: how far the dream can be trusted (kappa, or per cent; docs/evaluation.md)"]
+    parts = {**entry["tasks"], "all tasks": entry["all"]}
+    for first in range(0, len(MEASURES), _COLUMNS_AT_ONCE):
+        columns = MEASURES[first : first + _COLUMNS_AT_ONCE]
+        rows = [(task, *(measure_text(part, *keys) for *keys, _ in columns)) for task, part in parts.items()]
+        out += ["", *_aligned([("task", *(title for *_, title in columns)), *rows])]
+    return [*out, ""]
+
+
+def _aligned(lines: list[tuple[str, ...]]) -> list[str]:
+    """Columns of equal width, a rule below the first line."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    text.insert(1, "-" * max(map(len, text)))
-    return "\n".join([*text, *protocol_lines(report), *_gains(report), *report["conclusions"]])
+    return [text[0], "-" * max(map(len, text)), *text[1:]]
+
+
+def _ranking(report: Mapping[str, Any]) -> list[str]:
+    ranking = report["ranking"]
+    if ranking is None or ranking["n_policies"] < 3:  # the order of two is in the gain
+        return []
+    numbers = ", ".join(f"{name.capitalize()} {estimate_text(ranking[name])}" for name in ("spearman", "kendall"))
+    return [f"rank correlation of {ranking['n_policies']} policies, n starts: {numbers}"]
 
 
 def _gains(report: Mapping[str, Any]) -> list[str]:
     lines = []
     for entry in report["policies"]:
         for world, gain in entry.get("gain", {}).items():
-            if gain["value"] is None:
-                number = f"not measured, n={gain['n']}"
-            else:
-                known = gain["low"] is not None and gain["high"] is not None
-                ends = f"{100 * gain['low']:+.1f}, {100 * gain['high']:+.1f}" if known else "no interval"
-                number = f"{100 * gain['value']:+.1f} points [{ends}], n={gain['n']} starts"
-            lines.append(f"gain of {entry['name']!r} over {report['reference']!r}, {world}: {number}")
+            lines.append(f"gain of {entry['name']!r} over {report['reference']!r}, {world}: {points_text(gain)} starts")
     return lines

@@ -52,6 +52,10 @@ def _window_mean(x: Float64Array, size: int) -> Float64Array:
     return both / size**2
 
 
+_WINDOW = 7
+"""Side of the windows of SSIM in pixels."""
+
+
 def ssim(prediction: UInt8Array, truth: UInt8Array, mask: BoolArray | None = None) -> Float64Array:
     """Structural similarity of each frame, (..., H, W, 3) uint8 -> (...), with the 7 x 7 uniform window.
 
@@ -59,7 +63,12 @@ def ssim(prediction: UInt8Array, truth: UInt8Array, mask: BoolArray | None = Non
     covariance, mean over channels and over positions whose window fits. ``mask`` (..., H, W) averages over the windows
     centred on its pixels; NaN where there are none.
     """
-    win = 7
+    return _mean_of_windows(_ssim_windows(prediction, truth), mask)
+
+
+def _ssim_windows(prediction: UInt8Array, truth: UInt8Array) -> Float64Array:
+    """The SSIM of every full window, (..., H - 6, W - 6)."""
+    win = _WINDOW
     if min(prediction.shape[-3:-1]) < win:
         raise ValueError(f"SSIM needs images of at least {win}x{win} pixels, got {prediction.shape[-3:-1]}")
     x = np.moveaxis(prediction.astype(np.float64), -1, -3)
@@ -70,10 +79,14 @@ def ssim(prediction: UInt8Array, truth: UInt8Array, mask: BoolArray | None = Non
     vy = unbiased * (_window_mean(y * y, win) - uy * uy)
     vxy = unbiased * (_window_mean(x * y, win) - ux * uy)
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    score = ((2 * ux * uy + c1) * (2 * vxy + c2) / ((ux * ux + uy * uy + c1) * (vx + vy + c2))).mean(-3)
+    return np.asarray(((2 * ux * uy + c1) * (2 * vxy + c2) / ((ux * ux + uy * uy + c1) * (vx + vy + c2))).mean(-3))
+
+
+def _mean_of_windows(score: Float64Array, mask: BoolArray | None) -> Float64Array:
+    """Mean over the windows, or over those centred on the pixels of ``mask``."""
     if mask is None:
         return np.asarray(score.mean((-1, -2)))
-    pad = win // 2
+    pad = _WINDOW // 2
     inner = mask[..., pad : mask.shape[-2] - pad, pad : mask.shape[-1] - pad]
     count = inner.sum((-1, -2))
     return np.where(count > 0, (score * inner).sum((-1, -2)) / np.maximum(count, 1), np.nan)
@@ -99,15 +112,19 @@ def buckets(num_frames: int, chunk_len: int) -> list[tuple[int, int]]:
 METRICS = ("psnr", "ssim", "psnr_moving", "ssim_moving")
 
 
+_FRAMES_AT_ONCE = 8
+"""So that the intermediate values of small pictures stay in the cache of the processor."""
+
+
 def frame_scores(prediction: UInt8Array, truth: UInt8Array, region: BoolArray) -> Float64Array:
     """The four metrics of METRICS for every frame: (F, H, W, 3) twice and bool (F, H, W) -> (F, 4)."""
-    cap = PSNR_CAP_DB
-    return np.stack(
-        [
-            np.minimum(psnr(prediction, truth), cap),
-            ssim(prediction, truth),
-            np.minimum(psnr(prediction, truth, region), cap),
-            ssim(prediction, truth, region),
-        ],
-        axis=-1,
-    )
+    scores = np.empty((len(prediction), len(METRICS)))
+    for first in range(0, len(prediction), _FRAMES_AT_ONCE):
+        part = slice(first, first + _FRAMES_AT_ONCE)
+        ours, theirs, moving = prediction[part], truth[part], region[part]
+        windows = _ssim_windows(ours, theirs)
+        scores[part, 0] = np.minimum(psnr(ours, theirs), PSNR_CAP_DB)
+        scores[part, 1] = _mean_of_windows(windows, None)
+        scores[part, 2] = np.minimum(psnr(ours, theirs, moving), PSNR_CAP_DB)
+        scores[part, 3] = _mean_of_windows(windows, moving)
+    return scores

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rawdream_env.envs.row_workers import RowGroup
+from rawdream_env.piper.relations import relation_index
 from rawdream_env.piper.simulator.renderer import PiperRenderer
 from rawdream_env.piper.simulator.twin import PiperTwin, TwinState
 from rawdream_env.types import Float32Array, UInt8Array
@@ -28,7 +29,7 @@ class Rows(RowGroup):
         ]
 
     def step(self, rows: Sequence[int], actions: Any, every_frame: bool) -> list[tuple[Any, ...]]:
-        """One chunk per row: (frames, success, proprio, relations) of each."""
+        """One chunk per row: (frames, success, proprio, relations, lifted) of each."""
         results = []
         for row, chunk in zip(rows, actions, strict=True):
             twin = self._twins[row]
@@ -38,7 +39,10 @@ class Rows(RowGroup):
                 for action in chunk:
                     twin.step(action, render=False)
                 frames = twin.frame()[None]
-            results.append((frames, twin.task is not None and twin.success(), twin.proprio(), twin.relations()))
+            truth, task = twin.relations(), twin.task
+            success = task is not None and bool(truth[relation_index(task.relation)])
+            lifted = task is not None and twin.lifted(task.object_a)
+            results.append((frames, success, twin.proprio(), truth, lifted))
         return results
 
     def proprio(self, rows: Sequence[int]) -> list[Float32Array]:

@@ -22,6 +22,7 @@ from rawdream_env.piper import geometry as geo
 from rawdream_env.piper.relations import MOVABLE, OBJECTS, SHAPES, BoolArray, Task, find_task, relation_index, relations
 from rawdream_env.piper.simulator import layouts
 from rawdream_env.piper.simulator.model import TIMESTEP
+from rawdream_env.robots import LIFT_RISE
 from rawdream_env.seeding import mix
 from rawdream_env.types import ACTION_DIM, Float32Array, UInt8Array
 
@@ -54,6 +55,7 @@ class TwinState:
     task: Task | None
     pose: FloatArray
     joints: FloatArray
+    heights: FloatArray
 
 
 class PiperTwin:
@@ -88,6 +90,8 @@ class PiperTwin:
         self.task: Task | None = None
         self.pose: FloatArray = geo.HOME_POSE.copy()
         """Commanded tool pose (7,): xyz, roll pitch yaw, gripper command."""
+        self._heights: FloatArray = np.zeros((2, len(OBJECTS)))
+        """Of the objects' origins (m): at the start, and the highest after any control step."""
 
     # --- episode -----------------------------------------------------------------------------------------------------
     def reset(
@@ -134,21 +138,37 @@ class PiperTwin:
         mujoco.mj_step(self.model, self.data, nstep=_SETTLE_STEPS)
         self.data.time = 0.0
         self._refresh()
+        self._heights = np.tile(self.data.xpos[self._bodies, 2], (2, 1))
         return self.frame() if self._renderer else self._blank()
 
+    def pose_scene(self, poses: FloatArray, arm: FloatArray) -> None:
+        """Show a state, to be drawn and not to be continued from: object poses (7, 7), NaN for absent ones, and the arm (8,):
+        tool xyz, roll pitch yaw, positions of the fingers.
+        """
+        mujoco.mj_resetData(self.model, self.data)
+        self.present = ()
+        for i, (name, pose) in enumerate(zip(OBJECTS, poses, strict=True)):
+            self._place(i, name, None)
+            if np.isfinite(pose).all():
+                self._set_pose(i, name, pose)
+        self.data.qpos[self._arm_qpos] = geo.joint_angles(np.append(arm[:6], 0.0))
+        self.data.qpos[self._finger_qpos] = arm[6:]
+        self._refresh()
+
     def _place(self, i: int, name: str, place: layouts.Pose2D | None) -> None:
-        model, data, body = self.model, self.data, self._bodies[i]
         here = place is not None
         self._set_collisions(i, here)
         x, y, yaw = place if place is not None else (-2.0, 0.3 * i, 0.0)
         z = SHAPES[name].half[2] + (0.0 if name == "stove" else 0.0005) if here else -1.0
-        quat = (np.cos(yaw / 2), 0.0, 0.0, np.sin(yaw / 2))
+        self._set_pose(i, name, (x, y, z, np.cos(yaw / 2), 0.0, 0.0, np.sin(yaw / 2)))
+
+    def _set_pose(self, i: int, name: str, pose: Sequence[float] | FloatArray) -> None:
         if name == "stove":
-            mocap = model.body_mocapid[body]
-            data.mocap_pos[mocap], data.mocap_quat[mocap] = (x, y, z), quat
+            mocap = self.model.body_mocapid[self._bodies[i]]
+            self.data.mocap_pos[mocap], self.data.mocap_quat[mocap] = pose[:3], pose[3:]
         else:
-            at = model.joint(name).qposadr[0]
-            data.qpos[at : at + 7] = (x, y, z, *quat)
+            at = self.model.joint(name).qposadr[0]
+            self.data.qpos[at : at + 7] = pose
 
     def _set_collisions(self, i: int, here: bool) -> None:
         contype, conaffinity = self._collides[i]
@@ -190,6 +210,7 @@ class PiperTwin:
         self._refresh()
         if data.warning[mujoco.mjtWarning.mjWARN_BADQACC].number or not np.isfinite(data.qpos).all():
             raise SimulatorError(f"the physics diverged at t = {data.time:.2f} s; reset with another seed.")
+        np.maximum(self._heights[1], data.xpos[self._bodies, 2], out=self._heights[1])
         return self.frame() if render and self._renderer else None
 
     def step_chunk(self, actions: Any) -> UInt8Array:
@@ -258,6 +279,11 @@ class PiperTwin:
             raise InvalidOptionError("this episode is free play; name the task to check.")
         return bool(self.relations()[relation_index(goal.relation)])
 
+    def lifted(self, name: str) -> bool:
+        """Whether an object has been ``robots.LIFT_RISE`` above its start after any control step of this episode."""
+        start, highest = self._heights[:, OBJECTS.index(name)]
+        return bool(highest - start >= LIFT_RISE)
+
     def close(self) -> None:
         """Free the renderer. Closing again does nothing."""
         if self._renderer is not None and self._owns_renderer:
@@ -269,12 +295,15 @@ class PiperTwin:
         physics = np.empty(mujoco.mj_stateSize(self.model, _WHOLE_STATE))
         mujoco.mj_getState(self.model, self.data, physics, _WHOLE_STATE)
         warnings = int(self.data.warning[mujoco.mjtWarning.mjWARN_BADQACC].number)
-        return TwinState(physics, warnings, self.present, self.task, self.pose.copy(), self._joints.copy())
+        return TwinState(
+            physics, warnings, self.present, self.task, self.pose.copy(), self._joints.copy(), self._heights.copy()
+        )
 
     def restore(self, state: TwinState) -> None:
         """Continue from ``state``; frames and later states are bit-identical."""
         self.present, self.task = state.present, state.task
         self.pose, self._joints = state.pose.copy(), state.joints.copy()
+        self._heights = state.heights.copy()
         mujoco.mj_resetData(self.model, self.data)
         for i, name in enumerate(OBJECTS):
             self._set_collisions(i, name in state.present)

@@ -27,13 +27,15 @@ class PiperStep:
     """The result of one chunk for n rows.
 
     ``frames`` uint8 (n, K, H, W, 3), or (n, 1, H, W, 3) for the last one alone; ``success`` bool (n,):
-    the task's relation holds at the end of the chunk; ``proprio`` float32 (n, 7); ``relations`` bool (n, R).
+    the task's relation holds at the end of the chunk; ``proprio`` float32 (n, 7); ``relations`` bool (n, R);
+    ``lifted`` bool (n,): the object that the task moves has been picked up in the episode so far.
     """
 
     frames: UInt8Array
     success: BoolArray
     proprio: Float32Array
     relations: BoolArray
+    lifted: BoolArray
 
 
 class PiperWorkers(RowWorkers):
@@ -107,8 +109,9 @@ class PiperWorkers(RowWorkers):
         if fresh:
             raise ResetNeededError(f"rows {fresh} have no episode; call reset for them before step.")
         results = self._call("step", rows, list(acts), every_frame)
-        frames, success, proprio, truth = zip(*results, strict=True)
-        return PiperStep(np.stack(frames), np.array(success, bool), np.stack(proprio), np.stack(truth))
+        frames, success, proprio, truth, lifted = zip(*results, strict=True)
+        done, up = np.array(success, bool), np.array(lifted, bool)
+        return PiperStep(np.stack(frames), done, np.stack(proprio), np.stack(truth), up)
 
     def proprio(self, rows: Sequence[int]) -> Float32Array:
         """Commanded tool poses float32 (n, 7)."""

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rawdream_env.robots import Box, FloatArray, Ring
 from rawdream_env.world_models.scene.rotations import apply
@@ -26,6 +27,10 @@ _SPACING = 0.015
 _ANGLES = 10
 _REACH = 0.012
 """A contact point counts from this gap on (m), more the smaller it is."""
+_POINTS_AT_ONCE = 512
+"""Contact points that inference on a CPU computes at once, fillers included: always the same number, so that a point is rounded
+alike among any others.
+"""
 _FEATURES = 16
 _FAR = 1.0
 
@@ -140,21 +145,32 @@ class ContactNetwork(nn.Module):
         gap = torch.where(self.real[which], gap, _FAR)
         # Each object feels its own points on the other, then the other's points on it, which push the other way.
         gaps = torch.stack([gap, gap.flip(1)], 2)  # (M, 2, 2, P)
-        chosen = gaps < _REACH if self.training else torch.ones_like(gaps, dtype=torch.bool)
-        pair, mine, side, point = chosen.nonzero(as_tuple=True)  # (Q,): contact points
+        near = (gaps < _REACH).nonzero()  # (Q, 4): contact points; from further away nothing is felt
+        exact = not self.training and near.device.type == "cpu"
+        summed = gaps.new_zeros(len(which) * 2, self.out.in_features - 2)
+        for block in near.split(_POINTS_AT_ONCE) if exact else [near]:
+            filled = F.pad(block, (0, 0, 0, -len(block) % _POINTS_AT_ONCE)) if exact else block
+            felt = self._felt(filled, gaps, own, normal, place, velocity)[: len(block)]
+            summed = summed.to(felt.dtype).index_add(0, block[:, 0] * 2 + block[:, 1], felt)
+        out: Tensor = summed.unflatten(0, (-1, 2))
+        return out
+
+    def _felt(
+        self, points: Tensor, gaps: Tensor, own: Tensor, normal: Tensor, place: Tensor, velocity: Tensor
+    ) -> Tensor:
+        """What each contact point (Q, 4: pair, object that feels, side, point) adds, (Q, hidden)."""
+        pair, mine, side, point = points.unbind(1)
         whose = (mine + side) % 2
         at, push = own[pair, whose, point], normal[pair, whose, point] * (1 - 2 * side[:, None])
         lever, far_lever = at - place[pair, mine], at - place[pair, 1 - mine]
         speed = _speed(velocity[pair, 1 - mine], far_lever) - _speed(velocity[pair, mine], lever)
-        gaps = gaps[pair, mine, side, point][:, None]
-        close = [gaps.clamp(max=0.05) * 50, (gaps / 0.002).tanh(), (gaps / 0.0006).tanh()]
+        gap = gaps[pair, mine, side, point][:, None]
+        close = [gap.clamp(max=0.05) * 50, (gap / 0.002).tanh(), (gap / 0.0006).tanh()]
         features = torch.cat(
-            [lever * 30, far_lever * 30, push, *close, speed.clamp(-2, 2) * 3, side[:, None].to(gaps.dtype)], -1
+            [lever * 30, far_lever * 30, push, *close, speed.clamp(-2, 2) * 3, side[:, None].to(gap.dtype)], -1
         )
-        felt = self.point_net(features) * (0.2 * (1 - gaps / _REACH).clamp(0, 1).square())
-        summed = felt.new_zeros(len(which) * 2, felt.shape[-1]).index_add(0, pair * 2 + mine, felt)
-        out: Tensor = summed.unflatten(0, (-1, 2))
-        return out
+        felt: Tensor = self.point_net(features) * (0.2 * (1 - gap / _REACH).clamp(0, 1).square())
+        return felt
 
     def distance(self, which: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
         """Signed distance (m) of points (M, 2, P, 3), in the objects' own frames, to the shapes of objects (M, 2), and the

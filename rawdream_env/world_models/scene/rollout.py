@@ -14,8 +14,9 @@ Shape letters: B rows, K frames of a chunk, A action dims, O objects, N objects 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,14 +24,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rawdream_env.errors import InvalidOptionError
-from rawdream_env.robots import ArmMapConfig, BoolArray, FloatArray, Kinematics, Scene, find_goals, find_robot
+from rawdream_env.robots import (
+    LIFT_RISE,
+    ArmMapConfig,
+    BoolArray,
+    FloatArray,
+    Kinematics,
+    Scene,
+    find_goals,
+    find_robot,
+)
 from rawdream_env.seeding import NoiseKey, keyed_normal
 from rawdream_env.types import ShownFrames
 from rawdream_env.world_models.row_state import check_start, checked_actions
 from rawdream_env.world_models.scene.dynamics import SceneDynamics, SceneFrame
 from rawdream_env.world_models.scene.maps import SceneMaps
 from rawdream_env.world_models.scene.painter import ScenePainter
-from rawdream_env.world_models.scene.reader import SceneReader
+from rawdream_env.world_models.scene.reader import Reading, SceneReader
 from rawdream_env.world_models.scene.state import SceneState
 
 DYNAMICS_STREAM, START_STREAM = 0, 1
@@ -65,6 +75,13 @@ class SceneRolloutConfig:
             raise InvalidOptionError(
                 f"noise_scale {self.noise_scale} and start_noise {self.start_noise} must be between 0 and 100."
             )
+
+
+class _Task(NamedTuple):
+    """A task's relation, as a column of the relations, and the object that it moves, as a row of the objects."""
+
+    relation: int
+    moved: int
 
 
 class SceneWorldModel:
@@ -126,7 +143,11 @@ class SceneWorldModel:
             got = None if proprio is None else tuple(proprio.shape)
             raise ValueError(f"this world model moves the arm from its pose: give proprio {wanted}, got {got}")
         command = torch.as_tensor(proprio, dtype=torch.float32).cpu()
-        reading = self.reader(frames.to(self.device))
+        distinct, which = torch.unique(
+            frames.cpu().flatten(1), dim=0, return_inverse=True
+        )  # a group's members start alike
+        read = self.reader(distinct.unflatten(1, frames.shape[1:]).to(self.device))
+        reading = Reading(*(getattr(read, field.name)[which.to(self.device)] for field in fields(Reading)))
         arm = self.scene.arm_at_rest(command)
         position = reading.position.float().cpu()
         if self.config.start_noise:
@@ -143,6 +164,7 @@ class SceneWorldModel:
             arm=arm,
             arm_before=arm,
             command=command,
+            heights=position[..., 2:].repeat(1, 1, 2),
             canvas=self.painter.start(frames.to(self.device), start_maps),
             keys=tuple(keys),
             chunks=(0,) * len(frames),
@@ -156,26 +178,27 @@ class SceneWorldModel:
     @torch.no_grad()
     def imagine_shown(self, state: SceneState, actions: Tensor, shown: ShownFrames) -> tuple[SceneState, Tensor]:
         """As :meth:`imagine`; only the ``shown`` frames are painted: all K of a chunk, the last one, or none."""
+        states = self.trace(state, actions)
+        painted = {"all": states, "last": states[-1:], "none": []}[shown]
+        return states[-1], self._paint(state, painted) if painted else torch.empty(
+            len(state), 0, *self.frame_shape, dtype=torch.uint8
+        )
+
+    @torch.no_grad()
+    def trace(self, state: SceneState, actions: Tensor) -> list[SceneState]:
+        """The states of a chunk's K frames, without pictures: ``actions`` (B, K, A); the last is that of :meth:`imagine`."""
         actions = checked_actions(actions, (len(state), self.chunk_len, self.config.action_dim))
         commands = self._kinematics.integrate(state.command, actions)
         keys = [key.at(chunk=chunk) for key, chunk in zip(state.keys, state.chunks, strict=True)]
         noise = keyed_normal(keys, (self.chunk_len, self.dynamics.config.noise_dim), DYNAMICS_STREAM)
+        chunks = tuple(chunk + 1 for chunk in state.chunks)
         frames = self.unroll(state, commands, self.config.noise_scale * noise)
-        last = frames[-1]
-        nxt = replace(
-            state,
-            position=last.position,
-            rotation=last.rotation,
-            velocity=last.velocity,
-            arm=last.arm,
-            arm_before=last.arm_before,
-            command=last.command,
-            chunks=tuple(chunk + 1 for chunk in state.chunks),
-        )
-        painted = {"all": frames, "last": frames[-1:], "none": []}[shown]
-        return nxt, self._paint(state, painted) if painted else torch.empty(
-            len(state), 0, *self.frame_shape, dtype=torch.uint8
-        )
+        states, highest = list[SceneState](), state.heights[..., 1]
+        for frame in frames:
+            highest = torch.maximum(highest, frame.position[..., 2])
+            heights = torch.stack([state.heights[..., 0], highest], -1)
+            states.append(replace(state, **frame._asdict(), heights=heights, chunks=chunks))
+        return states
 
     def unroll(self, state: SceneState, commands: Tensor, noise: Tensor) -> list[SceneFrame]:
         """The K frames after ``state``, without pictures: commanded poses (B, K, P), noise (B, K, Z) -> each (B, O, ...)."""
@@ -226,7 +249,7 @@ class SceneWorldModel:
             for whole, value in zip(target[3:], frame[3:], strict=True):
                 whole[rows] = value[:real].cpu()
 
-    def _paint(self, state: SceneState, frames: list[SceneFrame]) -> Tensor:
+    def _paint(self, state: SceneState, frames: list[SceneState]) -> Tensor:
         """uint8 (B, K, H, W, 3)."""
         b, k = len(state), len(frames)
         position = torch.nan_to_num(torch.stack([frame.position for frame in frames], 1))
@@ -254,22 +277,39 @@ class SceneWorldModel:
         """Whether the task of each row's instruction is done in the model's own state: 1, 0, or -1 where it cannot tell (int8
         (B,)). The truth within the dream, which the judge "state" reports.
         """
-        asked = [self._columns.get(words) for words in instructions]
+        asked = [self._tasks.get(words) for words in instructions]
         out = np.full(len(state), -1, np.int8)
-        if all(column is None for column in asked):
+        if all(task is None for task in asked):
             return out
         _, holds = self.belief(state)
         finite = state.finite.numpy()
-        for row, column in enumerate(asked):
-            if column is not None and finite[row]:
-                out[row] = holds[row, column]
+        for row, task in enumerate(asked):
+            if task is not None and finite[row]:
+                out[row] = holds[row, task.relation]
+        return out
+
+    def lifted(self, state: SceneState, instructions: Sequence[str]) -> NDArray[np.int8]:
+        """Whether the object that each row's task moves has been picked up so far, by ``robots.LIFT_RISE``: int8 (B,), 1, 0, or
+        -1 where it cannot tell.
+        """
+        out = np.full(len(state), -1, np.int8)
+        rises = (state.heights[..., 1] - state.heights[..., 0]).numpy() >= LIFT_RISE
+        finite = state.finite.numpy()
+        for row, words in enumerate(instructions):
+            task = self._tasks.get(words)
+            if task is not None and finite[row]:
+                out[row] = rises[row, task.moved]
         return out
 
     @cached_property
-    def _columns(self) -> dict[str, int]:
-        """The relation that each task's instruction asks for, as a column of the relations."""
+    def _tasks(self) -> dict[str, _Task]:
+        """What each task's instruction asks for."""
         goals = find_goals(self.robot)
         if goals is None:
             return {}
-        relations = list(goals.relations)
-        return {words: relations.index(goal) for _, words, goal in goals.tasks if goal in relations}
+        relations, objects = list(goals.relations), list(self.scene.objects)
+        return {
+            words: _Task(relations.index(goal), objects.index(goals.goal_objects(goal)[0]))
+            for _, words, goal in goals.tasks
+            if goal in relations
+        }

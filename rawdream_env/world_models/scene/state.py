@@ -24,6 +24,7 @@ class SceneState(RowState):
     arm: Tensor  # (B, 8): measured tool xyz, roll pitch yaw, finger positions
     arm_before: Tensor  # (B, 8): one frame earlier
     command: Tensor  # (B, P): commanded pose
+    heights: Tensor  # (B, O, 2): of the objects' origins at the start, and the highest so far
     canvas: Tensor  # (B, C, H, W): what the painter needs of the start picture
 
     @property

@@ -205,7 +205,8 @@ class LiberoScene:
             raise DatasetError(
                 f"the initial states of {name} have {states.shape[1]} numbers, its scene has {size}; install hf-libero again."
             )
-        return states[number]
+        flat: NDArray[np.float64] = states[number]
+        return flat
 
     def _look(self, cache: Any) -> Any:
         """The camera, which draws only what is asked for."""

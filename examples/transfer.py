@@ -40,6 +40,7 @@ parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
 parser.add_argument("--updates", type=int, default=60)
 parser.add_argument("--every", type=int, default=20)
 parser.add_argument("--episodes", type=int, default=200, help="simulator episodes per task of the last policy")
+parser.add_argument("--lr", type=float, default=4e-4)
 parser.add_argument("--judge", default="state")
 parser.add_argument("--world-model", default="embedded")
 parser.add_argument("--layout", default="narrow", choices=("narrow", "wide"))
@@ -82,7 +83,7 @@ def train(kind, seed):
         "held_out_judge": "" if kind == "sim" or args.judge == "state" else "state",
         "layout": args.layout,
         "temperature": TEMPERATURE,
-        "lr": 2e-4,
+        "lr": args.lr,
         "seed": seed,
         "save_every": 10,
     }

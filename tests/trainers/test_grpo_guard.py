@@ -81,11 +81,11 @@ def test_the_saved_policy_has_averaged_weights_and_rollouts_the_latest(tmp_path:
     expected = torch.cat([p.detach().flatten() for p in TinyPolicy().parameters()])
     for step in range(3):
         latest = weights(train(tmp_path / f"{step}", steps=step + 1))
-        decay = min(0.2, (step + 1) / (step + 10))  # 0.1, 0.18, 0.2
+        decay = min(0.25, (step + 1) / (step + 6))  # 1/6, 1/4, 1/4
         expected = decay * expected + (1 - decay) * latest
     run = tmp_path / "averaged"
-    train(run, steps=2, ema=0.2)
-    averaged = train(run, steps=3, ema=0.2)  # resumed
+    train(run, steps=2, ema=0.25)
+    averaged = train(run, steps=3, ema=0.25)  # resumed
     assert torch.allclose(weights(averaged), expected, atol=1e-6)
     assert not torch.allclose(weights(averaged), latest, atol=1e-3)
     assert (run / "metrics.jsonl").read_bytes() == (tmp_path / "2" / "metrics.jsonl").read_bytes()

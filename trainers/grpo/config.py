@@ -75,7 +75,7 @@ class GRPOConfig:
     """Undo an update after which approx_kl on its own minibatch exceeds this, and go on; None (paper): off.
     Costs one forward pass per update, and a copy of the trained weights and of the optimizer.
     """
-    ema: float = 0.9
+    ema: float = 0.95
     """Decay per step of the averaged weights, which are those of the policy that is saved: the last steps' noise averages out.
     Rollouts sample from the latest weights. 0 (paper): off.
     """

@@ -40,8 +40,8 @@ class Learner:
 
     @torch.no_grad()
     def follow(self, decay: float, step: int) -> None:
-        """Move the average towards the weights after ``step``; the decay grows from 0.1, to forget the first weights soon."""
-        decay = min(decay, (step + 1) / (step + 10))
+        """Move the average towards the weights after ``step``; the decay rises from 1/6, to forget the first weights soon."""
+        decay = min(decay, (step + 1) / (step + 6))
         for name, average in self.average.items():
             average.lerp_(self.parameters[name].detach(), 1 - decay)
 

@@ -1,6 +1,8 @@
 # make demo     install, train a policy in a dream, check it in the simulator (about 15 minutes)
 # make install  install into the active virtual environment, or into .venv; make test, lint and bench do this first
 #
+# make libero   add the LIBERO simulator (not its assets: docs/libero.md)
+#
 # PIP_FLAGS     further options of pip, such as the index of a CUDA or a CPU build of torch
 # VLLM          virtual environment with bin/vllm, for `make vllm-test`: the judge's client against a real server
 # DEMO_FLAGS    options of `rawdream demo`, such as "--long" or "--minutes 2 --episodes 10"
@@ -16,7 +18,11 @@ LINT := build/lint
 RL_LIBRARIES := torchrl==0.14.1 skrl==2.1.1 tensordict==0.14.3 pyvers==0.2.3 hoptorch==0.1.4 orjson==3.13.0 \
 	rsl-rl-lib==5.5.1 GitPython==3.2.1 gitdb==4.0.12 smmap==5.0.3
 
-.PHONY: demo install test vllm-test lint bench wheel clean help
+# The simulator needs little of what its package requires: no torchvision, no robomimic, no OpenCV with windows.
+LIBERO := hf-libero==0.1.4 robosuite==1.4.0 bddl==1.0.1
+LIBERO_NEEDS := cloudpickle easydict future matplotlib numba opencv-python-headless termcolor
+
+.PHONY: demo install libero test vllm-test lint bench wheel clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -33,6 +39,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@ldconfig -p 2>/dev/null | grep -q -e libEGL.so.1 -e libOSMesa \
 		|| echo 'No OpenGL library found. On Debian: apt-get install libegl1 libgles2 libosmesa6 ffmpeg'
 	@touch $@
+
+libero: install
+	$(PIP) install $(PIP_FLAGS) -c constraints.txt $(LIBERO_NEEDS)
+	$(PIP) install $(PIP_FLAGS) --no-deps $(LIBERO)
 
 demo: install
 	$(BIN)/rawdream demo $(DEMO_FLAGS)

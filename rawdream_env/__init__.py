@@ -6,6 +6,7 @@ is imported on first use.
     rawdream/PiperDream-v0   the Piper tabletop, imagined by the bundled world model and decided by the bundled judge
     rawdream/PiperSim-v0     the same tabletop in the simulator: same spaces, same infos, ground truth
     rawdream/Dream-v0        your own ``world_model=``, ``judge=`` and ``starts=``
+    rawdream/LiberoGoalSim-v0, rawdream/LiberoGoalDream-v0, and Spatial, Object, Long, 90: the LIBERO suites
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 
-import rawdream_env.piper  # noqa: F401 (registers the robot and its environments)
+import rawdream_env.libero  # (registers a robot and environments, like the next)
+import rawdream_env.piper  # noqa: F401
 
 if TYPE_CHECKING:
     from rawdream_env.envs.base import ChunkVectorEnv

@@ -62,6 +62,14 @@ class SimulatorError(RawDreamError, RuntimeError):
     """The simulator or one of its worker processes failed."""
 
 
+class MissingAssetsError(RawDreamError, FileNotFoundError):
+    """Files that a simulator needs, and that are not part of its package, are not on this machine."""
+
+
+class ProtocolMismatchError(RawDreamError, ValueError):
+    """Results of different evaluation protocols, which are not comparable."""
+
+
 class WorkerStoppedError(RawDreamError, RuntimeError):
     """A worker process of a pool is stopped or stuck."""
 

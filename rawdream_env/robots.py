@@ -50,6 +50,8 @@ class Robot:
     """Id of its dream environment."""
     sim_env: str = ""
     """Id of its simulator environment, with the same spaces and infos."""
+    sim_options: tuple[str, ...] = ()
+    """Names of the options that the simulator takes besides those of every environment: "num_workers", "image_size", ..."""
     kinematics: str = ""
     """``(ArmMapConfig) -> Kinematics``, for world models that take poses and arm maps."""
     scene: str = ""
@@ -100,6 +102,12 @@ def find_robot(name: str = "") -> Robot:
             f"that registers it, or install it with an entry point in the group {ENTRY_POINTS!r}."
         )
     return _ROBOTS[name or DEFAULT_ROBOT]
+
+
+def sim_options(env_id: str, **options: Any) -> dict[str, Any]:
+    """Those of ``options`` that the simulator environment ``env_id`` takes, by its robot's ``sim_options``."""
+    taken = {name for robot in _ROBOTS.values() if robot.sim_env == env_id for name in robot.sim_options}
+    return {name: value for name, value in options.items() if name in taken}
 
 
 def is_registered(name: str) -> bool:

@@ -105,6 +105,10 @@ COMMANDS: dict[str, Command] = {
         "rawdream_env.data.import_hdf5", "ImportConfig", "import_hdf5", _folder,
         old="import-hdf5", renamed={"root": "out"},
     ),
+    "starts export": Command(
+        "render starts in the simulator and write them to a start pack, for dreams without the simulator",
+        "rawdream_env.starts.export", "ExportStartsConfig", "export_starts", _folder,
+    ),
     "world-model train": Command(
         "train the frame codec and the video transformer on recorded episodes",
         f"{_TRAINERS}.world_model.train", "WorldModelTrainConfig", "train_world_model", _folder,
@@ -153,6 +157,10 @@ COMMANDS: dict[str, Command] = {
         "evaluate policies in the dream and in the simulator from the same starts; write a report",
         f"{_EVALUATION}.side_by_side.evaluate", "EvaluateConfig", "evaluate", _evaluation,
         old="evaluate", renamed={"output": "out", "sim_workers": "workers"},
+    ),
+    "policy compare": Command(
+        "compare the success rates of several evaluations of the same protocol",
+        f"{_EVALUATION}.side_by_side.compare", "CompareConfig", "compare", _text,
     ),
     "models train": Command(
         "train the bundled models from scratch, stage by stage",

@@ -2,16 +2,17 @@
 
 Tensors (N starts): ``frames`` uint8 (N, H, W, 3), ``task_id`` int64 (N,), ``seed`` int64 (N,) (-1: unknown) and, when
 the starts have one, ``proprio`` float32 (N, P). Metadata: ``format``, ``layout``, and ``tasks``, a JSON list of
-``{"name", "instruction"}`` in the order of the task ids, and ``sha256`` (``files.save_sealed``).
+``{"name", "instruction"}`` in the order of the task ids, ``provenance``, a JSON object that says where the starts come from,
+and ``sha256`` (``files.save_sealed``).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -51,8 +52,11 @@ class PackStarts:
             self.task_names = tuple(str(task["name"]) for task in tasks)
             self.instructions = tuple(str(task["instruction"]) for task in tasks)
             self.tasks = tuple(zip(self.task_names, self.instructions, strict=True))
+            self.provenance: dict[str, Any] = dict(json.loads(metadata.get("provenance", "{}")))
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path} has no readable list of tasks in its metadata ({error!r}).") from error
+            raise CheckpointError(
+                f"{path} has no readable list of tasks or no provenance in its metadata ({error!r})."
+            ) from error
         self.layout = metadata.get("layout", "")
         self.frames = tensors["frames"].numpy()
         self.task_ids = tensors["task_id"].numpy()
@@ -99,9 +103,14 @@ def _check_tensors(path: str | PathLike[str], tensors: dict[str, Tensor]) -> Non
 
 
 def save_start_pack(
-    path: str | PathLike[str], starts: Sequence[Start], tasks: Sequence[tuple[str, str]], *, layout: str = ""
+    path: str | PathLike[str],
+    starts: Sequence[Start],
+    tasks: Sequence[tuple[str, str]],
+    *,
+    layout: str = "",
+    provenance: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a pack; ``tasks`` are (name, instruction) pairs in the order of the starts' task ids.
+    """Write a pack; ``tasks`` are (name, instruction) pairs in the order of the starts' task ids; ``provenance`` is JSON.
 
     Raises:
         InvalidOptionError: no starts, frames of different sizes, unknown task ids, or proprio on some starts only.
@@ -126,4 +135,5 @@ def save_start_pack(
     if with_proprio:
         tensors["proprio"] = torch.from_numpy(np.stack(with_proprio).astype(np.float32))
     listed = json.dumps([{"name": name, "instruction": instruction} for name, instruction in tasks])
-    save_sealed(path, tensors, {"format": FORMAT, "layout": layout, "tasks": listed})
+    origin = {} if provenance is None else {"provenance": json.dumps(provenance)}
+    save_sealed(path, tensors, {"format": FORMAT, "layout": layout, "tasks": listed, **origin})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from rawdream_env.piper.relations import TASKS
 from rawdream_env.piper.starts import SimStarts, make_start_pack
 from rawdream_env.seeding import NoiseKey
 from rawdream_env.starts.base import seed_for
+from rawdream_env.starts.export import ExportStartsConfig, export_starts
 from rawdream_env.starts.pack import PackStarts
 from rawdream_env.testing.check_vector_env import check_vector_env
 from rawdream_env.types import Start
@@ -133,6 +136,19 @@ def test_start_pack_from_the_simulator(tmp_path):
     observation, _ = sim.reset(options={"starts": [pack[5]]})
     assert np.array_equal(observation["image"][0], pack[5].frame)
     assert np.array_equal(sim.start_of(0).proprio, pack[5].proprio)
+
+
+def test_start_packs_from_the_command_line(tmp_path):
+    out = tmp_path / "packs" / "starts.safetensors"
+    config = ExportStartsConfig(out, tasks=("put_spoon",), per_task=2, image_size=48, seed=3)
+    pack = PackStarts(export_starts(config))
+    assert set(pack.task_ids.tolist()) == {2} and pack.frames.shape == (2, 48, 48, 3)
+    assert (pack.provenance["robot"], pack.provenance["seed"], pack.provenance["protocol"]) == ("piper", 3, None)
+    assert not np.array_equal(pack.frames[0], pack.frames[1])
+    with pytest.raises(InvalidOptionError, match="the options do not fit the starts of 'piper'"):
+        export_starts(replace(config, options={"protocol": "rlinf"}))
+    with pytest.raises(InvalidOptionError, match="must end with .safetensors"):
+        export_starts(replace(config, out=tmp_path / "starts.npz"))
 
 
 def test_bad_options():

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from rawdream_env.errors import InvalidOptionError
 from rawdream_env.policies import load_policy
 from rawdream_env.policies.tiny_vla import TinyVLA
+from rawdream_env.robots import find_robot, sim_options
 from rawdream_env.statistics import Rate
 from rawdream_env.trainers.common.schedule import Schedule
 from rawdream_env.trainers.common.training_loop import TrainingLoop
@@ -89,7 +90,9 @@ def train_sft(config: SFTConfig, *, progress: bool = True) -> SFTResult:
         validation = validate(averaged, held_out, config)
         success = {}
         if config.sim_episodes:
-            success = simulator_success(averaged, config.sim_episodes, sim_env=config.sim_env, layout=config.layout)
+            sim_env = config.sim_env or find_robot().sim_env
+            options = sim_options(sim_env, layout=config.layout)
+            success = simulator_success(averaged, config.sim_episodes, sim_env=sim_env, **options)
             loop.log(**{f"sim_success/{name}": rate.value for name, rate in success.items()})
         described = {"stage": config.stage, "steps": loop.step, "validation": validation}
         averaged.save_pretrained(Path(config.run_dir) / "policy", metadata=described)

@@ -18,7 +18,7 @@ Both worlds are vector environments that :func:`rawdream_env.envs.episodes.run_e
 ``simulator`` (an object) replaces the simulator by any Gymnasium vector environment that has our infos, lists its ``tasks``
 ((name, instruction) pairs in the order of the task ids), starts from a ``Start`` with a seed and a task id, gives a verdict
 after every chunk, and continues to its horizon (options ``max_episode_steps``, ``return_frames``,
-``end_on_success=False``).
+``end_on_success=False``). A ``protocol`` of the simulator (LIBERO) is recorded, and must be the dream's.
 
 A world model that imagines a state also tells success by itself, whatever the judge: in 2 and in 4. That splits the world
 model's share from the judge's within the dream (docs/evaluation.md lists every number).
@@ -45,13 +45,14 @@ from rawdream_env.envs.episodes import Rollout, make_env, run_episodes
 from rawdream_env.envs.imagination import Replay
 from rawdream_env.errors import InvalidOptionError
 from rawdream_env.evaluation.side_by_side.aggregate import Scores, aggregate
+from rawdream_env.evaluation.side_by_side.compare import require_same_protocol
 from rawdream_env.evaluation.side_by_side.records import Clip, Clips, EpisodeRecord, SideBySide
 from rawdream_env.evaluation.side_by_side.report import write_report
 from rawdream_env.evaluation.side_by_side.verdicts import judge_recorded, second_verdicts, state_outcome
 from rawdream_env.evaluation.world_model.fidelity import compare_episode
 from rawdream_env.files import check_output
 from rawdream_env.policies import load_policy
-from rawdream_env.robots import find_robot
+from rawdream_env.robots import find_robot, sim_options
 from rawdream_env.seeding import NoiseKey, mix
 from rawdream_env.types import Outcome, Policy, Start, Trajectory, UInt8Array, Verdict
 
@@ -93,8 +94,8 @@ class EvaluateConfig:
     """Verify dreamed successes with a second noise draw (dual-noise verification)."""
     diagnose: bool = True
     """Execute each world's actions in the other one and judge the simulator's videos; takes about twice the time."""
-    max_episode_steps: int = 8
-    """Maximum number of chunks per episode."""
+    max_episode_steps: int | None = None
+    """Maximum number of chunks per episode; default: the dream environment's, 8 or that of its protocol."""
     num_envs: int = 16
     """Number of episodes that run in parallel."""
     workers: int = 2
@@ -172,6 +173,7 @@ def evaluate(
             )
         if simulator is None:
             simulator = opened.enter_context(closing(_make_simulator(config, dream)))
+        _check_protocols(dream, simulator)
         config = replace(config, tasks=_task_names(simulator, config.tasks))
         pairs = [(task, index) for index in range(config.episodes_per_task) for task in config.tasks]
         with tqdm(total=len(pairs) * len(actors), desc="evaluate", unit="episode", disable=not progress) as bar:
@@ -188,6 +190,7 @@ def evaluate(
     chunk_len, fps = dream.single_action_space.shape[0], float(dream.unwrapped.fps)
     at_end = dream.unwrapped.judge_every == "episode"
     report = aggregate(records, scores, chunk_len=chunk_len, at_end=at_end, config=config_dict(config))
+    report["protocol"] = _protocol(simulator)
     report |= {} if training is None else {"training": dict(training)}
     result = SideBySide(report, records, clips)
     if config.out is not None:
@@ -202,11 +205,11 @@ def _make_dream(config: EvaluateConfig) -> Any:
         world_model=config.world_model,
         judge=config.judge,
         judge_every=config.judge_every,
-        max_episode_steps=config.max_episode_steps,
         num_inference_steps=config.num_inference_steps,
         device=config.device,
         dtype=config.dtype,
         return_frames=True,
+        **({} if config.max_episode_steps is None else {"max_episode_steps": config.max_episode_steps}),
         **{"starts": "null", **config.dream_kwargs},  # every reset passes its starts
     )
 
@@ -216,16 +219,33 @@ def _make_simulator(config: EvaluateConfig, dream: Any) -> Any:
     env_id = config.sim_env or robot.sim_env
     if not env_id:
         raise InvalidOptionError(f"robot {robot.name!r} has no simulator; pass the id of one with --sim-env.")
+    chunk_len, (side, *_) = dream.single_action_space.shape[0], dream.single_observation_space["image"].shape
     kwargs: dict[str, Any] = {
-        "max_episode_steps": config.max_episode_steps,
+        "max_episode_steps": dream.unwrapped.max_episode_steps,
         "return_frames": True,
         "end_on_success": False,
+        **sim_options(
+            env_id,
+            num_workers=config.workers,
+            layout=config.layout,
+            image_size=side,
+            judge_every="chunk",
+            chunk_len=chunk_len,
+        ),
     }
-    if env_id == find_robot().sim_env:  # other simulators have other options
-        image_size = dream.single_observation_space["image"].shape[0]
-        kwargs |= {"num_workers": config.workers, "layout": config.layout, "image_size": image_size}
-        kwargs["judge_every"] = "chunk"
     return make_env(env_id, config.num_envs, **{**kwargs, **config.sim_kwargs})
+
+
+def _protocol(env: Any) -> dict[str, Any] | None:
+    """The evaluation protocol of an environment; None where it has none."""
+    return getattr(env.unwrapped, "protocol", None)
+
+
+def _check_protocols(dream: Any, simulator: Any) -> None:
+    """Refuse to compare a dream with a simulator of another protocol. The simulator's initial states are used for both."""
+    found = {"the dream": _protocol(dream), "the simulator": _protocol(simulator)}
+    if all(found.values()):
+        require_same_protocol({name: {**(p or {}), "init_states": ""} for name, p in found.items()})
 
 
 def _task_list(simulator: Any) -> tuple[tuple[str, str], ...]:
@@ -250,12 +270,15 @@ def _task_names(simulator: Any, chosen: Sequence[str]) -> tuple[str, ...]:
 
 def make_starts(simulator: Any, pairs: Sequence[tuple[str, int]], seed: int) -> list[Start]:
     """One start per (task, index) pair, without its frame: the simulator makes the scene from the task id and the seed
-    ``mix(seed, task id, index)``.
+    ``mix(seed, task id, index)``, or what its ``trial_seed`` returns for these numbers.
     """
+    trial_seed = getattr(simulator.unwrapped, "trial_seed", mix)
     tasks = _task_list(simulator)
     ids = {name: task_id for task_id, (name, _) in enumerate(tasks)}
     blank = np.zeros(simulator.single_observation_space["image"].shape, np.uint8)
-    return [Start(blank, tasks[ids[task]][1], ids[task], None, mix(seed, ids[task], index)) for task, index in pairs]
+    return [
+        Start(blank, tasks[ids[task]][1], ids[task], None, trial_seed(seed, ids[task], index)) for task, index in pairs
+    ]
 
 
 def _compare(

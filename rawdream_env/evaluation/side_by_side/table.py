@@ -7,6 +7,7 @@ from itertools import chain
 from typing import Any
 
 from rawdream_env.evaluation.reporting.numbers import Json, estimate_text, points_text, rate_text
+from rawdream_env.evaluation.side_by_side.compare import protocol_lines
 
 MEASURES = (
     ("closed_loop", "kappa", "same start, own actions"),
@@ -37,7 +38,7 @@ def table(report: Mapping[str, Any]) -> str:
             lines.append((name, task, rate_text(part["dream_trusted"]), *apart, rate_text(part["simulator"])))
     diagnoses = [_trust(entry) for entry in report["policies"] if "dreamed_actions" in entry["all"]]
     rest = [*chain.from_iterable(diagnoses), *_gains(report), *_ranking(report), *report["conclusions"]]
-    return "\n".join([*_aligned(lines), *rest])
+    return "\n".join([*_aligned(lines), *protocol_lines(report), *rest])
 
 
 def measure_text(part: Json, name: str, number: str) -> str:

@@ -6,36 +6,20 @@ draws all its rows with one renderer.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import socket
-import struct
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from multiprocessing.util import Finalize
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import numpy as np
 
-from rawdream_env.errors import (
-    ClosedEnvironmentError,
-    InvalidActionError,
-    InvalidOptionError,
-    ResetNeededError,
-    SimulatorError,
-)
+from rawdream_env.envs.row_workers import RowGroup, RowWorkers
+from rawdream_env.errors import InvalidActionError, InvalidOptionError, ResetNeededError
 from rawdream_env.piper.geometry import check_image_size
 from rawdream_env.piper.relations import BoolArray, find_task
 from rawdream_env.piper.simulator.layouts import check_layout
-from rawdream_env.piper.simulator.rows import Request, Rows, serve
-from rawdream_env.processes import starting_children
+from rawdream_env.piper.simulator.rows import Rows
 from rawdream_env.types import ACTION_DIM, Float32Array, UInt8Array
-
-_CLOSE_S = 5.0
-"""How long workers may take to end before they are killed."""
-_SLICES = 60
 
 
 @dataclass(frozen=True)
@@ -54,32 +38,7 @@ class PiperStep:
     lifted: BoolArray
 
 
-def _bound(pipe: Connection, timeout_s: float) -> None:
-    """Let a send or receive fail that does not move for ``timeout_s``: a stopped process neither reads nor writes."""
-    if os.name != "posix":
-        return
-    with socket.socket(fileno=os.dup(pipe.fileno())) as end:  # the option belongs to the socket, not to this descriptor
-        limit = struct.pack("@ll", int(timeout_s), int(timeout_s % 1 * 1e6))
-        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
-        end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-
-
-def _stop(processes: Sequence[Any], pipes: Sequence[Connection]) -> None:
-    """Close the pipes, on which workers end; kill those that have not ended soon."""
-    try:
-        for pipe in pipes:
-            pipe.close()
-        deadline = time.monotonic() + _CLOSE_S
-        for process in processes:
-            process.join(max(0.0, deadline - time.monotonic()))
-    finally:
-        for process in processes:
-            if process.is_alive():
-                process.kill()
-                process.join(_CLOSE_S)
-
-
-class PiperWorkers:
+class PiperWorkers(RowWorkers):
     """``num_envs`` twins with a batched interface.
 
     Args:
@@ -97,6 +56,8 @@ class PiperWorkers:
         SimulatorError: a worker died or did not answer. RendererError, at the first frame: no OpenGL.
     """
 
+    _NAME: ClassVar[str] = "piper"
+
     def __init__(
         self,
         num_envs: int,
@@ -107,41 +68,15 @@ class PiperWorkers:
     ) -> None:
         check_layout(layout)
         check_image_size(image_size)
-        if num_envs < 1 or num_workers < 0 or timeout_s <= 0:
-            raise InvalidOptionError(
-                f"num_envs={num_envs} must be at least 1, num_workers={num_workers} at least 0 and "
-                f"timeout_s={timeout_s} positive."
-            )
-        self.num_envs, self.num_workers, self.image_size = num_envs, min(num_workers, num_envs), image_size
-        self._timeout_s = timeout_s
-        self._closed = False
+        self.image_size, self._layout = image_size, layout
+        super().__init__(num_envs, num_workers, timeout_s)
         self._started = np.zeros(num_envs, bool)
-        self._layout = layout
-        self._local: Rows | None = None
-        self._processes: list[Any] = []
-        self._pipes: list[Connection] = []
-        self._number = self._settled = 0
-        self._counted = [0] * max(1, self.num_workers)
-        if not num_workers:
-            self._local = Rows(range(num_envs), image_size, layout)
-            return
-        context = multiprocessing.get_context("spawn")
-        # Runs at exit as well, before multiprocessing joins the processes without a limit.
-        self._stop = Finalize(self, _stop, args=(self._processes, self._pipes), exitpriority=10)
-        with starting_children():
-            for w in range(self.num_workers):
-                ours, theirs = context.Pipe()
-                self._pipes.append(ours)
-                _bound(ours, timeout_s)
-                process = context.Process(
-                    target=serve,
-                    args=(theirs, self._rows_of(w), image_size, layout),
-                    name=f"piper-worker-{w}",
-                    daemon=True,
-                )
-                process.start()
-                theirs.close()  # so that a dead worker shows as end of file
-                self._processes.append(process)
+
+    def _group(self, rows: Sequence[int]) -> Callable[[], RowGroup]:
+        return partial(Rows, rows, self.image_size, self._layout)
+
+    def _options(self) -> tuple[Any, ...]:
+        return self.num_envs, self.num_workers, self.image_size, self._layout, self._timeout_s
 
     # --- public ------------------------------------------------------------------------------------------------------
     def reset(self, rows: Sequence[int], seeds: Sequence[int], tasks: Sequence[str | None]) -> UInt8Array:
@@ -182,131 +117,11 @@ class PiperWorkers:
         """Commanded tool poses float32 (n, 7)."""
         return np.stack(self._call("proprio", self._check_rows(rows)))
 
-    def mark(self) -> int:
-        """Where ``take_back`` returns to. Calls made before it can no longer be taken back."""
-        self._settled = self._number
-        return self._number
-
-    def take_back(self, mark: int) -> None:
-        """Undo the calls made since ``mark`` (each process does so before its next call)."""
-        self._counted = [min(number, mark) for number in self._counted]
-
-    def close(self) -> None:
-        """Stop the workers and free the renderers. Closing again does nothing."""
-        if self._closed:
-            return
-        self._closed = True
-        if self._local is not None:
-            self._local.close()
-        else:
-            self._stop()
-
     def __getstate__(self) -> dict[str, Any]:
         """The options and the state of every row."""
-        rows = list(range(self.num_envs))
-        return {
-            "options": (self.num_envs, self.num_workers, self.image_size, self._layout, self._timeout_s),
-            "started": self._started,
-            "states": None if self._closed else self._call("state", rows),
-        }
+        return {**super().__getstate__(), "started": self._started}
 
     def __setstate__(self, pickled: dict[str, Any]) -> None:
         """Rows in the pickled state, with workers of their own."""
-        self.__init__(*pickled["options"])  # type: ignore[misc]
-        if pickled["states"] is None:
-            self.close()
-            return
+        super().__setstate__(pickled)
         self._started = pickled["started"].copy()
-        self._call("restore", list(range(self.num_envs)), pickled["states"])
-
-    def __enter__(self) -> PiperWorkers:
-        """Usable as a context manager: closes at the end."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Close."""
-        self.close()
-
-    # --- inside ------------------------------------------------------------------------------------------------------
-    def _rows_of(self, worker: int) -> list[int]:
-        return list(range(worker, self.num_envs, self.num_workers))
-
-    def _check_rows(self, rows: Sequence[int]) -> list[int]:
-        if self._closed:
-            raise ClosedEnvironmentError("these PiperWorkers are closed; create new ones.")
-        out = [int(row) for row in rows]
-        if not out or len(set(out)) != len(out) or min(out) < 0 or max(out) >= self.num_envs:
-            raise InvalidOptionError(f"rows {out} must be distinct numbers from 0 to {self.num_envs - 1}.")
-        return out
-
-    def _call(self, name: str, rows: list[int], *args: Any) -> list[Any]:
-        """Do ``name`` for rows; list arguments are per row and are split among the workers."""
-        self._number = number = self._number + 1
-        if self._local is not None:
-            local = self._local.call(Request(number, self._counted[0], self._settled, name, rows, args))
-            self._counted = [number]
-            return local
-        shares: dict[int, list[int]] = {}
-        for position, row in enumerate(rows):
-            shares.setdefault(row % self.num_workers, []).append(position)
-        for worker, positions in shares.items():
-            mine = tuple([arg[p] for p in positions] if isinstance(arg, list) else arg for arg in args)
-            share = [rows[p] for p in positions]
-            self._send(worker, Request(number, self._counted[worker], self._settled, name, share, mine))
-        results: list[Any] = [None] * len(rows)
-        for worker, positions in shares.items():
-            for position, answer in zip(positions, self._receive(worker, number), strict=True):
-                results[position] = answer
-        self._counted = [number if worker in shares else old for worker, old in enumerate(self._counted)]
-        return results
-
-    def _send(self, worker: int, request: Request) -> None:
-        try:
-            self._pipes[worker].send(request)
-        except BlockingIOError as error:
-            raise self._dead(worker, f"did not read its request within {self._timeout_s:g} s") from error
-        except OSError as error:
-            raise self._dead(worker, "has ended") from error
-        except BaseException:  # half a request would be read as the beginning of the next
-            self.close()
-            raise
-
-    def _receive(self, worker: int, number: int) -> list[Any]:
-        """The worker's answer to call ``number``; answers to earlier calls, which were given up, are dropped."""
-        try:
-            while True:
-                answered, good, result = self._next_answer(worker)
-                if answered == number:
-                    break
-        except (BlockingIOError, TimeoutError) as error:
-            raise self._dead(worker, f"did not answer within {self._timeout_s:g} s") from error
-        except (EOFError, OSError) as error:
-            raise self._dead(worker, "has ended") from error
-        if not good:
-            raise result
-        answers: list[Any] = result
-        return answers
-
-    def _next_answer(self, worker: int) -> tuple[int, bool, Any]:
-        pipe = self._pipes[worker]
-        # In slices, so that time in which this process itself is stopped (Ctrl-Z) hardly counts.
-        if not any(pipe.poll(self._timeout_s / _SLICES) for _ in range(_SLICES)):
-            raise TimeoutError
-        try:
-            answer: tuple[int, bool, Any] = pipe.recv()
-        except (EOFError, OSError):
-            raise
-        except BaseException:  # half an answer was read: the rest would be taken for the next
-            self.close()
-            raise
-        return answer
-
-    def _dead(self, worker: int, what: str) -> SimulatorError:
-        process = self._processes[worker]
-        process.join(timeout=0.5)
-        code = process.exitcode
-        self.close()
-        return SimulatorError(
-            f"simulator worker {worker} (rows {self._rows_of(worker)}, exit code {code}) {what}, so all workers were "
-            "closed. Create a new environment" + (", with fewer workers if memory ran out." if code == -9 else ".")
-        )

@@ -71,7 +71,7 @@ def _aligned(lines: list[tuple[str, ...]]) -> list[str]:
 
 
 def _ranking(report: Mapping[str, Any]) -> list[str]:
-    ranking = report["ranking"]
+    ranking = report.get("ranking")
     if ranking is None or ranking["n_policies"] < 3:  # the order of two is in the gain
         return []
     numbers = ", ".join(f"{name.capitalize()} {estimate_text(ranking[name])}" for name in ("spearman", "kendall"))

@@ -1,4 +1,5 @@
-"""Write ``golden_frames.json``: what the manufacturer's SDK puts on the bus, listened to on a virtual one.
+"""Write ``golden_frames.json`` and ``golden_end_poses.json``: what the manufacturer's SDK puts on the bus, listened to on a
+virtual one, and the flange poses of its forward kinematics.
 
 Needs piper_sdk and python-can, which the package does not:
 
@@ -13,7 +14,7 @@ import time
 from pathlib import Path
 
 import can
-from piper_sdk import C_PiperInterface_V2
+from piper_sdk import C_PiperForwardKinematics, C_PiperInterface_V2
 
 CASES = [
     ("MotionCtrl_2", [0x01, 0, 30]),
@@ -43,6 +44,19 @@ FEEDBACK = [
 ]
 """Frames of an arm, for the SDK to read."""
 
+JOINTS = [
+    [0.0, 1.6, -0.9, 0.0, 0.95, 0.0],
+    [0.5, 1.2, -0.6, 0.3, 0.7, -0.4],
+    [-1.1, 2.0, -1.5, -0.8, 1.1, 1.7],
+    [2.0, 0.4, -2.5, 1.2, -0.5, -1.9],
+]
+"""Radians."""
+
+
+def write(name: str, goldens: list[dict[str, object]]) -> None:
+    lines = ",\n".join(json.dumps(golden) for golden in goldens)
+    Path(__file__).with_name(name).write_text(f"[\n{lines}\n]\n")
+
 
 def main() -> None:
     listener = can.Bus("golden", interface="virtual")
@@ -71,8 +85,10 @@ def main() -> None:
     groups = (FEEDBACK[:3], FEEDBACK[3:6], FEEDBACK[6:])
     for (call, values), frames in zip(read.items(), groups, strict=True):
         goldens.append({"call": f"{call}Feedback", "arguments": values, "frames": frames})
-    lines = ",\n".join(json.dumps(golden) for golden in goldens)
-    Path(__file__).with_name("golden_frames.json").write_text(f"[\n{lines}\n]\n")
+    write("golden_frames.json", goldens)
+    kinematics = C_PiperForwardKinematics()
+    end_poses = [[round(x, 9) for x in kinematics.CalFK(joints)[-1]] for joints in JOINTS]  # mm and degrees
+    write("golden_end_poses.json", [{"joints": j, "end_pose": e} for j, e in zip(JOINTS, end_poses, strict=True)])
 
 
 if __name__ == "__main__":

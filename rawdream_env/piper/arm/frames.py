@@ -1,4 +1,4 @@
-"""CAN frames of the AgileX Piper: mode, end pose, joints and gripper, as bytes.
+"""CAN frames of the AgileX Piper: mode, end pose, joints, gripper, power and stop, as bytes.
 
 Pure functions. This is the only place with the arm's own units: 0.001 mm, 0.001 degree, 0.001 N m, as big-endian
 integers; arguments and results are in metres, radians and newton metres. Numbers are rounded to the nearest unit, so a
@@ -19,13 +19,17 @@ from rawdream_env.errors import CanFrameError, InvalidActionError, shorten
 
 FloatArray = NDArray[np.float64]
 
+STOP_ID = 0x150
 MODE_ID = 0x151
 END_POSE_IDS = (0x152, 0x153, 0x154)
 JOINT_IDS = (0x155, 0x156, 0x157)
 GRIPPER_ID = 0x159
+POWER_ID = 0x471
+FEEDBACK_STATUS_ID = 0x2A1
 FEEDBACK_END_POSE_IDS = (0x2A2, 0x2A3, 0x2A4)
 FEEDBACK_JOINT_IDS = (0x2A5, 0x2A6, 0x2A7)
 FEEDBACK_GRIPPER_ID = 0x2A8
+FEEDBACK_MOTOR_IDS = (0x261, 0x262, 0x263, 0x264, 0x265, 0x266)
 
 _UM = 1e-6  # metres in 0.001 mm
 _MDEG = float(np.deg2rad(1e-3))  # radians in 0.001 degree
@@ -33,6 +37,8 @@ _MNM = 1e-3  # newton metres in 0.001 N m
 _END_POSE_UNITS = (_UM, _UM, _UM, _MDEG, _MDEG, _MDEG)
 _JOINT_UNITS = (_MDEG,) * 6
 _INT32 = 2**31 - 1
+_ALL_MOTORS = 7
+_ENABLED_BIT = 0x40  # of the status byte of a motor and of the gripper
 MAX_EFFORT = 5.0
 """Largest gripper effort that the arm takes (N m)."""
 
@@ -55,6 +61,26 @@ class GripperCode(IntEnum):
     ENABLE = 1
     DISABLE_AND_CLEAR = 2
     ENABLE_AND_CLEAR = 3
+
+
+class StopCode(IntEnum):
+    """Content of a stop frame."""
+
+    NONE = 0
+    STOP = 1
+    """The arm sinks slowly."""
+    RESET = 2
+    """Ends a stop and cuts the power: the arm drops."""
+
+
+class ArmStatus(IntEnum):
+    """What the controller reports; other values are other faults."""
+
+    NORMAL = 0
+    EMERGENCY_STOP = 1
+    NO_SOLUTION = 2
+    SINGULARITY = 3
+    BEYOND_LIMITS = 4
 
 
 @dataclass(frozen=True)
@@ -157,6 +183,44 @@ def decode_gripper(frame: Frame) -> Gripper:
     _check(frame, (GRIPPER_ID, FEEDBACK_GRIPPER_ID))
     opening_um, effort_mnm, code = struct.unpack(">ihBx", frame.data)
     return Gripper(opening_um * _UM, effort_mnm * _MNM, code)
+
+
+def encode_power(on: bool) -> Frame:
+    """The frame that powers all motors, or cuts their power. Without power the arm drops."""
+    return Frame(POWER_ID, bytes([_ALL_MOTORS, 2 if on else 1]) + bytes(6))
+
+
+def encode_stop() -> Frame:
+    """The emergency stop: the arm sinks slowly. Nothing here makes the frame that resets the arm, which drops it."""
+    return Frame(STOP_ID, bytes([StopCode.STOP]) + bytes(7))
+
+
+def decode_power(frame: Frame) -> bool:
+    """Whether a power frame turns all motors on; ``CanFrameError`` for another one."""
+    _check(frame, (POWER_ID,))
+    if frame.data[0] != _ALL_MOTORS or frame.data[1] not in {1, 2}:
+        raise CanFrameError(f"power frame {frame.data.hex()} is not about all motors.")
+    return frame.data[1] == 2
+
+
+def decode_stop(frame: Frame) -> StopCode:
+    """Content of a stop frame; ``CanFrameError`` for another one."""
+    _check(frame, (STOP_ID,))
+    if frame.data[0] not in list(StopCode):
+        raise CanFrameError(f"stop frame {frame.data.hex()} has an unknown code.")
+    return StopCode(frame.data[0])
+
+
+def decode_status(frame: Frame) -> int:
+    """``ArmStatus``, or another number for another fault; ``CanFrameError`` for another frame."""
+    _check(frame, (FEEDBACK_STATUS_ID,))
+    return frame.data[1]
+
+
+def decode_motor_enabled(frame: Frame) -> tuple[int, bool]:
+    """Which joint's motor (0 to 5) a motor frame is about, and whether it is on; ``CanFrameError`` for another frame."""
+    _check(frame, FEEDBACK_MOTOR_IDS)
+    return FEEDBACK_MOTOR_IDS.index(frame.can_id), bool(frame.data[5] & _ENABLED_BIT)
 
 
 def _check(frame: Frame, ids: Sequence[int]) -> None:

@@ -30,6 +30,9 @@ CASES = [
     ("GripperCtrl", [0, 0, 0, 0]),
     ("GripperCtrl", [70_000, 1_000, 1, 0]),
     ("GripperCtrl", [35_001, 5_000, 3, 0]),
+    ("EnableArm", [7, 2]),
+    ("EnableArm", [7, 1]),
+    ("EmergencyStop", [1]),
 ]
 """Calls of the SDK in its own units: 0.001 mm, 0.001 degree, 0.001 N m."""
 

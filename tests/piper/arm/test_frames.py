@@ -19,14 +19,19 @@ from rawdream_env.piper.arm.frames import (
     GripperCode,
     Mode,
     MoveMode,
+    StopCode,
     decode_end_pose,
     decode_gripper,
     decode_joints,
     decode_mode,
+    decode_power,
+    decode_stop,
     encode_end_pose,
     encode_gripper,
     encode_joints,
     encode_mode,
+    encode_power,
+    encode_stop,
 )
 
 GOLDENS = json.loads(Path(__file__).with_name("golden_frames.json").read_text())
@@ -45,6 +50,10 @@ def golden_content(golden):
         return frames, content, encode_end_pose, decode_end_pose
     if call.startswith("Joint"):
         return frames, np.deg2rad(numbers * 1e-3), encode_joints, decode_joints
+    if call == "EnableArm":
+        return frames, numbers[1] == 2, encode_power, decode_power
+    if call == "EmergencyStop":
+        return frames, StopCode.STOP, lambda _: encode_stop(), decode_stop
     return frames, Gripper(numbers[0] * 1e-6, numbers[1] * 1e-3, int(numbers[2])), encode_gripper, decode_gripper
 
 
@@ -106,7 +115,7 @@ def test_other_frames_are_not_read():
     for frames in (pose[:2], pose[::-1], encode_joints(np.zeros(6)), (Frame(END_POSE_IDS[0], b"short"), *pose[1:])):
         with pytest.raises(CanFrameError):
             decode_end_pose(frames)
-    for decode in (decode_gripper, decode_mode):
+    for decode in (decode_gripper, decode_mode, decode_power, decode_stop):
         with pytest.raises(CanFrameError):
             decode(pose[0])
     for data in ("0901000000000000", "0105000000000000", "0101ff0000000000", "010164ad00000000"):

@@ -47,7 +47,7 @@ class DemoConfig:
     lr: float = 2e-4
     """AdamW learning rate, after a warm-up of a few steps."""
     temperature: float = 0.7
-    """Sampling temperature in training; the evaluation is greedy."""
+    """Sampling temperature in training and in the evaluation: the policy learns to act with this much noise."""
     policy: str = "embedded"
     """Policy to improve: "embedded", a folder, a hub id, or module:factory."""
     world_model: str = "embedded"
@@ -168,6 +168,7 @@ def evaluate_config(config: DemoConfig) -> EvaluateConfig:
         judge=config.judge,
         dtype=config.dtype,
         num_inference_steps=config.num_inference_steps,
+        temperature=config.temperature,
         diagnose=False,
         workers=config.workers,
         seed=config.seed + 1,

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntFlag
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -24,7 +24,7 @@ from rawdream_env.errors import InvalidActionError, InvalidOptionError
 from rawdream_env.piper import geometry as geo
 from rawdream_env.types import ACTION_DIM
 
-FloatArray = NDArray[np.float64]
+FloatArray = NDArray[np.floating[Any]]
 BoolArray = NDArray[np.bool_]
 
 _SHOULDER, _ELBOW, _WRIST = (geo.ARM_POINT_NAMES.index(name) for name in ("shoulder", "elbow", "wrist"))
@@ -249,12 +249,12 @@ def guard(state: ArmState, target: ArrayLike, limits: Limits | None = None) -> G
 
 def _state_allowed(here: FloatArray, before: FloatArray, limits: Limits) -> BoolArray:
     """(B,) whether the last command was inside the limits, and slow enough to stop in one period."""
-    ok = np.isfinite(here).all(axis=-1) & np.isfinite(before).all(axis=-1)
-    here, before = (np.where(ok[:, None], a, geo.HOME_POSE) for a in (here, before))
+    finite: BoolArray = np.isfinite(np.stack([here, before])).all(axis=(0, -1))
+    here, before = (np.where(finite[:, None], a, geo.HOME_POSE) for a in (here, before))
     step = np.abs(here - before)[:, :6] <= np.repeat([limits.max_step, limits.max_turn], 3) + _ROUNDING
     inside = (here >= limits.pose_low) & (here <= limits.pose_high)
     _, broken = _broken(here, here, None, limits)
-    return ok & step.all(axis=-1) & inside.all(axis=-1) & (broken == 0)
+    return np.asarray(finite & step.all(axis=-1) & inside.all(axis=-1) & (broken == 0))
 
 
 def _into_boxes(

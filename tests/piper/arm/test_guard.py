@@ -167,6 +167,14 @@ def test_a_reversal_stops_first():
     np.testing.assert_allclose(back.pose[0], state.pose[0], atol=1e-12)
 
 
+@pytest.mark.parametrize("before", [-np.inf, np.nan, 1e308, 0.0])
+def test_a_state_too_fast_to_stop_is_refused(before):
+    state = ArmState(geo.HOME_POSE + [0, 0, 0, 0, 0, 0, 0.5], np.full(7, before))
+    sent = guard(state, state.pose)
+    assert Reason(int(sent.reasons)) == Reason.STATE and np.isnan(sent.pose).all()
+    np.testing.assert_array_equal(state.after(sent).pose, state.pose)  # it holds
+
+
 def test_a_wrist_at_its_limit_does_not_stop_the_hand():
     state = ArmState.at_rest([0.26, 0, 0.010, 0, 0, 0, 0])
     sent = guard(

@@ -11,13 +11,14 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rawdream_env.errors import CanFrameError, InvalidActionError, shorten
 
-FloatArray = NDArray[np.float64]
+FloatArray = NDArray[np.floating[Any]]
 
 STOP_ID = 0x150
 MODE_ID = 0x151

@@ -30,6 +30,10 @@ class InvalidActionError(RawDreamError, ValueError):
     """Actions of the wrong shape, dtype or range, or not finite."""
 
 
+class CanFrameError(RawDreamError, ValueError):
+    """A CAN frame has another identifier, length or content than expected."""
+
+
 class InvalidOptionError(RawDreamError, ValueError):
     """An environment or wrapper option that does not exist or does not fit the others."""
 

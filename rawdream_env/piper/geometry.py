@@ -61,7 +61,7 @@ ARM_POINT_NAMES: Final = ("base", "shoulder", "elbow", "wrist", "flange", "tool"
 
 _SHOULDER_Z = BASE_HEIGHT + DH_D[0]
 _UPPER = DH_A[2]
-_FOREARM = float(np.hypot(DH_A[3], DH_D[3]))
+FOREARM = float(np.hypot(DH_A[3], DH_D[3]))
 _FOREARM_BEND = float(np.arctan2(-DH_A[3], DH_D[3]))
 _TOOL_LENGTH = DH_D[5] + TCP_OFFSET
 _DOWN = np.diag([-1.0, 1.0, -1.0])  # tool frame at rpy 0; the other choice, diag(1, -1, -1), saturates joint 6
@@ -119,8 +119,8 @@ def _arm_plane(pose: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray, Fl
     wrist = pose[..., :3] - _TOOL_LENGTH * tool_rotation(pose)[..., :, 2]
     yaw = np.arctan2(wrist[..., 1], wrist[..., 0])
     r, z = np.hypot(wrist[..., 0], wrist[..., 1]), wrist[..., 2] - _SHOULDER_Z
-    reach = np.clip(np.hypot(r, z), abs(_UPPER - _FOREARM) + 1e-6, _UPPER + _FOREARM - 1e-6)
-    inner = np.arccos(np.clip((_UPPER**2 + reach**2 - _FOREARM**2) / (2 * _UPPER * reach), -1.0, 1.0))
+    reach = np.clip(np.hypot(r, z), abs(_UPPER - FOREARM) + 1e-6, _UPPER + FOREARM - 1e-6)
+    inner = np.arccos(np.clip((_UPPER**2 + reach**2 - FOREARM**2) / (2 * _UPPER * reach), -1.0, 1.0))
     upper = np.arctan2(z, r) + inner  # elbow up
     fore = np.arctan2(z - _UPPER * np.sin(upper), r - _UPPER * np.cos(upper))
     return yaw, upper, fore, wrist

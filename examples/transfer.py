@@ -111,15 +111,15 @@ def report():
         print(
             f"\ntemperature {temperature:g}, {args.updates} updates, {n} episodes per task and policy, {args.layout} starts"
         )
-        print(f"  {'':14} {'all tasks':34} {'  '.join(f'{task:>11}' for task in tasks)}")
+        print(f"  {'':18} {'all tasks':34} {'  '.join(f'{task:>11}' for task in tasks)}")
         line = "  ".join(f"{100 * before['successes'][task] / n:11.1f}" for task in tasks)
-        print(f"  {'before':14} {Rate.of(sum(before['successes'].values()), n * len(tasks))!s:34} {line}")
+        print(f"  {'before':18} {Rate.of(sum(before['successes'].values()), n * len(tasks))!s:34} {line}")
         for kind in KINDS:
             ends = [latest[key] for seed in args.seeds if (key := (kind, seed, args.updates, temperature)) in latest]
             for row in ends:
                 line = "  ".join(f"{100 * row['successes'][task] / row['episodes']:11.1f}" for task in tasks)
                 total = Rate.of(sum(row["successes"].values()), row["episodes"] * len(tasks))
-                print(f"  {kind + ' seed ' + str(row['seed']):14} {total!s:34} {line}")
+                print(f"  {kind + ' seed ' + str(row['seed']):18} {total!s:34} {line}")
             gains = [share(row) - share(before) for row in ends]
             if gains:
                 print(

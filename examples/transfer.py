@@ -136,7 +136,9 @@ def report():
         series.append(Series(kind, css, points))
     title = f"Success in the simulator, T={TEMPERATURE:g}, mean of {len(args.seeds)} seeds"
     chart = line_chart(title, "%", [str(step) for step in steps], series, axis="updates")
-    (args.out / "curve.html").write_text(f"<!doctype html><style>{STYLE.read_text()}</style>{chart}")
+    legend = "".join(f'<span class="{line.css}"><i></i>{line.label}</span>' for line in series)
+    page = f'<!doctype html><style>{STYLE.read_text()}</style><p class="key">{legend}</p>{chart}'
+    (args.out / "curve.html").write_text(page)
 
 
 torch.set_num_threads(1)

@@ -1,6 +1,6 @@
 """Does reinforcement learning in the dream transfer? The same GRPO in the dream and in the simulator, over several seeds.
 
-    python examples/transfer.py --out runs/transfer                  # about 3 hours on one core
+    python examples/transfer.py --out runs/transfer                  # about 1.5 hours on one core
     python examples/transfer.py --out runs/transfer --kinds dream    # one kind alone; rerun with others to add them
     python examples/transfer.py --out runs/transfer --report         # only the tables, from what has been measured
 
@@ -99,6 +99,13 @@ def share(row):
     return sum(row["successes"].values()) / (row["episodes"] * len(row["successes"]))
 
 
+def table_line(name, row):
+    """A policy's success rate over all tasks with its interval, and per task in per cent."""
+    found, n = row["successes"].values(), row["episodes"]
+    tasks = "  ".join(f"{100 * successes / n:11.1f}" for successes in found)
+    return f"  {name:18} {Rate.of(sum(found), n * len(found))!s:34} {tasks}"
+
+
 def report():
     """The tables, and the curve."""
     found = [r for r in rows() if r["layout"] == args.layout]
@@ -112,14 +119,11 @@ def report():
             f"\ntemperature {temperature:g}, {args.updates} updates, {n} episodes per task and policy, {args.layout} starts"
         )
         print(f"  {'':18} {'all tasks':34} {'  '.join(f'{task:>11}' for task in tasks)}")
-        line = "  ".join(f"{100 * before['successes'][task] / n:11.1f}" for task in tasks)
-        print(f"  {'before':18} {Rate.of(sum(before['successes'].values()), n * len(tasks))!s:34} {line}")
+        print(table_line("before", before))
         for kind in KINDS:
             ends = [latest[key] for seed in args.seeds if (key := (kind, seed, args.updates, temperature)) in latest]
             for row in ends:
-                line = "  ".join(f"{100 * row['successes'][task] / row['episodes']:11.1f}" for task in tasks)
-                total = Rate.of(sum(row["successes"].values()), row["episodes"] * len(tasks))
-                print(f"  {kind + ' seed ' + str(row['seed']):18} {total!s:34} {line}")
+                print(table_line(f"{kind} seed {row['seed']}", row))
             gains = [share(row) - share(before) for row in ends]
             if gains:
                 print(

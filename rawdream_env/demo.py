@@ -202,7 +202,7 @@ def _dreamed(rows: Sequence[Mapping[str, Any]], suffix: str) -> dict[str, Any]:
 
 def curve_text(report: Mapping[str, Any]) -> str:
     """Dreamed success in the first and the last updates, per task; empty without an update."""
-    from rawdream_env.evaluation.reporting.numbers import rate_text
+    from rawdream_env.evaluation.reporting.numbers import aligned, rate_text
 
     training = report["training"]
     windows = training["windows"]
@@ -215,8 +215,7 @@ def curve_text(report: Mapping[str, Any]) -> str:
     for number, task in enumerate(report["policies"][0]["tasks"]):
         rates = [window["tasks"].get(str(number)) for window in ends]
         lines.append([task, *("-" if rate is None else rate_text(rate) for rate in rates)])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines) + "\n\n"
+    return "\n".join(aligned(lines)) + "\n\n"
 
 
 def _write_film(config: DemoConfig, result: SideBySide) -> Path:

@@ -13,6 +13,7 @@ from rawdream_env.config import parse_choice, parse_positive_int
 from rawdream_env.envs.base import ChunkResult, ChunkVectorEnv, Rows
 from rawdream_env.envs.dream import DreamVectorEnv
 from rawdream_env.envs.reflector import Reflector
+from rawdream_env.envs.simulated import SimulatedVectorEnv
 from rawdream_env.envs.single import SingleEnv
 from rawdream_env.errors import InvalidOptionError
 from rawdream_env.libero.protocols import Protocol, Split, find_protocol, state_number
@@ -25,7 +26,7 @@ from rawdream_env.types import Float32Array, Start
 FPS = 20.0
 
 
-class LiberoSimVectorEnv(ChunkVectorEnv):
+class LiberoSimVectorEnv(SimulatedVectorEnv):
     """``num_envs`` rows of a LIBERO suite in hf-libero's simulator: ``gym.make_vec("rawdream/LiberoGoalSim-v0", ...)``.
 
     Spaces, infos, autoreset and seeds are those of :class:`ChunkVectorEnv`; control is at 20 Hz. Actions are LIBERO's own
@@ -46,6 +47,8 @@ class LiberoSimVectorEnv(ChunkVectorEnv):
     Raises at the first reset:
         MissingAssetsError: LIBERO's meshes and textures are not here. RendererError: no working OpenGL renderer.
     """
+
+    _workers: LiberoWorkers
 
     def __init__(
         self,
@@ -149,12 +152,7 @@ class LiberoSimVectorEnv(ChunkVectorEnv):
         if start is None:
             task = draw_task(key, len(self.tasks)) if self._task is None else self._task
             return self._rules.scene(seed_for(key.seed, key.episode), self.init_states), task
-        if start.seed is None or not 0 <= start.task_id < len(self.tasks):
-            raise InvalidOptionError(
-                f"options['starts'][{row}] has seed {start.seed} and task_id {start.task_id}; the simulator "
-                f"needs the scene's seed and a task id from 0 to {len(self.tasks) - 1}."
-            )
-        return start.seed, start.task_id
+        return self._given_scene(row, start)
 
     def _advance(self, rows: Rows, actions: Float32Array, last: NDArray[np.bool_]) -> ChunkResult:
         left = self._rules.horizon - self._elapsed[rows] * self.chunk_len
@@ -173,19 +171,6 @@ class LiberoSimVectorEnv(ChunkVectorEnv):
         frames = frames if len(frames) else self._images[row][None]
         missing = (self.chunk_len if self.return_frames else 1) - len(frames)
         return np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)]) if missing else frames
-
-    def _save(self) -> dict[str, Any]:
-        return {**super()._save(), "workers": self._workers.mark()}
-
-    def _restore(self, saved: dict[str, Any]) -> None:
-        super()._restore(saved)
-        self._workers.take_back(saved["workers"])
-
-    def close_extras(self, **kwargs: Any) -> None:
-        """Stop the simulators and their processes."""
-        for part in (getattr(self, "_workers", None), self.reflector):
-            if part is not None:
-                part.close()
 
 
 class LiberoDreamVectorEnv(DreamVectorEnv):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from gymnasium.vector import AutoresetMode
@@ -13,12 +13,15 @@ from rawdream_env.config import parse_choice, parse_positive_int
 from rawdream_env.envs.base import ChunkResult, ChunkVectorEnv, Rows
 from rawdream_env.envs.dream import DreamVectorEnv
 from rawdream_env.envs.reflector import Reflector
+from rawdream_env.envs.simulated import SimulatedVectorEnv
 from rawdream_env.envs.single import SingleEnv
-from rawdream_env.errors import InvalidOptionError
 from rawdream_env.piper.starts import INSTRUCTIONS, TASK_LIST, TASK_NAMES, piper_task
 from rawdream_env.seeding import NoiseKey
 from rawdream_env.starts.base import TaskLike, seed_for
 from rawdream_env.types import Float32Array, Start
+
+if TYPE_CHECKING:
+    from rawdream_env.piper.simulator.workers import PiperWorkers
 
 CHUNK_LEN = 8
 FPS = 10.0
@@ -37,7 +40,7 @@ class PiperDreamVectorEnv(DreamVectorEnv):
         super().__init__(num_envs, **{"robot": "piper", **kwargs})
 
 
-class PiperSimVectorEnv(ChunkVectorEnv):
+class PiperSimVectorEnv(SimulatedVectorEnv):
     """``num_envs`` Piper tabletops in MuJoCo, one action chunk (8 control steps at 10 Hz) a step.
 
     Spaces, infos, autoreset and seeds are those of :class:`ChunkVectorEnv`. Success is checked at the end of every
@@ -56,6 +59,7 @@ class PiperSimVectorEnv(ChunkVectorEnv):
 
     robot = "piper"
     tasks = TASK_LIST
+    _workers: PiperWorkers
 
     def __init__(
         self,
@@ -113,10 +117,10 @@ class PiperSimVectorEnv(ChunkVectorEnv):
         self.task = task
         if task is not None:
             piper_task(NoiseKey(0), task)
-        from rawdream_env.piper.simulator.workers import PiperWorkers
+        from rawdream_env.piper.simulator import workers as simulator
 
         workers = parse_positive_int("num_workers", num_workers, minimum=0)
-        self._workers = PiperWorkers(self.num_envs, num_workers=workers, image_size=size, layout=self.layout)
+        self._workers = simulator.PiperWorkers(self.num_envs, num_workers=workers, image_size=size, layout=self.layout)
 
     def _begin(self, rows: Rows, keys: Sequence[NoiseKey], given: Sequence[Start | None]) -> list[Start]:
         scenes = [self._scene(row, key, start) for row, key, start in zip(rows.tolist(), keys, given, strict=True)]
@@ -132,12 +136,7 @@ class PiperSimVectorEnv(ChunkVectorEnv):
         """(scene seed, task id) of an episode."""
         if start is None:
             return seed_for(key.seed, key.episode), piper_task(key, self.task)
-        if start.seed is None or not 0 <= start.task_id < len(TASK_NAMES):
-            raise InvalidOptionError(
-                f"options['starts'][{row}] has seed {start.seed} and task_id {start.task_id}; the simulator "
-                f"needs the scene's seed and a task id from 0 to {len(TASK_NAMES) - 1}."
-            )
-        return start.seed, start.task_id
+        return self._given_scene(row, start)
 
     def _advance(self, rows: Rows, actions: Float32Array, last: NDArray[np.bool_]) -> ChunkResult:
         # Only the last frame is observed; drawing the others takes most of the time.
@@ -147,19 +146,6 @@ class PiperSimVectorEnv(ChunkVectorEnv):
         verdict = np.where(wanted, success, -1).astype(np.int8)
         nothing = np.zeros(len(rows), dtype=np.bool_)
         return ChunkResult(np.asarray(step.frames), verdict, ~nothing, nothing, lifted=step.lifted.astype(np.int8))
-
-    def _save(self) -> dict[str, Any]:
-        return {**super()._save(), "workers": self._workers.mark()}
-
-    def _restore(self, saved: dict[str, Any]) -> None:
-        super()._restore(saved)
-        self._workers.take_back(saved["workers"])
-
-    def close_extras(self, **kwargs: Any) -> None:
-        """Stop the simulators and their processes."""
-        for part in (getattr(self, "_workers", None), self.reflector):
-            if part is not None:
-                part.close()
 
 
 class PiperDreamEnv(SingleEnv):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from rawdream_env.envs.episodes import Rollout
+from rawdream_env.evaluation.reporting.numbers import aligned
 from rawdream_env.judges.ensemble import JudgeGap
 from rawdream_env.statistics import Rate
 from rawdream_env.trainers.grpo.losses import DropReason, GroupAdvantages
@@ -130,9 +131,7 @@ def table(counts: RolloutCounts, names: Mapping[int, str]) -> str:
         rows.append([name, Rate.of(part.trusted_successes, part.trusted), *map(_percent, shares)])
         rows[-1] += [part.flagged, part.invalid, part.groups]
         rows[-1] += [_percent(rates["all_success_rate"]), _percent(rates["all_failure_rate"])]
-    texts = [[str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-    return "\n".join("  ".join(t.ljust(w) for t, w in zip(row, widths, strict=True)).rstrip() for row in texts)
+    return "\n".join(aligned([[str(cell) for cell in row] for row in rows]))
 
 
 def _share(part: int, whole: int) -> float:

@@ -1,11 +1,17 @@
-"""Rates and estimates, in their JSON form, as text with n and an interval."""
+"""Rates and estimates, in their JSON form, as text with n and an interval; rows of text as a table."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 Json = Mapping[str, Any]
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of text with columns of equal width."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def rate_text(rate: Json) -> str:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import tyro
 
 from rawdream_env.errors import DatasetError, InvalidOptionError, ProtocolMismatchError, shorten
-from rawdream_env.evaluation.reporting.numbers import rate_text
+from rawdream_env.evaluation.reporting.numbers import aligned, rate_text
 from rawdream_env.files import read_json
 
 
@@ -42,9 +42,7 @@ def compare(config: CompareConfig) -> str:
                 rows.append((name, policy["name"], *rates))
     except (KeyError, TypeError) as error:
         raise DatasetError(f"{name}/report.json lacks {error}; {advice}.") from error
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    text = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*protocol_lines(next(iter(found.values()))), *text])
+    return "\n".join([*protocol_lines(next(iter(found.values()))), *aligned(rows)])
 
 
 def require_same_protocol(protocols: Mapping[str, Mapping[str, Any] | None]) -> None:

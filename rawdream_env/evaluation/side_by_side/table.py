@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
-from rawdream_env.evaluation.reporting.numbers import Json, estimate_text, points_text, rate_text
+from rawdream_env.evaluation.reporting.numbers import Json, aligned, estimate_text, points_text, rate_text
 from rawdream_env.evaluation.side_by_side.compare import protocol_lines
 
 MEASURES = (
@@ -38,7 +38,7 @@ def table(report: Mapping[str, Any]) -> str:
             lines.append((name, task, rate_text(part["dream_trusted"]), *apart, rate_text(part["simulator"])))
     diagnoses = [_trust(entry) for entry in report["policies"] if "dreamed_actions" in entry["all"]]
     rest = [*chain.from_iterable(diagnoses), *_gains(report), *_ranking(report), *report["conclusions"]]
-    return "\n".join([*_aligned(lines), *protocol_lines(report), *rest])
+    return "\n".join([*_ruled(lines), *protocol_lines(report), *rest])
 
 
 def measure_text(part: Json, name: str, number: str) -> str:
@@ -59,15 +59,14 @@ def _trust(entry: Json) -> list[str]:
     for first in range(0, len(MEASURES), _COLUMNS_AT_ONCE):
         columns = MEASURES[first : first + _COLUMNS_AT_ONCE]
         rows = [(task, *(measure_text(part, *keys) for *keys, _ in columns)) for task, part in parts.items()]
-        out += ["", *_aligned([("task", *(title for *_, title in columns)), *rows])]
+        out += ["", *_ruled([("task", *(title for *_, title in columns)), *rows])]
     return [*out, ""]
 
 
-def _aligned(lines: list[tuple[str, ...]]) -> list[str]:
+def _ruled(rows: list[tuple[str, ...]]) -> list[str]:
     """Columns of equal width, a rule below the first line."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return [text[0], "-" * max(map(len, text)), *text[1:]]
+    first, *rest = aligned(rows)
+    return [first, "-" * max(map(len, (first, *rest))), *rest]
 
 
 def _ranking(report: Mapping[str, Any]) -> list[str]:

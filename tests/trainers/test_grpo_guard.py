@@ -118,8 +118,18 @@ def test_a_run_of_an_earlier_version_goes_on_without_warm_up_and_guard(tmp_path:
     unbroken = train(tmp_path / "unbroken")
     train(tmp_path / "old", steps=2)
     config = json.loads((tmp_path / "old" / "config.json").read_text())
-    new = ("warmup_steps", "max_kl", "alarm_margin", "alarm_window", "stop_on_alarm")
-    (tmp_path / "old" / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in new}))
+    new = (
+        "warmup_steps",
+        "max_kl",
+        "alarm_margin",
+        "alarm_window",
+        "stop_on_alarm",
+        "baseline",
+        "decayed",
+        "lora_rank",
+    )
+    old = {k: v for k, v in config.items() if k not in new} | {"loss_type": "trajectory"}
+    (tmp_path / "old" / "config.json").write_text(json.dumps(old))
     today = {"warmup_steps": GRPOConfig.warmup_steps, "max_kl": GRPOConfig.max_kl}
     assert today == {"warmup_steps": 5, "max_kl": 0.05}
     train(tmp_path / "old", steps=3, **today)

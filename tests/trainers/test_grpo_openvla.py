@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rawdream_env import cli
 from rawdream_env.envs.dream import DreamVectorEnv
+from rawdream_env.errors import InvalidOptionError
 from rawdream_env.judges.scripted import ScriptedJudge
 from rawdream_env.piper.envs import PiperSimVectorEnv
 from rawdream_env.policies import load_policy
@@ -23,6 +24,7 @@ from rawdream_env.testing.openvla_oft import write_tiny_openvla
 from rawdream_env.trainers.common.run_dir import read_jsonl
 from rawdream_env.trainers.grpo import grpo
 from rawdream_env.trainers.grpo.grpo import GRPOConfig, train_grpo, update
+from rawdream_env.trainers.grpo.learner import Learner, loaded_policy
 from rawdream_env.types import Video
 from rawdream_env.world_models.null import NullState, NullWorldModel
 
@@ -93,6 +95,61 @@ def test_one_update_starts_at_ratio_one_and_its_folder_loads(
     saved = load_policy(tmp_path / "run" / "policy")
     frame = np.zeros((1, SIDE, SIDE, 3), np.uint8)
     torch.testing.assert_close(saved.logits(frame, ["x"]), result.policy.logits(frame, ["x"]), atol=2e-3, rtol=0)
+
+
+def test_with_adapters_everything_that_is_copied_is_adapters(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    options = {"lora_rank": 4, "dtype": "bfloat16", "gradient_checkpointing": True, "max_kl": 1.0, "ema": 0.9}
+    settings = config(tmp_path / "run", policy=str(folder), **options)
+    learner = Learner.of(loaded_policy(settings), settings)
+    assert all(".lora_" in name for name in learner.parameters)
+    assert learner.average.keys() == learner.parameters.keys() == learner.copy()[0].keys()
+    assert {p.dtype for p in learner.parameters.values()} == {torch.float32}
+    result = train_grpo(settings, env=toy_env())
+    frozen = {p.dtype for name, p in result.policy.named_parameters() if ".lora_" not in name}
+    assert frozen == {torch.bfloat16} and not torch.equal(*(p.detach() for p in weights_b(result.policy, learner)))
+    checkpoint = load_file(next((tmp_path / "run" / "checkpoints").rglob("*.safetensors")))
+    policies = {name for name in checkpoint if name.startswith(("policy.", "average."))}
+    assert len(policies) == 2 * len(learner.parameters) and all(".lora_" in name for name in policies)
+    moments = sum(t.numel() for name, t in checkpoint.items() if name.endswith(("exp_avg", "exp_avg_sq")))
+    assert moments == 2 * sum(p.numel() for p in learner.parameters.values())
+
+
+def weights_b(*learners: Any) -> list[Tensor]:
+    """An adapter's second matrix, which is zero at first."""
+    return [next(p for name, p in getattr(x, "policy", x).named_parameters() if "lora_B" in name) for x in learners]
+
+
+def test_gradient_checkpointing_changes_no_gradient(folder: Path) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (2, SIDE, SIDE, 3), dtype=np.uint8)
+    gradients = []
+    for checkpointing in (False, True):
+        policy = load_policy(folder)
+        policy.freeze_vision()
+        ran: list[int] = []
+        policy.language_model.model.layers[1].self_attn.register_forward_hook(lambda *args, ran=ran: ran.append(1))
+        if checkpointing:
+            policy.enable_gradient_checkpointing()
+        policy.eval()
+        logprobs = policy.logprobs(frames, ["a", "b"], torch.full((2, 56), 100), temperature=1.0)
+        logprobs.sum().backward()
+        assert logprobs.dtype == torch.float32 and len(ran) == 1 + checkpointing
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]))
+    assert torch.equal(*gradients)
+
+
+def test_norms_and_biases_do_not_decay(folder: Path, tmp_path: Path) -> None:
+    def decayed(**options: Any) -> set[str]:
+        settings = config(tmp_path, weight_decay=0.1, **options)
+        learner = Learner.of(load_policy(folder), settings)
+        ids = {id(p) for group in learner.optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+        return {name for name, p in learner.parameters.items() if id(p) in ids}
+
+    names, everything = decayed(), decayed(decayed="all")
+    assert {"projector.fc1.weight", "language_model.lm_head.weight"} < names < everything
+    assert not [name for name in names if name.endswith(("bias", "norm.weight", "scale_factor"))]
+    with pytest.raises(InvalidOptionError, match="lora_rank=4 does not fit a TinyVLA"):
+        loaded_policy(config(tmp_path, lora_rank=4))
 
 
 @pytest.mark.slow

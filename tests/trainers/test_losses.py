@@ -30,6 +30,17 @@ def test_advantages_without_scaling() -> None:
     close(group_advantages(t(1, 0, 0, 0), scale_rewards="none").advantages, t(0.75, -0.25, -0.25, -0.25))
 
 
+def test_leave_one_out_by_hand() -> None:
+    # 1 - (0+0+0)/3 = 1; 0 - (1+0+0)/3 = -1/3. With the flagged member left out: others of (1, 0.2) are 0.2 and 1.
+    rloo = group_advantages(t(1, 0, 0, 0), baseline="leave_one_out", scale_rewards="none")
+    close(rloo.advantages, t(1, -1 / 3, -1 / 3, -1 / 3))
+    flagged = torch.tensor([False, True, False])
+    rloo = group_advantages(t(1, 1, 0.2), None, flagged, baseline="leave_one_out", scale_rewards="none")
+    close(rloo.advantages, t(0.8, 0, -0.8))
+    scaled = group_advantages(t(1, 0, 0, 0), baseline="leave_one_out").advantages  # std 1/2
+    close(scaled, t(1, -1 / 3, -1 / 3, -1 / 3) / (0.5 + 1e-6))
+
+
 def test_flagged_and_invalid_members_leave_the_statistics_and_get_exactly_zero() -> None:
     # Trustworthy: 1, 0, 0, 1 -> mean 1/2, variance 4 * 1/4 / 3 = 1/3. The flagged 1 and the invalid 0 do not count.
     flagged = torch.tensor([False, True, False, False, False, False])
@@ -92,12 +103,12 @@ MASK = torch.tensor([[True, True, True, True], [True, False, False, False], [Fal
 
 
 def test_weights_per_trajectory_and_per_token() -> None:
-    by_row = token_weights(MASK, "trajectory", torch.ones(3, dtype=torch.float64))
+    by_row = token_weights(MASK, "grpo", torch.ones(3, dtype=torch.float64))
     close(by_row, torch.tensor([[1 / 8] * 4, [1 / 2, 0, 0, 0], [0] * 4], dtype=torch.float64))
-    by_token = token_weights(MASK, "token", torch.ones(3, dtype=torch.float64))
+    by_token = token_weights(MASK, "dapo", torch.ones(3, dtype=torch.float64))
     close(by_token, torch.tensor([[1 / 5] * 4, [1 / 5, 0, 0, 0], [0] * 4], dtype=torch.float64))
     # Two groups with 1 and 2 valid members: each group counts a half.
-    weighted = token_weights(torch.ones(3, 2, dtype=torch.bool), "trajectory", t(1, 1 / 2, 1 / 2))
+    weighted = token_weights(torch.ones(3, 2, dtype=torch.bool), "grpo", t(1, 1 / 2, 1 / 2))
     close(weighted.sum(1), t(1 / 2, 1 / 4, 1 / 4))
     with pytest.raises(InvalidOptionError, match="no token"):
         token_weights(MASK[2:])
@@ -131,11 +142,24 @@ def test_clipping_by_hand() -> None:
     close(logprobs.grad, expected)
 
 
+def test_a_ratio_per_chunk_is_the_product_over_its_tokens() -> None:
+    # 1.5 * 0.8 = 1.2 (free for A = 2), 1.1 * 0.5 = 0.55 -> 0.8 (cut for A = -1); the weights are 1/2 each
+    logprobs, old = ratios((1.5, 0.8), (1.1, 0.5))
+    mask = torch.ones(2, 2, dtype=torch.bool)
+    loss, metrics = grpo_loss(logprobs, old, t(2, -1), mask, level="chunk")
+    close(loss.detach(), t(-(1.2 * 2 - 0.8) / 2)[0])
+    assert float(metrics["clip_frac"]) == 1 / 2 and float(metrics["ratio_max"]) == pytest.approx(1.2)
+    assert float(metrics["ratio_deviation"]) == pytest.approx(0.5) and float(metrics["num_tokens"]) == 4
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert logprobs.grad is not None
+    close(logprobs.grad, t(-1.2, -1.2, 0, 0).reshape(2, 2))
+
+
 def test_mean_over_time_then_over_the_group_against_every_token_alike() -> None:
     logprobs, old = ratios((1.1, 1.1, 1.1, 1.1), (1.2, 9.0, 9.0, 9.0))
     trajectory, _ = grpo_loss(logprobs, old, t(1, -1), MASK[:2])
     close(trajectory.detach(), t(-(1.1 - 1.2) / 2)[0])
-    token, _ = grpo_loss(logprobs, old, t(1, -1), MASK[:2], loss_type="token")
+    token, _ = grpo_loss(logprobs, old, t(1, -1), MASK[:2], loss_type="dapo")
     close(token.detach(), t(-(4 * 1.1 - 1.2) / 5)[0])
 
 

@@ -10,12 +10,14 @@ from typing import Any, Literal
 from rawdream_env import files
 from rawdream_env.errors import InvalidOptionError, RunDirError
 from rawdream_env.robots import find_robot
+from rawdream_env.trainers.grpo.losses import Baseline, LossType, RatioLevel, ScaleRewards
 
 
 @dataclass(frozen=True)
 class GRPOConfig:
-    """Options of :func:`train_grpo`. In TRL's names: ``num_generations`` = ``group_size``, ``epsilon`` =
-    ``clip_eps_low``, ``epsilon_high`` = ``clip_eps_high``, ``num_iterations`` = ``epochs``, ``beta`` = 0.
+    """Options of :func:`train_grpo`. ``loss_type``, ``scale_rewards``, ``importance_sampling_level``,
+    ``gradient_checkpointing`` and ``report_to`` are named as in TRL. In TRL's names: ``num_generations`` = ``group_size``,
+    ``epsilon`` = ``clip_eps_low``, ``epsilon_high`` = ``clip_eps_high``, ``num_iterations`` = ``epochs``, ``beta`` = 0.
     """
 
     run_dir: Path
@@ -32,6 +34,14 @@ class GRPOConfig:
     """How widely the objects of the starts are spread."""
     policy: str = "embedded"
     """The policy to improve: "embedded" (the bundled one) or a checkpoint folder, after supervised fine-tuning."""
+    lora_rank: int = 0
+    """OpenVLA-OFT: rank of new LoRA adapters, which alone are trained; 0: train the weights."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """OpenVLA-OFT: precision of the weights; None: as stored. Adapters, scores and log-probabilities are float32."""
+    unnorm_key: str | None = None
+    """OpenVLA-OFT: the data set whose statistics scale the actions; None: the only one."""
+    gradient_checkpointing: bool = False
+    """OpenVLA-OFT: compute the language model's activations again in the backward pass, to save memory."""
     device: str = "cpu"
     """Device of policy and environment."""
     num_envs: int = 64
@@ -81,14 +91,22 @@ class GRPOConfig:
     """
     weight_decay: float = 0.0
     """AdamW weight decay."""
+    decayed: Literal["matrices", "all"] = "matrices"
+    """What weight_decay applies to: "matrices" leaves out biases and norms."""
     clip_eps_low: float = 0.2
     """Ratios below 1 - clip_eps_low no longer push a bad action's probability down."""
     clip_eps_high: float = 0.28
     """Ratios above 1 + clip_eps_high no longer push a good action's probability up."""
-    loss_type: Literal["trajectory", "token"] = "trajectory"
-    """"trajectory": mean over each trajectory, then over the group (paper); "token": every token counts equally."""
-    scale_rewards: Literal["group", "none"] = "group"
+    loss_type: LossType = "grpo"
+    """"grpo": mean over each trajectory, then over the group (paper); "dapo": every token counts equally (TRL's default).
+    "trajectory" and "token" are former names of the two.
+    """
+    scale_rewards: ScaleRewards = "group"
     """"group" divides advantages by the group's standard deviation (paper), "none" does not."""
+    baseline: Baseline = "mean"
+    """What is subtracted from a reward: the group's "mean" (paper), or "leave_one_out", the mean of the others (RLOO)."""
+    importance_sampling_level: RatioLevel = "token"
+    """A ratio and a clip per action "token", or per "chunk": the product over its tokens."""
     epochs: int = 1
     """Number of passes over a step's trajectories."""
     minibatches: int = 2
@@ -111,7 +129,7 @@ class GRPOConfig:
         """Refuse values that cannot work."""
         lowest = {"num_envs": 1, "steps": 1, "group_size": 2, "groups_per_step": 1, "epochs": 1, "minibatches": 1}
         lowest |= {"microbatch_size": 1, "save_every": 1, "max_flagged": 0, "max_groups_per_step": self.groups_per_step}
-        lowest |= {"warmup_steps": 0, "alarm_window": 1}
+        lowest |= {"warmup_steps": 0, "alarm_window": 1, "lora_rank": 0}
         for name, minimum in lowest.items():
             if getattr(self, name) < minimum:
                 raise InvalidOptionError(f"{name}={getattr(self, name)} must be at least {minimum}.")
@@ -127,8 +145,12 @@ class GRPOConfig:
             raise InvalidOptionError(f"max_kl={self.max_kl} must be positive, or None to keep every update.")
 
 
-ADDED: dict[str, Any] = {"warmup_steps": 0, "max_kl": None, "ema": 0.0}
+ADDED: dict[str, Any] = {
+    "warmup_steps": 0, "max_kl": None, "ema": 0.0, "baseline": "mean", "importance_sampling_level": "token", "decayed": "all",
+    "lora_rank": 0, "dtype": None, "unnorm_key": None, "gradient_checkpointing": False,
+}  # fmt: skip
 """What runs were made with before these options existed."""
+_FORMER = {"trajectory": "grpo", "token": "dapo"}
 
 
 def as_begun(config: GRPOConfig) -> GRPOConfig:
@@ -141,4 +163,6 @@ def as_begun(config: GRPOConfig) -> GRPOConfig:
     off = {
         name: value for name, value in ADDED.items() if name not in stored and getattr(config, name) == default[name]
     }
+    if _FORMER.get(stored.get("loss_type", "")) == config.loss_type:
+        off["loss_type"] = stored["loss_type"]
     return replace(config, **off)

@@ -13,9 +13,9 @@ RAW-Dream section 3.2, Eq. 2 and 3, appendix A.2 and A.4. One step:
 Kept from the paper: all of that, and its numbers as defaults (group of 8, T = 1.6, lr 5e-6, 50 steps, no KL term).
 Where the paper leaves a choice, this is the reading taken here:
 
-- *Ratio per token.* Eq. 3 has the ratio of an action a_{i,t} and does not say whether that is a chunk, a step or a
+- *Ratio per token (open).* Eq. 3 has the ratio of an action a_{i,t} and does not say whether that is a chunk, a step or a
   token. Here it is one action token: ratio and clip are per token, and the mean over t is over all tokens of a
-  trajectory.
+  trajectory. ``importance_sampling_level="chunk"`` takes the chunk, whose ratio is the product over its tokens.
 - *Standard deviation.* Over the trusted members only, unbiased, plus 1e-6 (``losses.STD_EPS``). Eq. 3 divides by
   std(R).
 - *Minibatches.* ``minibatches`` (2) updates per pass over whole trajectories, ``epochs`` (1) passes. From the second
@@ -26,7 +26,7 @@ Where the paper leaves a choice, this is the reading taken here:
 Added to the paper, each off by a value of its option: a warm-up of the learning rate (``warmup_steps=0``); an update that
 moves the policy too far is undone (``max_kl=None``); the saved policy has weights averaged over the last steps (``ema=0``);
 an alarm when the judge leaves other verdicts of the same episodes
-(``alarm.py``; docs/grpo.md).
+(``alarm.py``; docs/grpo.md). From World-Env (arXiv 2509.24948): the leave-one-out baseline (``baseline``).
 
 Not kept: many GPUs; this is one process.
 
@@ -42,7 +42,6 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -53,7 +52,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rawdream_env.errors import InvalidOptionError, RawDreamError
-from rawdream_env.policies import load_policy
 from rawdream_env.seeding import mix
 from rawdream_env.trainers.common.interrupt import deferred_interrupt
 from rawdream_env.trainers.common.run_dir import RunDir
@@ -61,7 +59,7 @@ from rawdream_env.trainers.grpo.alarm import GapAlarm
 from rawdream_env.trainers.grpo.config import ADDED, GRPOConfig, as_begun
 from rawdream_env.trainers.grpo.counts import RolloutCounts, table
 from rawdream_env.trainers.grpo.environment import replayed_chunks, rollout_env, timings, verified, watched
-from rawdream_env.trainers.grpo.learner import Learner
+from rawdream_env.trainers.grpo.learner import Learner, loaded_policy
 from rawdream_env.trainers.grpo.losses import approx_kl, clipped_loss, merge_metrics
 from rawdream_env.trainers.grpo.rollout import (
     Batch,
@@ -122,7 +120,7 @@ def train_grpo(config: GRPOConfig, *, env: VectorEnv[Any, Any, Any] | None = Non
     config = as_begun(config)
     if env is not None and config.held_out_judge:
         raise InvalidOptionError("give held_out_judge to the environment you pass, DreamVectorEnv(held_out_judge=...).")
-    learner = Learner.of(load_policy(config.policy if policy is None else policy, device=config.device), config)
+    learner = Learner.of(loaded_policy(config, policy), config)
     vector_env = watched(rollout_env(config) if env is None else env)
     if config.dual_noise_verification:
         vector_env = verified(vector_env)
@@ -167,6 +165,7 @@ def _train(
         temperature=config.temperature,
         max_flagged=config.max_flagged,
         scale_rewards=config.scale_rewards,
+        baseline=config.baseline,
         seed=config.seed,
         should_stop=interrupted.is_set,
         out_of_time=lambda: deadline is not None and time.monotonic() > deadline,
@@ -257,7 +256,7 @@ def update(config: GRPOConfig, learner: Learner, rollouts: Rollouts, step: int) 
             if not norms:
                 first = merge_metrics(pieces)
                 first_deviation = first["ratio_deviation"]
-                _check_on_policy(first["ratio_error"], parameters, step)
+                _check_on_policy(first["ratio_error"], learner.policy, step)
             norm = float(nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm))
             if not (math.isfinite(norm) and math.isfinite(loss)):
                 raise TrainingDivergedError(
@@ -309,6 +308,7 @@ def _backward(
             weight[:, None].expand(-1, logprobs.shape[1]).to(logprobs.device),
             clip_eps_low=config.clip_eps_low,
             clip_eps_high=config.clip_eps_high,
+            level=config.importance_sampling_level,
             entropy=entropy,
         )
         loss.backward()
@@ -327,10 +327,10 @@ def _distance(config: GRPOConfig, policy: Any, batch: Batch, chunks: Tensor) -> 
     return total / batch.old_logprobs[chunks].numel() if math.isfinite(total) else math.inf
 
 
-def _check_on_policy(error: float, parameters: Mapping[str, Tensor], step: int) -> None:
+def _check_on_policy(error: float, policy: nn.Module, step: int) -> None:
     """Before any update the ratio must be 1 up to rounding, on average over the tokens: 1e-5 in float32 on a CPU."""
-    exact = all(p.dtype in (torch.float32, torch.float64) for p in parameters.values())
-    on_cpu = all(p.device.type == "cpu" for p in parameters.values())
+    exact = all(p.dtype in (torch.float32, torch.float64) for p in policy.parameters())
+    on_cpu = all(p.device.type == "cpu" for p in policy.parameters())
     limit = 1e-5 if exact and on_cpu else 1e-2 if exact else 0.5
     if not error <= limit:
         raise TrainingDivergedError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,41 @@ import torch
 from torch import Tensor, nn
 
 from rawdream_env.errors import CheckpointError, InvalidOptionError
+from rawdream_env.policies import load_policy
 from rawdream_env.trainers.common.optimizer_state import pack_optimizer, unpack_optimizer
 from rawdream_env.trainers.common.run_dir import RunDir
 from rawdream_env.trainers.grpo.config import GRPOConfig
+
+_logger = logging.getLogger(__name__)
+
+
+def loaded_policy(config: GRPOConfig, policy: Any = None) -> Any:
+    """The policy that ``config`` describes, or ``policy`` prepared likewise.
+
+    Raises:
+        InvalidOptionError: options of OpenVLA-OFT for a policy that does not have them.
+    """
+    given = config.policy if policy is None else policy
+    loaded: Any = load_policy(given, device=config.device, dtype=config.dtype, unnorm_key=config.unnorm_key)
+    for option, method in (("lora_rank", "add_lora"), ("gradient_checkpointing", "enable_gradient_checkpointing")):
+        if not (value := getattr(config, option)):
+            continue
+        if not callable(change := getattr(loaded, method, None)):
+            raise InvalidOptionError(f"{option}={value} does not fit a {type(loaded).__name__}; it is for OpenVLA-OFT.")
+        change(*([value] if option == "lora_rank" else []))
+    return loaded
+
+
+def _decay_groups(parameters: Mapping[str, nn.Parameter], config: GRPOConfig) -> list[dict[str, Any]]:
+    """AdamW's groups: matrices with weight decay, biases and norms without; one group where that makes no difference."""
+    if not config.weight_decay or config.decayed == "all":
+        return [{"params": list(parameters.values()), "weight_decay": config.weight_decay}]
+    small = {name for name, p in parameters.items() if p.ndim < 2 or name.endswith("bias")}
+    groups = [
+        {"params": [p for name, p in parameters.items() if (name in small) == flag], "weight_decay": decay}
+        for flag, decay in ((False, config.weight_decay), (True, 0.0))
+    ]
+    return [group for group in groups if group["params"]]
 
 
 @dataclass(frozen=True)
@@ -34,7 +67,13 @@ class Learner:
         parameters = {name: p for name, p in policy.named_parameters() if p.requires_grad}
         if not parameters:
             raise InvalidOptionError("The policy has no parameter with requires_grad: there is nothing to train.")
-        optimizer = torch.optim.AdamW(parameters.values(), config.lr, weight_decay=config.weight_decay)
+        half = [name for name, p in parameters.items() if p.dtype in (torch.bfloat16, torch.float16)]
+        if half:
+            _logger.warning(
+                "%d trained parameters are in half precision, first %s: updates below their rounding are lost. Use lora_rank "
+                "or dtype float32.", len(half), half[0],
+            )  # fmt: skip
+        optimizer = torch.optim.AdamW(_decay_groups(parameters, config), config.lr)
         average = {name: p.detach().clone() for name, p in parameters.items()} if config.ema else {}
         return cls(policy, parameters, optimizer, average)
 

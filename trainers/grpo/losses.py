@@ -1,23 +1,25 @@
 """The formulas of GRPO as pure functions (RAW-Dream section 3.2, Eq. 2 and 3, appendix A.2).
 
-Shape letters: G members of a group, N rows (trajectories, or chunks of them), S tokens in a row. Names that
-exist in TRL keep their meaning: ``clip_eps_low`` is TRL's ``epsilon``, ``clip_eps_high`` its ``epsilon_high``, ``group_size``
-its ``num_generations``; ``scale_rewards`` and ``loss_type`` have the same names (``"trajectory"`` is TRL's ``"grpo"``,
-``"token"`` its ``"dapo"`` over one update). There is no ``beta``: the paper has no KL term.
+Shape letters: G members of a group, N rows (trajectories, or chunks of them), S tokens in a row. ``loss_type``,
+``scale_rewards`` and ``importance_sampling_level`` are TRL's options; ``clip_eps_low`` is TRL's ``epsilon``,
+``clip_eps_high`` its ``epsilon_high``, ``group_size`` its ``num_generations``. There is no ``beta``: the paper has no KL term.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from rawdream_env.errors import InvalidOptionError
 
-LossType = Literal["trajectory", "token"]
+LossType = Literal["grpo", "dapo", "trajectory", "token"]
+""""trajectory" and "token" are former names of "grpo" and "dapo"."""
 ScaleRewards = Literal["group", "none"]
+RatioLevel = Literal["token", "chunk"]
+Baseline = Literal["mean", "leave_one_out"]
 DropReason = Literal["", "untrustworthy", "all_success", "all_failure", "all_equal"]
 
 DROP_REASONS: tuple[DropReason, ...] = ("untrustworthy", "all_success", "all_failure", "all_equal")
@@ -45,10 +47,11 @@ def group_advantages(
     *,
     max_flagged: int = 2,
     scale_rewards: ScaleRewards = "group",
+    baseline: Baseline = "mean",
 ) -> GroupAdvantages:
     """Advantages of one group over its valid, unflagged members R (Eq. 3): (R_i - mean_R) / (std_R + 1e-6).
 
-    The standard deviation is the unbiased one.
+    The standard deviation is the unbiased one, over all of R.
 
     Args:
         rewards: floating (G,), finite for members of R.
@@ -56,7 +59,9 @@ def group_advantages(
         flagged: bool (G,), True where dual-noise verification disagreed; None: none is.
         max_flagged: a group with more members outside R than this is dropped. An INVALID member counts like a
             flagged one.
-        scale_rewards: "group" divides by the standard deviation, "none" only subtracts the mean.
+        scale_rewards: "group" divides by the standard deviation, "none" only subtracts the baseline.
+        baseline: "mean" of R, or "leave_one_out": the mean of the other members of R (RLOO), which is the mean's advantage
+            times n / (n - 1) for n members.
 
     A flagged or invalid member's reward is replaced by the mean of the others (appendix A.2), so its advantage is
     exactly 0. Groups with fewer than two members in R, or with equal rewards in R, are dropped: all advantages 0.
@@ -83,21 +88,23 @@ def group_advantages(
             nothing, counted, "all_success" if value == 1 else "all_failure" if value == 0 else "all_equal"
         )
     centred = rewards - chosen.mean()
+    if baseline == "leave_one_out":
+        centred = centred * len(chosen) / (len(chosen) - 1)
     scale = chosen.std(correction=1) + STD_EPS if scale_rewards == "group" else torch.ones_like(chosen[0])
     return GroupAdvantages(torch.where(counted, centred / scale, nothing), counted)
 
 
-def token_weights(mask: Tensor, loss_type: LossType = "trajectory", row_weights: Tensor | None = None) -> Tensor:
+def token_weights(mask: Tensor, loss_type: LossType = "grpo", row_weights: Tensor | None = None) -> Tensor:
     """Weight of each of (N, S) tokens. The weights sum to 1, so the losses of parts of a batch can be added.
 
-    "trajectory" (paper, Eq. 2): mean over a row's tokens, then over rows in proportion to ``row_weights`` (N,) (default
-    equal; 1/G_R per row gives Eq. 2 for groups with different numbers G_R of members in R). "token": every token counts
+    "grpo" (paper, Eq. 2): mean over a row's tokens, then over rows in proportion to ``row_weights`` (N,) (default
+    equal; 1/G_R per row gives Eq. 2 for groups with different numbers G_R of members in R). "dapo": every token counts
     equally, times its row's weight. Rows whose ``mask`` (N, S) is False throughout have weight 0.
     """
-    if loss_type not in ("trajectory", "token"):
-        raise InvalidOptionError(f"loss_type={loss_type!r} is not known; choose 'trajectory' or 'token'.")
+    if loss_type not in get_args(LossType):
+        raise InvalidOptionError(f"loss_type={loss_type!r} is not known; choose 'grpo' or 'dapo'.")
     weights = mask.to(torch.get_default_dtype() if row_weights is None else row_weights.dtype)
-    if loss_type == "trajectory":
+    if loss_type in ("grpo", "trajectory"):
         weights = weights / weights.sum(-1, keepdim=True).clamp(min=1)
     if row_weights is not None:
         weights = weights * row_weights[:, None]
@@ -121,11 +128,13 @@ def clipped_loss(
     *,
     clip_eps_low: float = 0.2,
     clip_eps_high: float = 0.28,
+    level: RatioLevel = "token",
     entropy: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Minus the clipped objective of Eq. 2, weighted: ``-sum(w * min(r A, clip(r, 1-eps_low, 1+eps_high) A))``.
 
-    The ratio r is that of one token, and each token is clipped by itself.
+    With ``level`` "token" the ratio r is that of one token, and each token is clipped by itself. With "chunk", rows are chunks:
+    r is the product of the ratios of a row's tokens, clipped once, and its weight the sum of theirs.
 
     Args:
         logprobs: (N, S) under the current policy, differentiable. old_logprobs: (N, S), recorded when sampling.
@@ -134,29 +143,32 @@ def clipped_loss(
 
     Returns:
         The scalar loss and detached metrics over the tokens with weight > 0: ``approx_kl`` (the estimate
-        (r - 1) - ln r, never negative), ``clip_frac`` (share of tokens without a gradient because of the clip), ``ratio_mean``,
-        ``ratio_error`` (of |r - 1|), ``entropy``: plain means; ``ratio_max`` and ``ratio_deviation`` (of |r - 1|): the
-        largest; ``num_tokens``.
+        (r - 1) - ln r, never negative), ``ratio_error`` (of |r - 1|), ``entropy``: plain means; ``ratio_deviation`` (of
+        |r - 1|): the largest; ``num_tokens``. Over the ratios of ``level``: ``clip_frac`` (share without a gradient because of
+        the clip), ``ratio_mean``, ``ratio_max``.
     """
     counted = weights > 0
     # Masked tokens may have any value, including -inf and NaN, and must not reach the gradient: 0 * inf is NaN.
     log_ratio = torch.where(counted, logprobs - old_logprobs.detach(), torch.zeros_like(logprobs))
+    token_log_ratio = log_ratio.detach()[counted]
+    if level == "chunk":
+        log_ratio, weights = log_ratio.sum(-1, keepdim=True), weights.sum(-1, keepdim=True)
     ratio = log_ratio.exp()
     signed = advantages.detach()[:, None]
     clipped = ratio.clamp(1 - clip_eps_low, 1 + clip_eps_high)
     loss = -(weights * torch.minimum(ratio * signed, clipped * signed)).sum()
     with torch.no_grad():
-        r, log_r = ratio[counted], log_ratio[counted]
-        sign = signed.expand_as(ratio)[counted]
+        r, by_token = ratio[weights > 0], token_log_ratio.exp()
+        sign = signed.expand_as(ratio)[weights > 0]
         cut = ((r > 1 + clip_eps_high) & (sign > 0)) | ((r < 1 - clip_eps_low) & (sign < 0))
         metrics = {
-            "approx_kl": (r - 1 - log_r).mean(),
+            "approx_kl": (by_token - 1 - token_log_ratio).mean(),
             "clip_frac": cut.to(r.dtype).mean(),
             "ratio_mean": r.mean(),
-            "ratio_error": (r - 1).abs().mean(),
+            "ratio_error": (by_token - 1).abs().mean(),
             "entropy": (-logprobs if entropy is None else entropy)[counted].mean(),
             "ratio_max": r.max(),
-            "ratio_deviation": (r - 1).abs().max(),
+            "ratio_deviation": (by_token - 1).abs().max(),
             "num_tokens": counted.sum(),
         }
     return loss, metrics
@@ -169,8 +181,9 @@ def grpo_loss(
     mask: Tensor,
     clip_eps_low: float = 0.2,
     clip_eps_high: float = 0.28,
-    loss_type: LossType = "trajectory",
+    loss_type: LossType = "grpo",
     *,
+    level: RatioLevel = "token",
     entropy: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Eq. 2 for N trajectories of S padded tokens; ``mask`` (N, S) is True on real tokens. See ``clipped_loss``."""
@@ -182,6 +195,7 @@ def grpo_loss(
         weights,
         clip_eps_low=clip_eps_low,
         clip_eps_high=clip_eps_high,
+        level=level,
         entropy=entropy,
     )
 

@@ -36,8 +36,10 @@ from rawdream_env.statistics import wilson_interval
 from rawdream_env.trainers.grpo.counts import Group, RolloutCounts
 from rawdream_env.trainers.grpo.losses import (
     DROP_REASONS,
+    Baseline,
     DropReason,
     LossType,
+    ScaleRewards,
     group_advantages,
     token_weights,
 )
@@ -169,7 +171,7 @@ class GroupCollector:
         group_size: members of a group (TRL: ``num_generations``), at least 2.
         num_groups: groups wanted per step.
         max_groups: maximum number of groups to open for a step; the rest is made up of replacements for dropped ones.
-        temperature: sampling temperature. max_flagged, scale_rewards: see ``losses.group_advantages``.
+        temperature: sampling temperature. max_flagged, scale_rewards, baseline: see ``losses.group_advantages``.
         seed: with step, group and member it determines every start and every draw.
         should_stop: asked before every environment step; True raises ``RolloutInterrupted``.
         out_of_time: asked before a group is opened in place of a dropped one; True raises ``RolloutInterrupted``. The groups
@@ -192,7 +194,8 @@ class GroupCollector:
         max_groups: int = 64,
         temperature: float = 1.6,
         max_flagged: int = 2,
-        scale_rewards: Any = "group",
+        scale_rewards: ScaleRewards = "group",
+        baseline: Baseline = "mean",
         seed: int = 0,
         should_stop: Callable[[], bool] = lambda: False,
         out_of_time: Callable[[], bool] = lambda: False,
@@ -206,7 +209,7 @@ class GroupCollector:
             )
         self.env, self.seed = env, seed
         self.group_size, self.num_groups, self.max_groups = group_size, num_groups, max_groups
-        self.max_flagged, self.scale_rewards = max_flagged, scale_rewards
+        self.max_flagged, self.scale_rewards, self.baseline = max_flagged, scale_rewards, baseline
         self._should_stop, self._out_of_time, self._on_group = should_stop, out_of_time, on_group
         self._unjudged = 0
         possible = can_overlap(env)
@@ -317,6 +320,7 @@ class GroupCollector:
             torch.tensor([member.flagged for member in members]),
             max_flagged=self.max_flagged,
             scale_rewards=self.scale_rewards,
+            baseline=self.baseline,
         )
         return Group(index, start, members, result)
 

@@ -31,7 +31,7 @@ from rawdream_env.files import json_sha256, tensors_sha256
 EMBEDDED = "embedded"
 _FACTORY = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*):([A-Za-z_]\w*(?:\.\w+)*)")
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
-_HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja")
+_HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "action_head*.pt")
 
 
 def bundled_folder(name: str) -> Path:

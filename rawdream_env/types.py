@@ -95,8 +95,8 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class PolicyOutput:
-    """``actions`` (B, K, A) in environment units; ``tokens`` int64 (B, K*A) in [0, num_bins); ``logprobs`` fp32 (B,
-    K*A).
+    """``actions`` (B, K, A) in environment units; ``tokens`` int64 (B, K*A) in [0, num_bins), or of a continuous policy the
+    float32 values it drew; ``logprobs`` fp32 (B, K*A).
     """
 
     actions: Tensor

@@ -13,6 +13,7 @@ from rawdream_env.resolve import bundled_folder, resolve
 if TYPE_CHECKING:
     import torch
 
+    from rawdream_env.policies.base import TokenPolicy
     from rawdream_env.types import Policy
 
 
@@ -26,7 +27,8 @@ def load_policy(
     """The policy that ``spec`` names: "embedded", a folder, "owner/name" of the Hugging Face hub, "module:factory", or
     an object with the ``Policy`` protocol (a ``torch.nn.Module`` is moved to ``device``).
 
-    A folder or repository holds a TinyVLA (such as the bundled policy) or an OpenVLA-OFT with discrete action tokens.
+    A folder or repository holds a TinyVLA (such as the bundled policy) or an OpenVLA-OFT with discrete action tokens, or either
+    of them with an L1 action head beside its weights: then a :class:`~rawdream_env.policies.laplace.LaplacePolicy`.
 
     Args:
         spec: a name as above, or an object.
@@ -57,6 +59,16 @@ def _load_folder(folder: Path, device: str | torch.device, dtype: str | None, un
         raise CheckpointError(
             f"no policy at {folder}: config.json is missing. Choose 'embedded' or a checkpoint folder."
         )
+    if any(folder.glob("action_head*")):
+        from rawdream_env.policies.laplace import LaplacePolicy
+
+        return LaplacePolicy.from_pretrained(folder, _backbone(folder, device, dtype, unnorm_key, continuous=True))
+    return _backbone(folder, device, dtype, unnorm_key)
+
+
+def _backbone(
+    folder: Path, device: str | torch.device, dtype: str | None, unnorm_key: str | None, continuous: bool = False
+) -> TokenPolicy:
     if read_json(folder / "config.json", "choose a folder written by save_pretrained").get("model_type") == "openvla":
         import torch
 
@@ -64,7 +76,7 @@ def _load_folder(folder: Path, device: str | torch.device, dtype: str | None, un
 
         name = parse_dtype(dtype)
         precision = None if name is None else getattr(torch, name)
-        return OpenVLAOFT.from_pretrained(folder, device, dtype=precision, unnorm_key=unnorm_key)
+        return OpenVLAOFT.from_pretrained(folder, device, dtype=precision, unnorm_key=unnorm_key, continuous=continuous)
     if dtype not in (None, "float32"):
         raise InvalidOptionError(f"dtype={dtype!r} does not fit the policy in {folder}, which computes in float32.")
     if unnorm_key is not None:

@@ -6,7 +6,7 @@ Shape letters: B rows, H W image, K actions in a chunk, A action dimensions, L =
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ class TokenPolicy(nn.Module):
     """Base of policies that emit L = K*A categorical tokens in one parallel pass (paper section 3.2).
 
     A subclass sets ``chunk_len`` K, ``action_dim`` A, ``image_size`` (H, W), None for any, and defines ``logits``.
-    ``decode_actions`` and ``encode_actions`` may scale the actions that tokens stand for. ``act_batch`` is the
+    ``to_environment`` and ``encode_actions`` may scale the actions that tokens stand for. ``act_batch`` is the
     fixed number of rows in one forward pass of ``act``: a batch is cut into blocks of exactly that many rows, and the
     last block is padded. Matrix kernels choose their blocking by shape, so that the batch size would otherwise change the
     last bits of a row. On CPU in float32, row i is bit-identical for every batch size and for all neighbours.
@@ -33,10 +33,20 @@ class TokenPolicy(nn.Module):
     action_dim: int
     image_size: tuple[int, int] | None
     act_batch: int = 8
+    feature_width: int
+    """Width W of ``action_features``."""
+    hidden_width: int
+    """Width of heads on them."""
+    token_head: tuple[str, ...]
+    """Beginnings of the names of parameters that only serve tokens."""
 
     @abstractmethod
     def logits(self, images: Any, instructions: Sequence[str]) -> Tensor:
         """Unnormalised scores (B, L, 256) in token order; differentiable; any B."""
+
+    @abstractmethod
+    def action_features(self, frames: Tensor, instructions: Sequence[str]) -> Tensor:
+        """What action heads read: (B, K, W) for ``frames`` uint8 (B, H, W, 3) as checked; differentiable; any B."""
 
     @property
     def device(self) -> torch.device:
@@ -58,14 +68,19 @@ class TokenPolicy(nn.Module):
         ``temperature`` (at T = 1 when greedy). Row i depends only on its image, instruction and key.
         """
         frames = self.check_images(images, instructions)
-        logits = self._blocked_logits(frames, list(instructions))
+        shape = (self.num_action_tokens, action_tokens.NUM_TOKENS)
+        logits = self.blocked(self.logits, frames, list(instructions), shape)
         tokens = action_tokens.sample_tokens(logits, temperature, keys)
         logprobs = action_tokens.token_logprobs(logits, tokens, temperature)
         return PolicyOutput(actions=self.decode_actions(tokens), tokens=tokens, logprobs=logprobs)
 
     def decode_actions(self, tokens: Tensor) -> Tensor:
         """Tokens (B, K*A) -> environment actions float32 (B, K, A)."""
-        return action_tokens.decode(tokens).reshape(-1, self.chunk_len, self.action_dim)
+        return self.to_environment(action_tokens.decode(tokens).reshape(-1, self.chunk_len, self.action_dim))
+
+    def to_environment(self, actions: Tensor) -> Tensor:
+        """The model's actions (B, K, A), any values -> the environment's, in [-1, 1]."""
+        return actions.clamp(-1, 1)
 
     def encode_actions(self, actions: Tensor) -> Tensor:
         """Environment actions (B, K, A) -> tokens int64 (B, K*A), labels of supervised training."""
@@ -109,11 +124,17 @@ class TokenPolicy(nn.Module):
             )
         return tensor.to(self.device)
 
-    def _blocked_logits(self, frames: Tensor, instructions: list[str]) -> Tensor:
-        """``logits`` in blocks of exactly ``act_batch`` rows."""
+    def blocked(
+        self,
+        compute: Callable[[Tensor, list[str]], Tensor],
+        frames: Tensor,
+        instructions: list[str],
+        shape: tuple[int, ...],
+    ) -> Tensor:
+        """``compute(frames, instructions)``, (B, *shape), in blocks of exactly ``act_batch`` rows."""
         if not len(frames):
-            return torch.zeros(0, self.num_action_tokens, action_tokens.NUM_TOKENS, device=self.device)
-        parts = [self.logits(frames[rows], [instructions[r] for r in rows]) for rows in self.blocks(len(frames))]
+            return torch.zeros(0, *shape, device=self.device)
+        parts = [compute(frames[rows], [instructions[r] for r in rows]) for rows in self.blocks(len(frames))]
         return torch.cat(parts)[: len(frames)]
 
     def blocks(self, num_rows: int) -> list[list[int]]:

@@ -171,6 +171,7 @@ class TinyVLA(TokenPolicy):
     """
 
     action_dim = ACTION_DIM
+    token_head = ("head.", "bins", "bin_bias", "auxiliary_head.")
 
     def __init__(self, config: TinyVLAConfig | None = None, *, seed: int = 0) -> None:
         super().__init__()
@@ -178,6 +179,7 @@ class TinyVLA(TokenPolicy):
         self.chunk_len = config.chunk_len
         self.image_size = (config.image_size, config.image_size)
         d, stem, trunk = config.width, config.stem_channels, config.trunk_channels
+        self.feature_width = self.hidden_width = d
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.words = nn.Embedding(text.VOCAB_SIZE, d, padding_idx=0)
@@ -205,6 +207,10 @@ class TinyVLA(TokenPolicy):
     def logits(self, images: Any, instructions: Sequence[str]) -> Tensor:
         """Token scores (B, K*A, 256); ``forward_train`` also returns the auxiliary read-out."""
         return self.forward_train(self.check_images(images, instructions), self.word_ids(instructions))[0]
+
+    def action_features(self, frames: Tensor, instructions: Sequence[str]) -> Tensor:
+        """The step queries (B, K, D)."""
+        return self.features(frames, self.word_ids(instructions))[1]
 
     def word_ids(self, instructions: Sequence[str]) -> Tensor:
         """Instructions -> int64 word ids (B, 16) on the policy's device."""

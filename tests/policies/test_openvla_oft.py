@@ -206,7 +206,10 @@ def truncate(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda p: (p / "action_head--150000_checkpoint.pt").touch(), "continuous action head .L1.* use Haozhan72/"),
+        (
+            lambda p: (p / "action_head--150000_checkpoint.pt").touch(),
+            "pt is damaged, or holds objects other than tensors",
+        ),
         (lambda p: (p / "noisy_action_projector--5.pt").touch(), "a diffusion action head.* use Haozhan72/"),
         (lambda p: (p / "proprio_projector--150000_checkpoint.pt").touch(), "reads proprioception.* use Haozhan72/"),
         (lambda p: (p / "vision_backbone--5_checkpoint.pt").touch(), "FiLM"),

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -141,6 +142,22 @@ def toy_config(run_dir: Path, **kwargs: Any) -> GRPOConfig:
         "progress": False,
     }
     return GRPOConfig(run_dir, **{**options, **kwargs})
+
+
+class ShowGripper(ShowActions):
+    def __init__(self) -> None:
+        NullWorldModel.__init__(self, (16, 16, 3), 8)
+        self.hallucinate = 0.0
+
+
+def show_gripper_env(num_envs: int, **kwargs: Any) -> DreamVectorEnv:
+    del kwargs["task"], kwargs["layout"]
+    return DreamVectorEnv(
+        num_envs, world_model=ShowGripper(), starts=NullStarts((16, 16, 3)), max_episode_steps=4, **kwargs
+    )
+
+
+gym.register("test/ShowGripper-v0", entry_point=show_gripper_env, vector_entry_point=show_gripper_env)
 
 
 def train(run_dir: Path, env: Any = None, policy: Any = None, **kwargs: Any) -> GRPOResult:
@@ -439,6 +456,39 @@ def test_a_command_line_run_from_files_to_files(tmp_path: Path) -> None:
     assert isinstance(before, nn.Module) and isinstance(after, nn.Module)
     assert all(torch.equal(a, b) for a, b in zip(after.parameters(), result.policy.parameters(), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(after.parameters(), before.parameters(), strict=True))
+
+
+def gradual() -> ScriptedJudge:
+    """Success probability: how bright the last frame is."""
+
+    def judge(video: Video, instruction: str) -> Verdict:
+        chance = float(video.frames[-1].mean()) / 255
+        return Verdict(Outcome(int(chance > 0.9)), probability=chance)
+
+    return ScriptedJudge(judge)
+
+
+def test_world_env_s_reward_and_ends_by_options(tmp_path: Path) -> None:
+    sizes = TinyVLAConfig(image_size=16, stem_channels=8, trunk_channels=8, trunk_blocks=1, width=16, heads=2)
+    TinyVLA(sizes).save_pretrained(tmp_path / "sft")
+    config = toy_config(
+        tmp_path / "run",
+        env_id="test/ShowGripper-v0",
+        env_kwargs={"judge": "none"},
+        policy=str(tmp_path / "sft"),
+        reflector="test_grpo:gradual",
+        reflector_threshold=0.55,
+        baseline="leave_one_out",
+        scale_rewards="none",
+        steps=1,
+        lr=1e-3,
+        dual_noise_verification=False,
+    )
+    train_grpo(config)
+    line = read_jsonl(tmp_path / "run" / "metrics.jsonl")[0]
+    assert 1 < line["chunks_per_rollout"] < 4 and line["invalid"] == 0  # some end early
+    assert 0.2 < line["reward"] < 0.8 and line["reward"] % 0.01 > 1e-6  # a probability, not a verdict
+    assert line["dropped_all_failure"] == 0 and line["groups_kept"] == 3
 
 
 def test_the_simulator_is_driven_by_the_same_loop(tmp_path: Path) -> None:

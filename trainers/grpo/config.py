@@ -72,6 +72,14 @@ class GRPOConfig:
     """Number of steps whose episodes the alarm compares."""
     stop_on_alarm: bool = False
     """End the run while the alarm is raised."""
+    reflector: str = ""
+    """A judge that is asked after every chunk: its success probability's increase is the reward, and an episode that looks done
+    ends (World-Env's instant reflector). Leave the environment's own judge out by --env-kwargs judge none. "": off.
+    """
+    reflector_threshold: float | None = None
+    """Probability from which the reflector ends an episode; None: its judge's own decision."""
+    reflector_patience: int = 1
+    """Number of consecutive chunks that must look done."""
     overlap_judge: Literal["auto", "on", "off"] = "auto"
     """Judge finished episodes while the next are imagined; "auto": if the judge is a server. Same results."""
     max_flagged: int = 2
@@ -146,8 +154,9 @@ class GRPOConfig:
 
 
 ADDED: dict[str, Any] = {
-    "warmup_steps": 0, "max_kl": None, "ema": 0.0, "baseline": "mean", "importance_sampling_level": "token", "decayed": "all",
-    "lora_rank": 0, "dtype": None, "unnorm_key": None, "gradient_checkpointing": False,
+    "warmup_steps": 0, "max_kl": None, "ema": 0.0, "baseline": "mean", "importance_sampling_level": "token",
+    "decayed": "all", "reflector": "", "reflector_threshold": None, "reflector_patience": 1, "lora_rank": 0,
+    "dtype": None, "unnorm_key": None, "gradient_checkpointing": False,
 }  # fmt: skip
 """What runs were made with before these options existed."""
 _FORMER = {"trajectory": "grpo", "token": "dapo"}

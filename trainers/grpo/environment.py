@@ -26,6 +26,10 @@ def rollout_env(config: GRPOConfig) -> VectorEnv[Any, Any, Any]:
     }
     if config.held_out_judge:
         kwargs["held_out_judge"] = config.held_out_judge
+    if config.reflector:
+        options = {"threshold": config.reflector_threshold, "patience": config.reflector_patience}
+        kwargs["reflector"] = {"judge": config.reflector, "device": config.device, **options}
+        kwargs["return_frames"] = True
     return make_env(config.env_id, num_envs, **kwargs)
 
 

@@ -19,8 +19,9 @@ PADDED_VOCAB_SIZE = 32064
 """Llama-2's 32000 tokens, padded to a multiple of 64."""
 _VISION = "dinosiglip-vit-so-224px"
 _L1_CHECKPOINTS = "openvla-7b-oft-finetuned-libero"
+_L1_HEAD = "action_head*"
 _FOREIGN_FILES = {
-    "action_head*": "has a continuous action head (L1 regression); its language model was not trained on action tokens",
+    _L1_HEAD: "has a continuous action head (L1 regression); its language model was not trained on action tokens",
     "noisy_action_projector*": "has a diffusion action head; its language model was not trained on action tokens",
     "proprio_projector*": "reads proprioception, which this policy has not",
     "vision_backbone--*": "modulates the vision towers by the instruction (FiLM), which this policy does not",
@@ -45,13 +46,13 @@ class OpenVLAOFTConfig:
     rope_theta: float = 10000.0
 
 
-def read_config(folder: Path) -> tuple[OpenVLAOFTConfig, dict[str, Any]]:
-    """The sizes of a checkpoint, and its ``config.json`` as it is.
+def read_config(folder: Path, continuous: bool = False) -> tuple[OpenVLAOFTConfig, dict[str, Any]]:
+    """The sizes of a checkpoint, and its ``config.json`` as it is. ``continuous``: it may have an L1 action head.
 
     Raises:
         CheckpointError: the folder holds another kind of model; the message names a usable one.
     """
-    refuse_foreign_files(folder)
+    refuse_foreign_files(folder, continuous)
     raw = read_json(folder / "config.json")
     if raw.get("model_type") != MODEL_TYPE:
         raise CheckpointError(
@@ -78,9 +79,11 @@ def read_config(folder: Path) -> tuple[OpenVLAOFTConfig, dict[str, Any]]:
     return _sizes(folder, text, dinov2, siglip), raw
 
 
-def refuse_foreign_files(folder: Path) -> None:
+def refuse_foreign_files(folder: Path, continuous: bool = False) -> None:
     """``CheckpointError`` when files beside the weights show that the language model has no action tokens."""
     for pattern, reason in _FOREIGN_FILES.items():
+        if continuous and pattern == _L1_HEAD:
+            continue
         if found := sorted(folder.glob(pattern)):
             raise CheckpointError(
                 f"{folder} {reason} (it has {found[0].name}); use {USABLE} or train with action tokens."
@@ -90,7 +93,10 @@ def refuse_foreign_files(folder: Path) -> None:
 def refuse_l1_checkpoint(spec: object) -> None:
     """``CheckpointError`` for the official LIBERO checkpoints, before 15 GB are downloaded."""
     if isinstance(spec, str) and _L1_CHECKPOINTS in spec and not Path(spec).exists():
-        raise CheckpointError(f"{spec} {_FOREIGN_FILES['action_head*']}; use {USABLE}.")
+        raise CheckpointError(
+            f"{spec} has a continuous action head and reads a wrist camera and proprioception, which the environments do not "
+            f"show; its language model was not trained on action tokens; use {USABLE}."
+        )
 
 
 def _towers(folder: Path, given: Any) -> tuple[TowerConfig, TowerConfig]:

@@ -14,7 +14,7 @@ dimensions, L = K*A action tokens.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -66,6 +66,7 @@ class OpenVLAOFT(TokenPolicy):
     chunk_len = CHUNK_LEN
     action_dim = ACTION_DIM
     image_size = None
+    token_head = ("language_model.lm_head.",)
 
     def __init__(
         self,
@@ -79,6 +80,7 @@ class OpenVLAOFT(TokenPolicy):
     ) -> None:
         super().__init__()
         self.config = config
+        self.hidden_width, self.feature_width = config.hidden_size, ACTION_DIM * config.hidden_size
         self.tokenizer, self.statistics = tokenizer, dict(statistics)
         self.upstream, self.files = dict(upstream or {}), dict(files or {})
         self.unnorm_key: str
@@ -114,8 +116,18 @@ class OpenVLAOFT(TokenPolicy):
         prompts = [self.prompt(instruction) for instruction in instructions]
         return self.prompt_logits(self.projector(features), prompts)
 
+    def action_features(self, frames: Tensor, instructions: Sequence[str]) -> Tensor:
+        """The outputs at an action's A placeholders, side by side: (B, K, A * D)."""
+        prompts = [self.prompt(instruction) for instruction in instructions]
+        return self._hidden(self.projector(self.features(frames)), prompts).unflatten(1, (CHUNK_LEN, -1)).flatten(2)
+
     def prompt_logits(self, patches: Tensor, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Token scores (B, L, 256) of projected patches (B, N, D) and prompt ids from BOS to the blank."""
+        scores: Tensor = self.language_model.lm_head(self._hidden(patches, prompts))
+        return scores
+
+    def _hidden(self, patches: Tensor, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """The outputs (B, L, D) that score the action tokens."""
         lengths = torch.tensor([len(ids) for ids in prompts], device=patches.device)
         longest = padded_length(max(len(ids) for ids in prompts))
         tail = [0] * self.num_action_tokens + [prompt.STOP]
@@ -128,10 +140,7 @@ class OpenVLAOFT(TokenPolicy):
         present = F.pad(place <= self.num_action_tokens, (NUM_PATCHES, 0), value=True)
         hidden = self.language_model(embeddings, present)
         slots = NUM_PATCHES + lengths[:, None] - 1 + torch.arange(self.num_action_tokens, device=patches.device)
-        scores: Tensor = self.language_model.lm_head(
-            hidden.gather(1, slots[..., None].expand(-1, -1, hidden.shape[-1]))
-        )
-        return scores
+        return hidden.gather(1, slots[..., None].expand(-1, -1, hidden.shape[-1]))  # type: ignore[no-any-return]
 
     def prompt(self, instruction: str) -> list[int]:
         """Token ids of an instruction, from BOS to the blank."""
@@ -151,20 +160,26 @@ class OpenVLAOFT(TokenPolicy):
         blocks = [self._tower_features(prepared[rows]) for rows in self.blocks(len(frames))]
         return torch.cat(blocks)[: len(frames)]
 
-    def _blocked_logits(self, frames: Tensor, instructions: list[str]) -> Tensor:
+    def blocked(
+        self,
+        compute: Callable[[Tensor, list[str]], Tensor],
+        frames: Tensor,
+        instructions: list[str],
+        shape: tuple[int, ...],
+    ) -> Tensor:
         """As the base class, separately for each padded length of prompts."""
         lengths = np.array([padded_length(len(self.prompt(text))) for text in instructions], dtype=np.int64)
-        out = torch.zeros(len(frames), self.num_action_tokens, action_tokens.NUM_TOKENS, device=self.device)
+        out = torch.zeros(len(frames), *shape, device=self.device)
         for length in np.unique(lengths):
             rows = np.flatnonzero(lengths == length).tolist()
-            out[rows] = super()._blocked_logits(frames[rows], [instructions[row] for row in rows])
+            out[rows] = super().blocked(compute, frames[rows], [instructions[row] for row in rows], shape)
         return out
 
     # -- actions ---------------------------------------------------------------------------------------------------
 
-    def decode_actions(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, L) -> environment actions (B, K, A)."""
-        return self.action_statistics.to_environment(super().decode_actions(tokens))
+    def to_environment(self, actions: Tensor) -> Tensor:
+        """The model's normalised actions (B, K, A) -> environment actions."""
+        return self.action_statistics.to_environment(actions)
 
     def encode_actions(self, actions: Tensor) -> Tensor:
         """Environment actions (B, K, A) -> tokens (B, L)."""
@@ -217,6 +232,7 @@ class OpenVLAOFT(TokenPolicy):
         *,
         dtype: torch.dtype | None = None,
         unnorm_key: str | None = None,
+        continuous: bool = False,
     ) -> Self:
         """Load a checkpoint folder.
 
@@ -225,6 +241,8 @@ class OpenVLAOFT(TokenPolicy):
             device: where the weights go.
             dtype: precision of the weights; None: as stored.
             unnorm_key: see the class; None: what ``config.json`` names, or the only data set.
+            continuous: accept an L1 action head in the folder, whose language model knows no action tokens
+                (:mod:`rawdream_env.policies.laplace`).
 
         Raises:
             CheckpointError: another kind of checkpoint, or a damaged one; each has its own sentence.
@@ -232,7 +250,7 @@ class OpenVLAOFT(TokenPolicy):
             InvalidOptionError: no or an ambiguous ``unnorm_key``.
         """
         path = Path(folder)
-        config, upstream = read_config(path)
+        config, upstream = read_config(path, continuous)
         statistics, tokenizer = read_statistics(path), prompt.load_tokenizer(path)
         key = unnorm_key or upstream.get("unnorm_key")
         with torch.device("meta"):

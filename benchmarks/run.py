@@ -31,6 +31,8 @@ NAMES = (
     "judge_overlap",
     "instant_reflector",
     "grpo_guard",
+    "grpo_loop",
+    "policy_throughput",
     "busy_neighbour",
 )
 

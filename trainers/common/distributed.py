@@ -209,15 +209,21 @@ def shard_policy(policy: Any, group: ProcessGroup) -> None:
 
 @contextlib.contextmanager
 def gathered(policy: Any) -> Iterator[None]:
-    """All weights of a sharded policy on every process, so that processes may act different numbers of times."""
-    shards = [m for m in policy.modules() if isinstance(m, FSDPModule)] if isinstance(policy, FSDPModule) else []
+    """All weights of a sharded policy on every process, so that processes may act different numbers of times, or one saves."""
+    if not isinstance(policy, FSDPModule):
+        yield
+        return
+    modules: Any = policy
+    shards = [module for module in modules.modules() if isinstance(module, FSDPModule)]
     for module in shards:
         module.set_reshard_after_forward(False, recurse=False)
     try:
         for module in shards:
             module.unshard()
+        modules.state_dict = lambda: dict(modules.named_parameters())  # FSDP2's own would shard the weights again
         yield
     finally:
+        vars(modules).pop("state_dict", None)
         for module in shards:
             module.reshard()
             module.set_reshard_after_forward(module is not policy, recurse=False)

@@ -32,7 +32,7 @@ t.train(*sys.argv[2:5], steps=int(sys.argv[5]), parallel=sys.argv[6])
 
 
 def train(base: str, kind: str, out: str, *, steps: int = 2, parallel: Any = "none") -> None:
-    """Two steps (later, rounding may flip a sampled token) with replacements of dropped groups, uneven minibatches, the guard and the average."""
+    """Two steps with replaced groups, uneven minibatches, guard and average; later, rounding may flip a sampled token."""
     policy: Any
     if kind == "tiny":
         sizes = TinyVLAConfig(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from torch import Tensor
 
 from rawdream_env import cli
 from rawdream_env.envs.dream import DreamVectorEnv
+from rawdream_env.envs.episodes import EpisodeRequest, run_episodes
 from rawdream_env.errors import InvalidOptionError
 from rawdream_env.judges.scripted import ScriptedJudge
 from rawdream_env.piper.envs import PiperSimVectorEnv
 from rawdream_env.policies import load_policy
+from rawdream_env.seeding import NoiseKey
 from rawdream_env.starts.memory import NullStarts
 from rawdream_env.testing.openvla_oft import write_tiny_openvla
 from rawdream_env.trainers.common.run_dir import read_jsonl
@@ -170,6 +173,59 @@ def test_it_learns_and_resumes_bit_by_bit(folder: Path, tmp_path: Path) -> None:
     assert read_jsonl(tmp_path / "parts" / "metrics.jsonl") == lines
     for (name, a), (_, b) in zip(whole.policy.named_parameters(), parts.policy.named_parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+class ShowMotion(NullWorldModel):
+    """Frames as bright as the chunk's mean motion along x is large."""
+
+    def imagine(self, state: NullState, actions: Tensor) -> tuple[NullState, Tensor]:
+        state, frames = super().imagine(state, actions)
+        shade = ((actions[:, :, 0].mean(1) + 1) * 127).round().to(torch.uint8)
+        return state, torch.zeros_like(frames) + shade[:, None, None, None, None]
+
+
+def to_the_right(video: Video, instruction: str) -> bool:
+    return bool(video.frames[-1].mean() > 127 * 1.15)
+
+
+def motion_env(num_envs: int, **kwargs: Any) -> DreamVectorEnv:
+    del kwargs["task"], kwargs["layout"]
+    model, starts = ShowMotion((SIDE, SIDE, 3), 8), NullStarts((SIDE, SIDE, 3))
+    return DreamVectorEnv(
+        num_envs, world_model=model, judge=ScriptedJudge(to_the_right), starts=starts, max_episode_steps=1, **kwargs
+    )
+
+
+gym.register("test/Motion-v0", entry_point=motion_env, vector_entry_point=motion_env)
+
+
+@pytest.mark.slow
+def test_it_learns_the_right_answer_of_a_scripted_world_in_minutes(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    begun = time.monotonic()
+    words = [
+        "policy",
+        "grpo",
+        "--run-dir",
+        str(tmp_path / "run"),
+        "--policy",
+        str(folder),
+        "--env-id",
+        "test/Motion-v0",
+    ]
+    words += ["--lora-rank", "8", "--lr", "3e-3", "--steps", "40", "--temperature", "1.0", "--ema", "0.5"]
+    words += ["--warmup-steps", "2", "--max-kl", "0.2", "--no-tensorboard", "--no-progress"]
+    assert cli.main(words) == 0
+    seconds = time.monotonic() - begun
+    lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    rates = [round(line["success_rate"], 2) for line in lines]
+    print(rates, seconds)
+    assert abs(lines[0]["first_ratio_deviation"]) < 1e-5 and lines[0]["success_rate"] < 0.7
+    env = motion_env(16, task=None, layout=None, autoreset_mode="Disabled")
+    requests = [EpisodeRequest(None, 10_000 + seed, NoiseKey(seed)) for seed in range(64)]
+    played = run_episodes(env, requests, load_policy(tmp_path / "run" / "policy"), temperature=1.0)
+    assert np.mean([rollout.reward for rollout in played]) > 0.9, rates
+    assert seconds < 180
 
 
 def coin(frames: np.ndarray) -> bool:

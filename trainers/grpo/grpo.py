@@ -69,11 +69,13 @@ from rawdream_env.trainers.grpo.rollout import (
     RolloutInterrupted,
     Rollouts,
 )
+from rawdream_env.trainers.grpo.simulation import Simulation
 
 _STREAM_SHUFFLE = 21
 _MAY_CHANGE = (
     "run_dir", "steps", "minutes", "save_every", "tensorboard", "progress", "num_envs",
     "overlap_judge", "held_out_judge", "alarm_margin", "alarm_window", "stop_on_alarm",  # none changes a reward
+    "eval_every", "eval_env_id", "eval_episodes", "eval_temperature", "eval_videos", "report_to",
 )  # fmt: skip
 _logger = logging.getLogger(__name__)
 
@@ -127,7 +129,14 @@ def train_grpo(config: GRPOConfig, *, env: VectorEnv[Any, Any, Any] | None = Non
         vector_env = verified(vector_env)
     try:
         with (
-            RunDir(config.run_dir, config, may_change=_MAY_CHANGE, added=ADDED, tensorboard=config.tensorboard) as run,
+            RunDir(
+                config.run_dir,
+                config,
+                may_change=_MAY_CHANGE,
+                added=ADDED,
+                tensorboard=config.tensorboard,
+                report_to=config.report_to,
+            ) as run,
             deferred_interrupt() as interrupted,
         ):
             step, stopped = _train(config, run, learner, vector_env, interrupted, deadline)
@@ -156,6 +165,7 @@ def _train(
     saved, alarm = step, GapAlarm(config.alarm_margin, config.alarm_window, state.get("alarm"))
     whole = True  # whether the weights are those of a finished step
     shown = RolloutCounts()  # since the last table
+    simulation = Simulation(config)
     bar = tqdm(total=config.steps, initial=step, desc="GRPO", unit="step", disable=not config.progress)
     collector = GroupCollector(
         env,
@@ -184,6 +194,9 @@ def _train(
             metrics = update(config, learner, rollouts, step)
             learner.follow(config.ema, step)
             metrics |= alarm.look(rollouts.counts.others)
+            if simulation.due(step + 1):
+                with learner.averaged():
+                    metrics |= simulation.evaluate(learner.policy, step + 1)
             run.log(step + 1, **rollouts.metrics(), **metrics)
             replayed = replayed_chunks(env) - replayed
             run.log_timings(step + 1, **timings(rollouts, env, replayed, begun, rolled_out))
@@ -212,6 +225,7 @@ def _train(
         show(bar, shown, step, env)
         bar.close()
         collector.close()
+        simulation.close()
         if step > saved and whole:
             learner.save(run, step, {"alarm": alarm.state()})
 

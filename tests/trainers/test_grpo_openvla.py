@@ -22,13 +22,13 @@ from rawdream_env.judges.scripted import ScriptedJudge
 from rawdream_env.piper.envs import PiperSimVectorEnv
 from rawdream_env.policies import load_policy
 from rawdream_env.seeding import NoiseKey
-from rawdream_env.starts.memory import NullStarts
+from rawdream_env.starts.memory import ListStarts, NullStarts
 from rawdream_env.testing.openvla_oft import write_tiny_openvla
 from rawdream_env.trainers.common.run_dir import read_jsonl
 from rawdream_env.trainers.grpo import grpo
 from rawdream_env.trainers.grpo.grpo import GRPOConfig, train_grpo, update
 from rawdream_env.trainers.grpo.learner import Learner, loaded_policy
-from rawdream_env.types import Video
+from rawdream_env.types import Start, Video
 from rawdream_env.world_models.null import NullState, NullWorldModel
 
 SIDE = 16
@@ -176,23 +176,29 @@ def test_it_learns_and_resumes_bit_by_bit(folder: Path, tmp_path: Path) -> None:
 
 
 class ShowMotion(NullWorldModel):
-    """Frames as bright as the chunk's mean motion along x is large."""
+    """Frames as bright as the mean of the chunk's motions is large."""
 
     def imagine(self, state: NullState, actions: Tensor) -> tuple[NullState, Tensor]:
         state, frames = super().imagine(state, actions)
-        shade = ((actions[:, :, 0].mean(1) + 1) * 127).round().to(torch.uint8)
+        shade = ((actions[:, :, :6].mean((1, 2)) + 1) * 127).round().to(torch.uint8)
         return state, torch.zeros_like(frames) + shade[:, None, None, None, None]
 
 
-def to_the_right(video: Video, instruction: str) -> bool:
-    return bool(video.frames[-1].mean() > 127 * 1.15)
+def as_told(video: Video, instruction: str) -> bool:
+    return bool(video.frames[-1].mean() > 127) == instruction.endswith("right")
+
+
+STARTS = [
+    Start(np.full((SIDE, SIDE, 3), 60 * i + 40, np.uint8), f"move the block {word}", i)
+    for i, word in enumerate(("left", "right"))
+]
 
 
 def motion_env(num_envs: int, **kwargs: Any) -> DreamVectorEnv:
     del kwargs["task"], kwargs["layout"]
-    model, starts = ShowMotion((SIDE, SIDE, 3), 8), NullStarts((SIDE, SIDE, 3))
+    model, starts = ShowMotion((SIDE, SIDE, 3), 8), ListStarts(STARTS)
     return DreamVectorEnv(
-        num_envs, world_model=model, judge=ScriptedJudge(to_the_right), starts=starts, max_episode_steps=1, **kwargs
+        num_envs, world_model=model, judge=ScriptedJudge(as_told), starts=starts, max_episode_steps=1, **kwargs
     )
 
 

@@ -41,7 +41,7 @@ def test_a_tracker_gets_what_the_log_has_and_its_run_continues(
 ) -> None:
     module = stand_in(name)
     monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    monkeypatch.delenv(f"{name.upper()}_PROJECT", raising=False)
     train(tmp_path / "run", steps=1, report_to=(name,))
     train(tmp_path / "run", steps=2, report_to=(name,))
     (first, second) = (call[1] for call in module.calls if call[0] == "init")

@@ -14,7 +14,7 @@ from rawdream_env.errors import MissingDependencyError
 
 TrackerName = Literal["wandb", "trackio"]
 PROJECT = "rawdream"
-"""Project of all runs, unless WANDB_PROJECT or TRACKIO_PROJECT is set, which the packages read."""
+"""Project of all runs, unless the environment variable WANDB_PROJECT or TRACKIO_PROJECT names another."""
 
 
 class Trackers:
@@ -34,8 +34,8 @@ class Trackers:
         name = f"{run_path.resolve().name}-{files.read_text(id_file).strip()}"
         for module in self._modules:
             own = {"id": name, "dir": str(run_path)} if module.__name__ == "wandb" else {}
-            project = {} if _has_project(module.__name__) else {"project": PROJECT}
-            module.init(name=name, config=dict(config), resume="allow", **project, **own)
+            project = os.environ.get(f"{module.__name__.upper()}_PROJECT", PROJECT)
+            module.init(project=project, name=name, config=dict(config), resume="allow", **own)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Numbers of a step; the rest is left out."""
@@ -48,10 +48,6 @@ class Trackers:
         for module in self._modules:
             module.finish()
         self._modules = []
-
-
-def _has_project(name: str) -> bool:
-    return bool(os.environ.get(f"{name.upper()}_PROJECT"))
 
 
 def _import(name: str) -> Any:

@@ -34,13 +34,13 @@ except ImportError as error:
     raise MissingDependencyError("this trainer needs TRL: pip install 'rawdream-env[trl]'.") from error
 
 
-class PolicyConfig(PreTrainedConfig):  # type: ignore[misc]
+class PolicyConfig(PreTrainedConfig):  # type: ignore[misc, no-untyped-call, unused-ignore]
     """Configuration of :class:`PolicyModel`, which has no options."""
 
     model_type = "rawdream_policy"
 
 
-class PolicyModel(PreTrainedModel):  # type: ignore[misc]
+class PolicyModel(PreTrainedModel):  # type: ignore[misc, no-untyped-call, unused-ignore]
     """A policy as transformers' trainers want their models; ``policy`` is the policy itself."""
 
     config_class = PolicyConfig
@@ -48,7 +48,7 @@ class PolicyModel(PreTrainedModel):  # type: ignore[misc]
     def __init__(self, policy: nn.Module) -> None:
         super().__init__(PolicyConfig())
         self.policy = policy
-        self.generation_config = GenerationConfig()
+        self.generation_config = GenerationConfig()  # type: ignore[no-untyped-call, unused-ignore]
 
     def forward(
         self, images: Tensor, instructions: list[str], tokens: Tensor, temperature: float
@@ -74,7 +74,11 @@ class PolicyModel(PreTrainedModel):  # type: ignore[misc]
         return self
 
 
-class EnvGRPOTrainer(trl.GRPOTrainer):  # type: ignore[misc]
+_trl: Any = trl  # which finds its names lazily
+_GRPOTrainer: Any = _trl.GRPOTrainer
+
+
+class EnvGRPOTrainer(_GRPOTrainer):  # type: ignore[misc]
     """GRPO of ``policy`` in ``env`` by TRL.
 
     Args:
@@ -94,7 +98,7 @@ class EnvGRPOTrainer(trl.GRPOTrainer):  # type: ignore[misc]
         self,
         policy: nn.Module,
         env: VectorEnv[Any, Any, Any],
-        args: trl.GRPOConfig,
+        args: Any,
         *,
         max_groups: int = 64,
         max_flagged: int = 2,
@@ -199,8 +203,10 @@ def _no_reward(completions: list[Any], **columns: Any) -> list[float]:
 
 def _tokenizer() -> PreTrainedTokenizerFast:
     """TRL wants one; instructions are not tokenized here."""
-    return PreTrainedTokenizerFast(
+    fast: Any = PreTrainedTokenizerFast  # untyped in transformers
+    tokenizer: PreTrainedTokenizerFast = fast(
         tokenizer_object=Tokenizer(models.WordLevel({"-": 0, "<end>": 1}, unk_token="-")),
         pad_token="-",
         eos_token="<end>",
     )
+    return tokenizer

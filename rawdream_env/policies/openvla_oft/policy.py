@@ -119,7 +119,8 @@ class OpenVLAOFT(TokenPolicy):
     def action_features(self, frames: Tensor, instructions: Sequence[str]) -> Tensor:
         """The outputs at an action's A placeholders, side by side: (B, K, A * D)."""
         prompts = [self.prompt(instruction) for instruction in instructions]
-        return self._hidden(self.projector(self.features(frames)), prompts).unflatten(1, (CHUNK_LEN, -1)).flatten(2)
+        hidden = self._hidden(self.projector(self.features(frames)), prompts)
+        return hidden.reshape(len(hidden), CHUNK_LEN, -1)
 
     def prompt_logits(self, patches: Tensor, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Token scores (B, L, 256) of projected patches (B, N, D) and prompt ids from BOS to the blank."""
@@ -140,7 +141,8 @@ class OpenVLAOFT(TokenPolicy):
         present = F.pad(place <= self.num_action_tokens, (NUM_PATCHES, 0), value=True)
         hidden = self.language_model(embeddings, present)
         slots = NUM_PATCHES + lengths[:, None] - 1 + torch.arange(self.num_action_tokens, device=patches.device)
-        return hidden.gather(1, slots[..., None].expand(-1, -1, hidden.shape[-1]))  # type: ignore[no-any-return]
+        chosen: Tensor = hidden.gather(1, slots[..., None].expand(-1, -1, hidden.shape[-1]))
+        return chosen
 
     def prompt(self, instruction: str) -> list[int]:
         """Token ids of an instruction, from BOS to the blank."""

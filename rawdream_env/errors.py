@@ -34,6 +34,14 @@ class CanFrameError(RawDreamError, ValueError):
     """A CAN frame has another identifier, length or content than expected."""
 
 
+class CameraError(RawDreamError, RuntimeError):
+    """A camera cannot be opened, or gives no frames."""
+
+
+class StaleFrameError(CameraError):
+    """The newest frame of a camera is too old to act on."""
+
+
 class InvalidOptionError(RawDreamError, ValueError):
     """An environment or wrapper option that does not exist or does not fit the others."""
 

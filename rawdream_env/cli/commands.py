@@ -80,6 +80,7 @@ TITLES = {
     "world-model": "World model",
     "judge": "Judge",
     "policy": "Policy",
+    "camera": "Hardware",
     "models": "More",
 }
 """Headings of ``rawdream --help``, by the first word of the first command below them."""
@@ -161,6 +162,10 @@ COMMANDS: dict[str, Command] = {
     "policy compare": Command(
         "compare the success rates of several evaluations of the same protocol",
         f"{_EVALUATION}.side_by_side.compare", "CompareConfig", "compare", _text,
+    ),
+    "camera check": Command(
+        "show what the policy will see beside what the world model was trained on",
+        f"{_EVALUATION}.camera", "CameraCheckConfig", "check_camera", _text,
     ),
     "models train": Command(
         "train the bundled models from scratch, stage by stage",

@@ -101,6 +101,10 @@ COMMANDS: dict[str, Command] = {
         "rawdream_env.data.collect", "CollectConfig", "collect", _folder,
         old="collect", renamed={"root": "out"},
     ),
+    "data teleop": Command(
+        "record episodes that a person drives (keyboard, gamepad, master arm) as a LeRobotDataset v3.0",
+        "rawdream_env.piper.teleop.session", "TeleopConfig", "teleoperate", _folder,
+    ),
     "data import-hdf5": Command(
         "convert LIBERO or robomimic demonstrations to a LeRobotDataset v3.0",
         "rawdream_env.data.import_hdf5", "ImportConfig", "import_hdf5", _folder,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -116,7 +116,7 @@ class PiperSource:
         config, twin = self.config, self.twin
         task = None if config.kind == "play" else self.tasks[index % len(self.tasks)]
         frame = twin.reset(seed, task=None if task is None else task.name, layout=config.layout)
-        recording = _Recording(twin, frame)
+        recording = Recording(twin, frame)
         if config.kind == "policy":
             assert task is not None
             env = _RecordedTwin(recording, config.steps, self._noise(seed))
@@ -153,10 +153,12 @@ class PiperSource:
         return noisy
 
 
-class _Recording:
-    """A running episode in a twin; keeps what a data set stores of every control step."""
+class Recording:
+    """A running episode in a twin, or on what has its ``step`` and ``proprio``; keeps what a data set stores of every control
+    step. The truth about objects is stored where it is known (:func:`knows_objects`).
+    """
 
-    def __init__(self, twin: PiperTwin, frame: UInt8Array) -> None:
+    def __init__(self, twin: Any, frame: UInt8Array) -> None:
         self.twin = twin
         self.frames, self.actions = [frame], list[Float32Array]()
         self.states, self.truth = [twin.proprio()], [self._privileged()]
@@ -181,6 +183,8 @@ class _Recording:
         )
 
     def _privileged(self) -> dict[str, Float32Array]:
+        if not knows_objects(self.twin):
+            return {}
         return {
             "object_poses": np.asarray(self.twin.object_poses(), np.float32).ravel(),
             "relations": np.asarray(self.twin.relations(), np.float32).ravel(),
@@ -188,12 +192,17 @@ class _Recording:
         }
 
 
+def knows_objects(twin: Any) -> bool:
+    """Whether a recording in ``twin`` has the privileged columns."""
+    return hasattr(twin, "object_poses")
+
+
 class _RecordedTwin(ChunkVectorEnv):
     """A recording as an environment of one row, for policies. ``noise`` changes an action before it is carried out; after
     ``steps`` control steps the rest of a chunk is left out.
     """
 
-    def __init__(self, recording: _Recording, steps: int, noise: Callable[[Float32Array], Float32Array]) -> None:
+    def __init__(self, recording: Recording, steps: int, noise: Callable[[Float32Array], Float32Array]) -> None:
         super().__init__(
             1,
             frame_shape=recording.frames[0].shape,

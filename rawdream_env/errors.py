@@ -42,6 +42,10 @@ class StaleFrameError(CameraError):
     """The newest frame of a camera is too old to act on."""
 
 
+class CalibrationError(RawDreamError, ValueError):
+    """Points that do not determine a camera."""
+
+
 class InvalidOptionError(RawDreamError, ValueError):
     """An environment or wrapper option that does not exist or does not fit the others."""
 

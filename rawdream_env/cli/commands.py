@@ -171,6 +171,10 @@ COMMANDS: dict[str, Command] = {
         "show what the policy will see beside what the world model was trained on",
         f"{_EVALUATION}.camera", "CameraCheckConfig", "check_camera", _text,
     ),
+    "camera calibrate": Command(
+        "find where the camera stands, from points or AprilTags, for the arm map",
+        "rawdream_env.piper.calibration", "CalibrateConfig", "calibrate", _text,
+    ),
     "models train": Command(
         "train the bundled models from scratch, stage by stage",
         "rawdream_env.recipes.piper_bundled", "EmbeddedConfig", "train_embedded", _text,

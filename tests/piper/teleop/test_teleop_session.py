@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import time
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ import pytest
 
 from rawdream_env import cli
 from rawdream_env.data.lerobot import LeRobotReader
-from rawdream_env.errors import DatasetError, InvalidOptionError, RendererError
+from rawdream_env.errors import DatasetError, InvalidOptionError, RendererError, RunDirError
 from rawdream_env.piper import geometry as geo
 from rawdream_env.piper.relations import TASKS
 from rawdream_env.piper.starts import SimStarts
@@ -104,6 +105,7 @@ def test_recorded_replayed_and_trained_on(tmp_path, capsys):
     from rawdream_env.trainers.world_model.config import StageConfig, WorldModelTrainConfig
     from rawdream_env.trainers.world_model.train import train_world_model
     from rawdream_env.world_models.autoencoders import AutoencoderConfig
+    from rawdream_env.world_models.loading import read_world_model
     from rawdream_env.world_models.wan.config import WanConfig
 
     (tmp_path / "keys.txt").write_text(KEEP)
@@ -127,8 +129,15 @@ def test_recorded_replayed_and_trained_on(tmp_path, capsys):
         num_layers=1, num_attention_heads=2, attention_head_dim=24, ffn_dim=64, stem_channels=16,
         stem_blocks=1, head_blocks=1, arm_map_channels=384, warp_last_frame=True,
     )  # fmt: skip
+    camera = [0.7, 0.1, 0.5, 1.2, 1.2, 1.2, 40.0, 0.5, 0.5]
+    (tmp_path / "camera.json").write_text(json.dumps({"camera": camera}))
     config = WorldModelTrainConfig(
         data=(str(out),), run_dir=str(tmp_path / "run"), bf16=False, episode_chunks=3, autoencoder=stage, transformer=stage,
         model=model, autoencoder_model=AutoencoderConfig(widths=(16, 16)),
+        camera=str(tmp_path / "camera.json"),
     )  # fmt: skip
-    assert (train_world_model(config) / "transformer").exists()
+    trained = read_world_model(train_world_model(config))
+    assert trained.config.arm_map.camera == tuple(camera) and trained.robot == "piper"
+    train_world_model(config)  # the finished run
+    with pytest.raises(RunDirError, match="another configuration"):
+        train_world_model(replace(config, camera=""))

@@ -54,6 +54,8 @@ class Robot:
     """Id of its simulator environment, with the same spaces and infos."""
     sim_options: tuple[str, ...] = ()
     """Names of the options that the simulator takes besides those of every environment: "num_workers", "image_size", ..."""
+    real_env: str = ""
+    """Id of its hardware environment of one row, with the same spaces and infos."""
     kinematics: str = ""
     """``(ArmMapConfig) -> Kinematics``, for world models that take poses and arm maps."""
     scene: str = ""

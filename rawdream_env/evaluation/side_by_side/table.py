@@ -25,17 +25,20 @@ _COLUMNS_AT_ONCE = 3
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """Success rates per policy and task in the dream (of trusted episodes) and the simulator, with the dream's INVALID and
-    flagged episodes; where the dream was diagnosed, how far it can be trusted; then the gains, the rank correlation of three
-    policies or more, and the conclusions.
+    """Success rates per policy and task in the dream (of trusted episodes), the simulator and, with trials, on the arm, with
+    the dream's INVALID and flagged episodes; where the dream was diagnosed, how far it can be trusted; then the gains, the rank
+    correlation of three policies or more, and the conclusions.
     """
-    lines: list[tuple[str, ...]] = [("policy", "task", "dream", "INVALID", "flagged", "simulator")]
+    worlds = ("simulator", "real") if "trials" in report else ("simulator",)
+    lines: list[tuple[str, ...]] = [("policy", "task", "dream", "INVALID", "flagged", *worlds)]
     for entry in report["policies"]:
         parts = {"all tasks": entry["all"], **entry["tasks"]}
         for number, (task, part) in enumerate(parts.items()):
             name = "" if number else entry["name"]
             apart = (str(part["verdicts"][kind]) for kind in ("invalid", "flagged"))
-            lines.append((name, task, rate_text(part["dream_trusted"]), *apart, rate_text(part["simulator"])))
+            lines.append(
+                (name, task, rate_text(part["dream_trusted"]), *apart, *(rate_text(part[world]) for world in worlds))
+            )
     diagnoses = [_trust(entry) for entry in report["policies"] if "dreamed_actions" in entry["all"]]
     rest = [*chain.from_iterable(diagnoses), *_gains(report), *_ranking(report), *report["conclusions"]]
     return "\n".join([*_ruled(lines), *protocol_lines(report), *rest])

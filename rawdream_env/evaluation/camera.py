@@ -66,7 +66,7 @@ def check_camera(config: CameraCheckConfig) -> str:
     row = pictures.grid([[_panel(picture) for picture in panels.values()]], gap=4)
     config.out.absolute().parent.mkdir(parents=True, exist_ok=True)
     atomic_write_bytes(config.out, encode_picture(pictures.headed(row, list(panels))))
-    rows = [("", "brightness", "contrast", "red", "green", "blue")]
+    rows: list[tuple[str, ...]] = [("", "brightness", "contrast", "red", "green", "blue")]
     for name, picture in (("the policy sees", seen), ("trained on", trained)):
         numbers = [picture.mean(), picture.mean(-1).std(), *picture.mean((0, 1))]
         rows.append((name, *(f"{number:.0f}" for number in numbers)))

@@ -27,6 +27,8 @@ from rawdream_env.piper.geometry import Camera, FloatArray
 
 _STEPS = 60
 _MIN_POINTS = 6
+_MAX_DEVIATION = 0.25
+"""Largest relative standard deviation of a focal length that is taken."""
 
 
 @dataclass(frozen=True)
@@ -98,14 +100,16 @@ def fit_camera(
     free = 7 if focal is None else 6
     jacobian = _jacobian(found, points, pixels, center)[:, :free]
     scale = np.linalg.norm(jacobian, axis=0)
-    if scale.min() < 1e-9 or np.linalg.cond(jacobian / scale) > 1e5:
+    deviations = np.zeros(7)
+    determined = scale.min() > 1e-9 and np.linalg.cond(jacobian / scale) < 1e5
+    if determined:
+        variance = cost / max(2 * len(points) - free, 1)
+        deviations[:free] = np.sqrt(variance * np.diag(np.linalg.inv(jacobian.T @ jacobian)))
+    if not determined or deviations[6] > _MAX_DEVIATION:
         raise CalibrationError(
             f"the {len(points)} points do not determine the camera; spread them over the table and give some of them "
             "another height, or give the field of view (--fovy)."
         )
-    variance = cost / max(2 * len(points) - free, 1)
-    deviations = np.zeros(7)
-    deviations[:free] = np.sqrt(variance * np.diag(np.linalg.inv(jacobian.T @ jacobian)))
     errors = np.linalg.norm(_residuals(found, points, pixels, center).reshape(-1, 2), axis=1)
     return Fit(_camera(found, center), errors, deviations)
 

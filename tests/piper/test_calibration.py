@@ -92,6 +92,12 @@ def test_points_that_do_not_determine_a_camera_are_refused():
     line = np.array([[0.2 + 0.02 * i, 0.0, 0.0] for i in range(8)])
     with pytest.raises(CalibrationError, match="do not determine"):
         fit_camera(line, geo.project(line, 1, FRONT)[0])
+    above, flat = looking((0.28001, 0.0, 0.9), (0.28, 0.0, 0.0), 40.0)[0], grid((0.0,))
+    for seed, noise in ((0, 0.0), (1, 0.002)):  # far and narrow looks like near and wide
+        seen = geo.project(flat, 1, above)[0] + np.random.default_rng(seed).normal(0, noise, (len(flat), 2))
+        with pytest.raises(CalibrationError, match="give the field of view"):
+            fit_camera(flat, seen)
+        assert fit_camera(flat, seen, focal=geo.focal_length(1, above)).rms < 0.005
 
 
 def write_points(path, camera, crop, rows=()):

@@ -79,7 +79,8 @@ class CameraView:
     def __call__(self, frame: UInt8Array) -> UInt8Array:
         """(H, W, 3) -> (size, size, 3)."""
         left, top, side = self.square(*frame.shape[:2])
-        return resize_frames(frame[None, top : top + side, left : left + side], (self.size, self.size))[0]
+        resized = resize_frames(frame[None, top : top + side, left : left + side], (self.size, self.size))
+        return np.asarray(resized[0], np.uint8)
 
 
 class Viewed:
@@ -195,7 +196,7 @@ class DeviceFrames:
         try:
             frame = next(self._frames)
         except (StopIteration, self._failed, OSError) as error:
-            raise CameraError(f"camera {self.device} is gone ({error or 'no more frames'}).") from error
+            raise CameraError(f"camera {self.device} is gone ({str(error) or 'no more frames'}).") from error
         taken = time.monotonic()
         return np.asarray(frame.to_ndarray(format="rgb24"), np.uint8), taken
 

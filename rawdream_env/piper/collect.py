@@ -167,7 +167,7 @@ class Recording:
         """Carry out one action (7,)."""
         frame = self.twin.step(action)
         assert frame is not None  # it is None only in a twin without a renderer
-        self.actions.append(action)
+        self.actions.append(getattr(self.twin, "sent_action", action))  # a real arm's guard may have changed it
         self.frames.append(frame)
         self.states.append(self.twin.proprio())
         self.truth.append(self._privileged())

@@ -12,7 +12,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from rawdream_env.errors import InvalidOptionError
 from rawdream_env.piper.collect import PLAY_TASK, PiperSource, Recording, knows_objects
 from rawdream_env.piper.geometry import CONTROL_HZ, check_image_size
 from rawdream_env.piper.relations import TASKS, find_task
-from rawdream_env.piper.teleop.controls import HELP, Event, Gamepad, Keyboard, Operator, ScriptedKeys
+from rawdream_env.piper.teleop.controls import HELP, Event, Gamepad, Keyboard, Operator, ScriptedKeys, hold
 from rawdream_env.piper.teleop.master import CanReceiver, MasterArm
 from rawdream_env.resolve import resolve
 from rawdream_env.seeding import mix
@@ -45,7 +45,7 @@ class TeleopConfig:
     """"keyboard", "gamepad", "master:can1" (Piper's master arm on that CAN bus; the keyboard ends episodes), or a file of key
     presses: lines such as "12 w r", a number of steps and the keys pressed in each."""
     target: str = "twin"
-    """What is driven: "twin" (the simulator) or module:factory of an object with its reset, step and proprio."""
+    """What is driven: "twin" (the simulator) or module:factory of an object with its reset, step, frame and proprio."""
     kind: Literal["play", "demonstrations"] = "play"
     """play: anything goes, without an instruction. demonstrations: the tasks, in turn."""
     tasks: tuple[str, ...] = ()
@@ -63,7 +63,9 @@ class TeleopConfig:
 
 
 class Target(Protocol):
-    """What can be driven: the twin's interface."""
+    """What can be driven: the twin's interface. A target that changes actions has ``sent_action`` (7,), the last one as it was
+    really carried out.
+    """
 
     def reset(self, seed: int, *, task: str | None = None, layout: str = "narrow") -> UInt8Array:
         """Begin an episode; the first frame (H, W, 3)."""
@@ -73,12 +75,25 @@ class Target(Protocol):
         """One control step with ``action`` (7,) in [-1, 1]; the frame after it."""
         ...
 
+    def frame(self) -> UInt8Array:
+        """The picture now."""
+        ...
+
     def proprio(self) -> Float32Array:
         """The commanded pose (7,)."""
         ...
 
     def close(self) -> None:
         """Free it."""
+        ...
+
+
+@runtime_checkable
+class SupportsHold(Protocol):
+    """A target that has to be told when no more actions come for a while."""
+
+    def hold(self) -> None:
+        """Stay where it is until the next action."""
         ...
 
 
@@ -136,15 +151,22 @@ def teleoperate(config: TeleopConfig, *, operator: Operator | None = None, targe
 
 
 def drive(recording: Recording, operator: Operator, screen: Screen, max_steps: int, title: str) -> Event:
-    """One episode: control steps until the person ends it. After ``max_steps`` the arm waits for that."""
-    pace = Pace(screen.live)
+    """One episode: control steps from the first command that moves until the person ends it. After ``max_steps`` the arm waits
+    for that.
+    """
+    pace, target = Pace(screen.live), recording.twin
     while True:
-        over = len(recording.actions) >= max_steps
-        screen.show(recording.frames[-1], f"{title}; step {len(recording.actions)}{', over' if over else ''}")
-        command = operator.command(recording.twin.proprio())
+        steps = len(recording.actions)
+        if not steps:  # somebody may still arrange the scene
+            recording.frames[0] = target.frame()
+        screen.show(recording.frames[-1], f"{title}; step {steps}{', over' if steps >= max_steps else ''}")
+        command = operator.command(target.proprio())
+        waits = steps >= max_steps or (not steps and np.array_equal(command.action, hold(target.proprio())))
+        if (waits or command.event is not None) and isinstance(target, SupportsHold):
+            target.hold()
         if command.event is not None:
             return command.event
-        if not over:
+        if not waits:
             recording.step(np.clip(command.action, -1.0, 1.0))
         pace.wait()
 

@@ -6,16 +6,18 @@ import io
 import json
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from rawdream_env import cli
 from rawdream_env.data.lerobot import LeRobotReader
-from rawdream_env.errors import DatasetError, InvalidOptionError, RendererError, RunDirError
+from rawdream_env.errors import CameraError, DatasetError, InvalidOptionError, RendererError, RunDirError
 from rawdream_env.piper import geometry as geo
 from rawdream_env.piper.relations import TASKS
 from rawdream_env.piper.starts import SimStarts
+from rawdream_env.piper.teleop.arm_target import ArmTarget
 from rawdream_env.piper.teleop.session import Pace, Screen, TeleopConfig, scene_seed, teleoperate
 from rawdream_env.seeding import NoiseKey
 
@@ -79,6 +81,61 @@ def test_demonstrations_have_their_instruction_and_end_in_time(tmp_path):
     assert [reader.task(i) for i in range(2)] == [words["place_cup"], words["put_spoon"]]
     assert [len(episode) for episode in reader] == [8, 8]
     assert [task for _, task in arm.resets] == ["place_cup", "put_spoon"]
+
+
+class Driver:
+    """An arm whose guard halves every motion."""
+
+    def __init__(self):
+        self.pose, self.log = geo.HOME_POSE + 0.01, []
+
+    def send_action(self, action):
+        action = np.append(np.asarray(action)[:6] / 2, action[6])
+        self.pose = geo.integrate_action(self.pose, action)
+        self.log.append("send")
+        return SimpleNamespace(action=action)
+
+    def move_to(self, pose):
+        self.pose = np.array(pose)
+        self.log.append("home")
+
+    def hold(self):
+        self.log.append("hold")
+
+    def close(self):
+        self.log.append("close")
+
+
+class Camera:
+    def __init__(self, frames=10**9):
+        self.left = frames
+
+    def read(self):
+        if not self.left:
+            raise CameraError("unplugged.")
+        self.left -= 1
+        return np.full((16, 16, 3), 100, np.uint8), time.monotonic()
+
+    def close(self):
+        pass
+
+
+def test_an_arm_records_what_was_sent_and_holds_while_nobody_commands(tmp_path):
+    driver = Driver()
+    root = run(tmp_path, "3\n2 s space\n1 enter\n", ArmTarget(driver, Camera()), episodes=1)
+    assert driver.log == ["home", *["hold"] * 4, "send", "send", "hold"]  # nothing is sent before the first command
+    episode = LeRobotReader(root).episode(0)
+    assert episode.actions.tolist() == [[0.5, 0, 0, 0, 0, 0, 1]] * 2
+    np.testing.assert_allclose(episode.state[0], geo.HOME_POSE, atol=1e-6)
+    poses = geo.integrate_actions(geo.HOME_POSE, episode.actions.astype(float))
+    np.testing.assert_allclose(episode.state[1:], poses, atol=1e-6)
+
+
+def test_without_pictures_the_arm_holds_and_what_was_kept_stays(tmp_path):
+    driver = Driver()
+    with pytest.raises(CameraError, match="unplugged"):
+        run(tmp_path, "1 s\n1 enter\n5 s\n", ArmTarget(driver, Camera(frames=8)))
+    assert driver.log[-2:] == ["send", "hold"] and len(LeRobotReader(tmp_path / "data")) == 1
 
 
 def test_the_terminal_shows_the_picture_at_ten_frames_a_second(monkeypatch):

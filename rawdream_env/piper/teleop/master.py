@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rawdream_env.errors import MissingDependencyError
+from rawdream_env.errors import InvalidOptionError, MissingDependencyError
 from rawdream_env.piper import geometry as geo
 from rawdream_env.piper.arm import frames as can_frames
 from rawdream_env.piper.arm.end_pose import end_pose_from_joints, pose_from_end_pose
@@ -37,14 +37,24 @@ class FrameReceiver(Protocol):
 
 
 class CanReceiver:
-    """A bus of python-can (extra ``piper``)."""
+    """A bus of python-can (extra ``piper``).
+
+    Raises:
+        MissingDependencyError: python-can is not installed. InvalidOptionError: there is no such bus.
+    """
 
     def __init__(self, channel: str, interface: str = "socketcan") -> None:
         try:
             import can
         except ModuleNotFoundError as error:
             raise MissingDependencyError("the CAN bus needs python-can: pip install 'rawdream-env[piper]'.") from error
-        self._bus: Any = can.Bus(channel, interface=interface)
+        try:
+            self._bus: Any = can.Bus(channel, interface=interface)
+        except (OSError, can.CanError) as error:
+            raise InvalidOptionError(
+                f"CAN bus {channel} cannot be opened ({error}). Plug the adapter in, then: "
+                f"sudo ip link set {channel} up type can bitrate 1000000."
+            ) from error
 
     def receive(self) -> can_frames.Frame | None:
         """See :class:`FrameReceiver`."""

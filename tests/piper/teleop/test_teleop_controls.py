@@ -136,6 +136,8 @@ def test_master_and_fake_arm_on_one_bus():
 
     goal = np.array([0.30, 0.05, 0.12, 0.0, 0.0, 0.2, -1.0])
     joints = geo.joint_angles(goal)
+    with pytest.raises(InvalidOptionError, match="no-such-can cannot be opened"):
+        CanReceiver("no-such-can")
     nobody = SimpleNamespace(command=lambda pose: SimpleNamespace(event=None), close=lambda: None)
     with FakeArmBus("two arms") as fake, can.Bus("two arms", interface="virtual") as hand:
         master = MasterArm(CanReceiver("two arms", "virtual"), nobody)

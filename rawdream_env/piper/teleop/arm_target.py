@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -49,10 +50,19 @@ class ArmTarget:
     Args:
         driver: of the arm, enabled.
         camera: gives what the policy will see, such as ``Viewed(open_camera("/dev/video0"), CameraView(64))``.
+        now: seconds, and ``sleep``: those of the driver's clock, where that is not real time.
     """
 
-    def __init__(self, driver: Driver, camera: FrameSource) -> None:
+    def __init__(
+        self,
+        driver: Driver,
+        camera: FrameSource,
+        *,
+        now: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
         self.driver, self.camera = driver, camera
+        self._now, self._sleep = now, sleep
         self.sent_action: Float32Array = np.zeros(7, np.float32)
 
     def reset(self, seed: int, *, task: str | None = None, layout: str = "narrow") -> UInt8Array:
@@ -67,10 +77,10 @@ class ArmTarget:
         Raises:
             ArmFaultError: the arm holds. StaleFrameError: the camera is frozen or gone; the arm holds.
         """
-        begin = time.monotonic()
+        begin = self._now()
         sent = self.driver.send_action(action)
         self.sent_action = np.clip(sent.action, -1.0, 1.0).astype(np.float32)
-        time.sleep(max(0.0, begin + 1.0 / CONTROL_HZ - _MARGIN - time.monotonic()))
+        self._sleep(max(0.0, begin + 1.0 / CONTROL_HZ - _MARGIN - self._now()))
         return self.frame()
 
     def frame(self) -> UInt8Array:

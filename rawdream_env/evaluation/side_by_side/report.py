@@ -18,6 +18,7 @@ from rawdream_env.evaluation.reporting import html, pictures
 from rawdream_env.evaluation.reporting.charts import Point, Series, line_chart, point
 from rawdream_env.evaluation.reporting.numbers import Json, estimate_text, percent
 from rawdream_env.evaluation.reporting.output import writing_results
+from rawdream_env.evaluation.side_by_side.ranking import RANKINGS
 from rawdream_env.evaluation.side_by_side.records import Clip, SideBySide
 from rawdream_env.evaluation.side_by_side.table import MEASURES, measure_text
 from rawdream_env.files import atomic_write_json, atomic_write_text
@@ -79,6 +80,7 @@ def render(report: Json, clips: Sequence[Clip], fps: float) -> str:
         films=[_film(clip, fps) for clip in ordered],
         matrices=_MATRICES,
         measures=MEASURES,
+        rankings=RANKINGS,
         measure=measure_text,
         lines=_LINES,
         training_lines=_TRAINING_LINES,

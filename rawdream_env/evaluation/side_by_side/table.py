@@ -8,6 +8,7 @@ from typing import Any
 
 from rawdream_env.evaluation.reporting.numbers import Json, aligned, estimate_text, points_text, rate_text
 from rawdream_env.evaluation.side_by_side.compare import protocol_lines
+from rawdream_env.evaluation.side_by_side.ranking import ranking_lines
 
 MEASURES = (
     ("closed_loop", "kappa", "same start, own actions"),
@@ -71,10 +72,7 @@ def _ruled(rows: list[tuple[str, ...]]) -> list[str]:
 
 def _ranking(report: Mapping[str, Any]) -> list[str]:
     ranking = report.get("ranking")
-    if ranking is None or ranking["n_policies"] < 3:  # the order of two is in the gain
-        return []
-    numbers = ", ".join(f"{name.capitalize()} {estimate_text(ranking[name])}" for name in ("spearman", "kendall"))
-    return [f"rank correlation of {ranking['n_policies']} policies, n starts: {numbers}"]
+    return [] if ranking is None else ranking_lines(ranking)
 
 
 def _gains(report: Mapping[str, Any]) -> list[str]:

@@ -139,7 +139,9 @@ def test_mmrv_of_a_worked_example() -> None:
     truth = [0.9, 0.6, 0.3]
     assert mean_maximum_rank_violation([0.5, 0.7, 0.2], truth) == pytest.approx(0.2)  # 0.3, 0.3 and 0
     assert mean_maximum_rank_violation([0.1, 0.2, 0.3], truth) == pytest.approx((0.6 + 0.3 + 0.6) / 3)  # reversed
-    assert mean_maximum_rank_violation([9, 6, 3], truth) == 0.0 and math.isnan(mean_maximum_rank_violation([1], [1]))
+    assert mean_maximum_rank_violation([9, 6, 3], truth) == 0.0 and math.isnan(
+        mean_maximum_rank_violation([1, 2], [1, 1])
+    )
     # A tie: "1 is worse than 0" is missed, the other way round nothing is said; so it costs the worse item alone.
     assert mean_maximum_rank_violation([0.5, 0.5], [0.9, 0.5]) == pytest.approx(0.4 / 2)
 

@@ -31,7 +31,7 @@ from rawdream_env.evaluation.side_by_side.compare import CompareConfig, compare
 from rawdream_env.evaluation.side_by_side.evaluate import EvaluateConfig, evaluate, make_starts, parse_policies
 from rawdream_env.evaluation.side_by_side.ranking import rank_policies
 from rawdream_env.evaluation.side_by_side.records import EpisodeRecord, SideBySide
-from rawdream_env.evaluation.side_by_side.table import MEASURES, measure_text, table
+from rawdream_env.evaluation.side_by_side.table import MEASURES, measure_text, table, trust_table
 from rawdream_env.judges.scripted import ScriptedJudge
 from rawdream_env.seeding import NoiseKey
 from rawdream_env.statistics import Rate
@@ -394,9 +394,17 @@ def test_the_terminal_shows_every_measure_and_the_ranking() -> None:
     assert not {"judge_against_state", "state_closed_loop", "state_reimagined", "lifts_on_misses"} & set(
         unknowing.report["policies"][0]["all"]
     )
-    lines = [line for line in table(unknowing.report).splitlines() if line.startswith("all tasks")]
-    assert lines[-2].count("not measured") == 2 and "points" in lines[-1]
+    titles = trust_table(unknowing.report["policies"][0])[0]
+    assert len(titles) == 5 and not any("state" in title or "lifts" in title for title in titles)
     assert "Missed grasps" not in report.render(unknowing.report, unknowing.clips, 10.0)
+
+
+def test_many_tasks_are_rows_and_the_protocol_is_on_the_page() -> None:
+    result = run(replace(CONFIG, tasks=tuple(name for name, _ in TASKS), episodes_per_task=2))
+    page = report.render({**result.report, "protocol": {"name": "raw-dream", "horizon": 300}}, [], 10.0)
+    assert '<th scope="row">put spoon</th>' in page and '<th scope="col">Dreamed actions, judge</th>' in page
+    assert "Protocol <b>raw-dream</b>: horizon 300." in page
+    assert '<th scope="col">place cup</th>' in report.render(run().report, [], 10.0)
 
 
 def test_gain_and_ranking_of_three_policies() -> None:

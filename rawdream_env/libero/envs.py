@@ -141,7 +141,7 @@ class LiberoSimVectorEnv(SimulatedVectorEnv):
 
     def start_at(self, task_id: int, seed: int) -> Start:
         """A start for ``options={"starts": [...]}``: a task and a scene seed, without a picture."""
-        blank = np.zeros(self.single_observation_space["image"].shape or (), np.uint8)
+        blank = np.zeros(self._images.shape[1:], np.uint8)
         return Start(blank, self.tasks[task_id][1], task_id, seed=seed)
 
     def truth(self, rows: Sequence[int]) -> list[SceneTruth | None]:

@@ -102,7 +102,7 @@ def test_an_expert_solves_its_task(group, task: str) -> None:
 
 @pytest.mark.slow
 def test_killed_and_resumed_equals_unbroken_and_trains_a_dream(group, tmp_path) -> None:
-    options = {"kind": "expert", "episodes": 20, "steps_per_episode": 16, "action_noise": 0.3, "episodes_per_shard": 3}
+    options = {"kind": "expert", "episodes": 20, "steps_per_episode": 32, "action_noise": 0.3, "episodes_per_shard": 3}
     whole = Path(collect(config(tmp_path / "whole", **options)))
     words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     words += ["--robot=libero_goal", f"--image-size={SIDE}", f"--out={tmp_path / 'killed'}", "--workers=1"]

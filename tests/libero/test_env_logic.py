@@ -51,7 +51,8 @@ class StandIn:
             end.append(chunk[-1, 6] == 1)
         lost = np.array([row in self.dead for row in rows])
         frames = [part[:0] if gone else part for part, gone in zip(frames, lost, strict=True)]
-        return LiberoStep(frames, np.array(some) & ~lost, np.array(end) & ~lost, lost)
+        proprio = [np.zeros((len(part), 8), np.float32) for part in frames]
+        return LiberoStep(frames, proprio, np.array(some) & ~lost, np.array(end) & ~lost, lost)
 
     def mark(self):
         self.saved = dict(self.rows)

@@ -47,8 +47,9 @@ class SFTConfig:
     weight_decay: float = 0.02
     """AdamW weight decay of matrices and kernels."""
     ema: float | None = None
-    """Decay of the averaged weights, which are the ones saved and evaluated; ramps up from 0. 0: no average.
-    None: 0.998, for OpenVLA-OFT 0."""
+    """Decay of the averaged weights, which are the ones saved and evaluated; ramps up from 0. 0: off. None: 0.998, for
+    OpenVLA-OFT 0.
+    """
     label_sigma: float | None = None
     """Standard deviation of the smoothed labels in bins; 0 is one-hot. None: 2, for OpenVLA-OFT 0."""
     readout_weight: float = 1.0
@@ -62,19 +63,19 @@ class SFTConfig:
     lora_rank: int = 32
     """OpenVLA-OFT: rank of the LoRA adapters; 0: train all weights."""
     train_vision: bool = True
-    """OpenVLA-OFT: also train the vision towers, as upstream. Frozen ones need less memory and, without image_aug, compute
-    the features of a frame once."""
+    """OpenVLA-OFT: also train the vision towers, as upstream. Without, and without image_aug, features are computed once."""
     dtype: str | None = None
     """OpenVLA-OFT: precision of the weights. None: as stored, or float32 when all weights are trained."""
     unnorm_key: str | None = None
     """OpenVLA-OFT: data set of the initial policy whose action statistics are used, if it has several."""
     keep_statistics: bool = False
-    """OpenVLA-OFT: keep these statistics; else those of the demonstrations are saved under their folder's name."""
+    """OpenVLA-OFT: keep these statistics; else use those of the demonstrations, under the name of their folder."""
     gradient_checkpointing: bool = False
     """OpenVLA-OFT: compute the language model's activations again in the backward pass, to save memory."""
     held_out: float = 0.04
-    """Share of play episodes kept for validation, at least one. The few-shot stage validates on val_demos_per_task episodes,
-    else on replay, else on what it trains on."""
+    """Share of play episodes kept for validation, at least one. The few-shot stage validates on val_demos_per_task
+    episodes, else on held-out replay, else on its training data.
+    """
     model: TinyVLAConfig = field(default_factory=TinyVLAConfig)
     """Architecture when ``init`` is None."""
     sim_episodes: int = 0
@@ -84,7 +85,7 @@ class SFTConfig:
     layout: str = "narrow"
     """How far objects are scattered in simulator episodes: "narrow" or "wide"."""
     bf16: bool = True
-    """Train in bfloat16 autocast; the saved weights are float32 either way."""
+    """Train in bfloat16 autocast. The precision of the weights does not change."""
     device: str = "cpu"
     """Device to train on."""
     seed: int = 0

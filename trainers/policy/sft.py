@@ -140,7 +140,7 @@ def _prepare(policy: OpenVLAOFT, sources: Sequence[Source], config: SFTConfig) -
     elif not config.train_vision:
         policy.freeze_vision()
     if config.gradient_checkpointing:
-        policy.language_model.model.gradient_checkpointing_enable({"use_reentrant": False})
+        policy.enable_gradient_checkpointing()
 
 
 def _augmentation(policy: TinyVLA | OpenVLAOFT, config: SFTConfig) -> Augment | None:

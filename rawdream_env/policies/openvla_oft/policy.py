@@ -193,6 +193,10 @@ class OpenVLAOFT(TokenPolicy):
         self.vision_backbone.requires_grad_(False)
         self.feature_cache.clear()
 
+    def enable_gradient_checkpointing(self) -> None:
+        """Compute the language model's activations again in the backward pass, to save memory."""
+        self.language_model.enable_gradient_checkpointing()
+
     def add_lora(self, rank: int = 32, *, alpha: float | None = None, vision: bool = False, seed: int = 0) -> None:
         """Train LoRA adapters instead of the weights; see ``adapters.add_lora``."""
         adapters.add_lora(self, rank=rank, alpha=alpha, vision=vision, seed=seed)

@@ -110,12 +110,15 @@ class SFTConfig:
 
     def filled(self, defaults: Mapping[str, float]) -> SFTConfig:
         """The options with ``defaults`` of a kind of policy in place of None."""
-        return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
+        missing: dict[str, Any] = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        return replace(self, **missing)
 
 
 TINY_VLA_DEFAULTS = {"lr": 1e-3, "ema": 0.998, "label_sigma": 2.0}
 OPENVLA_OFT_DEFAULTS = {"lr": 5e-4, "ema": 0.0, "label_sigma": 0.0}
-_LATER = ("demos_seed", "val_demos_per_task", "microbatch_size", "image_aug", "lora_rank", "train_vision", "dtype")
-_LATER += ("unnorm_key", "keep_statistics", "gradient_checkpointing")
+_LATER = {
+    *("demos_seed", "val_demos_per_task", "microbatch_size", "image_aug", "lora_rank", "train_vision", "dtype"),
+    *("unnorm_key", "keep_statistics", "gradient_checkpointing"),
+}
 ADDED: dict[str, Any] = {option.name: option.default for option in fields(SFTConfig) if option.name in _LATER}
 """Options that did not exist in earlier versions, with the values that their runs were made with."""

@@ -33,7 +33,7 @@ ATTACKS = ("noise", "jumps", "corners", "not finite", "straight on", "spirals", 
 _BLOCK = 2000
 """Targets between two checks of the frames."""
 _ROUNDING = 4e-5
-"""Of a pose that went through frames (m, rad): a joint moves more than the angle in the frame."""
+"""Of a pose that went through frames (m, rad). Joints are held against the arm's own limits, without tolerance."""
 _SCALE = np.repeat([geo.DPOS, geo.DROT], 3)
 
 
@@ -97,7 +97,7 @@ def broken_limits(poses: FloatArray, limits: Limits) -> Counter[str]:
         "workspace": ((pose < limits.pose_low - _ROUNDING) | (pose > limits.pose_high + _ROUNDING))[:, :3].any(-1),
         "direction": ((pose < limits.pose_low - _ROUNDING) | (pose > limits.pose_high + _ROUNDING))[:, 3:6].any(-1),
         "gripper": geo.finger_opening(pose[:, 6]) > geo.finger_opening(np.float64(limits.gripper_low)) + 1e-6,
-        "joints": ((joints < limits.joint_low - _ROUNDING) | (joints > limits.joint_high + _ROUNDING)).any(-1),
+        "joints": ((joints < geo.JOINT_LOW) | (joints > geo.JOINT_HIGH)).any(-1),
         "kinematics": np.abs(tool[:, :3, 3] - pose[:, :3]).max(-1) > _ROUNDING,
         "step": (step > _SCALE + 2 * _ROUNDING).any(-1),
         "speed": np.linalg.norm(step[:, :3], axis=-1) > limits.max_speed * limits.period + 2 * _ROUNDING,
@@ -116,13 +116,17 @@ def run(targets: int, seed: int = 0) -> tuple[int, Counter[str]]:
     before = geo.HOME_POSE
     with (
         FakeArmBus(f"adversary {seed}", clock=clock) as bus,
-        PiperDriver(PiperLink(f"adversary {seed}", "virtual"), clock=clock, config=DriverConfig(speed_percent=100)) as arm,
+        PiperDriver(
+            PiperLink(f"adversary {seed}", "virtual"), clock=clock, config=DriverConfig(speed_percent=100)
+        ) as arm,
     ):
         arm.enable()
         last: list[FloatArray] = []
+        kind = ATTACKS[0]
         for begin in range(0, targets, _BLOCK):
             for k in range(begin, min(begin + _BLOCK, targets)):
-                kind = ATTACKS[int(rng.integers(len(ATTACKS)))] if k % 4 == 0 else kind  # each kind four times in a row
+                if k % 4 == 0:  # each kind four times in a row
+                    kind = ATTACKS[int(rng.integers(len(ATTACKS)))]
                 pose = arm.pose
                 try:
                     arm.send_action(attack(kind, pose, before, limits, rng))

@@ -20,6 +20,10 @@ from rawdream_env.errors import ArmFaultError, InvalidOptionError, RawDreamError
 from rawdream_env.judges import load_judge
 from rawdream_env.judges.base import ask
 from rawdream_env.piper import geometry as geo
+from rawdream_env.piper.arm.clock import Clock, LockstepClock, WallClock
+from rawdream_env.piper.arm.faults import DriverConfig, FaultKind
+from rawdream_env.piper.arm.operator import Operator, TerminalOperator, TwinOperator
+from rawdream_env.piper.arm.recording import ArmEpisode, ArmRecorder, Outcome
 from rawdream_env.piper.envs import CHUNK_LEN, FPS
 from rawdream_env.piper.starts import INSTRUCTIONS, TASK_LIST, TASK_NAMES, piper_task
 from rawdream_env.seeding import NoiseKey
@@ -27,9 +31,7 @@ from rawdream_env.starts.base import TaskLike, seed_for
 from rawdream_env.types import Float32Array, Judge, Start, SupportsClose, UInt8Array, Video
 
 if TYPE_CHECKING:
-    from rawdream_env.piper.arm.faults import DriverConfig
     from rawdream_env.piper.arm.guard import Limits
-    from rawdream_env.piper.arm.operator import Operator
 
 PERIOD = 1.0 / FPS
 _channels = count()
@@ -150,11 +152,8 @@ class PiperRealVectorEnv(ChunkVectorEnv):
         self.max_frame_age = float(max_frame_age)
         if task is not None:
             piper_task(NoiseKey(0), task)
-        from rawdream_env.piper.arm import driver as arm
-        from rawdream_env.piper.arm import operator as people
-        from rawdream_env.piper.arm.clock import Clock, LockstepClock, WallClock
+        from rawdream_env.piper.arm.driver import PiperDriver
         from rawdream_env.piper.arm.link import PiperLink
-        from rawdream_env.piper.arm.recording import ArmEpisode, ArmRecorder
 
         self.clock: Clock = WallClock() if realtime or not fake else LockstepClock()
         self._bus: Any = None
@@ -162,18 +161,17 @@ class PiperRealVectorEnv(ChunkVectorEnv):
             channel = f"fake arm {next(_channels)}"
             self._bus, camera, twin_operator = _fake(channel, self.clock, size, self.layout)
             operator = operator or twin_operator
-        self.operator: Operator = operator or people.TerminalOperator()
+        self.operator: Operator = operator or TerminalOperator()
         self.judge: Judge | None = None if judge is None else load_judge(judge, device=device)
         self._owns_judge = isinstance(judge, str | Path)
         self.camera = camera
         link = PiperLink(channel, "virtual" if fake else "socketcan")
-        self.driver = arm.PiperDriver(link, clock=self.clock, limits=limits, config=driver)
-        self.driver.add_check(arm.FaultKind.CAMERA, self._camera_problem)
+        self.driver = PiperDriver(link, clock=self.clock, limits=limits, config=driver)
+        self.driver.add_check(FaultKind.CAMERA, self._camera_problem)
         self.driver.add_check(
-            arm.FaultKind.STOP, lambda: "An operator pressed the stop key." if self.operator.stop_requested() else None
+            FaultKind.STOP, lambda: "An operator pressed the stop key." if self.operator.stop_requested() else None
         )
         self._recorder = None if record is None else ArmRecorder(record, FPS, size)
-        self._new_episode = ArmEpisode
         self._episode: ArmEpisode | None = None
         self._frame_at: float | None = None
         self._verdicts: tuple[int, int] | None = None
@@ -207,7 +205,7 @@ class PiperRealVectorEnv(ChunkVectorEnv):
         self.clock.sleep(PERIOD)
         self._watched(lambda: self.driver.move_to(home))  # confirms that nobody has moved it
         self._fault, self._verdicts, self._probability = "", None, None
-        self._episode = self._new_episode(instruction, task)
+        self._episode = ArmEpisode(instruction, task)
         frame, self._frame_at = self._see(), None  # nothing is watched until the arm moves again
         return [Start(frame.copy(), instruction, task, self.driver.pose.astype(np.float32), seed)]
 
@@ -274,20 +272,14 @@ class PiperRealVectorEnv(ChunkVectorEnv):
                     f"its frames are {frame.dtype} {frame.shape}, not uint8 {self._images.shape[1:]}"
                 )
         except (RawDreamError, OSError) as error:
-            self.driver.latch(self._kinds().CAMERA, f"The camera gives no frame: {error}")
+            self.driver.latch(FaultKind.CAMERA, f"The camera gives no frame: {error}")
             raise ArmFaultError(f"The camera gives no frame: {error}") from error
         self._frame_at = taken
         if problem := self._camera_problem():
-            self.driver.latch(self._kinds().CAMERA, problem)
+            self.driver.latch(FaultKind.CAMERA, problem)
             raise ArmFaultError(problem)
         self._episode.see(frame, taken, self.driver.pose, self.driver.measured_pose)
         return frame
-
-    @staticmethod
-    def _kinds() -> Any:
-        from rawdream_env.piper.arm.faults import FaultKind
-
-        return FaultKind
 
     def _camera_problem(self) -> str | None:
         """What the watchdog says about the camera while the arm moves."""
@@ -310,8 +302,6 @@ class PiperRealVectorEnv(ChunkVectorEnv):
 
     def _end_episode(self, fault: str) -> None:
         """Record the running episode, if there is one."""
-        from rawdream_env.piper.arm.recording import Outcome
-
         episode, self._episode = self._episode, None
         if episode is None:
             return
@@ -359,7 +349,6 @@ def _fake(channel: str, clock: Any, size: int, layout: str) -> tuple[Any, Any, O
     """Bus, camera and operator of a fake arm."""
     from rawdream_env.piper.arm.fake_bus import FakeArmBus
     from rawdream_env.piper.arm.fake_twin import TwinArm, TwinCamera
-    from rawdream_env.piper.arm.operator import TwinOperator
     from rawdream_env.piper.simulator.twin import PiperTwin
 
     arm = TwinArm(PiperTwin(image_size=size))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,7 +12,9 @@ from rawdream_env.errors import InvalidOptionError
 from rawdream_env.piper import geometry as geo
 from rawdream_env.piper.arm.frames import ArmStatus
 from rawdream_env.piper.arm.guard import ArmState
-from rawdream_env.piper.arm.link import Feedback
+
+if TYPE_CHECKING:
+    from rawdream_env.piper.arm.link import Feedback
 
 PERIOD = 1.0 / geo.CONTROL_HZ
 _MOVED = 0.005

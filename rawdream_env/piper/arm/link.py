@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rawdream_env.errors import CanBusError, CanFrameError, MissingDependencyError
 from rawdream_env.piper import geometry as geo
@@ -51,7 +52,7 @@ class Feedback:
     joints: FloatArray = field(default_factory=lambda: np.full(6, np.nan))
     opening: float = float("nan")
     status: int = int(fr.ArmStatus.NORMAL)
-    motors: FloatArray = field(default_factory=lambda: np.zeros(6, bool))
+    motors: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(6, np.bool_))
     end_pose_at: float = _NEVER
     joints_at: float = _NEVER
     status_at: float = _NEVER

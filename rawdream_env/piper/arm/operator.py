@@ -5,10 +5,12 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rawdream_env.errors import ArmFaultError
-from rawdream_env.piper.arm.fake_twin import TwinArm
+
+if TYPE_CHECKING:
+    from rawdream_env.piper.arm.fake_twin import TwinArm
 
 STOP_KEYS = " \x1b"
 """Space and Escape."""

@@ -8,6 +8,7 @@ and the fault that ended it.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import numpy as np
 from rawdream_env.data import schema
 from rawdream_env.data.lerobot import LeRobotWriter
 from rawdream_env.piper.arm.end_pose import FloatArray
-from rawdream_env.types import ACTION_DIM, UInt8Array
+from rawdream_env.types import ACTION_DIM, Float32Array, UInt8Array
 
 OUTCOMES_PATH = "meta/outcomes.jsonl"
 _POSE = ["x", "y", "z", "roll", "pitch", "yaw", "gripper"]
@@ -97,19 +98,26 @@ class ArmRecorder:
             *episode.frames[-1:] * (n + 1 - len(episode.frames)),
         ]  # a fault came before the frame
         commanded, measured = (
-            np.float32([*rows, *rows[-1:] * (n + 1 - len(rows))]) for rows in (episode.commanded, episode.measured)
+            _float32([*rows, *rows[-1:] * (n + 1 - len(rows))]) for rows in (episode.commanded, episode.measured)
         )
         times = np.zeros((n + 1, 2), np.float32)
         times[: len(episode.frame_times), 0] = np.array(episode.frame_times) - episode.frame_times[0]
         times[:n, 1] = np.array(episode.sent_times) - episode.frame_times[0]
-        asked = np.float32([*episode.asked, np.zeros(ACTION_DIM)])
         index = self._writer.add_episode(
             np.stack(frames),
-            np.float32(episode.sent),
+            _float32(episode.sent),
             commanded,
             episode.instruction,
-            {"measured_pose": np.nan_to_num(measured), "asked_action": asked, "time": times},
+            {
+                "measured_pose": np.nan_to_num(measured),
+                "asked_action": _float32([*episode.asked, np.zeros(ACTION_DIM)]),
+                "time": times,
+            },
         )
         self._writer.finalize()
         with self._outcomes.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"episode_index": index, **asdict(outcome)}) + "\n")
+
+
+def _float32(rows: Sequence[FloatArray]) -> Float32Array:
+    return np.stack(rows).astype(np.float32)

@@ -30,6 +30,8 @@ from rawdream_env.piper.arm.guard import Limits
 from rawdream_env.piper.arm.link import PiperLink
 
 ATTACKS = ("noise", "jumps", "corners", "not finite", "straight on", "spirals", "small")
+_PIECE = 10_000
+"""Targets of one driver."""
 _BLOCK = 2000
 """Targets between two checks of the frames."""
 _ROUNDING = 4e-5
@@ -167,13 +169,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    begin, total, bad = time.perf_counter(), 0, Counter[str]()
+    begin, total, asked, bad = time.perf_counter(), 0, 0, Counter[str]()
+    sizes = [min(_PIECE, options.targets - k) for k in range(0, options.targets, _PIECE)]
+    seeds = range(options.seed, options.seed + len(sizes))
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
-        sizes = [len(part) for part in np.array_split(np.arange(options.targets), options.workers)]
-        for seen, found in pool.map(run, sizes, [options.seed + k for k in range(options.workers)]):
-            total, bad = total + seen, bad + found
-    print(f"{options.targets} targets asked, {total} seen on the bus, outside the limits: {dict(bad) or 0}")
-    print(f"{time.perf_counter() - begin:.0f} s with {options.workers} processes")
+        for size, (seen, found) in zip(sizes, pool.map(run, sizes, seeds), strict=True):
+            asked, total, bad = asked + size, total + seen, bad + found
+            print(
+                f"{asked} targets asked, {total} seen on the bus, outside the limits: {dict(bad) or 0} "
+                f"({time.perf_counter() - begin:.0f} s)",
+                flush=True,
+            )
     return int(bool(bad))
 
 

@@ -30,24 +30,27 @@ from rawdream_env.types import Policy, Start
 GOAL_MS = 15.0
 
 
-def successes(env: ChunkVectorEnv, starts: Sequence[Start], policy: Policy) -> NDArray[np.bool_]:
-    """(N,) whether each greedy episode succeeds."""
-    done = {id(r.request.start): r.reward > 0 for r in run_episodes(env, starts, policy, temperature=0.0)}
+def outcomes(env: ChunkVectorEnv, starts: Sequence[Start], policy: Policy) -> tuple[NDArray[np.bool_], int]:
+    """(N,) whether each greedy episode succeeds, and how many a fault ended."""
+    rollouts = list(run_episodes(env, starts, policy, temperature=0.0))
     env.close()
-    return np.array([done[id(start)] for start in starts])
+    return np.array([r.reward > 0 for r in rollouts]), sum(not r.valid for r in rollouts)
 
 
-def compare(policy: Policy, episodes: int) -> bool:
+def compare(policy: Policy, tasks: Sequence[str], episodes: int) -> bool:
     """Print both success rates for every task; whether the intervals overlap everywhere."""
     source, same = SimStarts(), True
-    for task in TASK_NAMES:
+    for task in tasks:
         starts = [source.sample(NoiseKey(seed), task) for seed in range(1000, 1000 + episodes)]
-        arm = successes(PiperRealVectorEnv(fake=True, record=None), starts, policy)
-        twin = successes(PiperSimVectorEnv(1, autoreset_mode="Disabled"), starts, policy)
+        arm, faults = outcomes(PiperRealVectorEnv(fake=True, record=None), starts, policy)
+        twin, _ = outcomes(PiperSimVectorEnv(1, autoreset_mode="Disabled"), starts, policy)
         (a, b), (c, d) = (wilson_interval(int(won.sum()), len(won)) for won in (arm, twin))
         same &= a <= d and c <= b
         cells = f"arm {arm.mean():.0%} [{a:.0%}, {b:.0%}], twin {twin.mean():.0%} [{c:.0%}, {d:.0%}]"
-        print(f"{task}: {cells}, n = {len(starts)}, equal outcome in {int((arm == twin).sum())}", flush=True)
+        print(
+            f"{task}: {cells}, n = {len(starts)}, equal outcome in {int((arm == twin).sum())}, {faults} faults",
+            flush=True,
+        )
     source.close()
     return same
 
@@ -75,10 +78,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run both; returns 1 when the intervals do not overlap or p99 of the jitter misses its goal."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fake_arm", description=__doc__.split("\n")[0])
     parser.add_argument("--episodes", type=int, default=20, help="per task")
+    parser.add_argument("--tasks", nargs="+", choices=TASK_NAMES, default=TASK_NAMES)
     parser.add_argument("--seconds", type=float, default=60.0, help="of real time")
     options = parser.parse_args(arguments)
     policy = load_policy("embedded")
-    same = compare(policy, options.episodes) if options.episodes else True
+    same = compare(policy, options.tasks, options.episodes) if options.episodes else True
     if not options.seconds:
         return int(not same)
     late = np.abs(jitter(policy, options.seconds))

@@ -200,6 +200,9 @@ class PiperRealVectorEnv(ChunkVectorEnv):
             self.operator.clear(self.driver.fault.message)
             self.driver.clear_fault()
         home = self._home(seed, task, start)
+        up = np.append(self.driver.pose[:6], home[6])  # out of what stands on the table, then across
+        up[2] = max(up[2], home[2])
+        self._watched(lambda: self.driver.move_to(up))
         self._watched(lambda: self.driver.move_to(home))
         self.operator.arrange(instruction, task, seed)
         self.clock.sleep(PERIOD)

@@ -24,11 +24,11 @@ register_robot(
         start_pack="rawdream_env.piper.starts:bundled_pack",
     )
 )
-for _name in ("PiperDream", "PiperSim"):
+for _name, _home in (("PiperDream", "envs"), ("PiperSim", "envs"), ("PiperReal", "real")):
     # No max_episode_steps: gym.make would add a TimeLimit on top of the environments' own horizon.
     gym.register(
         id=f"rawdream/{_name}-v0",
-        entry_point=f"rawdream_env.piper.envs:{_name}Env",
-        vector_entry_point=f"rawdream_env.piper.envs:{_name}VectorEnv",
+        entry_point=f"rawdream_env.piper.{_home}:{_name}Env",
+        vector_entry_point=f"rawdream_env.piper.{_home}:{_name}VectorEnv",
     )
-del _name
+del _name, _home

@@ -14,6 +14,7 @@ register_robot(
         name="piper",
         dream_env="rawdream/PiperDream-v0",
         sim_env="rawdream/PiperSim-v0",
+        real_env="rawdream/PiperReal-v0",
         sim_options=("num_workers", "image_size", "judge_every", "layout"),
         kinematics="rawdream_env.piper.arm_map:ArmMap",
         scene="rawdream_env.piper.scene:SCENE",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from rawdream_env.errors import ArmFaultError, InvalidOptionError, RawDreamError
 from rawdream_env.judges import load_judge
 from rawdream_env.judges.base import ask
 from rawdream_env.piper import geometry as geo
+from rawdream_env.piper.arm.camera import CameraView, Viewed, open_camera
 from rawdream_env.piper.arm.clock import Clock, LockstepClock, WallClock
 from rawdream_env.piper.arm.faults import DriverConfig, FaultKind
 from rawdream_env.piper.arm.operator import Operator, TerminalOperator, TwinOperator
@@ -97,8 +99,9 @@ class PiperRealVectorEnv(ChunkVectorEnv):
         Args:
             num_envs: 1; there is one arm.
             task: name, instruction or id of the task; None draws one per episode.
-            camera: a frame source: ``read() -> (frame (H, W, 3) uint8, time.monotonic() when it was taken)`` and ``close()``.
-                Frames have ``image_size``. It is closed with the environment.
+            camera: a name for ``rawdream_env.piper.arm.camera.open_camera``, whose frames are cropped and resized to
+                ``image_size``; or a frame source: ``read() -> (frame (H, W, 3) uint8, time.monotonic() when it was taken)``
+                and ``close()``, with frames of that size. It is closed with the environment.
             channel: CAN interface.
             fake: the twin instead of arm and camera; ``channel`` and ``camera`` are not used.
             realtime: run a fake arm in real time, in a thread.
@@ -127,8 +130,10 @@ class PiperRealVectorEnv(ChunkVectorEnv):
                 f"autoreset_mode={autoreset_mode!r} must be 'Disabled': an arm cannot reset itself."
             )
         size = parse_positive_int("image_size", image_size)
-        if not fake and not callable(getattr(camera, "read", None)):
-            raise InvalidOptionError(f"camera={camera!r} must have read() and close(); or pass fake=True.")
+        if not (fake or isinstance(camera, str) or callable(getattr(camera, "read", None))):
+            raise InvalidOptionError(
+                f"camera={camera!r} must be a name (/dev/video0, realsense, ...) or have read() and close(); or pass fake=True."
+            )
         self.success = parse_choice("success", success, ("operator", "judge", "both"))
         if (judge is None) != (success == "operator"):
             raise InvalidOptionError(
@@ -164,9 +169,13 @@ class PiperRealVectorEnv(ChunkVectorEnv):
         self.operator: Operator = operator or TerminalOperator()
         self.judge: Judge | None = None if judge is None else load_judge(judge, device=device)
         self._owns_judge = isinstance(judge, str | Path)
-        self.camera = camera
-        link = PiperLink(channel, "virtual" if fake else "socketcan")
-        self.driver = PiperDriver(link, clock=self.clock, limits=limits, config=driver)
+        self.camera = Viewed(open_camera(camera), CameraView(size)) if isinstance(camera, str) else camera
+        with ExitStack() as opened:
+            if isinstance(camera, str):
+                opened.callback(self.camera.close)
+            link = PiperLink(channel, "virtual" if fake else "socketcan")
+            self.driver = PiperDriver(link, clock=self.clock, limits=limits, config=driver)
+            opened.pop_all()
         self.driver.add_check(FaultKind.CAMERA, self._camera_problem)
         self.driver.add_check(
             FaultKind.STOP, lambda: "An operator pressed the stop key." if self.operator.stop_requested() else None

@@ -14,7 +14,15 @@ pytest.importorskip("can", reason="needs the extra piper")
 pytest.importorskip("piper_sdk", reason="needs the extra piper")
 
 from rawdream_env.data.reader import LeRobotReader
-from rawdream_env.errors import ArmFaultError, InvalidOptionError, RendererError, ResetNeededError
+from rawdream_env.errors import (
+    ArmFaultError,
+    CameraError,
+    CanBusError,
+    InvalidOptionError,
+    RendererError,
+    ResetNeededError,
+)
+from rawdream_env.evaluation.side_by_side.evaluate import EvaluateConfig, evaluate
 from rawdream_env.piper import geometry as geo
 from rawdream_env.piper.arm import frames as fr
 from rawdream_env.piper.arm.operator import TerminalOperator, TwinOperator
@@ -137,6 +145,26 @@ def test_verification_and_impossible_options_are_refused(make):
     ):
         with pytest.raises(InvalidOptionError, match=match):
             PiperRealVectorEnv(**{"fake": True, "record": None, **options})
+    with pytest.raises(CameraError, match="'/dev/no such camera'|no such camera"):
+        PiperRealVectorEnv(camera="/dev/no such camera", record=None)
+
+
+def test_a_named_camera_is_closed_if_the_bus_does_not_open(tmp_path, monkeypatch):
+    closed = []
+    monkeypatch.setattr("rawdream_env.piper.arm.camera.TwinFrames.close", lambda self: closed.append(self))
+    with pytest.raises(CanBusError):
+        PiperRealVectorEnv(camera="twin", channel="no such bus", record=None)
+    assert len(closed) == 1
+
+
+def test_trials_on_the_arm_are_a_third_column(tmp_path):
+    config = EvaluateConfig(
+        real=True, real_trials=1, real_kwargs={"fake": True, "record": None}, episodes_per_task=1, tasks=("stack_block",),
+        judge="state", judge_every="chunk", num_envs=1, workers=0, videos=0, diagnose=False, verify=False, out=tmp_path,
+    )  # fmt: skip
+    evaluate(config, progress=False)
+    (line,) = map(json.loads, (tmp_path / "real" / "trials.jsonl").read_text().splitlines())
+    assert line["task"] == "stack_block" and line["outcome"] in (0, 1)
 
 
 def test_operator_and_judge_are_recorded_apart(make, tmp_path):

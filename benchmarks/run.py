@@ -32,6 +32,7 @@ NAMES = (
     "instant_reflector",
     "grpo_guard",
     "busy_neighbour",
+    "libero_env",
 )
 
 

@@ -66,7 +66,7 @@ class LiberoSimVectorEnv(SimulatedVectorEnv):
         judge_every: str = "chunk",
         num_workers: int = 0,
         timeout_s: float = 300.0,
-        max_scenes: int = 4,
+        max_scenes: int = 10,
         image_size: int = 256,
         device: str = "cpu",
         output: str = "numpy",
@@ -91,7 +91,8 @@ class LiberoSimVectorEnv(SimulatedVectorEnv):
             judge_every: "chunk" or "episode": when success is checked.
             num_workers: worker processes that share the rows; 0: this process. Results do not depend on it.
             timeout_s: how long a worker may take to answer, in seconds; the first reset builds the scenes.
-            max_scenes: scenes that a process keeps built (some 400 MB each); another replaces the one not used for longest.
+            max_scenes: scenes that a process keeps built (230 MB each); another replaces the one not used for longest, which
+                costs seconds at every chunk whose rows need more scenes than that.
             image_size: side of the frames in pixels.
             device: device of torch observations.
             output: "numpy" or "torch" observations.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,7 +83,7 @@ class PiperSource(RolloutSource):
         config, twin = self.config, self.twin
         task = None if config.kind == "play" else self.tasks[index % len(self.tasks)]
         frame = twin.reset(seed, task=None if task is None else task.name, layout=config.layout)
-        recording = _Recording(twin, frame)
+        recording = Recording(twin, frame)
         if config.kind in ("policy", "random"):
             assert task is not None
             env = _RecordedTwin(recording, config.steps)
@@ -110,10 +110,12 @@ class PiperSource(RolloutSource):
         return lambda: noise(play.act())
 
 
-class _Recording:
-    """A running episode in a twin; keeps what a data set stores of every control step."""
+class Recording:
+    """A running episode in a twin, or on what has its ``step`` and ``proprio``; keeps what a data set stores of every control
+    step. The truth about objects is stored where it is known (:func:`knows_objects`).
+    """
 
-    def __init__(self, twin: PiperTwin, frame: UInt8Array) -> None:
+    def __init__(self, twin: Any, frame: UInt8Array) -> None:
         self.twin = twin
         self.frames, self.actions = [frame], list[Float32Array]()
         self.states, self.truth = [twin.proprio()], [self._privileged()]
@@ -122,7 +124,7 @@ class _Recording:
         """Carry out one action (7,)."""
         frame = self.twin.step(action)
         assert frame is not None  # it is None only in a twin without a renderer
-        self.actions.append(action)
+        self.actions.append(getattr(self.twin, "sent_action", action))  # a real arm's guard may have changed it
         self.frames.append(frame)
         self.states.append(self.twin.proprio())
         self.truth.append(self._privileged())
@@ -138,6 +140,8 @@ class _Recording:
         )
 
     def _privileged(self) -> dict[str, Float32Array]:
+        if not knows_objects(self.twin):
+            return {}
         return {
             "object_poses": np.asarray(self.twin.object_poses(), np.float32).ravel(),
             "relations": np.asarray(self.twin.relations(), np.float32).ravel(),
@@ -145,12 +149,17 @@ class _Recording:
         }
 
 
+def knows_objects(twin: Any) -> bool:
+    """Whether a recording in ``twin`` has the privileged columns."""
+    return hasattr(twin, "object_poses")
+
+
 class _RecordedTwin(ChunkVectorEnv):
     """A recording as an environment of one row, for policies. After ``steps`` control steps the rest of a chunk is left
     out.
     """
 
-    def __init__(self, recording: _Recording, steps: int) -> None:
+    def __init__(self, recording: Recording, steps: int) -> None:
         super().__init__(
             1,
             frame_shape=recording.frames[0].shape,

@@ -108,6 +108,23 @@ def test_every_id(title) -> None:
     assert single.reset(seed=0)[0]["image"].shape == (256, 256, 3)
 
 
+@pytest.mark.parametrize("env_id", [name for name in gym.registry if name.startswith("rawdream/Libero")])
+def test_every_id_keeps_the_contract(env_id) -> None:
+    options = {"image_size": SIDE}
+    if "Dream" in env_id:
+        options = {"world_model": NullWorldModel((SIDE, SIDE, 3)), "judge": "scripted"}
+    report = check_vector_env(
+        lambda num_envs, autoreset_mode: gym.make_vec(
+            env_id, num_envs, autoreset_mode=autoreset_mode, max_episode_steps=2, **options
+        ),
+        modes=("SameStep",),
+        num_envs=(1, 3),
+        chunks=3,
+        strict=True,
+    )
+    assert report.passed and not report.failed
+
+
 def test_tasks_by_name_index_instruction_and_all() -> None:
     for task in (1, "open_drawer", "Open the drawer"):
         assert sim(3, task=task).reset(seed=0)[1]["task_id"].tolist() == [1, 1, 1]

@@ -8,7 +8,7 @@ Shape letters: B rows, S positions, D width.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +27,26 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.model = LlamaModel(llama_config(config))
         self.lm_head = ActionHead(config.hidden_size, PADDED_VOCAB_SIZE, bias=False)
+        self.gradient_checkpointing = False
 
     def forward(self, embeddings: Tensor, present: Tensor) -> Tensor:
         """Embeddings (B, S, D), ``present`` bool (B, S), False for padding -> last hidden states (B, S, D)."""
         mask = bidirectional_mask(present)
         hidden: Tensor = self.model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).last_hidden_state
         return hidden
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Keep one activation per layer and compute the others again in the backward pass."""
+        model: Any = self.model
+        # transformers 5 renames it; the former name warns
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+        self.gradient_checkpointing = True
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """As usual; with gradient checkpointing, which works in training mode, always that. There is no dropout to switch."""
+        return super().train(mode or self.gradient_checkpointing)
 
     def rebuild_rotary(self, device: torch.device) -> None:
         """Compute the rotary frequencies, which no checkpoint has, after a construction on the meta device."""

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from benchmarks import flops
 from benchmarks.common import ROUNDS, Result, interleave, milliseconds, ratio
 from benchmarks.device import matmul_rate
+from rawdream_env.world_models import flops
 
 BATCH, SIZE, STEPS = 8, 64, 5
 TOLERANCE = 1e-5

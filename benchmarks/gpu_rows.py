@@ -9,7 +9,6 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
-from benchmarks import flops
 from benchmarks.common import Times, ratio
 from benchmarks.device import counting_syncs, matmul_rate, peak_memory, synchronize, timed
 from benchmarks.gpu_models import (
@@ -22,6 +21,7 @@ from benchmarks.gpu_models import (
     without_decoder,
     world_model,
 )
+from rawdream_env.world_models import flops
 
 NOMINAL = 790e12
 """Dense bfloat16 operations per second that an H200 reaches in practice, according to published measurements."""

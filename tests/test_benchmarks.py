@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import exact_trims, flops, gpu, gpu_rows, refill
+from benchmarks import exact_trims, gpu, gpu_rows, refill
 from benchmarks.device import counting_syncs, hardware, matmul_rate, peak_memory, timed
 from benchmarks.gpu_models import FULL
 from rawdream_env.errors import NotEnoughMemoryError
 from rawdream_env.seeding import NoiseKey
+from rawdream_env.world_models import flops
 from rawdream_env.world_models.autoencoders import AutoencoderConfig, PackedFrameAutoencoder
 from rawdream_env.world_models.wan.config import WanConfig, wan_config
 from rawdream_env.world_models.wan.rollout import RolloutConfig, WanWorldModel

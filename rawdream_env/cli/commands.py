@@ -158,6 +158,10 @@ COMMANDS: dict[str, Command] = {
         f"{_TRAINERS}.grpo.grpo", "GRPOConfig", "train_grpo", _grpo,
         old="grpo",
     ),
+    "plan": Command(
+        "estimate memory and time of a GRPO step on given GPUs, before anything starts",
+        f"{_TRAINERS}.grpo.plan", "PlanConfig", "plan", _text,
+    ),
     "policy evaluate": Command(
         "evaluate policies in the dream and in the simulator from the same starts; write a report",
         f"{_EVALUATION}.side_by_side.evaluate", "EvaluateConfig", "evaluate", _evaluation,

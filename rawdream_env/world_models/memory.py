@@ -57,7 +57,7 @@ def host_memory(root: Path) -> int:
 
 def require_memory(parts: Mapping[str, int], device: str | torch.device, what: str, advice: str) -> None:
     """Raise ``NotEnoughMemoryError`` when the bytes of ``parts`` are not free on ``device``."""
-    needed, free = _needed(parts, device), free_memory(device)
+    needed, free = needed_memory(parts, device), free_memory(device)
     if needed > free:
         listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
         raise NotEnoughMemoryError(
@@ -66,7 +66,7 @@ def require_memory(parts: Mapping[str, int], device: str | torch.device, what: s
         )
 
 
-def _needed(parts: Mapping[str, int], device: str | torch.device) -> int:
+def needed_memory(parts: Mapping[str, int], device: str | torch.device) -> int:
     """The sum; on a GPU plus 8 % for fragmentation and 1 GiB for CUDA's context and libraries."""
     total = sum(parts.values())
     return total if torch.device(device).type == "cpu" else total + int(0.08 * total) + GIB
@@ -131,7 +131,7 @@ def rows_that_fit(
     """How many of ``num_envs`` episodes to imagine at a time: all, else the largest power of two that fits, at least 1."""
     free = free_memory(device)
     for rows in [num_envs, *(1 << i for i in reversed(range(max(0, num_envs - 1).bit_length())))]:
-        if _needed(rollout_memory(arch, codec, num_envs, rows, dtype, context_cache), device) <= free:
+        if needed_memory(rollout_memory(arch, codec, num_envs, rows, dtype, context_cache), device) <= free:
             return rows
     return 1
 

@@ -11,9 +11,11 @@ import pytest
 from test_side_by_side import CONFIG, ToyPolicy, ToySimulator, make_dream
 
 from rawdream_env.errors import DatasetError, InvalidOptionError
+from rawdream_env.evaluation.side_by_side import trials as trials_module
 from rawdream_env.evaluation.side_by_side.evaluate import EvaluateConfig, evaluate
 from rawdream_env.evaluation.side_by_side.table import table
 from rawdream_env.evaluation.side_by_side.trials import Trial, add_trials, plan_trials, run_trials
+from rawdream_env.robots import Robot
 
 FORCES = {"weak": 0.3, "strong": 0.9}
 
@@ -145,8 +147,10 @@ def test_rates_by_hand():
     assert b["gain"]["real"]["value"] == 0.5 and b["gain"]["real"]["n"] == 2
 
 
-def test_options(tmp_path):
+def test_options(tmp_path, monkeypatch):
     with pytest.raises(InvalidOptionError, match="folder"):
         EvaluateConfig(real=True, out=None)
+    nothing = Robot("toy", dream_env="", sim_env="")
+    monkeypatch.setattr(trials_module, "find_robot", lambda name: nothing)
     with pytest.raises(InvalidOptionError, match="pass the id of one with --real-env"):
         evaluate(config(tmp_path), policies=policies(), dream=make_dream(), simulator=ToySimulator(), progress=False)

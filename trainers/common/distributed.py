@@ -89,6 +89,30 @@ class ProcessGroup:
         dist.broadcast_object_list(box, device=torch.device(self.device))
         return box[0]
 
+    def everyone(self, value: Any) -> list[Any]:
+        """The Python values that all processes pass, in order of rank; on every process."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    @torch.no_grad()
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """With ``ddp``, sum the gradients of all processes, in one exchange per precision; FSDP2 does it by itself."""
+        if self.parallel != "ddp":
+            return
+        given = list(parameters)
+        has = torch.tensor([p.grad is not None for p in given], dtype=torch.int32, device=self.device)
+        dist.all_reduce(has)
+        given = [p for p, count in zip(given, has.tolist(), strict=True) if count]  # without a gradient AdamW leaves it
+        for dtype in dict.fromkeys(p.dtype for p in given):
+            members = [p for p in given if p.dtype == dtype]
+            flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in members])
+            dist.all_reduce(flat)
+            for p, part in zip(members, flat.split([p.numel() for p in members]), strict=True):
+                p.grad = part.view_as(p).clone()
+
     def share(self, module: nn.Module) -> None:
         """Copy the weights of ``module`` from process 0 to every process."""
         if self.size > 1:
@@ -116,7 +140,7 @@ def join(parallel: Parallel, device: str) -> Iterator[ProcessGroup]:
     if parallel != "none" and "WORLD_SIZE" not in os.environ:
         raise InvalidOptionError(
             f"parallel={parallel!r} needs several processes: start it with `torchrun --nproc-per-node N -m "
-            "rawdream_env world-model train ...`, or leave parallel out."
+            "rawdream_env COMMAND ...`, or leave parallel out."
         )
     if parallel == "none":
         if size > 1:
@@ -169,6 +193,34 @@ def spread(model: WanWorldModelTransformer, group: ProcessGroup) -> nn.Module:
             register_fsdp_forward_method(block, "keys_values")  # teacher forcing stops there in the last block
         fully_shard(objective, mesh=mesh)
     return objective
+
+
+def shard_policy(policy: Any, group: ProcessGroup) -> None:
+    """With ``fsdp2``, shard a policy's weights: each of its ``layers`` is gathered when it runs, the rest together."""
+    if group.parallel != "fsdp2":
+        return
+    mesh: DeviceMesh = init_device_mesh(group.device.split(":")[0], (group.size,))
+    for layer in getattr(policy, "layers", ()):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(policy, mesh=mesh)
+    for name in ("act", "logprobs", "logprobs_and_entropy"):
+        register_fsdp_forward_method(policy, name)
+
+
+@contextlib.contextmanager
+def gathered(policy: Any) -> Iterator[None]:
+    """All weights of a sharded policy on every process, so that processes may act different numbers of times."""
+    shards = [m for m in policy.modules() if isinstance(m, FSDPModule)] if isinstance(policy, FSDPModule) else []
+    for module in shards:
+        module.set_reshard_after_forward(False, recurse=False)
+    try:
+        for module in shards:
+            module.unshard()
+        yield
+    finally:
+        for module in shards:
+            module.reshard()
+            module.set_reshard_after_forward(module is not policy, recurse=False)
 
 
 def accumulating(module: nn.Module, last: bool) -> AbstractContextManager[Any]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from rawdream_env import files
 from rawdream_env.errors import InvalidOptionError, RunDirError
 from rawdream_env.robots import find_robot
+from rawdream_env.trainers.common.distributed import Parallel
 from rawdream_env.trainers.common.trackers import TrackerName
 from rawdream_env.trainers.grpo.losses import Baseline, LossType, RatioLevel, ScaleRewards
 
@@ -45,8 +46,11 @@ class GRPOConfig:
     """OpenVLA-OFT: compute the language model's activations again in the backward pass, to save memory."""
     device: str = "cpu"
     """Device of policy and environment."""
+    parallel: Parallel = "none"
+    """How processes started by torchrun train together: "ddp" replicates the policy on each, "fsdp2" shards its weights during
+    updates. Each has its own environments and rolls out whole groups. Results do not depend on it, but for rounding."""
     num_envs: int = 64
-    """Number of episodes imagined in parallel. Results do not depend on it."""
+    """Number of episodes imagined in parallel, per process. Results do not depend on it."""
 
     steps: int = 50
     """Number of training steps (paper: 50, on LIBERO-Object 20). May be raised when resuming."""
@@ -169,7 +173,7 @@ class GRPOConfig:
 ADDED: dict[str, Any] = {
     "warmup_steps": 0, "max_kl": None, "ema": 0.0, "baseline": "mean", "importance_sampling_level": "token",
     "decayed": "all", "reflector": "", "reflector_threshold": None, "reflector_patience": 1, "lora_rank": 0,
-    "dtype": None, "unnorm_key": None, "gradient_checkpointing": False,
+    "dtype": None, "unnorm_key": None, "gradient_checkpointing": False, "parallel": "none",
 }  # fmt: skip
 """What runs were made with before these options existed."""
 _FORMER = {"trajectory": "grpo", "token": "dapo"}

@@ -48,7 +48,7 @@ def replayed_chunks(env: VectorEnv[Any, Any, Any]) -> int:
 
 
 def timings(
-    rollouts: Rollouts, env: VectorEnv[Any, Any, Any], replayed: int, begun: float, rolled_out: float
+    rollouts: Rollouts, env: VectorEnv[Any, Any, Any], replayed: float, begun: float, rolled_out: float
 ) -> dict[str, float]:
     """Seconds and rates of a step with its start and end of rollouts; ``frames`` includes second dreams."""
     now, chunk_len = time.perf_counter(), (env.single_action_space.shape or (1,))[0]

@@ -29,7 +29,9 @@ an alarm when the judge leaves other verdicts of the same episodes (``alarm.py``
 2509.24948): the leave-one-out baseline (``baseline``), rewards at every chunk and predicted ends (``reflector``), and
 continuous policies (``policies/laplace.py``), whose "tokens" are actions.
 
-Not kept: many GPUs; this is one process.
+Many GPUs: under torchrun every process has its own environments and rolls out whole groups; the kept episodes are exchanged,
+and each process computes its share of every minibatch. Process 0 writes. One process and several train the same, but for
+rounding.
 
 No generator has a state that must be saved: every start, every sampled token and every minibatch is derived from (seed,
 step, ...). A run that is killed at any moment and rerun with the same command writes, on the same machine in float32,
@@ -43,7 +45,8 @@ import math
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,8 +55,9 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from rawdream_env.errors import InvalidOptionError, RawDreamError
+from rawdream_env.errors import InvalidOptionError, JudgeUnavailableError, RawDreamError
 from rawdream_env.seeding import mix
+from rawdream_env.trainers.common.distributed import ALONE, ProcessGroup, gathered, join, whole
 from rawdream_env.trainers.common.interrupt import deferred_interrupt
 from rawdream_env.trainers.common.run_dir import RunDir
 from rawdream_env.trainers.grpo.alarm import GapAlarm
@@ -73,7 +77,7 @@ from rawdream_env.trainers.grpo.simulation import Simulation
 
 _STREAM_SHUFFLE = 21
 _MAY_CHANGE = (
-    "run_dir", "steps", "minutes", "save_every", "tensorboard", "progress", "num_envs",
+    "run_dir", "steps", "minutes", "parallel", "save_every", "tensorboard", "progress", "num_envs",
     "overlap_judge", "held_out_judge", "alarm_margin", "alarm_window", "stop_on_alarm",  # none changes a reward
     "eval_every", "eval_env_id", "eval_episodes", "eval_temperature", "eval_videos", "report_to",
 )  # fmt: skip
@@ -123,50 +127,60 @@ def train_grpo(config: GRPOConfig, *, env: VectorEnv[Any, Any, Any] | None = Non
     config = as_begun(config)
     if env is not None and config.held_out_judge:
         raise InvalidOptionError("give held_out_judge to the environment you pass, DreamVectorEnv(held_out_judge=...).")
-    learner = Learner.of(loaded_policy(config, policy), config)
-    vector_env = watched(rollout_env(config) if env is None else env)
+    with join(config.parallel, config.device) as group:
+        return _run(config, env, policy, group, deadline)
+
+
+def _run(config: GRPOConfig, env: Any, policy: Any, group: ProcessGroup, deadline: float | None) -> GRPOResult:
+    """One process's part of ``train_grpo``."""
+    here = replace(config, device=group.device)
+    learner = Learner.of(loaded_policy(here, policy), here, group)
+    vector_env = watched(rollout_env(here) if env is None else env)
     if config.dual_noise_verification:
         vector_env = verified(vector_env)
     try:
         with (
-            RunDir(
-                config.run_dir,
-                config,
-                may_change=_MAY_CHANGE,
-                added=ADDED,
-                tensorboard=config.tensorboard,
-                report_to=config.report_to,
-            ) as run,
+            _run_dir(config) if group.first else nullcontext() as run,
             deferred_interrupt() as interrupted,
         ):
             step, stopped = _train(config, run, learner, vector_env, interrupted, deadline)
             learner.use_average()
-            if callable(save_pretrained := getattr(learner.policy, "save_pretrained", None)):
-                save_pretrained(run.path / "policy")
+            with gathered(learner.policy):
+                if run is not None and callable(save := getattr(learner.policy, "save_pretrained", None)):
+                    save(run.path / "policy")
     finally:
         if env is None:
             vector_env.close()
     message = _farewell(stopped, step, config)
-    if stopped != "steps":
+    if stopped != "steps" and group.first:
         _logger.warning(message)
     return GRPOResult(step, stopped, message, learner.policy, Path(config.run_dir))
 
 
+def _run_dir(config: GRPOConfig) -> RunDir:
+    return RunDir(
+        config.run_dir, config, may_change=_MAY_CHANGE, added=ADDED, tensorboard=config.tensorboard,
+        report_to=config.report_to,
+    )  # fmt: skip
+
+
 def _train(
     config: GRPOConfig,
-    run: RunDir,
+    run: RunDir | None,
     learner: Learner,
     env: VectorEnv[Any, Any, Any],
     interrupted: threading.Event,
     deadline: float | None,
 ) -> tuple[int, Stopped]:
     """The algorithm: roll out, update, log, save; returns the steps done and why it stopped."""
-    step, state = learner.restore(run)
+    group, (step, state) = learner.group, learner.restore(run)
     saved, alarm = step, GapAlarm(config.alarm_margin, config.alarm_window, state.get("alarm"))
-    whole = True  # whether the weights are those of a finished step
+    finished = True  # whether the weights are those of a finished step
     shown = RolloutCounts()  # since the last table
     simulation = Simulation(config)
-    bar = tqdm(total=config.steps, initial=step, desc="GRPO", unit="step", disable=not config.progress)
+    bar = tqdm(
+        total=config.steps, initial=step, desc="GRPO", unit="step", disable=not (config.progress and group.first)
+    )
     collector = GroupCollector(
         env,
         learner.policy,
@@ -182,25 +196,28 @@ def _train(
         out_of_time=lambda: deadline is not None and time.monotonic() > deadline,
         on_group=lambda counts: bar.set_postfix_str(str(counts)),
         overlap={"auto": None, "on": True, "off": False}[config.overlap_judge],
+        group=group,
     )
     try:
         while step < config.steps:
             if alarm.raised and config.stop_on_alarm:
                 return step, "alarm"
             begun, replayed = time.perf_counter(), replayed_chunks(env)
-            rollouts = collector.collect(step)
+            with gathered(learner.policy):
+                rollouts = collector.collect(step)
             rolled_out = time.perf_counter()
-            whole = False
+            finished = False
             metrics = update(config, learner, rollouts, step)
             learner.follow(config.ema, step)
             metrics |= alarm.look(rollouts.counts.others)
             if simulation.due(step + 1):
-                with learner.averaged():
-                    metrics |= simulation.evaluate(learner.policy, step + 1)
-            run.log(step + 1, **rollouts.metrics(), **metrics)
-            replayed = replayed_chunks(env) - replayed
-            run.log_timings(step + 1, **timings(rollouts, env, replayed, begun, rolled_out))
-            step, whole = step + 1, True  # a step without its log lines must not be saved
+                with learner.averaged(), gathered(learner.policy):
+                    metrics |= simulation.evaluate(learner.policy, step + 1, write=group.first)
+            replayed = sum(group.everyone(replayed_chunks(env) - replayed))
+            if run is not None:
+                run.log(step + 1, **rollouts.metrics(), **metrics)
+                run.log_timings(step + 1, **timings(rollouts, env, replayed, begun, rolled_out))
+            step, finished = step + 1, True  # a step without its log lines must not be saved
             bar.update()
             shown += rollouts.counts
             if step % _TABLE_STEPS == 0:
@@ -209,7 +226,8 @@ def _train(
             if step % config.save_every == 0:
                 learner.save(run, step, {"alarm": alarm.state()})
                 saved = step
-            if deadline is not None and time.monotonic() > deadline and step < config.steps:
+            late = deadline is not None and time.monotonic() > deadline and step < config.steps
+            if group.value_from_first(late):
                 return step, "minutes"
         return step, "steps"
     except RolloutInterrupted as reason:
@@ -221,12 +239,17 @@ def _train(
         if set(error.dropped) == {"all_success"}:
             return step, "solved"
         raise
+    except JudgeUnavailableError:  # on all processes
+        raise
+    except BaseException:
+        finished = finished and group.size == 1  # the others may not come to save
+        raise
     finally:
         show(bar, shown, step, env)
         bar.close()
         collector.close()
         simulation.close()
-        if step > saved and whole:
+        if step > saved and finished:
             learner.save(run, step, {"alarm": alarm.state()})
 
 
@@ -267,12 +290,13 @@ def update(config: GRPOConfig, learner: Learner, rollouts: Rollouts, step: int) 
         for trajectories in order.tensor_split(min(config.minibatches, len(order))):
             chunks, weights = batch.weights(trajectories, config.loss_type)
             optimizer.zero_grad(set_to_none=True)
-            loss, pieces = _backward(config, learner.policy, batch, chunks, weights)
+            loss, pieces = _backward(config, learner.policy, batch, chunks, weights, learner.group)
+            learner.group.sum_gradients(parameters.values())
             if not norms:
                 first = merge_metrics(pieces)
                 first_deviation = first["ratio_deviation"]
                 _check_on_policy(first["ratio_error"], learner.policy, step, batch.tokens.is_floating_point())
-            norm = float(nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm))
+            norm = float(whole(nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)))
             if not (math.isfinite(norm) and math.isfinite(loss)):
                 raise TrainingDivergedError(
                     f"Step {step + 1}: the loss is {loss:.4g} and the gradient norm {norm:.4g}; nothing of this step "
@@ -281,7 +305,7 @@ def update(config: GRPOConfig, learner: Learner, rollouts: Rollouts, step: int) 
             before = None if config.max_kl is None else learner.copy()
             optimizer.step()
             if config.max_kl is not None and before is not None:
-                moved.append(_distance(config, learner.policy, batch, chunks))
+                moved.append(_distance(config, learner.policy, batch, chunks, learner.group))
                 if moved[-1] > config.max_kl:
                     learner.put_back(before)
                     undone.append(moved[-1])
@@ -306,11 +330,19 @@ def update(config: GRPOConfig, learner: Learner, rollouts: Rollouts, step: int) 
 
 
 def _backward(
-    config: GRPOConfig, policy: Any, batch: Batch, chunks: Tensor, weights: Tensor
+    config: GRPOConfig, policy: Any, batch: Batch, chunks: Tensor, weights: Tensor, group: ProcessGroup = ALONE
 ) -> tuple[float, list[dict[str, Tensor]]]:
-    """Accumulate the gradient of one minibatch, ``microbatch_size`` chunks at a time."""
-    total, metrics = 0.0, []
-    for rows, weight in zip(chunks.split(config.microbatch_size), weights.split(config.microbatch_size), strict=True):
+    """Accumulate the gradient of one minibatch, ``microbatch_size`` chunks at a time and per process.
+
+    Returns loss and metrics of all processes.
+    """
+    total, metrics = 0.0, list[dict[str, Tensor]]()
+    share = group.size if group.parallel == "fsdp2" else 1  # FSDP2 averages gradients over processes
+    parts = (share_of(tensor, config.microbatch_size, group) for tensor in (chunks, weights))
+    for rows, weight in zip(*parts, strict=True):
+        if not len(rows):  # the others have a chunk more, and FSDP2's processes run together
+            (0 * policy.logprobs(*batch.inputs(chunks[:1]), temperature=config.temperature)).sum().backward()
+            continue
         entropy: Tensor | None = None
         if hasattr(policy, "logprobs_and_entropy"):
             logprobs, entropy = policy.logprobs_and_entropy(*batch.inputs(rows), temperature=config.temperature)
@@ -326,19 +358,29 @@ def _backward(
             level=config.importance_sampling_level,
             entropy=entropy,
         )
-        loss.backward()
+        (share * loss).backward()
         total += float(loss.detach())
-        metrics.append(part)
-    return total, metrics
+        metrics.append({name: value.cpu() for name, value in part.items()})
+    everything = group.everyone((total, metrics))
+    return sum(part for part, _ in everything), [piece for _, pieces in everything for piece in pieces]
+
+
+def share_of(values: Tensor, size: int, group: ProcessGroup) -> tuple[Tensor, ...]:
+    """This process's share of a minibatch's ``values`` in parts of at most ``size``; every process gets as many parts."""
+    if group.size == 1:
+        return values.split(size)
+    return values[group.rank :: group.size].tensor_split(-(-len(values) // (group.size * size)))
 
 
 @torch.no_grad()
-def _distance(config: GRPOConfig, policy: Any, batch: Batch, chunks: Tensor) -> float:
+def _distance(config: GRPOConfig, policy: Any, batch: Batch, chunks: Tensor, group: ProcessGroup = ALONE) -> float:
     """approx_kl of the policy as it is now from the one that sampled, over the tokens of one minibatch."""
     total = 0.0
-    for rows in chunks.split(config.microbatch_size):
-        logprobs = policy.logprobs(*batch.inputs(rows), temperature=config.temperature)
+    for rows in share_of(chunks, config.microbatch_size, group):
+        logprobs = policy.logprobs(*batch.inputs(rows if len(rows) else chunks[:1]), temperature=config.temperature)
+        logprobs = logprobs[: len(rows)]
         total += float(approx_kl(logprobs, batch.old_logprobs[rows].to(logprobs.device)).sum(dtype=torch.float64))
+    total = sum(group.everyone(total))
     return total / batch.old_logprobs[chunks].numel() if math.isfinite(total) else math.inf
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rawdream_env.errors import CheckpointError, InvalidOptionError
 from rawdream_env.policies import load_policy
+from rawdream_env.trainers.common.distributed import ALONE, ProcessGroup, gather, local, shard_policy, spread_like
 from rawdream_env.trainers.common.optimizer_state import pack_optimizer, unpack_optimizer
 from rawdream_env.trainers.common.run_dir import RunDir
 from rawdream_env.trainers.grpo.config import GRPOConfig
@@ -58,13 +59,15 @@ class Learner:
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     average: dict[str, Tensor]
+    group: ProcessGroup = ALONE
 
     @classmethod
-    def of(cls, policy: Any, config: GRPOConfig) -> Learner:
+    def of(cls, policy: Any, config: GRPOConfig, group: ProcessGroup = ALONE) -> Learner:
         """Parameters with ``requires_grad`` are trained and saved; the others stay as loaded."""
         if not isinstance(policy, nn.Module):
             raise InvalidOptionError(f"GRPO trains torch modules, but the policy is a {type(policy).__name__}.")
         policy.eval()  # with dropout, log-probabilities in training would differ from those of sampling
+        shard_policy(policy, group)
         parameters = {name: p for name, p in policy.named_parameters() if p.requires_grad}
         if not parameters:
             raise InvalidOptionError("The policy has no parameter with requires_grad: there is nothing to train.")
@@ -76,14 +79,15 @@ class Learner:
             )  # fmt: skip
         optimizer = torch.optim.AdamW(_decay_groups(parameters, config), config.lr)
         average = {name: p.detach().clone() for name, p in parameters.items()} if config.ema else {}
-        return cls(policy, parameters, optimizer, average)
+        return cls(policy, parameters, optimizer, average, group)
 
     @torch.no_grad()
     def follow(self, decay: float, step: int) -> None:
         """Move the average towards the weights after ``step``; the decay rises from 1/6, to forget the first weights soon."""
         decay = min(decay, (step + 1) / (step + 6))
         for name, average in self.average.items():
-            average.lerp_(self.parameters[name].detach(), 1 - decay)
+            mine, latest = local([average, self.parameters[name].detach()])
+            mine.lerp_(latest, 1 - decay)
 
     @torch.no_grad()
     def use_average(self) -> None:
@@ -116,29 +120,42 @@ class Learner:
                 parameter.copy_(weights[name])
         self.optimizer.load_state_dict(state)
 
-    def save(self, run: RunDir, step: int, state: Mapping[str, Any]) -> None:
-        """Checkpoint after ``step`` steps; ``state``: further JSON values."""
+    def save(self, run: RunDir | None, step: int, state: Mapping[str, Any]) -> None:
+        """Checkpoint after ``step`` steps; ``state``: further JSON values. Every process must call it; the first, which has
+        the run folder, writes.
+        """
         tensors = {f"policy.{name}": parameter.detach() for name, parameter in self.parameters.items()}
         tensors |= {f"average.{name}": average for name, average in self.average.items()}
-        run.save(step, {**tensors, **pack_optimizer(self.optimizer)}, {"step": step, **state})
+        whole = gather({**tensors, **pack_optimizer(self.optimizer)}.items(), self.group)
+        if run is not None:
+            run.save(step, whole, {"step": step, **state})
 
-    def restore(self, run: RunDir) -> tuple[int, dict[str, Any]]:
+    def restore(self, run: RunDir | None) -> tuple[int, dict[str, Any]]:
         """Load weights and optimizer of the last checkpoint; returns the steps done and its state, (0, {}) in a new run."""
-        checkpoint = run.load_latest()
-        if checkpoint is None:
+        checkpoint = None if run is None else run.load_latest()
+        found = (checkpoint.step, checkpoint.state, checkpoint.path) if checkpoint is not None else None
+        found = self.group.value_from_first(found)
+        if found is None:
             return 0, {}
-        stored = {n.removeprefix("policy."): t for n, t in checkpoint.tensors.items() if n.startswith("policy.")}
+        step, state, path = found
+        tensors = dict(self.group.from_first(None if checkpoint is None else checkpoint.tensors))
+        stored = {n.removeprefix("policy."): t for n, t in tensors.items() if n.startswith("policy.")}
         wrong = sorted({*stored} ^ {*self.parameters})
         wrong = wrong or [name for name, p in self.parameters.items() if p.shape != stored[name].shape]
         if wrong:
             raise CheckpointError(
-                f"{checkpoint.path} belongs to another policy: {len(wrong)} parameters differ in name or shape, first "
+                f"{path} belongs to another policy: {len(wrong)} parameters differ in name or shape, first "
                 f"{wrong[0]!r}. Give the policy this run started with, or choose another run_dir."
             )
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(stored[name])
+                parameter.copy_(spread_like(stored[name], parameter))
             for name, average in self.average.items():
-                average.copy_(checkpoint.tensors[f"average.{name}"])
-        unpack_optimizer(self.optimizer, checkpoint.tensors)
-        return checkpoint.step, checkpoint.state
+                average.copy_(spread_like(tensors[f"average.{name}"], average))
+        trained = [p for options in self.optimizer.param_groups for p in options["params"]]
+        moments = {n: t for n, t in tensors.items() if n.startswith("optimizer.")}
+        for name, value in moments.items():
+            if name.startswith("optimizer.state.") and value.ndim:
+                moments[name] = spread_like(value, trained[int(name.split(".")[2])])
+        unpack_optimizer(self.optimizer, moments)
+        return step, state

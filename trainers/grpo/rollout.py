@@ -33,6 +33,7 @@ from rawdream_env.errors import InvalidOptionError, JudgeUnavailableError, RawDr
 from rawdream_env.judges.overlap import is_remote
 from rawdream_env.seeding import NoiseKey, mix
 from rawdream_env.statistics import wilson_interval
+from rawdream_env.trainers.common.distributed import ALONE, ProcessGroup
 from rawdream_env.trainers.grpo.counts import Group, RolloutCounts
 from rawdream_env.trainers.grpo.losses import (
     DROP_REASONS,
@@ -74,6 +75,19 @@ class Rollouts:
 
     groups: tuple[Group, ...]
     counts: RolloutCounts
+
+    def everywhere(self, group: ProcessGroup) -> Rollouts:
+        """The groups and counts of all processes, on each of them."""
+        if group.size == 1:
+            return self
+        light = [
+            replace(g, members=tuple(replace(m, frames=None, trajectory=None) for m in g.members)) for g in self.groups
+        ]
+        counts, groups = RolloutCounts(), list[Group]()
+        for theirs, count in group.everyone((light, self.counts)):
+            groups += theirs
+            counts += count
+        return Rollouts(tuple(sorted(groups, key=lambda g: g.index)), counts)
 
     def metrics(self) -> dict[str, float]:
         """For the log, over all rollouts of the step, those of dropped groups included.
@@ -179,6 +193,8 @@ class GroupCollector:
         on_group: called with the counts so far after each finished group.
         overlap: judge finished episodes while the next are imagined; None: if the judge is ``remote`` and the
             environment allows it.
+        group: the processes that collect together. Process r of w rolls out the groups r, r + w, ...; groups in place of
+            dropped ones are opened when all processes have finished theirs.
 
     Raises:
         InvalidOptionError: sizes that do not fit, another autoreset mode, or ``overlap`` where it cannot be done.
@@ -201,13 +217,14 @@ class GroupCollector:
         out_of_time: Callable[[], bool] = lambda: False,
         on_group: Callable[[RolloutCounts], None] = lambda counts: None,
         overlap: bool | None = None,
+        group: ProcessGroup = ALONE,
     ) -> None:
         if group_size < 2 or num_groups < 1 or max_groups < num_groups:
             raise InvalidOptionError(
                 f"group_size={group_size} must be at least 2, num_groups={num_groups} at least 1 and "
                 f"max_groups={max_groups} at least num_groups."
             )
-        self.env, self.seed = env, seed
+        self.env, self.seed, self._group = env, seed, group
         self.group_size, self.num_groups, self.max_groups = group_size, num_groups, max_groups
         self.max_flagged, self.scale_rewards, self.baseline = max_flagged, scale_rewards, baseline
         self._should_stop, self._out_of_time, self._on_group = should_stop, out_of_time, on_group
@@ -233,11 +250,32 @@ class GroupCollector:
             self._judging.close()
 
     def collect(self, step: int) -> Rollouts:
-        """Roll out until ``num_groups`` groups are kept or ``max_groups`` were opened; at least one is returned.
+        """Roll out until ``num_groups`` groups are kept or ``max_groups`` were opened; at least one is returned. With several
+        processes, those of all of them on each.
 
         Raises ``NoUsableGroupError`` when every group was dropped, ``RolloutInterrupted`` when asked to stop,
         ``JudgeUnavailableError`` when many episodes in a row could not be judged.
         """
+        kept, counts, wanted, opened = list[Group](), RolloutCounts(), self.num_groups, 0
+        while opened < wanted:
+            problem: RawDreamError | None = None
+            try:
+                self._roll_out(step, opened, wanted, kept, counts)
+            except (RolloutInterrupted, JudgeUnavailableError) as error:
+                problem = error
+            said = self._group.everyone((problem, counts.dropped.total()))
+            for error, _ in said:  # all processes stop together
+                if error is not None:
+                    raise error
+            opened, wanted = wanted, min(self.num_groups + sum(dropped for _, dropped in said), self.max_groups)
+            wanted = opened if self._group.size == 1 else wanted  # alone, dropped groups are replaced at once
+        found = Rollouts(tuple(sorted(kept, key=lambda group: group.index)), counts).everywhere(self._group)
+        if not found.groups:
+            raise NoUsableGroupError(why_none(found.counts, self.max_flagged), found.counts.dropped)
+        return found
+
+    def _roll_out(self, step: int, opened: int, wanted: int, kept: list[Group], counts: RolloutCounts) -> None:
+        """This process's groups of the numbers ``opened`` to ``wanted``; alone, also those that replace dropped ones."""
         self._runner.clear()  # episodes of an interrupted step
         if self._judging is not None:
             self._judging.forget()
@@ -245,18 +283,16 @@ class GroupCollector:
         waiting: deque[EpisodeRequest] = deque()
         running: dict[int, dict[int, Rollout]] = {}  # group -> member -> its rollout
         starts: dict[int, Start] = {}
-        kept: list[Group] = []
-        counts = RolloutCounts()
-        opened = 0
         while True:
-            while len(kept) + len(running) < self.num_groups and opened < self.max_groups:
+            while opened < wanted:
                 if opened >= self.num_groups and self._out_of_time():
                     raise RolloutInterrupted(
                         f"Time is up in step {step + 1}, with {len(kept)} of {self.num_groups} groups kept and {opened} opened "
                         f"({counts}). It is begun anew when the run is resumed."
                     )
-                waiting.extend(self._open(step, opened))
-                running[opened] = {}
+                if opened % self._group.size == self._group.rank:
+                    waiting.extend(self._open(step, opened))
+                    running[opened] = {}
                 opened += 1
             self._begin(waiting, starts)
             if not running:
@@ -273,10 +309,9 @@ class GroupCollector:
                 counts.add(group)
                 if not group.result.dropped:
                     kept.append(group)
+                elif self._group.size == 1:
+                    wanted = min(wanted + 1, self.max_groups)
                 self._on_group(counts)
-        if not kept:
-            raise NoUsableGroupError(why_none(counts, self.max_flagged), counts.dropped)
-        return Rollouts(tuple(sorted(kept, key=lambda group: group.index)), counts)
 
     def _open(self, step: int, index: int) -> list[EpisodeRequest]:
         """The members of a new group."""

@@ -197,6 +197,12 @@ class OpenVLAOFT(TokenPolicy):
         """Environment actions (B, K, A) -> tokens (B, L)."""
         return super().encode_actions(self.action_statistics.from_environment(actions))
 
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The language model's layers, which are sharded one by one."""
+        layers: nn.ModuleList = self.language_model.model.layers
+        return layers
+
     # -- what is trained -------------------------------------------------------------------------------------------
 
     def set_statistics(self, name: str, statistics: Mapping[str, Any]) -> None:

@@ -34,6 +34,7 @@ NAMES = (
     "grpo_loop",
     "policy_throughput",
     "busy_neighbour",
+    "libero_env",
 )
 
 

@@ -1,6 +1,6 @@
 """Does reinforcement learning in the dream transfer? The same GRPO in the dream and in the simulator, over several seeds.
 
-    python examples/transfer.py --out runs/transfer                  # about 1.5 hours on one core
+    python examples/transfer.py --out runs/transfer                  # about 4 hours on one core
     python examples/transfer.py --out runs/transfer --kinds dream    # one kind alone; rerun with others to add them
     python examples/transfer.py --out runs/transfer --report         # only the tables, from what has been measured
 
@@ -37,8 +37,8 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--out", type=Path, default=Path("runs/transfer"))
 parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
 parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-parser.add_argument("--updates", type=int, default=60)
-parser.add_argument("--every", type=int, default=20)
+parser.add_argument("--updates", type=int, default=120)
+parser.add_argument("--every", type=int, default=60)
 parser.add_argument("--episodes", type=int, default=200, help="simulator episodes per task of the last policy")
 parser.add_argument("--lr", type=float, default=2e-4)
 parser.add_argument("--judge", default="state")

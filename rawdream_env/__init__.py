@@ -5,6 +5,7 @@ is imported on first use.
 
     rawdream/PiperDream-v0   the Piper tabletop, imagined by the bundled world model and decided by the bundled judge
     rawdream/PiperSim-v0     the same tabletop in the simulator: same spaces, same infos, ground truth
+    rawdream/PiperReal-v0    the real arm (extra ``piper``), or with ``fake=True`` a fake one: same spaces, same infos
     rawdream/Dream-v0        your own ``world_model=``, ``judge=`` and ``starts=``
     rawdream/LiberoGoalSim-v0, rawdream/LiberoGoalDream-v0, and Spatial, Object, Long, 90: the LIBERO suites
 """
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from rawdream_env.envs.single import DreamEnv
     from rawdream_env.errors import RawDreamError
     from rawdream_env.piper.envs import PiperDreamEnv, PiperDreamVectorEnv, PiperSimEnv, PiperSimVectorEnv
+    from rawdream_env.piper.real import PiperRealEnv, PiperRealVectorEnv
     from rawdream_env.robots import Robot, register_robot
     from rawdream_env.seeding import NoiseKey
     from rawdream_env.testing.check_vector_env import check_vector_env
@@ -39,6 +41,8 @@ __all__ = [
     "Outcome",
     "PiperDreamEnv",
     "PiperDreamVectorEnv",
+    "PiperRealEnv",
+    "PiperRealVectorEnv",
     "PiperSimEnv",
     "PiperSimVectorEnv",
     "RawDreamError",
@@ -61,6 +65,8 @@ _HOMES = {
     "Outcome": "types",
     "PiperDreamEnv": "piper.envs",
     "PiperDreamVectorEnv": "piper.envs",
+    "PiperRealEnv": "piper.real",
+    "PiperRealVectorEnv": "piper.real",
     "PiperSimEnv": "piper.envs",
     "PiperSimVectorEnv": "piper.envs",
     "RawDreamError": "errors",

@@ -33,7 +33,23 @@ twin = PiperTwin(image_size=64)
 frame = twin.reset(0, task="stack_block")
 twin.close()
 assert frame.std() > 5, "the picture is empty"
-print("frame", frame.shape)
+print("rendered a frame")
+"""
+_LIBERO = f"""
+import signal, time
+getattr(signal, "alarm", id)({_RENDER_S})
+import numpy as np
+from rawdream_env.libero.protocols import SETTLE_ACTION
+from rawdream_env.libero.scene import LiberoScene
+begun = time.perf_counter()
+scene = LiberoScene("libero_goal", 0, 256, 0)
+start = scene.begin(0, 0, 1)
+built = time.perf_counter()
+frames = scene.step(start.state, np.array([SETTLE_ACTION] * 4, np.float32), True).frames
+step_ms = 250 * (time.perf_counter() - built)
+scene.close()
+assert frames.std() > 5, "the picture is empty"
+print(f"built a scene in {{built - begun:.1f}} s, a control step with a 256 px frame takes {{step_ms:.0f}} ms")
 """
 
 
@@ -42,7 +58,7 @@ class DoctorConfig:
     """Options of ``rawdream doctor``."""
 
     render: bool = True
-    """Render a frame in a subprocess (a few seconds)."""
+    """Render a frame in a subprocess (a few seconds), and step LIBERO if it is installed."""
     folder: Path = Path()
     """Folder for run folders; its disk is checked for free space."""
 
@@ -85,7 +101,7 @@ def run_doctor(config: DoctorConfig) -> Diagnosis:
     checks: list[Check] = [_python(), *_packages(), _torch()]
     if config.render:
         checks.append(_renderer())
-    checks += [*_models(ASSETS), _video(), _disk(config.folder), _memory(), *_optional()]
+    checks += [*_models(ASSETS), _video(), _disk(config.folder), _memory(), *_libero(config.render), *_optional()]
     return Diagnosis(tuple(checks))
 
 
@@ -134,17 +150,42 @@ def _renderer() -> Check:
         f"Install an OpenGL library: apt-get install {' '.join(DEBIAN_PACKAGES[:3])}; then MUJOCO_GL=egl (or osmesa). "
         "Only the simulator needs a renderer."
     )
+    return _in_subprocess("renderer", _RENDER, fix)
+
+
+def _libero(render: bool) -> Iterator[Check]:
+    """The optional LIBERO simulator: installed, its assets, and a timed step."""
+    from rawdream_env.errors import MissingAssetsError, MissingDependencyError
+    from rawdream_env.libero.install import find_assets, find_package
+
+    extra = "To use it: pip install 'rawdream-env[libero]'; docs/libero.md has a smaller install."
+    try:
+        assets = find_assets(find_package())
+    except MissingDependencyError:
+        yield Check("LIBERO", "note", "not installed (optional)", extra)
+        return
+    except MissingAssetsError as error:
+        found, _, fix = str(error).partition(". ")
+        yield Check("LIBERO assets", "note", found, fix)
+        return
+    yield Check("LIBERO assets", "ok", str(assets))
+    if render:
+        yield _in_subprocess("LIBERO simulator", _LIBERO, f"docs/libero.md lists what it needs. {extra}")
+
+
+def _in_subprocess(name: str, code: str, fix: str) -> Check:
+    """Run ``code``; its last line of output is what was found."""
     backend = os.environ.get("MUJOCO_GL") or "chosen automatically"
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _RENDER], capture_output=True, text=True, timeout=_RENDER_S, check=False
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=_RENDER_S, check=False
         )
     except subprocess.TimeoutExpired:
-        return Check("renderer", "broken", f"no frame after {_RENDER_S} s (MUJOCO_GL {backend})", fix)
+        return Check(name, "broken", f"no frame after {_RENDER_S} s (MUJOCO_GL {backend})", fix)
     if done.returncode == 0:
-        return Check("renderer", "ok", f"rendered a frame (MUJOCO_GL {backend})")
+        return Check(name, "ok", f"{done.stdout.strip().splitlines()[-1]} (MUJOCO_GL {backend})")
     last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    return Check("renderer", "broken", f"{last[:300]} (MUJOCO_GL {backend})", fix)
+    return Check(name, "broken", f"{last[:300]} (MUJOCO_GL {backend})", fix)
 
 
 def _models(assets: Path) -> Iterator[Check]:

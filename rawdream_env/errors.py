@@ -34,6 +34,26 @@ class CanFrameError(RawDreamError, ValueError):
     """A CAN frame has another identifier, length or content than expected."""
 
 
+class CameraError(RawDreamError, RuntimeError):
+    """A camera cannot be opened, or gives no frames."""
+
+
+class StaleFrameError(CameraError):
+    """The newest frame of a camera is too old to act on."""
+
+
+class CalibrationError(RawDreamError, ValueError):
+    """Points that do not determine a camera."""
+
+
+class CanBusError(RawDreamError, RuntimeError):
+    """The CAN bus is off, down or gone."""
+
+
+class ArmFaultError(RawDreamError, RuntimeError):
+    """The arm has stopped because of a fault, or cannot be used yet. It holds its pose until an operator clears it."""
+
+
 class InvalidOptionError(RawDreamError, ValueError):
     """An environment or wrapper option that does not exist or does not fit the others."""
 

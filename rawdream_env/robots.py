@@ -16,12 +16,14 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rawdream_env.errors import InvalidOptionError
+from rawdream_env.files import read_json
 from rawdream_env.types import Start, UInt8Array
 
 if TYPE_CHECKING:
@@ -52,6 +54,8 @@ class Robot:
     """Id of its simulator environment, with the same spaces and infos."""
     sim_options: tuple[str, ...] = ()
     """Names of the options that the simulator takes besides those of every environment: "num_workers", "image_size", ..."""
+    real_env: str = ""
+    """Id of its hardware environment of one row, with the same spaces and infos."""
     kinematics: str = ""
     """``(ArmMapConfig) -> Kinematics``, for world models that take poses and arm maps."""
     scene: str = ""
@@ -127,6 +131,20 @@ class ArmMapConfig:
     """Pixels of the drawing; folded into channels at latent resolution."""
     softness: float = 0.5
     """Width of the edges in pixels of the drawing."""
+    camera: tuple[float, ...] = ()
+    """Numbers of a calibrated camera (:func:`read_camera`); empty: the simulator's."""
+
+
+def read_camera(path: str | Path) -> tuple[float, ...]:
+    """The numbers of a camera file, as ``rawdream camera calibrate`` writes it.
+
+    Raises:
+        InvalidOptionError: the file is missing or has no camera.
+    """
+    numbers = read_json(path, "write one with `rawdream camera calibrate`", InvalidOptionError).get("camera")
+    if not isinstance(numbers, list) or not all(type(number) in (int, float) for number in numbers):
+        raise InvalidOptionError(f"{path} has no list of numbers 'camera'; write one with `rawdream camera calibrate`.")
+    return tuple(map(float, numbers))
 
 
 class Kinematics(Protocol):

@@ -282,6 +282,21 @@ def kendall_tau(x: ArrayLike, y: ArrayLike) -> float:
     return float(sign_a @ sign_b) / scale if scale > 0 else math.nan
 
 
+def mean_maximum_rank_violation(predicted: ArrayLike, actual: ArrayLike) -> float:
+    """MMRV (SIMPLER, Li et al. 2024): how much performance wrong comparisons cost, 0 at best; NaN where ``actual`` is
+    constant, because nothing can be wrong, and for fewer than two values.
+
+    Two items are in the wrong order when ``predicted`` says that the first is worse than the second and ``actual`` does not,
+    or the other way round; that costs the difference of their actual values. Per item the highest cost counts, and then the
+    mean over the items.
+    """
+    p, a = _pairs(predicted, actual)
+    if len(a) < 2 or (a == a[0]).all():
+        return math.nan
+    wrong = (p[:, None] < p[None, :]) != (a[:, None] < a[None, :])
+    return float((np.abs(a[:, None] - a[None, :]) * wrong).max(axis=1).mean())
+
+
 @dataclass(frozen=True)
 class Confusion:
     """Two binary raters over the same episodes: ``predicted`` (a judge, the dream) against ``actual`` (the truth)."""

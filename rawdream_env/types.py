@@ -147,8 +147,8 @@ class Judge(Protocol):
 class Policy(Protocol):
     """A vision-language-action policy with categorical action tokens.
 
-    Optional: ``logprobs_and_entropy`` (as ``logprobs``, with the entropy (B, K*A) of the same pass), and
-    :class:`SupportsSave`.
+    Optional: ``logprobs_and_entropy`` (as ``logprobs``, with the entropy (B, K*A) of the same pass),
+    :class:`SupportsSave` and :class:`SupportsLook`.
     """
 
     def act(
@@ -163,6 +163,15 @@ class Policy(Protocol):
 
 
 # Optional methods of a part. Environments, trainers and evaluations check for them with ``isinstance``.
+
+
+@runtime_checkable
+class SupportsLook(Protocol):
+    """A policy that sees the simulator behind the pictures, such as a scripted expert."""
+
+    def look(self, env: Any, rows: Sequence[int]) -> None:
+        """Called before ``act``, whose batch are ``rows`` of the vector environment ``env``, in this order."""
+        ...
 
 
 @runtime_checkable

@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 
 import rawdream_env
 from rawdream_env import cli, doctor
-from rawdream_env.errors import InvalidOptionError, RendererError, RunDirError
+from rawdream_env.errors import InvalidOptionError, MissingDependencyError, RendererError, RunDirError
+from rawdream_env.libero import install
 
 
 def test_help_is_light_and_lists_every_command():
@@ -220,6 +221,27 @@ def test_doctor_reports_a_renderer_that_fails(monkeypatch):
     assert check.state == "broken" and "no display" in check.found and "libegl1" in check.fix
     monkeypatch.setattr(doctor, "_RENDER", "print('fine')")
     assert doctor._renderer().state == "ok"
+
+
+def test_doctor_looks_for_libero(tmp_path, monkeypatch):
+    def missing():
+        raise MissingDependencyError("not here")
+
+    monkeypatch.setattr(install, "find_package", missing)
+    (check,) = doctor._libero(render=True)
+    assert check.state == "note" and "not installed" in check.found
+    monkeypatch.setattr(install, "find_package", lambda: tmp_path)
+    monkeypatch.setenv(install.ASSETS, str(tmp_path))
+    (check,) = doctor._libero(render=True)
+    assert check.state == "note" and str(tmp_path) in check.found and "hf download" in check.fix
+    for part in install._PARTS:
+        (tmp_path / part).mkdir()
+    monkeypatch.setattr(doctor, "_LIBERO", "print('a control step takes 90 ms')")
+    assets, step = doctor._libero(render=True)
+    assert assets.state == step.state == "ok" and "90 ms" in step.found
+    monkeypatch.setattr(doctor, "_LIBERO", "raise SystemExit('no OpenGL')")
+    assert [check.state for check in doctor._libero(render=True)] == ["ok", "broken"]
+    assert len(list(doctor._libero(render=False))) == 1
 
 
 # -- demo --------------------------------------------------------------------------------------------------------------

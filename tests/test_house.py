@@ -94,6 +94,7 @@ def test_constraints_pin_every_requirement_exactly_and_fit():
         *extras["torchrl"],
         *extras["skrl"],
         *extras["rsl_rl"],
+        *extras["trl"],
         *extras["piper"],
     ]:
         requirement = Requirement(text)

@@ -17,6 +17,7 @@ from rawdream_env.statistics import (
     bootstrap_ratio,
     cohen_kappa,
     kendall_tau,
+    mean_maximum_rank_violation,
     mean_of_runs,
     paired_bootstrap,
     paired_interval,
@@ -132,6 +133,28 @@ def test_correlations_by_hand_and_of_constants() -> None:
     assert spearman([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(0.8)
     assert kendall_tau([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(4 / 6)
     assert math.isnan(spearman([1, 1, 1], [1, 2, 3])) and math.isnan(kendall_tau([1], [1]))
+
+
+def test_mmrv_of_a_worked_example() -> None:
+    truth = [0.9, 0.6, 0.3]
+    assert mean_maximum_rank_violation([0.5, 0.7, 0.2], truth) == pytest.approx(0.2)  # 0.3, 0.3 and 0
+    assert mean_maximum_rank_violation([0.1, 0.2, 0.3], truth) == pytest.approx((0.6 + 0.3 + 0.6) / 3)  # reversed
+    assert mean_maximum_rank_violation([9, 6, 3], truth) == 0.0 and math.isnan(
+        mean_maximum_rank_violation([1, 2], [1, 1])
+    )
+    # A tie: "1 is worse than 0" is missed, the other way round nothing is said; so it costs the worse item alone.
+    assert mean_maximum_rank_violation([0.5, 0.5], [0.9, 0.5]) == pytest.approx(0.4 / 2)
+
+
+def test_confusions_are_scikit_learns() -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    predicted, actual = rng.random(60) < 0.4, rng.random(60) < 0.5
+    ours = Confusion.over(predicted, actual)
+    assert ours.kappa.value == pytest.approx(metrics.cohen_kappa_score(predicted, actual))
+    assert ours.precision.value == pytest.approx(metrics.precision_score(actual, predicted))
+    assert ours.recall.value == pytest.approx(metrics.recall_score(actual, predicted))
+    assert ours.f1 == pytest.approx(metrics.f1_score(actual, predicted))
 
 
 def test_kappa_of_a_textbook_table() -> None:

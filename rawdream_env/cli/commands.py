@@ -80,6 +80,7 @@ TITLES = {
     "world-model": "World model",
     "judge": "Judge",
     "policy": "Policy",
+    "camera": "Hardware",
     "models": "More",
 }
 """Headings of ``rawdream --help``, by the first word of the first command below them."""
@@ -99,6 +100,10 @@ COMMANDS: dict[str, Command] = {
         "record play, demonstrations or policy rollouts in the simulator as a LeRobotDataset v3.0",
         "rawdream_env.data.collect", "CollectConfig", "collect", _folder,
         old="collect", renamed={"root": "out"},
+    ),
+    "data teleop": Command(
+        "record episodes that a person drives (keyboard, gamepad, master arm) as a LeRobotDataset v3.0",
+        "rawdream_env.piper.teleop.session", "TeleopConfig", "teleoperate", _folder,
     ),
     "data import-hdf5": Command(
         "convert LIBERO or robomimic demonstrations to a LeRobotDataset v3.0",
@@ -165,6 +170,14 @@ COMMANDS: dict[str, Command] = {
     "policy compare": Command(
         "compare the success rates of several evaluations of the same protocol",
         f"{_EVALUATION}.side_by_side.compare", "CompareConfig", "compare", _text,
+    ),
+    "camera check": Command(
+        "show what the policy will see beside what the world model was trained on",
+        f"{_EVALUATION}.camera", "CameraCheckConfig", "check_camera", _text,
+    ),
+    "camera calibrate": Command(
+        "find where the camera stands, from points or AprilTags, for the arm map",
+        "rawdream_env.piper.calibration", "CalibrateConfig", "calibrate", _text,
     ),
     "models train": Command(
         "train the bundled models from scratch, stage by stage",

@@ -30,20 +30,21 @@ class CollectConfig:
     """Folder of the data set. Rerun the same command to resume."""
     robot: str = DEFAULT_ROBOT
     """The robot whose simulator is used."""
-    kind: Literal["play", "expert", "policy"] = "play"
-    """play: goal-free skills and mistakes. expert: the scripted solution of a task. policy: a policy's rollouts."""
+    kind: Literal["play", "expert", "policy", "random"] = "play"
+    """play: goal-free skills and mistakes. expert: the scripted solution of a task. policy: a policy's rollouts. random:
+    actions drawn uniformly. LIBERO has no play, and experts for three tasks of libero_goal."""
     tasks: tuple[str, ...] = ()
     """Tasks (or goals, if the robot has some) for expert and policy, in turn; empty: all tasks."""
     episodes: int = 64
     """Episodes in the finished data set. Rerun with a larger number to extend it."""
     steps_per_episode: int | None = None
-    """Control steps per episode; default 128 for play, 64 otherwise."""
+    """Control steps per episode; default 128 for play, 64 otherwise, on LIBERO the protocol's horizon in whole chunks."""
     layout: Literal["narrow", "wide"] = "narrow"
-    """narrow: objects within 3 cm of their usual place in a task. wide: the whole workspace."""
+    """narrow: objects within 3 cm of their usual place in a task. wide: the whole workspace. Without effect on LIBERO."""
     action_noise: float = 0.0
     """Standard deviation of Gaussian noise on the motion components (1 is full speed)."""
     successes_only: bool = False
-    """Redraw expert and policy episodes until the task is solved at the end (at most 20 times each)."""
+    """Redraw episodes until the task is solved at the end, on LIBERO at any step (at most 20 times each). Not play."""
     policy: str = "embedded"
     """For kind policy: the name or folder of a policy."""
     temperature: float = 1.0
@@ -77,7 +78,7 @@ class CollectSource(EpisodeSource, Protocol):
         ...
 
     def attempt(self, index: int, seed: int) -> tuple[EpisodeData, bool]:
-        """Episode ``index`` drawn with ``seed``, and whether its task is solved at the end (for ``judge evaluate``)."""
+        """Episode ``index`` drawn with ``seed``, and whether its task is solved (for ``judge evaluate``)."""
         ...
 
 

@@ -1,6 +1,7 @@
 """Convert LIBERO and robomimic demonstration files into a LeRobotDataset v3.0 folder.
 
     rawdream data import-hdf5 --src datasets/libero_90 --out data/libero_90
+    rawdream data import-hdf5 --src datasets/libero_goal --out data/one_shot --per-task 1
 
 All files are checked before anything is written, so that a missing camera or an incomplete file is reported at once.
 Sharding and resuming are in ``recording``, the reading of the files in ``hdf5``.
@@ -8,10 +9,12 @@ Sharding and resuming are in ``recording``, the reading of the files in ``hdf5``
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from rawdream_env.data import schema
@@ -20,6 +23,7 @@ from rawdream_env.data.lerobot import EpisodeData
 from rawdream_env.data.recording import claim_folder, record
 from rawdream_env.errors import DatasetError
 from rawdream_env.files import sha256_file
+from rawdream_env.seeding import mix
 
 _CONFIG_PATH = "meta/import.json"
 _VERSION = 2
@@ -47,6 +51,10 @@ class ImportConfig:
     """The instruction of demonstrations that hold none."""
     skip: tuple[str, ...] = ()
     """Demonstrations to leave out, by the names in error messages: file.hdf5:demo_3."""
+    per_task: int | None = None
+    """Import this many demonstrations of every task, drawn with ``seed``; None: all."""
+    seed: int = 0
+    """Seed of ``per_task``. What is drawn for a task does not depend on the other tasks."""
     workers: int = 0
     """Worker processes; 0 imports in this process. The result does not depend on their number."""
     episodes_per_shard: int = 8
@@ -56,7 +64,7 @@ class ImportConfig:
 
 
 def import_hdf5(config: ImportConfig) -> Path:
-    """Import all demonstrations and return the folder of the data set.
+    """Import the demonstrations and return the folder of the data set.
 
     Raises:
         DatasetError: a file cannot be read or lacks something, or the folder holds another import, one of these files
@@ -68,6 +76,8 @@ def import_hdf5(config: ImportConfig) -> Path:
             f"image_size {config.image_size} has to be even, episodes_per_shard {config.episodes_per_shard} at least 1 "
             f"and workers {config.workers} at least 0."
         )
+    if config.per_task is not None and config.per_task < 1:
+        raise DatasetError(f"per_task is {config.per_task}, expected at least 1, or None for all demonstrations.")
     source = DemoSource(config, plan(config))
     names = ("camera", "flip", "timing", "image_size", "task", "episodes_per_shard")
     settings: dict[str, Any] = {name: getattr(config, name) for name in names}
@@ -108,10 +118,10 @@ def _fingerprints(demos: list[Demo], progress: bool) -> list[str]:
 
 
 def plan(config: ImportConfig) -> list[Demo]:
-    """All demonstrations in the order of file name and number; one episode each.
+    """The demonstrations in the order of file name and number; one episode each.
 
     Raises:
-        DatasetError: no file, a file that cannot be used, or files that do not fit together.
+        DatasetError: no file, a file that cannot be used, files that do not fit together, or too few for ``per_task``.
     """
     src = Path(config.src)
     found = [path for path in sorted(src.rglob("*")) if path.suffix in _ENDINGS] if src.is_dir() else [src]
@@ -133,7 +143,23 @@ def plan(config: ImportConfig) -> list[Demo]:
                     f"{demo.label} has {name} {getattr(demo, name)}, {first.label} {getattr(first, name)}: they do not "
                     "fit into one data set. Import them into two folders."
                 )
-    return demos
+    return demos if config.per_task is None else choose(demos, config.per_task, config.seed)
+
+
+def choose(demos: list[Demo], per_task: int, seed: int) -> list[Demo]:
+    """``per_task`` demonstrations of every task, in the order of ``demos``.
+
+    Raises:
+        DatasetError: a task has fewer.
+    """
+    kept: list[int] = []
+    for task in dict.fromkeys(demo.task for demo in demos):
+        places = [i for i, demo in enumerate(demos) if demo.task == task]
+        if len(places) < per_task:
+            raise DatasetError(f"per_task is {per_task}, but {task!r} has {len(places)} demonstrations. Lower it.")
+        rng = np.random.default_rng(mix(seed, zlib.crc32(task.encode())))
+        kept += rng.permutation(places)[:per_task].tolist()
+    return [demos[i] for i in sorted(kept)]
 
 
 class DemoSource:

@@ -9,6 +9,7 @@ Shape letters: N actions in an episode (N + 1 frames), F rows, H W image size, A
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ class EpisodeData:
 
     ``frames`` uint8 (N+1, H, W, 3): frame t is seen before action t, and the last one after the last action.
     ``actions`` float32 (N, A); ``state`` float32 (N+1, P); ``privileged`` name -> (N+1, ...) without its prefix.
+    ``success``: whether the task was done, None where that is not known.
     """
 
     frames: UInt8Array
@@ -44,6 +46,7 @@ class EpisodeData:
     state: Float32Array
     task: str
     privileged: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    success: bool | None = None
 
 
 class ShardWriter:
@@ -70,8 +73,9 @@ class ShardWriter:
         self.image_shape = image_shape
         self.numeric: dict[str, dict[str, Any]] = {name: dict(feature) for name, feature in features.items()}
         self.default = dict(schema.DEFAULT_FEATURES)
-        if self._marks_padding():
+        if self._has_column(schema.DATA_PATH, schema.PADDING_KEY):
             self.default[schema.PADDING_KEY] = schema.PADDING_FEATURE
+        self._flags_success = self._has_column(schema.EPISODES_PATH, schema.SUCCESS_KEY)
 
     def path(self, template: str, shard: int) -> Path:
         """The file of a shard, for one of the templates of ``schema``."""
@@ -95,10 +99,11 @@ class ShardWriter:
         self._replace(self.path(schema.DATA_PATH, shard), schema.parquet_bytes(data))
         self._replace(self.path(schema.EPISODES_PATH, shard), schema.parquet_bytes(pa.Table.from_pylist(rows)))
 
-    def _marks_padding(self) -> bool:
-        """All files of a data set have the same columns: one begun by an earlier version does not mark padding rows."""
-        first = next(self.root.glob("data/chunk-*/file-*.parquet"), None)
-        return first is None or schema.PADDING_KEY in schema.read_parquet(first, [schema.PADDING_KEY]).column_names
+    def _has_column(self, template: str, name: str) -> bool:
+        """All files of a data set have the same columns: one begun by an earlier version lacks ``name``."""
+        pattern = re.sub(r"\{[^}]*\}", "*", template)
+        first = next(self.root.glob(pattern), None)
+        return first is None or name in schema.read_parquet(first, [name]).column_names
 
     @staticmethod
     def _replace(path: Path, content: bytes) -> None:
@@ -174,6 +179,8 @@ class ShardWriter:
                 "meta/episodes/chunk_index": chunk,
                 "meta/episodes/file_index": file,
             }
+            if self._flags_success and episode.success is not None:
+                row[schema.SUCCESS_KEY] = episode.success
             columns = {name: self._column(episode, name)[:-1] for name in self.numeric}  # without the padding row
             stats = {name: schema.numeric_stats(values, quantiles=False) for name, values in columns.items()}
             stats[schema.IMAGE_KEY] = schema.image_stats(episode.frames[:-1])

@@ -43,6 +43,8 @@ class Entry:
     """Time (s) of its first frame in the video file."""
     end: float
     """Time (s) at which its last frame ends; infinite where the table does not state it."""
+    success: bool | None = None
+    """Whether the task was done; None where the table does not say."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,7 @@ def _entries(
     found: dict[int, Entry] = {}
     unclear: set[int] = set()
     for path in paths:
-        table = schema.read_parquet(path, [*keys, f"{video}/to_timestamp"])
+        table = schema.read_parquet(path, [*keys, f"{video}/to_timestamp", schema.SUCCESS_KEY])
         if missing := set(keys) - set(table.column_names):
             raise DatasetError(
                 f"{path}: lacks the columns {shorten(sorted(missing))}; convert the data set to v3.0 again."
@@ -227,6 +229,7 @@ def _entries(
                 video_file=file,
                 start=start,
                 end=end,
+                success=success if isinstance(success := row.get(schema.SUCCESS_KEY), bool) else None,
             )
     total = info.get("total_episodes")
     if isinstance(total, bool) or not isinstance(total, int) or not 1 <= total <= 10**15:

@@ -124,7 +124,7 @@ def record(
     }
     todo = [shard for shard, size in sizes.items() if present.get(shard, 0) < size]
     kept = episodes - sum(sizes[shard] for shard in todo)
-    with _only_writer(out), tqdm(total=episodes, initial=kept, desc=desc, unit="ep", disable=not progress) as bar:
+    with only_writer(out), tqdm(total=episodes, initial=kept, desc=desc, unit="ep", disable=not progress) as bar:
         try:
             for finished in run_pieces(todo, job, workers=workers, count=bar.update):
                 if finished % FINALIZE_EVERY == 0:
@@ -140,7 +140,7 @@ def record(
 
 
 @contextmanager
-def _only_writer(out: str | Path) -> Iterator[None]:
+def only_writer(out: str | Path) -> Iterator[None]:
     """Keep other writers out of ``out``, and remove the temporary files of killed ones."""
     try:
         lock = lock_file(Path(out) / ".lock")

@@ -51,6 +51,8 @@ ACTION_KEY = "action"
 PRIVILEGED_PREFIX = "privileged."
 PADDING_KEY = "is_padding"
 """True in the last row of an episode, which carries the last frame and a zero action; training on actions skips it."""
+SUCCESS_KEY = "success"
+"""In the episode table: whether the task was done."""
 
 QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
 

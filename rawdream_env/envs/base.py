@@ -38,7 +38,7 @@ from rawdream_env.types import ACTION_DIM, Float32Array, Start, UInt8Array, Verd
 
 Rows = NDArray[np.intp]
 _UNSTARTED, _RUNNING, _OVER = 0, 1, 2
-_OF_A_STEP = ("frames", "success_probability", "env_verdict", "state_success", "lifted")
+_OF_A_STEP = ("frames", "proprio", "success_probability", "env_verdict", "state_success", "lifted")
 """Infos that a reset does not give."""
 
 
@@ -51,7 +51,7 @@ class ChunkResult:
     failed or the frames are not finite; ``ends`` bool (n,): the episode ends before its horizon;
     ``probability`` float64 (n,) of success, NaN where unknown, or None without probabilities; ``state_success`` int8 (n,):
     1 or 0 by the state behind the pictures, -1 unknown, or None without a state; ``lifted``, likewise: whether the object
-    that the task moves has been picked up so far.
+    that the task moves has been picked up so far. ``proprio`` float32 (n, K, P) after every control step, or None.
     """
 
     frames: UInt8Array
@@ -61,6 +61,7 @@ class ChunkResult:
     probability: NDArray[np.float64] | None = None
     state_success: NDArray[np.int8] | None = None
     lifted: NDArray[np.int8] | None = None
+    proprio: Float32Array | None = None
 
 
 class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
@@ -84,12 +85,12 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
 
     ## Infos
     Arrays with ``_key`` masks: ``instruction`` (object), ``task_id`` (int64), ``is_success`` (bool), ``verdict`` (int8:
-    1, 0, -1 none or invalid), ``valid`` (bool), with ``return_frames`` ``frames`` (uint8, (num_envs, K, H, W, 3)), and
-    ``success_probability`` (float64) where a judge gives one. A dream whose world model imagines a
-    state adds ``state_success`` (bool): whether the task is done in it; it is not rewarded. Where it is known, ``lifted``
-    (bool): whether the object that the task moves has been picked up in the episode so far. A row whose mask is False did
-    nothing in this call. With a ``reflector``, ``verdict`` and ``is_success`` are the reflector's, and ``env_verdict``
-    (int8) is the environment's own.
+    1, 0, -1 none or invalid), ``valid`` (bool), with ``return_frames`` ``frames`` (uint8, (num_envs, K, H, W, 3)) and, where it
+    is known, ``proprio`` (float32, (num_envs, K, P)), and ``success_probability`` (float64) where a judge gives one. A dream
+    whose world model imagines a state adds ``state_success`` (bool): whether the task is done in it; it is not rewarded.
+    Where it is known, ``lifted`` (bool): whether the object that the task moves has been picked up in the episode so far. A
+    row whose mask is False did nothing in this call. With a ``reflector``, ``verdict`` and ``is_success`` are the
+    reflector's, and ``env_verdict`` (int8) is the environment's own.
 
     ## Autoreset
     NextStep: the step after an episode's end ignores that row's action, gives reward 0 and the next episode's first
@@ -447,6 +448,8 @@ class ChunkVectorEnv(VectorEnv[dict[str, Any], Any, NDArray[Any]]):
                 put(infos, self.num_envs, name, rows[known], values[known] == 1)
         if self.return_frames:
             put(infos, self.num_envs, "frames", rows, result.frames)
+            if result.proprio is not None:
+                put(infos, self.num_envs, "proprio", rows, result.proprio)
 
     def _reflect(
         self,

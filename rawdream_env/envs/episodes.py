@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from rawdream_env.envs.verification import EpisodeResult
 from rawdream_env.errors import InvalidActionError, InvalidOptionError
 from rawdream_env.seeding import NoiseKey
-from rawdream_env.types import Float32Array, Outcome, Policy, Start, Trajectory, UInt8Array, Verdict
+from rawdream_env.types import Float32Array, Outcome, Policy, Start, SupportsLook, Trajectory, UInt8Array, Verdict
 
 _FLAGS = ("verified", "flagged")
 
@@ -62,7 +62,8 @@ class Rollout:
     :mod:`rawdream_env.envs.verification`. ``trajectory`` replays the episode where the environment records it.
     ``other_verdicts``: whether the episode is a success by those that are never rewarded, where known: "held_out", the
     hold-out judge, and "state", the environment's ``info["state_success"]`` at the end. ``states`` int8 (T,): that info after
-    each chunk, -1 where it is not known; ``lifted``: ``info["lifted"]`` at the end, 1, 0 or -1.
+    each chunk, -1 where it is not known; ``lifted``: ``info["lifted"]`` at the end, 1, 0 or -1. ``proprio`` float32 (F, P):
+    the start's and ``info["proprio"]`` of every step, None where the environment does not give them.
     """
 
     request: EpisodeRequest
@@ -84,6 +85,7 @@ class Rollout:
     other_verdicts: dict[str, bool] = field(default_factory=dict)
     states: NDArray[np.int8] = field(default_factory=lambda: np.zeros(0, np.int8))
     lifted: int = -1
+    proprio: Float32Array | None = None
 
     def __len__(self) -> int:
         """Number of chunks T."""
@@ -112,6 +114,7 @@ class _Running:
     tokens: list[Any] = field(default_factory=list)
     logprobs: list[Any] = field(default_factory=list)
     frames: list[UInt8Array] = field(default_factory=list)
+    proprio: list[Float32Array] = field(default_factory=list)
     verdicts: list[int] = field(default_factory=list)
     states: list[int] = field(default_factory=list)
     reward: float = 0.0
@@ -213,6 +216,8 @@ class EpisodeRunner:
             episode.states.append(_known(infos, "state_success", row))
             if self.keep_frames and "frames" in infos:
                 episode.frames.append(np.asarray(infos["frames"][row]).copy())
+                if "proprio" in infos:
+                    episode.proprio.append(infos["proprio"][row].copy())
             given = episode.request.actions
             used_up = given is not None and len(episode.actions) == len(given)
             if terminations[row] or truncations[row] or used_up:
@@ -259,6 +264,8 @@ class EpisodeRunner:
 
         keys = [running[row].request.key.at(chunk=len(running[row].actions)) for row in asked]
         texts = [running[row].start.instruction for row in asked]
+        if isinstance(self.policy, SupportsLook):
+            self.policy.look(self.env, asked)
         with torch.no_grad():
             output = self.policy.act(images[asked], texts, temperature=self.temperature, keys=keys)
         if tuple(output.actions.shape[1:]) != shape:
@@ -295,6 +302,7 @@ class EpisodeRunner:
             other_verdicts=_other_verdicts(episode.states[-1], trajectory),
             states=np.array(episode.states, np.int8),
             lifted=_known(infos, "lifted", row),
+            proprio=_joined(episode.start.proprio, episode.proprio),
             **self._result(row, episode, infos, trajectory)._asdict(),
         )
 
@@ -402,6 +410,10 @@ def _other_verdicts(state: int, trajectory: Trajectory | None) -> dict[str, bool
 def _known(infos: dict[str, Any], name: str, row: int) -> int:
     """A row's boolean info as 1 or 0; -1 where it has none."""
     return int(infos[name][row]) if name in infos and infos[f"_{name}"][row] else -1
+
+
+def _joined(first: Float32Array | None, parts: list[Float32Array]) -> Float32Array | None:
+    return None if first is None or not parts else np.concatenate([first[None], *parts])
 
 
 def _stack(parts: list[Any]) -> Any:

@@ -122,6 +122,8 @@ def _stop(processes: Sequence[Any], pipes: Sequence[Connection]) -> None:
             if process.is_alive():
                 process.kill()
                 process.join(_CLOSE_S)
+            with contextlib.suppress(ValueError):  # still running: the kernel holds it
+                process.close()  # frees its descriptors
 
 
 class RowWorkers:

@@ -106,8 +106,8 @@ class Verifier:
     def __init__(self, env: Any, draw: int = 1, on_disagree: OnDisagree = "mask", *, keep_frames: bool = False) -> None:
         if not (callable(getattr(env, "replay", None)) and callable(getattr(env, "trajectories", None))):
             raise InvalidOptionError(
-                f"Dual-noise verification needs a dream that can replay its episodes; {env} cannot. A simulator has no "
-                "noise to redraw: leave verification off there, or use a ...Dream-v0 id."
+                f"Dual-noise verification needs a dream that can replay its episodes; {env} cannot. Simulators and arms have "
+                "no noise to redraw: leave verification off there, or use a ...Dream-v0 id."
             )
         if draw < 1:
             raise InvalidOptionError(f"draw={draw} would repeat the first dream's noise (draw 0); use draw >= 1.")

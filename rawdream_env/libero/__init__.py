@@ -27,6 +27,7 @@ for _suite, _title in SUITES.items():
             dream_env=f"rawdream/Libero{_title}Dream-v0",
             sim_env=f"rawdream/Libero{_title}Sim-v0",
             sim_options=("num_workers", "image_size", "judge_every", "chunk_len"),
+            episode_source="rawdream_env.libero.collect:LiberoSource",
             sim_starts=f"rawdream_env.libero.starts:{_suite}",
         )
     )

@@ -17,6 +17,7 @@ from rawdream_env.envs.simulated import SimulatedVectorEnv
 from rawdream_env.envs.single import SingleEnv
 from rawdream_env.errors import InvalidOptionError
 from rawdream_env.libero.protocols import Protocol, Split, find_protocol, state_number
+from rawdream_env.libero.scene import SceneTruth
 from rawdream_env.libero.starts import DEFAULT_PROTOCOL, LiberoStarts, parse_task, task_list
 from rawdream_env.libero.workers import LiberoWorkers, SceneOptions
 from rawdream_env.seeding import NoiseKey
@@ -65,7 +66,7 @@ class LiberoSimVectorEnv(SimulatedVectorEnv):
         judge_every: str = "chunk",
         num_workers: int = 0,
         timeout_s: float = 300.0,
-        max_scenes: int = 4,
+        max_scenes: int = 10,
         image_size: int = 256,
         device: str = "cpu",
         output: str = "numpy",
@@ -90,7 +91,8 @@ class LiberoSimVectorEnv(SimulatedVectorEnv):
             judge_every: "chunk" or "episode": when success is checked.
             num_workers: worker processes that share the rows; 0: this process. Results do not depend on it.
             timeout_s: how long a worker may take to answer, in seconds; the first reset builds the scenes.
-            max_scenes: scenes that a process keeps built (some 400 MB each); another replaces the one not used for longest.
+            max_scenes: scenes that a process keeps built (230 MB each); another replaces the one not used for longest, which
+                costs seconds at every chunk whose rows need more scenes than that.
             image_size: side of the frames in pixels.
             device: device of torch observations.
             output: "numpy" or "torch" observations.
@@ -138,6 +140,15 @@ class LiberoSimVectorEnv(SimulatedVectorEnv):
         """Scene seed of episode ``index`` of a task in an evaluation: the initial states in order, each equally often."""
         return self._rules.trial(seed, task_id, index, self.init_states)
 
+    def start_at(self, task_id: int, seed: int) -> Start:
+        """A start for ``options={"starts": [...]}``: a task and a scene seed, without a picture."""
+        blank = np.zeros(self._images.shape[1:], np.uint8)
+        return Start(blank, self.tasks[task_id][1], task_id, seed=seed)
+
+    def truth(self, rows: Sequence[int]) -> list[SceneTruth | None]:
+        """What is behind the pictures of ``rows``, for scripted experts; None for a row whose worker died."""
+        return self._workers.truth(rows)
+
     def _begin(self, rows: Rows, keys: Sequence[NoiseKey], given: Sequence[Start | None]) -> list[Start]:
         scenes = [self._scene(row, key, start) for row, key, start in zip(rows.tolist(), keys, given, strict=True)]
         numbers = [state_number(seed) for seed, _ in scenes]
@@ -159,18 +170,14 @@ class LiberoSimVectorEnv(SimulatedVectorEnv):
         counts = np.clip(left, 1, self.chunk_len)
         cut = [chunk[:count] for chunk, count in zip(actions, counts, strict=True)]
         step = self._workers.step(rows.tolist(), cut, every_frame=self.return_frames)
-        frames = np.stack([self._whole(row, part) for row, part in zip(rows, step.frames, strict=True)])
+        count = self.chunk_len if self.return_frames else 1
+        frames = [_whole(part, self._images[row], count) for row, part in zip(rows, step.frames, strict=True)]
+        proprio = [_whole(part, np.zeros(8, np.float32), self.chunk_len) for part in step.proprio]
         every_chunk = self.judge_every == "chunk"
         success = np.where(self._succeeded[rows] | (not every_chunk), step.success_end, step.success_any)
         wanted = (last | every_chunk) & self._judged[rows] & ~step.lost
         verdict = np.where(wanted, success, -1).astype(np.int8)
-        return ChunkResult(frames, verdict, ~step.lost, step.lost)
-
-    def _whole(self, row: int, frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """The frames of a whole chunk: the last one is repeated where there are fewer."""
-        frames = frames if len(frames) else self._images[row][None]
-        missing = (self.chunk_len if self.return_frames else 1) - len(frames)
-        return np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)]) if missing else frames
+        return ChunkResult(np.stack(frames), verdict, ~step.lost, step.lost, proprio=np.stack(proprio))
 
 
 class LiberoDreamVectorEnv(DreamVectorEnv):
@@ -248,6 +255,13 @@ def horizon_of(protocol: Protocol, chunk_len: int, chunks: int | None) -> tuple[
         return protocol, protocol.chunks(chunk_len)
     chunks = parse_positive_int("max_episode_steps", chunks)
     return protocol.changed(horizon=chunks * chunk_len), chunks
+
+
+def _whole(parts: NDArray[Any], before: NDArray[Any], count: int) -> NDArray[Any]:
+    """``count`` entries of a chunk: the last one is repeated where there are fewer, ``before`` where there are none."""
+    parts = parts if len(parts) else before[None]
+    missing = count - len(parts)
+    return np.concatenate([parts, np.repeat(parts[-1:], missing, axis=0)]) if missing else parts
 
 
 class LiberoSimEnv(SingleEnv):

@@ -61,14 +61,29 @@ class SceneStart:
 
 @dataclass(frozen=True)
 class SceneStep:
-    """``frames`` uint8 (K, H, W, 3), or (1, H, W, 3); ``success_any``: the goal held after some control step;
-    ``success_end``: after the last one.
+    """``frames`` uint8 (K, H, W, 3), or (1, H, W, 3); ``proprio`` float32 (K, 8); ``success_any``: the goal held after some
+    control step; ``success_end``: after the last one.
     """
 
     state: SceneState
     frames: UInt8Array
+    proprio: Float32Array
     success_any: bool
     success_end: bool
+
+
+@dataclass(frozen=True)
+class SceneTruth:
+    """What is behind a picture, in metres in the world's frame: ``gripper`` (3,), the point between the finger tips;
+    ``opening`` between the fingers; ``bodies``: name -> position (3,); ``sites``, likewise; ``joints``: name of a hinge or
+    slide -> radians or metres.
+    """
+
+    gripper: NDArray[np.float64]
+    opening: float
+    bodies: dict[str, NDArray[np.float64]]
+    sites: dict[str, NDArray[np.float64]]
+    joints: dict[str, float]
 
 
 @lru_cache(maxsize=256)
@@ -145,14 +160,35 @@ class LiberoScene:
     def step(self, state: SceneState, actions: Float32Array, every_frame: bool) -> SceneStep:
         """Carry out ``actions`` (K, 7) from ``state``."""
         self._load(state)
-        frames, done, success = [], False, False
+        frames, proprio, done, success = [], [], False, False
         for k, action in enumerate(actions):
             self._wanted = every_frame or k == len(actions) - 1
             observation, _, done, _ = self._base.step(action)
             success = success or bool(done)
+            proprio.append(self._proprio())
             if self._wanted:
                 frames.append(_upright(observation))
-        return SceneStep(self._capture(), np.stack(frames), success, bool(done))
+        return SceneStep(self._capture(), np.stack(frames), np.stack(proprio), success, bool(done))
+
+    def truth(self, state: SceneState) -> SceneTruth:
+        """What is behind the picture of a state, read without touching the simulation."""
+        mujoco, model, robot = self._mujoco, self._base.sim.model._model, self._base.robots[0]
+        data = mujoco.MjData(model)
+        mujoco.mj_setState(model, data, state.physics, self._what)
+        mujoco.mj_kinematics(model, data)
+
+        def named(kind: int, count: int, positions: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+            return {mujoco.mj_id2name(model, kind, i): positions[i].copy() for i in range(count)}
+
+        joints = [j for j in range(model.njnt) if model.jnt_type[j] != mujoco.mjtJoint.mjJNT_FREE]
+        left, right = data.qpos[robot._ref_gripper_joint_pos_indexes]
+        return SceneTruth(
+            data.site_xpos[robot.eef_site_id].copy(),
+            float(left - right),
+            named(mujoco.mjtObj.mjOBJ_BODY, model.nbody, data.xpos),
+            named(mujoco.mjtObj.mjOBJ_SITE, model.nsite, data.site_xpos),
+            {model.joint(j).name: float(data.qpos[model.jnt_qposadr[j]]) for j in joints},
+        )
 
     def check_success(self) -> bool:
         """What hf-libero says about the state that was stepped last."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from rawdream_env.envs.row_workers import RowGroup, RowWorkers
 from rawdream_env.errors import SimulatorError
-from rawdream_env.libero.scene import LiberoScene, SceneState, scene_of
+from rawdream_env.libero.scene import LiberoScene, SceneState, SceneTruth, scene_of
 from rawdream_env.types import Float32Array, UInt8Array
 
 _Key = tuple[str, str, int, int]
@@ -48,28 +48,31 @@ class LiberoRows(RowGroup):
         self, rows: Sequence[int], tasks: Sequence[int], numbers: Sequence[int]
     ) -> list[tuple[UInt8Array, Float32Array]]:
         """Begin episodes from initial states; returns the first frame and the proprio of each."""
-        answers = []
-        for row, task, number in zip(rows, tasks, numbers, strict=True):
-            start = self._scene(task).begin(task, number, self._options.settle_steps)
-            self._rows[row] = start.state
-            answers.append((start.frame.copy(), start.proprio.copy()))
-        return answers
+        answers: dict[int, tuple[UInt8Array, Float32Array]] = {}
+        for i in self._by_scene(dict(enumerate(tasks))):
+            start = self._scene(tasks[i]).begin(tasks[i], numbers[i], self._options.settle_steps)
+            self._rows[rows[i]] = start.state
+            answers[i] = start.frame.copy(), start.proprio.copy()
+        return [answers[i] for i in range(len(rows))]
 
     def step(
         self, rows: Sequence[int], actions: Sequence[Float32Array], every_frame: bool
-    ) -> list[tuple[UInt8Array, bool, bool] | None]:
-        """One chunk per row: (frames, success after some step, success after the last) of each; None where a row has no
-        state, because its process is new.
+    ) -> list[tuple[UInt8Array, Float32Array, bool, bool] | None]:
+        """One chunk per row: (frames, proprio, success after some step, success after the last) of each; None where a row
+        has no state, because its process is new.
         """
-        answers: list[tuple[UInt8Array, bool, bool] | None] = []
-        for row, chunk in zip(rows, actions, strict=True):
-            if (state := self._rows.get(row)) is None:
-                answers.append(None)
-                continue
-            step = self._scene(state.task).step(state, chunk, every_frame)
-            self._rows[row] = step.state
-            answers.append((step.frames, step.success_any, step.success_end))
+        answers: list[tuple[UInt8Array, Float32Array, bool, bool] | None] = [None] * len(rows)
+        known = {i: state for i, row in enumerate(rows) if (state := self._rows.get(row)) is not None}
+        for i in self._by_scene({i: state.task for i, state in known.items()}):
+            step = self._scene(known[i].task).step(known[i], actions[i], every_frame)
+            self._rows[rows[i]] = step.state
+            answers[i] = step.frames, step.proprio, step.success_any, step.success_end
         return answers
+
+    def truth(self, rows: Sequence[int]) -> list[SceneTruth | None]:
+        """What is behind the picture of every row; None where it has no state."""
+        states = [self._rows.get(row) for row in rows]
+        return [None if state is None else self._scene(state.task).truth(state) for state in states]
 
     def state(self, rows: Sequence[int]) -> list[SceneState | None]:
         """The state of every row."""
@@ -87,9 +90,17 @@ class LiberoRows(RowGroup):
         while not _groups and _scenes:
             _scenes.popitem()[1].close()
 
-    def _scene(self, task: int) -> LiberoScene:
+    def _by_scene(self, tasks: Mapping[int, int]) -> list[int]:
+        """Positions, given their tasks, in the order that builds the fewest scenes: those that are built come first."""
+        keys = {i: self._key(task) for i, task in tasks.items()}
+        return sorted(keys, key=lambda i: (keys[i] not in _scenes, keys[i]))
+
+    def _key(self, task: int) -> _Key:
         options = self._options
-        key = options.suite, scene_of(options.suite, task), options.image_size, options.scene_seed
+        return options.suite, scene_of(options.suite, task), options.image_size, options.scene_seed
+
+    def _scene(self, task: int) -> LiberoScene:
+        options, key = self._options, self._key(task)
         if key not in _scenes:
             while len(_scenes) >= options.max_scenes:
                 _scenes.popitem(last=False)[1].close()
@@ -102,12 +113,13 @@ class LiberoRows(RowGroup):
 class LiberoStep:
     """The result of one chunk for n rows.
 
-    ``frames`` uint8, one (K, H, W, 3) or (1, H, W, 3) per row; ``success_any``, ``success_end`` bool (n,): the goal held after
-    some control step of the chunk, after its last; ``lost`` bool (n,): the row's worker died, so its episode is void (its
-    frames are empty).
+    ``frames`` uint8, one (K, H, W, 3) or (1, H, W, 3) per row; ``proprio`` float32 (K, 8) of each;
+    ``success_any``, ``success_end`` bool (n,): the goal held after some control step of the chunk, after its last; ``lost``
+    bool (n,): the row's worker died, so its episode is void (its frames and proprio are empty).
     """
 
     frames: list[UInt8Array]
+    proprio: list[Float32Array]
     success_any: NDArray[np.bool_]
     success_end: NDArray[np.bool_]
     lost: NDArray[np.bool_]
@@ -161,10 +173,14 @@ class LiberoWorkers(RowWorkers):
         """
         rows = self._check_rows(rows)
         answers = self._call("step", rows, list(actions), every_frame)
-        nothing = (np.zeros((0, 0, 0, 3), np.uint8), False, False)
-        frames, some, end = zip(*(answer or nothing for answer in answers), strict=True)
+        nothing = (np.zeros((0, 0, 0, 3), np.uint8), np.zeros((0, 8), np.float32), False, False)
+        frames, proprio, some, end = zip(*(answer or nothing for answer in answers), strict=True)
         lost = np.array([answer is None for answer in answers], np.bool_)
-        return LiberoStep(list(frames), np.array(some, np.bool_), np.array(end, np.bool_), lost)
+        return LiberoStep(list(frames), list(proprio), np.array(some, np.bool_), np.array(end, np.bool_), lost)
+
+    def truth(self, rows: Sequence[int]) -> list[SceneTruth | None]:
+        """What is behind the pictures of n rows; None for a row whose worker died."""
+        return self._call("truth", self._check_rows(rows))
 
     def _group(self, rows: Sequence[int]) -> Callable[[], RowGroup]:
         return partial(LiberoRows, self._scene_options)

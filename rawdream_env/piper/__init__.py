@@ -14,6 +14,7 @@ register_robot(
         name="piper",
         dream_env="rawdream/PiperDream-v0",
         sim_env="rawdream/PiperSim-v0",
+        real_env="rawdream/PiperReal-v0",
         sim_options=("num_workers", "image_size", "judge_every", "layout"),
         kinematics="rawdream_env.piper.arm_map:ArmMap",
         scene="rawdream_env.piper.scene:SCENE",
@@ -24,11 +25,11 @@ register_robot(
         start_pack="rawdream_env.piper.starts:bundled_pack",
     )
 )
-for _name in ("PiperDream", "PiperSim"):
+for _name, _home in (("PiperDream", "envs"), ("PiperSim", "envs"), ("PiperReal", "real")):
     # No max_episode_steps: gym.make would add a TimeLimit on top of the environments' own horizon.
     gym.register(
         id=f"rawdream/{_name}-v0",
-        entry_point=f"rawdream_env.piper.envs:{_name}Env",
-        vector_entry_point=f"rawdream_env.piper.envs:{_name}VectorEnv",
+        entry_point=f"rawdream_env.piper.{_home}:{_name}Env",
+        vector_entry_point=f"rawdream_env.piper.{_home}:{_name}VectorEnv",
     )
-del _name
+del _name, _home

@@ -38,6 +38,7 @@ class ArmMap:
 
     def __init__(self, config: ArmMapConfig = ArmMapConfig()) -> None:
         self.config = config
+        self.camera = piper.Camera.of_numbers(config.camera) if config.camera else None
         middle = (piper.WORKSPACE_LOW + piper.WORKSPACE_HIGH) / 2
         half = (piper.WORKSPACE_HIGH - piper.WORKSPACE_LOW) / 2
         self._mid = torch.tensor([*middle, 0, 0, 0, 0], dtype=torch.float32)
@@ -73,7 +74,7 @@ class ArmMap:
         assert h == w
         stacked = torch.stack([reference, poses[:, :, 0], poses[:, :, -1]], 2)  # (B, F, 3, 7)
         tool = piper.arm_points(stacked.reshape(-1, 7).numpy().astype(np.float64))[:, _POINT["tool"]]
-        place = torch.from_numpy(piper.project(tool, w)[0].astype(np.float32)).view(*stacked.shape[:3], 2)
+        place = torch.from_numpy(piper.project(tool, w, self.camera)[0].astype(np.float32)).view(*stacked.shape[:3], 2)
         return (place[:, :, 1:] - place[:, :, :1]).flatten(2)
 
     def tool(self, poses: FloatArray) -> FloatArray:
@@ -82,7 +83,7 @@ class ArmMap:
 
     def project(self, points: FloatArray, image_size: int) -> FloatArray:
         """Points (..., 3) in metres -> pixels (..., 2)."""
-        return piper.project(points, image_size)[0]
+        return piper.project(points, image_size, self.camera)[0]
 
     def _channels(self, poses: Tensor) -> Tensor:
         pose = poses.numpy().astype(np.float64)
@@ -97,12 +98,12 @@ class ArmMap:
         starts = [at("shoulder"), at("elbow"), at("wrist"), hand - _HAND_HALF_WIDTH * side]
         starts += [at(tip) - _FINGER_LENGTH * axis for tip in ("finger_left", "finger_right")]
         ends = [at("elbow"), at("wrist"), hand, hand + _HAND_HALF_WIDTH * side, at("finger_left"), at("finger_right")]
-        a, depth_a = piper.project(np.stack(starts, 1), r)
-        b, depth_b = piper.project(np.stack(ends, 1), r)
-        focal = r / 2 / np.tan(np.deg2rad(piper.CAMERA_FOVY) / 2)
+        a, depth_a = piper.project(np.stack(starts, 1), r, self.camera)
+        b, depth_b = piper.project(np.stack(ends, 1), r, self.camera)
+        focal = piper.focal_length(r, self.camera)
         radius = np.array(_RADII) * focal / np.maximum((depth_a + depth_b) / 2, 0.05)
         masks = self._capsules(*(torch.from_numpy(x.astype(np.float32)) for x in (a, b, radius)))  # (N, 6, R*R)
-        foot, foot_depth = piper.project(at("tool") * np.array([1.0, 1.0, 0.0]), r)
+        foot, foot_depth = piper.project(at("tool") * np.array([1.0, 1.0, 0.0]), r, self.camera)
         spread = torch.from_numpy((_SHADOW * focal / foot_depth).astype(np.float32))[:, None]
         offset = self._pixels[None] - torch.from_numpy(foot.astype(np.float32))[:, None]
         shadow = torch.exp(-0.5 * offset.square().sum(-1) / spread.square())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,23 +13,19 @@ from rawdream_env.data import schema
 from rawdream_env.data.collect import CollectConfig
 from rawdream_env.data.lerobot import EpisodeData
 from rawdream_env.envs.base import ChunkResult, ChunkVectorEnv, Rows
+from rawdream_env.envs.collecting import RolloutSource
 from rawdream_env.envs.episodes import run_episodes
-from rawdream_env.errors import SimulatorError
 from rawdream_env.piper import geometry
 from rawdream_env.piper.envs import CHUNK_LEN, FPS
 from rawdream_env.piper.relations import OBJECTS, RELATION_NAMES, TASKS, Task, find_task
-from rawdream_env.policies import load_policy
-from rawdream_env.resolve import fingerprint
 from rawdream_env.seeding import NoiseKey, mix
-from rawdream_env.types import ACTION_DIM, Float32Array, Policy, Start, UInt8Array
+from rawdream_env.types import ACTION_DIM, Float32Array, Start, UInt8Array
 
 if TYPE_CHECKING:
     from rawdream_env.piper.simulator.twin import PiperTwin
 
 PLAY_TASK = "play with the objects on the table"
 """The task-table entry of play episodes, which have no instruction."""
-MAX_ATTEMPTS = 20
-_KINDS = ("play", "expert", "policy")
 
 
 def _features() -> schema.Features:
@@ -44,7 +40,7 @@ def _features() -> schema.Features:
     }
 
 
-class PiperSource:
+class PiperSource(RolloutSource):
     """Generates episodes in a ``PiperTwin``, which is created for the first one.
 
     Raises:
@@ -64,30 +60,8 @@ class PiperSource:
         # Known before the first episode, so that shards need no common state.
         self.instructions = tuple(dict.fromkeys(task.instruction for task in self.tasks)) or (PLAY_TASK,)
         self._twin: PiperTwin | None = None
-        self._policy: Policy | None = None
         geometry.check_image_size(config.image_size)
-        # A policy that cannot be loaded is known before a folder is made.
-        self.policy_fingerprint = fingerprint(load_policy(config.policy)) if config.kind == "policy" else ""
-
-    def steps(self, index: int) -> int:
-        """Control steps of an episode, all equally long."""
-        return self.config.steps
-
-    def __call__(self, index: int) -> EpisodeData:
-        """Episode ``index``; it does not depend on earlier ones.
-
-        Raises:
-            SimulatorError: with ``successes_only``, every attempt failed. RendererError: no OpenGL.
-        """
-        for attempt in range(MAX_ATTEMPTS):
-            seed = mix(self.config.seed, _KINDS.index(self.config.kind), index, attempt)
-            episode, success = self.attempt(index, seed)
-            if success or not self.config.successes_only or self.config.kind == "play":
-                return episode
-        raise SimulatorError(
-            f"episode {index}: {MAX_ATTEMPTS} attempts at {episode.task!r} failed. "
-            "Lower action_noise, or collect with successes_only=False."
-        )
+        super().__init__()
 
     def close(self) -> None:
         """Free the twin's OpenGL context."""
@@ -104,31 +78,26 @@ class PiperSource:
             self._twin = PiperTwin(image_size=self.config.image_size)
         return self._twin
 
-    @property
-    def policy(self) -> Policy:
-        """The policy of kind policy."""
-        if self._policy is None:
-            self._policy = load_policy(self.config.policy)
-        return self._policy
-
     def attempt(self, index: int, seed: int) -> tuple[EpisodeData, bool]:
         """Episode ``index`` drawn from ``seed``, and whether its task is done at the end."""
         config, twin = self.config, self.twin
         task = None if config.kind == "play" else self.tasks[index % len(self.tasks)]
         frame = twin.reset(seed, task=None if task is None else task.name, layout=config.layout)
-        recording = _Recording(twin, frame)
-        if config.kind == "policy":
+        recording = Recording(twin, frame)
+        if config.kind in ("policy", "random"):
             assert task is not None
-            env = _RecordedTwin(recording, config.steps, self._noise(seed))
+            env = _RecordedTwin(recording, config.steps)
             start = Start(frame, task.instruction, seed=seed)
-            list(run_episodes(env, [start], self.policy, temperature=config.temperature))
+            list(run_episodes(env, [start], self.driver(seed), temperature=self.temperature))
         else:
             act = self._script(task, seed)
             for _ in range(config.steps):
                 recording.step(act())
-        return recording.episode(PLAY_TASK if task is None else task.instruction), task is None or twin.success(
-            task.name
-        )
+        episode = recording.episode(PLAY_TASK if task is None else task.instruction)
+        if task is None:
+            return episode, True
+        success = bool(twin.success(task.name))
+        return replace(episode, success=success), success
 
     def _script(self, task: Task | None, seed: int) -> Callable[[], Float32Array]:
         """The scripted driver: the expert of a task, or play without a task."""
@@ -137,26 +106,16 @@ class PiperSource:
         rng = np.random.default_rng(mix(seed, 1))
         if task is not None:
             return ScriptedExpert(self.twin, task.name, rng, noise=self.config.action_noise).act
-        play, noise = PlayPolicy(self.twin, rng), self._noise(seed)
+        play, noise = PlayPolicy(self.twin, rng), self.noise(seed)
         return lambda: noise(play.act())
 
-    def _noise(self, seed: int) -> Callable[[Float32Array], Float32Array]:
-        """Adds ``action_noise`` to the motion of an action."""
-        rng, scale = np.random.default_rng(mix(seed, 2)), self.config.action_noise
 
-        def noisy(action: Float32Array) -> Float32Array:
-            action = np.array(action, dtype=np.float32)
-            if scale > 0:
-                action[:6] += rng.normal(0.0, scale, 6)
-            return np.clip(action, -1.0, 1.0)
+class Recording:
+    """A running episode in a twin, or on what has its ``step`` and ``proprio``; keeps what a data set stores of every control
+    step. The truth about objects is stored where it is known (:func:`knows_objects`).
+    """
 
-        return noisy
-
-
-class _Recording:
-    """A running episode in a twin; keeps what a data set stores of every control step."""
-
-    def __init__(self, twin: PiperTwin, frame: UInt8Array) -> None:
+    def __init__(self, twin: Any, frame: UInt8Array) -> None:
         self.twin = twin
         self.frames, self.actions = [frame], list[Float32Array]()
         self.states, self.truth = [twin.proprio()], [self._privileged()]
@@ -165,7 +124,7 @@ class _Recording:
         """Carry out one action (7,)."""
         frame = self.twin.step(action)
         assert frame is not None  # it is None only in a twin without a renderer
-        self.actions.append(action)
+        self.actions.append(getattr(self.twin, "sent_action", action))  # a real arm's guard may have changed it
         self.frames.append(frame)
         self.states.append(self.twin.proprio())
         self.truth.append(self._privileged())
@@ -181,6 +140,8 @@ class _Recording:
         )
 
     def _privileged(self) -> dict[str, Float32Array]:
+        if not knows_objects(self.twin):
+            return {}
         return {
             "object_poses": np.asarray(self.twin.object_poses(), np.float32).ravel(),
             "relations": np.asarray(self.twin.relations(), np.float32).ravel(),
@@ -188,12 +149,17 @@ class _Recording:
         }
 
 
+def knows_objects(twin: Any) -> bool:
+    """Whether a recording in ``twin`` has the privileged columns."""
+    return hasattr(twin, "object_poses")
+
+
 class _RecordedTwin(ChunkVectorEnv):
-    """A recording as an environment of one row, for policies. ``noise`` changes an action before it is carried out; after
-    ``steps`` control steps the rest of a chunk is left out.
+    """A recording as an environment of one row, for policies. After ``steps`` control steps the rest of a chunk is left
+    out.
     """
 
-    def __init__(self, recording: _Recording, steps: int, noise: Callable[[Float32Array], Float32Array]) -> None:
+    def __init__(self, recording: Recording, steps: int) -> None:
         super().__init__(
             1,
             frame_shape=recording.frames[0].shape,
@@ -202,13 +168,13 @@ class _RecordedTwin(ChunkVectorEnv):
             max_episode_steps=-(-steps // CHUNK_LEN),
             autoreset_mode="Disabled",
         )
-        self.recording, self.steps, self.noise = recording, steps, noise
+        self.recording, self.steps = recording, steps
 
     def _begin(self, rows: Rows, keys: Sequence[NoiseKey], given: Sequence[Start | None]) -> list[Start]:
         return [start for start in given if start is not None]
 
     def _advance(self, rows: Rows, actions: Float32Array, last: NDArray[np.bool_]) -> ChunkResult:
         for action in actions[0][: self.steps - len(self.recording.actions)]:
-            self.recording.step(self.noise(action))
+            self.recording.step(action)
         nothing = np.zeros(1, bool)
         return ChunkResult(self.recording.frames[-1][None, None], np.full(1, -1, np.int8), ~nothing, nothing)

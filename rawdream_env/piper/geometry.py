@@ -12,6 +12,8 @@ Joint conventions and link lengths are those of the manufacturer's forward kinem
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -204,19 +206,66 @@ def camera_rotation() -> NDArray[np.float64]:
     return np.stack([right, up, np.cross(right, up)], axis=1)
 
 
-def project(points: FloatArray, image_size: int) -> tuple[FloatArray, FloatArray]:
-    """Where world points ``(..., 3)`` appear in a square picture of ``image_size`` pixels.
+@dataclass(frozen=True)
+class Camera:
+    """A camera that was calibrated, for the square picture that the policy sees.
+
+    ``position`` (m) and ``rotation``, a rotation vector (rad) that turns the world's axes into the camera's right, up and
+    backward axes; ``fovy`` in degrees; ``center``: where the optical axis meets the picture, in its sides from the top left.
+    """
+
+    position: tuple[float, float, float]
+    rotation: tuple[float, float, float]
+    fovy: float
+    center: tuple[float, float] = (0.5, 0.5)
+
+    @staticmethod
+    def of_numbers(numbers: Sequence[float]) -> Camera:
+        """The inverse of ``numbers``; ``InvalidOptionError`` where these are not those of a camera."""
+        if len(numbers) != 9 or not np.isfinite(numbers).all() or not 0.0 < numbers[6] < 180.0:
+            raise InvalidOptionError(
+                f"a camera is 9 numbers (position, rotation vector, fovy from 0 to 180, center), not {list(numbers)[:10]}."
+            )
+        a, b, c, d, e, f, fovy, u, v = map(float, numbers)
+        return Camera((a, b, c), (d, e, f), fovy, (u, v))
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """The nine numbers, as ``ArmMapConfig.camera`` takes them."""
+        return (*self.position, *self.rotation, self.fovy, *self.center)
+
+    @property
+    def axes(self) -> NDArray[np.float64]:
+        """As :func:`camera_rotation`."""
+        angle = float(np.linalg.norm(self.rotation))
+        x, y, z = np.array(self.rotation) / max(angle, 1e-12)
+        cross = np.array([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]])
+        turned: NDArray[np.float64] = np.eye(3) + np.sin(angle) * cross + (1.0 - np.cos(angle)) * cross @ cross
+        return turned
+
+
+def focal_length(image_size: float, camera: Camera | None = None) -> float:
+    """Focal length in pixels of a square picture of ``image_size`` pixels; of the simulator's camera by default."""
+    return float(image_size / 2 / np.tan(np.deg2rad(CAMERA_FOVY if camera is None else camera.fovy) / 2))
+
+
+def project(points: FloatArray, image_size: int, camera: Camera | None = None) -> tuple[FloatArray, FloatArray]:
+    """Where world points ``(..., 3)`` appear in a square picture of ``image_size`` pixels, the simulator's without ``camera``.
 
     Returns:
         pixels ``(..., 2)``: u to the right, v down, (0, 0) the outer corner of the first pixel (its centre is 0.5);
         depth ``(...)`` in metres along the viewing axis; negative is behind the camera.
     """
-    local = (points - CAMERA_POSITION) @ camera_rotation()
+    if camera is None:
+        position, axes, center = CAMERA_POSITION, camera_rotation(), (0.5, 0.5)
+    else:
+        position, axes, center = np.array(camera.position), camera.axes, camera.center
+    local = (points - position) @ axes
     depth = -local[..., 2]
-    focal = image_size / 2 / np.tan(np.deg2rad(CAMERA_FOVY) / 2)
+    focal = focal_length(image_size, camera)
     safe = np.where(np.abs(depth) < 1e-6, 1e-6, depth)
-    u = image_size / 2 + focal * local[..., 0] / safe
-    v = image_size / 2 - focal * local[..., 1] / safe
+    u = image_size * center[0] + focal * local[..., 0] / safe
+    v = image_size * center[1] - focal * local[..., 1] / safe
     return np.stack([u, v], axis=-1), depth
 
 

@@ -99,7 +99,9 @@ class ScaleHead(nn.Sequential):
     def forward(self, features: Tensor) -> Tensor:
         """Features -> b."""
         low, high = map(math.log, SCALE_RANGE)
-        return torch.exp(low + (high - low) * torch.sigmoid(super().forward(features)))
+        for layer in self:
+            features = layer(features)
+        return torch.exp(low + (high - low) * torch.sigmoid(features))
 
 
 class LaplacePolicy(nn.Module):
@@ -138,7 +140,8 @@ class LaplacePolicy(nn.Module):
 
     def distribution(self, images: Any, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Location and scale, both fp32 (B, L) in normalised units; differentiable; any B."""
-        return self._heads(self.backbone.check_images(images, instructions), instructions).unbind(1)
+        both = self._heads(self.backbone.check_images(images, instructions), instructions)
+        return both[:, 0], both[:, 1]
 
     def _heads(self, frames: Tensor, instructions: Sequence[str]) -> Tensor:
         """Location and scale (B, 2, L)."""

@@ -50,7 +50,7 @@ from rawdream_env.trainers.common.stages import Stage, run_stages
 from rawdream_env.trainers.judge.config import JudgeTrainConfig
 from rawdream_env.trainers.judge.dream_clips import DreamClipsConfig, make_dream_clips
 from rawdream_env.trainers.judge.train import train_judge
-from rawdream_env.trainers.policy.config import SFTConfig
+from rawdream_env.trainers.policy.config import ADDED, TINY_VLA_DEFAULTS, SFTConfig
 from rawdream_env.trainers.policy.sft import train_sft
 from rawdream_env.trainers.world_model.config import WorldModelTrainConfig
 from rawdream_env.trainers.world_model.train import train_world_model
@@ -153,7 +153,7 @@ def _play_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[Sta
         _collect_stage("held_out_play", play(paths.held_out, scale.held_out, config.seed + 2)),
         Stage(
             "pretrained",
-            settings_of(pretrain),
+            _sft_settings(pretrain),
             (paths.generalist / "config.json",),
             _trained(pretrain, config.progress),
             ("play",),
@@ -231,6 +231,11 @@ def _pretrain(config: EmbeddedConfig, scale: Scale, paths: Paths) -> SFTConfig:
     )
 
 
+def _sft_settings(config: SFTConfig) -> dict[str, Any]:
+    """Settings of a stage, as they were before options for other policies existed."""
+    return {key: value for key, value in settings_of(config.filled(TINY_VLA_DEFAULTS)).items() if key not in ADDED}
+
+
 def _trained(sft: SFTConfig, progress: bool) -> Callable[[], dict[str, Any]]:
     return lambda: {"validation": train_sft(sft, progress=progress).validation}
 
@@ -263,7 +268,7 @@ def _policy_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[S
         _collect_stage("demonstrations", demonstrations),
         Stage(
             "policy",
-            settings_of(fewshot),
+            _sft_settings(fewshot),
             (paths.policy / "config.json",),
             _trained(fewshot, config.progress),
             ("pretrained", "demonstrations"),

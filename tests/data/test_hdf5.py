@@ -159,6 +159,22 @@ def test_import_through_the_command_line(config: ImportConfig, capsys) -> None:
     assert np.abs(episode.frames[:, -1, -1, 0].astype(int) - 10 * np.arange(1, ROWS + 1)).max() <= 3
 
 
+def test_k_per_task_are_drawn_with_a_seed(config: ImportConfig, tmp_path: Path) -> None:
+    def drawn(seed: int, src: str = config.src) -> list[str]:
+        return [demo.label for demo in importing.plan(replace(config, src=src, per_task=2, seed=seed))]
+
+    labels = drawn(1)
+    assert [label.rpartition(":")[0] for label in labels] == ["a.hdf5"] * 2 + ["b.hdf5"] * 2 + ["sub/c.hdf5"] * 2
+    assert labels == sorted(labels) == drawn(1) and len({tuple(drawn(seed)) for seed in range(8)}) > 2
+    alone = drawn(1, f"{config.src}/a.hdf5")
+    assert alone == labels[:2]  # whatever the other tasks are
+    assert len(LeRobotReader(import_hdf5(replace(config, per_task=2)))) == 6
+    with pytest.raises(DatasetError, match="per_task is 4, but 'open a' has 3 demonstrations"):
+        importing.plan(replace(config, per_task=4))
+    with pytest.raises(DatasetError, match="per_task is 0"):
+        import_hdf5(replace(config, per_task=0))
+
+
 def test_an_interrupted_import_goes_on_to_the_same_bytes(config: ImportConfig, monkeypatch) -> None:
     def files(root: str) -> dict[str, str]:
         found = [path for path in Path(root).rglob("*") if path.is_file()]

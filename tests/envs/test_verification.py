@@ -135,7 +135,7 @@ def test_counts() -> None:
 
 def test_refusals() -> None:
     env = dream(ScriptedJudge())
-    with pytest.raises(InvalidOptionError, match="A simulator has no noise to redraw"):
+    with pytest.raises(InvalidOptionError, match="Simulators and arms have no noise to redraw"):
         Verifier(object())
     with pytest.raises(InvalidOptionError, match="draw=0 would repeat"):
         Verifier(env, draw=0)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -167,6 +168,19 @@ def test_action_sensitivity_tells_listening_from_noise() -> None:
     assert silent["swapped"]["ratio"] is None and silent["swapped"]["change"] > 0
     with pytest.raises(DatasetError, match="at least 2, got 1"):
         fidelity.action_sensitivity(SlidingWorld(), episodes[:1])
+
+
+def test_the_background_of_many_episodes_reads_some_of_them() -> None:
+    class Counted(SimpleNamespace):
+        read: ClassVar[list[int]] = []
+
+        @property
+        def frames(self) -> Any:
+            self.read.append(1)
+            return np.full((9, 8, 8, 3), 20, np.uint8)
+
+    episodes = [Counted(actions=np.zeros((8, 7))) for _ in range(1000)]
+    assert fidelity.background(episodes).mean() == 20 and len(Counted.read) == 200  # type: ignore[arg-type]
 
 
 def test_background_region_and_errors() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
@@ -163,3 +165,29 @@ def test_the_command_evaluates_the_shipped_judge(tmp_path: Path, capsys: Any) ->
     assert content["groups"]["source expert"]["recall"]["value"] == 1.0
     alone = evaluate_judge(EvaluateJudgeConfig(episodes=24, workers=0, out=str(tmp_path / "b"), progress=False))
     assert alone.report.as_dict()["groups"] == content["groups"]
+
+
+_PEAK = """
+import resource, sys
+import numpy as np
+from rawdream_env.evaluation.judges.report import JudgeClip, evaluate
+from rawdream_env.judges.scripted import ScriptedJudge
+from rawdream_env.types import Video
+
+def clips(count):
+    for i in range(count):
+        yield JudgeClip(Video(np.full((33, 96, 96, 3), i % 251, np.uint8), 10.0), "fold", bool(i % 2), task="fold")
+
+evaluate(ScriptedJudge(success_rate=0.5), clips(int(sys.argv[1])))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_the_memory_of_the_table_does_not_grow_with_the_episodes() -> None:
+    """The videos of 500 episodes take 456 MB."""
+    few, many = (
+        int(subprocess.run([sys.executable, "-c", _PEAK, str(n)], capture_output=True, check=True).stdout)
+        for n in (50, 500)
+    )
+    assert many < 1.2 * few

@@ -23,13 +23,15 @@ from gymnasium.spaces import Box, Dict
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from rawdream_env.envs.episodes import run_episodes
-from rawdream_env.errors import InvalidOptionError
+from rawdream_env.errors import DatasetError, InvalidOptionError
 from rawdream_env.evaluation.reporting import charts
 from rawdream_env.evaluation.side_by_side import aggregate as agg
 from rawdream_env.evaluation.side_by_side import report
+from rawdream_env.evaluation.side_by_side.compare import CompareConfig, compare
 from rawdream_env.evaluation.side_by_side.evaluate import EvaluateConfig, evaluate, make_starts, parse_policies
+from rawdream_env.evaluation.side_by_side.ranking import rank_policies
 from rawdream_env.evaluation.side_by_side.records import EpisodeRecord, SideBySide
-from rawdream_env.evaluation.side_by_side.table import MEASURES, measure_text, table
+from rawdream_env.evaluation.side_by_side.table import MEASURES, measure_text, table, trust_table
 from rawdream_env.judges.scripted import ScriptedJudge
 from rawdream_env.seeding import NoiseKey
 from rawdream_env.statistics import Rate
@@ -392,9 +394,17 @@ def test_the_terminal_shows_every_measure_and_the_ranking() -> None:
     assert not {"judge_against_state", "state_closed_loop", "state_reimagined", "lifts_on_misses"} & set(
         unknowing.report["policies"][0]["all"]
     )
-    lines = [line for line in table(unknowing.report).splitlines() if line.startswith("all tasks")]
-    assert lines[-2].count("not measured") == 2 and "points" in lines[-1]
+    titles = trust_table(unknowing.report["policies"][0])[0]
+    assert len(titles) == 5 and not any("state" in title or "lifts" in title for title in titles)
     assert "Missed grasps" not in report.render(unknowing.report, unknowing.clips, 10.0)
+
+
+def test_many_tasks_are_rows_and_the_protocol_is_on_the_page() -> None:
+    result = run(replace(CONFIG, tasks=tuple(name for name, _ in TASKS), episodes_per_task=2))
+    page = report.render({**result.report, "protocol": {"name": "raw-dream", "horizon": 300}}, [], 10.0)
+    assert '<th scope="row">put spoon</th>' in page and '<th scope="col">Dreamed actions, judge</th>' in page
+    assert "Protocol <b>raw-dream</b>: horizon 300." in page
+    assert '<th scope="col">place cup</th>' in report.render(run().report, [], 10.0)
 
 
 def test_gain_and_ranking_of_three_policies() -> None:
@@ -433,16 +443,58 @@ def test_equal_pairs_conclude_nothing() -> None:
     assert made["conclusions"] == ["'after' shows no clear change in the simulator; more starts narrow the interval."]
     assert "simulator: +0.0 points [-19.6, +19.6], n=8 starts" in table(made)
     one_sided = [record("good", i, True, 1) for i in range(8)] + [record("bad", i, False, 0) for i in range(8)]
-    spearman = agg.rank_policies(one_sided)["spearman"]
+    spearman = rank_policies(one_sided)["spearman"]
     assert spearman == {"value": pytest.approx(1.0), "low": None, "high": None, "n": 8}
 
 
 def test_ranking_finds_what_the_dream_swaps() -> None:
     records = [record("good", i, i < 8, i < 3) for i in range(10)] + [record("bad", i, i < 2, i < 6) for i in range(10)]
-    ranking = agg.rank_policies(records)
+    ranking = rank_policies(records)
     assert ranking["swapped_pairs"] == [["good", "bad"]] and ranking["spearman"]["value"] == pytest.approx(-1.0)
     blind = [record("a", i, True, -1) for i in range(4)] + [record("b", i, False, 1) for i in range(4)]
-    assert agg.rank_policies(blind)["spearman"]["value"] is None
+    assert rank_policies(blind)["spearman"]["value"] is None
+
+
+def test_tasks_and_policies_are_ranked_with_what_a_wrong_order_costs() -> None:
+    def records(policy: str, *rates: tuple[int, int]) -> list[EpisodeRecord]:
+        """Of ten starts of each task: successes in the simulator and in the dream."""
+        return [
+            replace(record(policy, i, i < sim, i < dream), task=f"task {task}")
+            for task, (sim, dream) in enumerate(rates)
+            for i in range(10)
+        ]
+
+    made = agg.aggregate(records("only", (9, 5), (6, 7), (3, 2)), {}, chunk_len=K, config={"videos": 1})
+    cells = made["ranking"]["cells"]
+    assert cells["n"] == 3 and cells["mmrv"]["value"] == pytest.approx(0.2)  # the first two are swapped, 0.3 apart
+    assert cells["mmrv"]["low"] < 0.2 <= cells["mmrv"]["high"]
+    assert cells["spearman"]["value"] == pytest.approx(0.5) and cells["pearson"]["value"] == pytest.approx(
+        np.corrcoef([9, 6, 3], [5, 7, 2])[0, 1]
+    )
+    assert "rank correlation of 3 tasks, n starts: Pearson 0.60" in table(made) and "of 1 policies" not in table(made)
+    page = report.render(made, [], 10.0)
+    assert "rank the tasks like" in page and ">3 tasks</th>" in page and "1 policies" not in page
+    assert agg.aggregate(records("only", (9, 5), (6, 7)), {}, chunk_len=K)["ranking"] is None
+
+    both = records("a", (9, 5), (6, 7)) + records("b", (3, 5), (2, 1))
+    ranking = rank_policies(both)
+    assert ranking["mmrv"]["value"] == 0.0 and ranking["cells"]["n"] == 4
+
+
+def test_reports_of_checkpoints_are_ranked_together(tmp_path: Path) -> None:
+    def write(name: str, sim: int, dream: int, starts: int = 10) -> Path:
+        records = [record("policy", i, i < sim, i < dream) for i in range(starts)]
+        made = SideBySide(agg.aggregate(records, {}, chunk_len=K, config={"videos": 1}), records)
+        report.write_report(made, tmp_path / name, 10.0)
+        return tmp_path / name
+
+    folders = write("10", 2, 3), write("20", 5, 9), write("30", 8, 7)
+    text = compare(CompareConfig(folders))
+    assert "rank correlation of 3 policies" in text and "Spearman 0.50" in text and "MMRV 0.20" in text
+    assert "have different starts" in compare(CompareConfig((folders[0], write("short", 2, 3, starts=5))))
+    (folders[0] / "episodes.jsonl").write_text("{}")
+    with pytest.raises(DatasetError, match=r"episodes.jsonl cannot be read"):
+        compare(CompareConfig(folders))
 
 
 def test_policy_specs() -> None:

@@ -51,7 +51,8 @@ class StandIn:
             end.append(chunk[-1, 6] == 1)
         lost = np.array([row in self.dead for row in rows])
         frames = [part[:0] if gone else part for part, gone in zip(frames, lost, strict=True)]
-        return LiberoStep(frames, np.array(some) & ~lost, np.array(end) & ~lost, lost)
+        proprio = [np.zeros((len(part), 8), np.float32) for part in frames]
+        return LiberoStep(frames, proprio, np.array(some) & ~lost, np.array(end) & ~lost, lost)
 
     def mark(self):
         self.saved = dict(self.rows)
@@ -105,6 +106,23 @@ def test_every_id(title) -> None:
     )
     single = gym.make(f"rawdream/Libero{title}Sim-v0", horizon=3)
     assert single.reset(seed=0)[0]["image"].shape == (256, 256, 3)
+
+
+@pytest.mark.parametrize("env_id", [name for name in gym.registry if name.startswith("rawdream/Libero")])
+def test_every_id_keeps_the_contract(env_id) -> None:
+    options = {"image_size": SIDE}
+    if "Dream" in env_id:
+        options = {"world_model": NullWorldModel((SIDE, SIDE, 3)), "judge": "scripted"}
+    report = check_vector_env(
+        lambda num_envs, autoreset_mode: gym.make_vec(
+            env_id, num_envs, autoreset_mode=autoreset_mode, max_episode_steps=2, **options
+        ),
+        modes=("SameStep",),
+        num_envs=(1, 3),
+        chunks=3,
+        strict=True,
+    )
+    assert report.passed and not report.failed
 
 
 def test_tasks_by_name_index_instruction_and_all() -> None:

@@ -169,6 +169,48 @@ def test_a_killed_worker_voids_its_episodes_alone(libero, caplog) -> None:
 
 
 @pytest.mark.slow
+def test_a_stopped_worker_is_replaced_and_200_episodes_leak_no_descriptor(libero) -> None:
+    env = sim(2, num_workers=1, autoreset_mode="SameStep", max_episode_steps=1, timeout_s=60.0)
+    try:
+        env.reset(seed=0)
+        (stopped,) = (process.pid for process in env._workers._processes)
+        os.kill(stopped, signal.SIGSTOP)
+        env._workers._timeout_s = 1.0
+        lost = env._workers.step([0, 1], [STILL, STILL]).lost
+        assert lost.all() and not os.path.exists(f"/proc/{stopped}")
+        env._workers._timeout_s = 60.0
+        assert env.reset(seed=0)[1]["valid"].all()
+        (worker,) = (process.pid for process in env._workers._processes)
+
+        def held() -> list[int]:
+            return [len(os.listdir(f"/proc/{pid}/fd")) for pid in ("self", worker)]
+
+        before = held()
+        for _ in range(100):
+            assert env.step(np.zeros((2, 2, 7), np.float32))[4]["final_info"]["valid"].all()
+        assert held() == before
+    finally:
+        env.close()
+
+
+@pytest.mark.slow
+def test_rows_of_many_scenes_are_those_of_their_own(libero) -> None:
+    """One scene is kept for the rows of three: scenes are built again, and no row notices."""
+    options = {"suite": "libero_spatial", "task": "all", "autoreset_mode": "Disabled", "max_episode_steps": 4}
+    few, many = (sim(4, max_scenes=kept, **options) for kept in (1, 10))
+    try:
+        (a, infos), (b, _) = few.reset(seed=3), many.reset(seed=3)
+        assert len(set(infos["task_id"])) > 2
+        for _ in range(2):
+            assert np.array_equal(a["image"], b["image"])
+            a, b = (env.step(np.full((4, 2, 7), 0.3, np.float32))[0] for env in (few, many))
+        assert np.array_equal(a["image"], b["image"])
+    finally:
+        few.close()
+        many.close()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("suite", SUITES)
 def test_every_suite_builds_resets_and_steps(libero, suite) -> None:
     scene = LiberoScene(suite, 0, SIDE, 0)

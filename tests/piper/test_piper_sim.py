@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -296,10 +297,11 @@ def test_worker_calls_are_checked() -> None:
 def test_a_dead_worker_is_named() -> None:
     workers = PiperWorkers(3, num_workers=2)
     workers.reset([0, 1, 2], [0, 1, 2], [None] * 3)
-    os.kill(workers._processes[1].pid, signal.SIGKILL)
+    pids = [process.pid for process in workers._processes]
+    os.kill(pids[1], signal.SIGKILL)
     with pytest.raises(SimulatorError, match=r"worker 1 \(rows \[1\], exit code -9\)"):
         workers.step([0, 1, 2], np.zeros((3, 8, 7)))
-    assert not any(process.is_alive() for process in workers._processes)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
     workers.close()
 
 

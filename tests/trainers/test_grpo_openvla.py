@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,19 @@ from torch import Tensor
 
 from rawdream_env import cli
 from rawdream_env.envs.dream import DreamVectorEnv
+from rawdream_env.envs.episodes import EpisodeRequest, run_episodes
 from rawdream_env.errors import InvalidOptionError
 from rawdream_env.judges.scripted import ScriptedJudge
 from rawdream_env.piper.envs import PiperSimVectorEnv
 from rawdream_env.policies import load_policy
-from rawdream_env.starts.memory import NullStarts
+from rawdream_env.seeding import NoiseKey
+from rawdream_env.starts.memory import ListStarts, NullStarts
 from rawdream_env.testing.openvla_oft import write_tiny_openvla
 from rawdream_env.trainers.common.run_dir import read_jsonl
 from rawdream_env.trainers.grpo import grpo
 from rawdream_env.trainers.grpo.grpo import GRPOConfig, train_grpo, update
 from rawdream_env.trainers.grpo.learner import Learner, loaded_policy
-from rawdream_env.types import Video
+from rawdream_env.types import Start, Video
 from rawdream_env.world_models.null import NullState, NullWorldModel
 
 SIDE = 16
@@ -170,6 +173,64 @@ def test_it_learns_and_resumes_bit_by_bit(folder: Path, tmp_path: Path) -> None:
     assert read_jsonl(tmp_path / "parts" / "metrics.jsonl") == lines
     for (name, a), (_, b) in zip(whole.policy.named_parameters(), parts.policy.named_parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+class ShowMotion(NullWorldModel):
+    """Frames as bright as the mean of the chunk's motions is large."""
+
+    def imagine(self, state: NullState, actions: Tensor) -> tuple[NullState, Tensor]:
+        state, frames = super().imagine(state, actions)
+        shade = ((actions[:, :, :6].mean((1, 2)) + 1) * 127).round().to(torch.uint8)
+        return state, torch.zeros_like(frames) + shade[:, None, None, None, None]
+
+
+def forwards(video: Video, instruction: str) -> bool:
+    return bool(video.frames[-1].mean() > 127)
+
+
+STARTS = [
+    Start(np.full((SIDE, SIDE, 3), 60 * i + 40, np.uint8), f"move the block {word}", i)
+    for i, word in enumerate(("left", "right"))
+]
+
+
+def motion_env(num_envs: int, **kwargs: Any) -> DreamVectorEnv:
+    del kwargs["task"], kwargs["layout"]
+    model, starts = ShowMotion((SIDE, SIDE, 3), 8), ListStarts(STARTS)
+    return DreamVectorEnv(
+        num_envs, world_model=model, judge=ScriptedJudge(forwards), starts=starts, max_episode_steps=1, **kwargs
+    )
+
+
+gym.register("test/Motion-v0", entry_point=motion_env, vector_entry_point=motion_env)
+
+
+@pytest.mark.slow
+def test_it_learns_the_right_answer_of_a_scripted_world_in_minutes(folder: Path, tmp_path: Path) -> None:
+    begun = time.process_time()
+    words = [
+        "policy",
+        "grpo",
+        "--run-dir",
+        str(tmp_path / "run"),
+        "--policy",
+        str(folder),
+        "--lr",
+        "2e-3",
+        "--steps",
+        "12",
+    ]
+    words += ["--env-id", "test/Motion-v0", "--groups-per-step", "4", "--max-groups-per-step", "8", "--ema", "0.5"]
+    words += ["--warmup-steps", "1", "--max-kl", "None", "--no-tensorboard", "--no-progress"]
+    assert cli.main(words) == 0
+    lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    rates = [round(line["success_rate"], 2) for line in lines]
+    assert abs(lines[0]["first_ratio_deviation"]) < 1e-5 and rates[0] < 0.6
+    env = motion_env(16, task=None, layout=None, autoreset_mode="Disabled")
+    requests = [EpisodeRequest(None, 10_000 + seed, NoiseKey(seed)) for seed in range(64)]
+    played = run_episodes(env, requests, load_policy(tmp_path / "run" / "policy"), temperature=1.6)
+    assert np.mean([rollout.reward for rollout in played]) > 0.9, rates
+    assert time.process_time() - begun < 180
 
 
 def coin(frames: np.ndarray) -> bool:

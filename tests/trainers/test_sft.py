@@ -22,7 +22,7 @@ from rawdream_env.seeding import NoiseKey
 from rawdream_env.trainers.common.run_dir import read_jsonl
 from rawdream_env.trainers.policy import demonstrations as demos
 from rawdream_env.trainers.policy import sft
-from rawdream_env.trainers.policy.batches import augment, draw_batch, load_sources
+from rawdream_env.trainers.policy.batches import draw_batch, jitter_and_blur, load_sources
 from rawdream_env.trainers.policy.config import SFTConfig
 from rawdream_env.trainers.policy.losses import readout_loss, token_loss
 from rawdream_env.trainers.policy.validation import simulator_success
@@ -131,7 +131,7 @@ def config(out: Path, *data: Path, **changes: Any) -> SFTConfig:
 def test_token_loss_by_hand() -> None:
     logits = torch.zeros(1, 7, 256)
     logits[0, :, 127] = 3.0  # token 127 is action 0
-    zero = torch.zeros(1, 1, 7)
+    zero = torch.full((1, 7), 127)
     expected = np.log(np.exp(3.0) + 255) - 3.0
     assert token_loss(logits, zero, 0.0).item() == pytest.approx(expected, rel=1e-6)
     # Smoothed: the mass w at the centre earns the 3, the rest nothing.
@@ -150,9 +150,9 @@ def test_readout_loss_counts_only_what_is_known() -> None:
 
 def test_augment_keeps_geometry_and_is_keyed() -> None:
     frames = torch.from_numpy(dot_frames(np.array([0.1, 0.9])))
-    same = augment(frames, 0.0, 0.0, np.random.default_rng(0))
+    same = jitter_and_blur(frames, np.random.default_rng(0), jitter=0.0, blur_share=0.0)
     assert torch.equal(same, frames) and same.dtype == torch.uint8
-    a, b = (augment(frames, 0.05, 0.5, np.random.default_rng(4)) for _ in range(2))
+    a, b = (jitter_and_blur(frames, np.random.default_rng(4), jitter=0.05, blur_share=0.5) for _ in range(2))
     assert torch.equal(a, b) and not torch.equal(a, frames)
     redness = (a[..., 0].int() - a[..., 1].int()).amax(1).argmax(-1)
     assert 8 <= redness[0] <= 17 and 47 <= redness[1] <= 56  # the square has stayed where it was

@@ -23,7 +23,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, Self
 from rawdream_env import files
 from rawdream_env.errors import RunDirError
 from rawdream_env.trainers.common.checkpoints import Checkpoint, CheckpointFolder
+from rawdream_env.trainers.common.trackers import TrackerName, Trackers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +50,7 @@ class RunDir:
     already holds a run is refused. ``may_change``: top-level configuration keys that may differ on resume (such as the
     number of steps); the stored configuration is then brought up to date. ``added``: keys that earlier versions did not
     store, with the values their runs were made with; such a run's stored configuration stays without them. ``keep``: how
-    many checkpoints to keep.
+    many checkpoints to keep. ``report_to``: experiment trackers that also get what is logged.
 
     Raises ``RunDirError`` when the folder holds another configuration, is in use by another run, or unwritable.
     """
@@ -64,6 +65,7 @@ class RunDir:
         added: Mapping[str, Any] | None = None,
         keep: int = 2,
         tensorboard: bool = True,
+        report_to: Sequence[TrackerName] = (),
     ) -> None:
         self.path = Path(path)
         self.config: dict[str, Any] = to_json(config)
@@ -79,6 +81,7 @@ class RunDir:
                 self._settle_config(resume, may_change, added or {})
                 self._checkpoints.tidy()
                 files.remove_litter(self.path)
+                self._trackers = Trackers(report_to, self.path, self.config)
             except BaseException:
                 self._lock.close()
                 raise
@@ -104,6 +107,7 @@ class RunDir:
         line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
         self._unwritten[name] = self._unwritten.get(name, b"") + line
         self._write_lines(name)
+        self._trackers.log(step, record)
         writer = self._tensorboard()
         if writer is not None:
             for key, value in record.items():
@@ -185,6 +189,7 @@ class RunDir:
     def close(self) -> None:
         """Close the logs and release the folder. Idempotent."""
         self._close_logs()
+        self._trackers.close()
         if self._writer is not None:
             self._writer.close()
             self._writer = None

@@ -54,6 +54,9 @@ class TrainingLoop:
         name: label of the progress bar.
         ema: decay of the averaged weights, which ramps up from 0; None: no averaging.
         averaged: the submodule of ``model`` whose weights are averaged; by default the whole model.
+        trained_only: leave weights that do not require gradients out of averages and checkpoints: ``model`` has them
+            at every start of the run.
+        added: settings that earlier versions did not store, with the values their runs were made with.
         timed: store the training time in checkpoints. Without it, equal runs write equal bytes.
         group: the processes that train together; process 0 reads and writes files.
         host: copies of the weights in host memory, on which the optimizer works.
@@ -81,7 +84,9 @@ class TrainingLoop:
         name: str,
         ema: float | None = None,
         averaged: nn.Module | None = None,
+        trained_only: bool = False,
         may_change: tuple[str, ...] = (),
+        added: Mapping[str, Any] | None = None,
         timed: bool = False,
         group: ProcessGroup = ALONE,
         host: HostCopies | None = None,
@@ -90,9 +95,13 @@ class TrainingLoop:
     ) -> None:
         self.folder, self.model, self.optimizer, self.group, self.host = Path(folder), model, optimizer, group, host
         self.schedule, self.ema, self.save_every, self.timed = schedule, ema, save_every, timed
-        self.run = RunDir(folder, settings, may_change=may_change) if group.first else None
+        self.run = RunDir(folder, settings, may_change=may_change, added=added) if group.first else None
         self._averaged = model if averaged is None else averaged
         self._weights = dict(self._averaged.named_parameters()) if host is None else host.copies
+        self._left_out: set[str] = set()
+        if trained_only:
+            self._weights = {name: weight for name, weight in self._weights.items() if weight.requires_grad}
+            self._left_out = {name for name, weight in model.named_parameters() if not weight.requires_grad}
         self.average = {} if ema is None else {name: w.detach().clone() for name, w in self._weights.items()}
         self.step, self.rate, self._first, self._spent, self._begun = 0, 0.0, 0, 0.0, perf_counter()
         self._resume(old_names or {})
@@ -194,7 +203,8 @@ class TrainingLoop:
         self.close()
 
     def _tensors(self) -> dict[str, Tensor]:
-        model = {f"model/{name}": value for name, value in self.model.state_dict().items()}
+        kept = (entry for entry in self.model.state_dict().items() if entry[0] not in self._left_out)
+        model = {f"model/{name}": value for name, value in kept}
         return model | {f"ema/{name}": value for name, value in self.average.items()}
 
     def _resume(self, old_names: Mapping[str, str]) -> None:

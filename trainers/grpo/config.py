@@ -11,6 +11,7 @@ from rawdream_env import files
 from rawdream_env.errors import InvalidOptionError, RunDirError
 from rawdream_env.robots import find_robot
 from rawdream_env.trainers.common.distributed import Parallel
+from rawdream_env.trainers.common.trackers import TrackerName
 from rawdream_env.trainers.grpo.losses import Baseline, LossType, RatioLevel, ScaleRewards
 
 
@@ -132,6 +133,18 @@ class GRPOConfig:
     """Seed of the run."""
     save_every: int = 5
     """Steps between checkpoints."""
+    eval_every: int = 0
+    """Steps between evaluations of the policy that would be saved, in a simulator; 0: none."""
+    eval_env_id: str = find_robot().sim_env
+    """The simulator. task and layout hold there too."""
+    eval_episodes: int = 32
+    """Number of episodes of an evaluation; their starts are the same every time."""
+    eval_temperature: float = 0.0
+    """Temperature of evaluations; 0: greedy."""
+    eval_videos: int = 4
+    """Number of episodes that are written to RUN/videos."""
+    report_to: tuple[TrackerName, ...] = ()
+    """Experiment trackers that get the metrics too: wandb, trackio."""
     tensorboard: bool = True
     """Write TensorBoard logs."""
     progress: bool = True
@@ -141,7 +154,7 @@ class GRPOConfig:
         """Refuse values that cannot work."""
         lowest = {"num_envs": 1, "steps": 1, "group_size": 2, "groups_per_step": 1, "epochs": 1, "minibatches": 1}
         lowest |= {"microbatch_size": 1, "save_every": 1, "max_flagged": 0, "max_groups_per_step": self.groups_per_step}
-        lowest |= {"warmup_steps": 0, "alarm_window": 1, "lora_rank": 0}
+        lowest |= {"warmup_steps": 0, "alarm_window": 1, "lora_rank": 0, "eval_every": 0, "eval_episodes": 1}
         for name, minimum in lowest.items():
             if getattr(self, name) < minimum:
                 raise InvalidOptionError(f"{name}={getattr(self, name)} must be at least {minimum}.")

@@ -73,11 +73,13 @@ from rawdream_env.trainers.grpo.rollout import (
     RolloutInterrupted,
     Rollouts,
 )
+from rawdream_env.trainers.grpo.simulation import Simulation
 
 _STREAM_SHUFFLE = 21
 _MAY_CHANGE = (
     "run_dir", "steps", "minutes", "parallel", "save_every", "tensorboard", "progress", "num_envs",
     "overlap_judge", "held_out_judge", "alarm_margin", "alarm_window", "stop_on_alarm",  # none changes a reward
+    "eval_every", "eval_env_id", "eval_episodes", "eval_temperature", "eval_videos", "report_to",
 )  # fmt: skip
 _logger = logging.getLogger(__name__)
 
@@ -156,7 +158,10 @@ def _run(config: GRPOConfig, env: Any, policy: Any, group: ProcessGroup, deadlin
 
 
 def _run_dir(config: GRPOConfig) -> RunDir:
-    return RunDir(config.run_dir, config, may_change=_MAY_CHANGE, added=ADDED, tensorboard=config.tensorboard)
+    return RunDir(
+        config.run_dir, config, may_change=_MAY_CHANGE, added=ADDED, tensorboard=config.tensorboard,
+        report_to=config.report_to,
+    )  # fmt: skip
 
 
 def _train(
@@ -172,6 +177,7 @@ def _train(
     saved, alarm = step, GapAlarm(config.alarm_margin, config.alarm_window, state.get("alarm"))
     finished = True  # whether the weights are those of a finished step
     shown = RolloutCounts()  # since the last table
+    simulation = Simulation(config)
     bar = tqdm(
         total=config.steps, initial=step, desc="GRPO", unit="step", disable=not (config.progress and group.first)
     )
@@ -204,6 +210,9 @@ def _train(
             metrics = update(config, learner, rollouts, step)
             learner.follow(config.ema, step)
             metrics |= alarm.look(rollouts.counts.others)
+            if simulation.due(step + 1):
+                with learner.averaged(), gathered(learner.policy):
+                    metrics |= simulation.evaluate(learner.policy, step + 1, write=group.first)
             replayed = sum(group.everyone(replayed_chunks(env) - replayed))
             if run is not None:
                 run.log(step + 1, **rollouts.metrics(), **metrics)
@@ -239,6 +248,7 @@ def _train(
         show(bar, shown, step, env)
         bar.close()
         collector.close()
+        simulation.close()
         if step > saved and finished:
             learner.save(run, step, {"alarm": alarm.state()})
 

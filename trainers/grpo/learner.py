@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,6 +94,18 @@ class Learner:
         """Give the policy the averaged weights, if there are any; training cannot go on from them."""
         for name, average in self.average.items():
             self.parameters[name].copy_(average)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within the context the policy has the averaged weights, if there are any."""
+        latest = {name: self.parameters[name].detach().clone() for name in self.average}
+        self.use_average()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, value in latest.items():
+                    self.parameters[name].copy_(value)
 
     def copy(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Copies of the weights and of the optimizer's state, for ``put_back``."""

@@ -5,7 +5,7 @@ Shape letters: B rows, H W image, K actions in a chunk, A action dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,9 @@ from torch.nn import functional as F
 from rawdream_env.seeding import mix
 from rawdream_env.trainers.policy.config import SFTConfig
 from rawdream_env.trainers.policy.demonstrations import Demonstrations, load_experts, load_play
+
+Augment = Callable[[Tensor, np.random.Generator], Tensor]
+"""Frames uint8 (B, H, W, 3) and a generator -> what the policy is trained on."""
 
 
 @dataclass(frozen=True)
@@ -37,30 +40,44 @@ class Batch:
     actions: Tensor
     readout: Tensor
 
+    def __len__(self) -> int:
+        """B."""
+        return len(self.actions)
+
+    def rows(self, first: int, count: int) -> Batch:
+        """At most ``count`` rows from ``first`` on."""
+        part = slice(first, first + count)
+        return Batch(self.frames[part], self.instructions[part], self.actions[part], self.readout[part])
+
 
 def load_sources(config: SFTConfig, chunk_len: int) -> tuple[list[Source], Demonstrations]:
-    """Training sources and held-out samples (of play if there is any, else the demonstrations themselves)."""
+    """Training sources and held-out samples: of play or of further demonstrations, else the demonstrations themselves."""
     if config.stage == "pretrain":
         play = load_play(config.data, chunk_len)
         total = sum(len(d) for d in play)
         split = [d.split(config.held_out, config.seed) for d in play]
         return [Source(s[0], len(d) / total) for s, d in zip(split, play, strict=True)], split[0][1]
-    experts = load_experts(config.data, chunk_len, demos_per_task=config.demos_per_task)
+    count, further = config.demos_per_task, config.val_demos_per_task
+    experts = load_experts(config.data, chunk_len, demos_per_task=count, seed=config.demos_seed)
     replay = load_play(config.replay, chunk_len) if config.replay_share > 0 else []
     own = 1.0 - (config.replay_share if replay else 0.0)
     sources = [Source(d, own / len(experts)) for d in experts]
     split = [d.split(config.held_out, config.seed) for d in replay]
     sources += [Source(s[0], config.replay_share / len(replay)) for s in split]
+    if further:
+        return sources, load_experts(
+            config.data[:1], chunk_len, demos_per_task=further, skip=count, seed=config.demos_seed
+        )[0]
     return sources, split[0][1] if split else experts[0]
 
 
-def draw_batch(sources: Sequence[Source], config: SFTConfig, step: int) -> Batch:
+def draw_batch(sources: Sequence[Source], config: SFTConfig, step: int, augment: Augment | None = None) -> Batch:
     """The batch of ``step``."""
     rng = np.random.default_rng(mix(config.seed, 0xBA7C, step))
     counts = np.diff(np.round(np.cumsum([0.0] + [s.share for s in sources]) * config.batch_size)).astype(int)
     parts = [(s.demos, rng.integers(0, len(s.demos), n)) for s, n in zip(sources, counts, strict=True) if n]
     batch = gather_batch(parts, rng, config.device)
-    return replace(batch, frames=augment(batch.frames, config.jitter, config.blur_share, rng))
+    return batch if augment is None else replace(batch, frames=augment(batch.frames, rng))
 
 
 def gather_batch(
@@ -79,7 +96,7 @@ def gather_batch(
     )
 
 
-def augment(frames: Tensor, jitter: float, blur_share: float, rng: np.random.Generator) -> Tensor:
+def jitter_and_blur(frames: Tensor, rng: np.random.Generator, *, jitter: float, blur_share: float) -> Tensor:
     """Color gain and offset on uint8 frames (B, H, W, 3), and a slight blur on a share of them. Geometry is not changed.
 
     Shifting or cropping would move the gripper and the objects in the image while the actions stay the same.

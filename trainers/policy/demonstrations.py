@@ -9,6 +9,7 @@ Shape letters: R rows of frames, N samples, K actions in a chunk, A action dimen
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,6 +20,7 @@ from rawdream_env.data.lerobot import LeRobotReader
 from rawdream_env.data.reader import Episode, EpisodeArrays
 from rawdream_env.errors import DatasetError
 from rawdream_env.robots import GoalGrammar, find_goals, find_robot
+from rawdream_env.seeding import mix
 from rawdream_env.types import Float32Array, UInt8Array
 
 POSE_DIM = 7
@@ -120,25 +122,13 @@ def play_demonstrations(
     return _assemble(arrays, parts, grammar.goals, [grammar.goals[p[4]] for p in parts], chunk_len, grammar)
 
 
-def expert_demonstrations(
-    arrays: EpisodeArrays, chunk_len: int, *, demos_per_task: int, tasks: Sequence[str] = ()
-) -> Demonstrations:
-    """The first ``demos_per_task`` episodes of every instruction (or only of those in ``tasks``), without their idle
-    tail.
-
-    Raises ``DatasetError`` when an instruction has fewer episodes than that.
-    """
-    wanted = tuple(tasks) or tuple(dict.fromkeys(arrays.tasks))
+def expert_demonstrations(arrays: EpisodeArrays, chunk_len: int) -> Demonstrations:
+    """Every episode as a demonstration of its instruction, without its idle tail."""
+    wanted = tuple(dict.fromkeys(arrays.tasks))
     parts = []
-    for goal, instruction in enumerate(wanted):
-        positions = [p for p, task in enumerate(arrays.tasks) if task == instruction][:demos_per_task]
-        if len(positions) < demos_per_task:
-            raise DatasetError(
-                f"{len(positions)} demonstrations of {instruction!r}, expected {demos_per_task}. Lower demos_per_task."
-            )
-        for position in positions:
-            episode = arrays.episode(position)
-            parts.append((position, episode, 0, _end_of_motion(episode.actions, chunk_len), goal))
+    for position, task in enumerate(arrays.tasks):
+        episode = arrays.episode(position)
+        parts.append((position, episode, 0, _end_of_motion(episode.actions, chunk_len), wanted.index(task)))
     grammar = find_goals(arrays.robot_type)
     task_goals = {instruction: goal for _, instruction, goal in grammar.tasks} if grammar else {}
     named = [task_goals.get(wanted[p[4]], "") for p in parts]
@@ -194,16 +184,36 @@ def _load_compactly(reader: LeRobotReader, chunk_len: int, block: int = 128) -> 
     return replace(whole, frames=frames, rows=np.searchsorted(used, whole.rows))
 
 
-def load_experts(folders: Sequence[str], chunk_len: int, *, demos_per_task: int) -> list[Demonstrations]:
-    """``expert_demonstrations`` of LeRobotDataset v3 folders; only the episodes used are decoded."""
+def load_experts(
+    folders: Sequence[str], chunk_len: int, *, demos_per_task: int, skip: int = 0, seed: int | None = None
+) -> list[Demonstrations]:
+    """``expert_demonstrations`` of LeRobotDataset v3 folders, each with the same number of episodes of every task.
+
+    Args:
+        folders: the data sets; only the episodes used are decoded.
+        chunk_len: actions per sample (K).
+        demos_per_task: episodes of every task.
+        skip: episodes of every task that come before these, for another use.
+        seed: order of a task's episodes; None: as they were recorded.
+
+    Raises:
+        DatasetError: a task has fewer than ``skip + demos_per_task`` episodes.
+    """
     out = []
     for folder in folders:
         reader = LeRobotReader(folder)
-        used = [i for task in reader.tasks for i in _first_of(reader, task, demos_per_task)]
-        arrays = reader.load_all(used)
-        out.append(expert_demonstrations(arrays, chunk_len, demos_per_task=demos_per_task))
+        used = [i for task in reader.tasks for i in _choose(reader, task, skip + demos_per_task, seed)[skip:]]
+        out.append(expert_demonstrations(reader.load_all(used), chunk_len))
     return out
 
 
-def _first_of(reader: LeRobotReader, task: str, count: int) -> list[int]:
-    return [i for i in range(len(reader)) if reader.task(i) == task][:count]
+def _choose(reader: LeRobotReader, task: str, count: int, seed: int | None) -> list[int]:
+    """``count`` episodes of a task, [] of a task without episodes; a larger ``count`` continues the list."""
+    episodes = [i for i in range(len(reader)) if reader.task(i) == task]
+    if episodes and len(episodes) < count:
+        raise DatasetError(
+            f"{len(episodes)} demonstrations of {task!r}, expected {count}. Lower demos_per_task or val_demos_per_task."
+        )
+    if seed is not None:
+        episodes = np.random.default_rng(mix(seed, zlib.crc32(task.encode()))).permutation(episodes).tolist()
+    return episodes[:count]

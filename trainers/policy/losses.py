@@ -1,6 +1,6 @@
 """Losses of the policy's supervised fine-tuning.
 
-Shape letters: B rows, K actions in a chunk, A action dimensions, L = K*A tokens.
+Shape letters: B rows, L tokens of a chunk.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rawdream_env.policies.action_tokens import encode, log_distribution, smoothed_targets
+from rawdream_env.policies.action_tokens import log_distribution, smoothed_targets
 
 READOUT_SCALE = (0.1, 0.1, 0.1, 0.5, 0.5, 0.5, 1.0) + (0.1,) * 6
 """Metres, radians and gripper command of the auxiliary read-out per unit of the head's output."""
 
 
-def token_loss(logits: Tensor, actions: Tensor, label_sigma: float) -> Tensor:
-    """Mean cross-entropy in nats of ``logits`` (B, L, 256) against smoothed labels of ``actions`` (B, K, A)."""
-    targets = smoothed_targets(encode(actions).flatten(1), label_sigma)
+def token_loss(logits: Tensor, tokens: Tensor, label_sigma: float) -> Tensor:
+    """Mean cross-entropy in nats of ``logits`` (B, L, 256) against ``tokens`` (B, L), smoothed over neighbouring bins."""
+    targets = smoothed_targets(tokens, label_sigma)
     return -(targets * log_distribution(logits, 1.0)).sum(-1).mean()
 
 

@@ -7,15 +7,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from rawdream_env.envs.episodes import make_env, run_episodes
-from rawdream_env.policies.action_tokens import decode, encode
+from rawdream_env.policies.base import TokenPolicy
 from rawdream_env.policies.tiny_vla import TinyVLA
 from rawdream_env.robots import find_robot
 from rawdream_env.seeding import mix
 from rawdream_env.statistics import Rate
-from rawdream_env.trainers.policy.batches import gather_batch
+from rawdream_env.trainers.policy.batches import Batch, gather_batch
 from rawdream_env.trainers.policy.config import SFTConfig
 from rawdream_env.trainers.policy.demonstrations import Demonstrations
 from rawdream_env.trainers.policy.losses import READOUT_SCALE, token_loss
@@ -23,7 +24,9 @@ from rawdream_env.types import Policy, Start
 
 
 @torch.no_grad()
-def validate(policy: TinyVLA, held_out: Demonstrations, config: SFTConfig, *, samples: int = 512) -> dict[str, float]:
+def validate(
+    policy: TokenPolicy, held_out: Demonstrations, config: SFTConfig, *, samples: int = 512
+) -> dict[str, float]:
     """Greedy held-out metrics of a policy on at most ``samples`` samples, the same at every call.
 
     ``val_loss`` (nats per token), ``val_token_accuracy`` (exact bin), ``val_action_error`` (mean |a - a*|, action units),
@@ -33,26 +36,32 @@ def validate(policy: TinyVLA, held_out: Demonstrations, config: SFTConfig, *, sa
     rng = np.random.default_rng(mix(config.seed, 0x7E57))
     chosen = rng.permutation(len(held_out))[:samples]
     batch = gather_batch([(held_out, chosen)], rng, config.device)
-    outputs = [
-        policy.forward_train(batch.frames[i : i + 64], policy.word_ids(batch.instructions[i : i + 64]))
-        for i in range(0, len(chosen), 64)
-    ]
+    rows = config.microbatch_size or 64
+    outputs = [_scores(policy, batch.rows(i, rows)) for i in range(0, len(chosen), rows)]
     logits, readout = (torch.cat(parts) for parts in zip(*outputs, strict=True))
-    tokens, predicted = encode(batch.actions), logits.argmax(-1).view(batch.actions.shape)
+    tokens, predicted = policy.encode_actions(batch.actions), logits.argmax(-1)
+    actions = policy.decode_actions(predicted)
     numbers = {
-        "val_loss": float(token_loss(logits, batch.actions, config.label_sigma)),
+        "val_loss": float(token_loss(logits, tokens, config.label_sigma or 0.0)),
         "val_token_accuracy": float((tokens == predicted).float().mean()),
-        "val_action_error": float((decode(predicted) - batch.actions).abs().mean()),
-        "val_gripper_accuracy": float(
-            ((decode(predicted)[..., -1] > 0) == (batch.actions[..., -1] > 0)).float().mean()
-        ),
+        "val_action_error": float((actions - batch.actions).abs().mean()),
+        "val_gripper_accuracy": float(((actions[..., -1] > 0) == (batch.actions[..., -1] > 0)).float().mean()),
     }
+    if not isinstance(policy, TinyVLA):
+        return numbers
     off = readout.float() * readout.new_tensor(READOUT_SCALE) - batch.readout
     for name, first in (("tool", 0), ("object", 7), ("goal", 10)):
         distance = off[:, first : first + 3].norm(dim=-1)
         if not torch.isnan(distance).all():
             numbers[f"val_{name}_mm"] = float(distance.nanmedian()) * 1e3
     return numbers
+
+
+def _scores(policy: TokenPolicy, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Token scores (B, L, 256), and the read-out (B, 13) of a TinyVLA, else (B, 0)."""
+    if isinstance(policy, TinyVLA):
+        return policy.forward_train(batch.frames, policy.word_ids(batch.instructions))
+    return policy.logits(batch.frames, batch.instructions), batch.readout[:, :0]
 
 
 def simulator_success(

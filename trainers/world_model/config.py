@@ -97,6 +97,8 @@ class WorldModelTrainConfig:
     """Objective "window": data entry whose action bounds the saved model uses; by default the first one."""
     robot: str = ""
     """Robot whose kinematics the model uses; by default the robot named in the data."""
+    camera: str = ""
+    """Camera of the arm map: a file of `rawdream camera calibrate`; by default that of ``rollout``, the simulator's."""
     seed: int = 0
     """Seed of initialization, batches and noise."""
     device: str = "cpu"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ def stage_loop(
     )
     return TrainingLoop(
         Path(config.run_dir) / name,
-        asdict(config),
+        _stored(config),
         model,
         optimizer,
         Schedule(stage.lr, stage.steps, stage.warmup, decay=stage.decay),
@@ -48,3 +48,13 @@ def stage_loop(
         host=host,
         name=name,
     )
+
+
+def _stored(config: WorldModelTrainConfig) -> dict[str, Any]:
+    """The configuration without the camera that is not there, so that runs of earlier versions resume."""
+    stored = asdict(config)
+    del stored["camera"]  # its numbers are in the arm map
+    arm_map = stored["rollout"]["arm_map"]
+    if arm_map is not None and not arm_map["camera"]:
+        del arm_map["camera"]
+    return stored

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from rawdream_env.errors import CheckpointError, InvalidOptionError, RunDirError
 from rawdream_env.files import lock_file, remove_litter
 from rawdream_env.resolve import bundled_folder
+from rawdream_env.robots import read_camera
 from rawdream_env.seeding import mix
 from rawdream_env.trainers.common.distributed import ProcessGroup, accumulating, join, micro_batches, spread, whole
 from rawdream_env.trainers.common.offload import HostCopies
@@ -307,6 +308,10 @@ def _resolved(config: WorldModelTrainConfig) -> tuple[WorldModelTrainConfig, Wan
         rollout = initial.config if initial is not None else WAN_ROLLOUT if pictures_alone else rollout
     if pictures_alone:
         rollout = replace(rollout, arm_map=None)
+    if config.camera:
+        if rollout.arm_map is None:
+            raise InvalidOptionError("camera is for the arm map, and this model has none; leave it out.")
+        rollout = replace(rollout, arm_map=replace(rollout.arm_map, camera=read_camera(config.camera)))
     if initial is not None and not action_path_is_new(initial):
         rollout = _with_bounds_of(initial, rollout, config.init)
     return replace(config, model=model, rollout=rollout, model_name=""), initial

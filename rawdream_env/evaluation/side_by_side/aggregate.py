@@ -5,8 +5,6 @@ Everything here is a pure function of the records, so that the tables can be rec
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,17 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rawdream_env.evaluation.reporting.provenance import provenance
+from rawdream_env.evaluation.side_by_side.ranking import rank_policies
 from rawdream_env.evaluation.side_by_side.records import EpisodeRecord
 from rawdream_env.evaluation.world_model.fidelity import summarise
-from rawdream_env.statistics import (
-    Confusion,
-    Estimate,
-    Rate,
-    bootstrap,
-    kendall_tau,
-    paired_bootstrap,
-    spearman,
-)
+from rawdream_env.statistics import Confusion, Rate, paired_bootstrap
 
 Scores = dict[str, NDArray[np.float64]]
 """Source ("dream", "copy_first", "copy_last") -> scores (F, 4) of one episode's frames, see ``metrics.METRICS``."""
@@ -61,7 +52,7 @@ def aggregate(
         "conclusions": conclusions(policies),
         "policies": policies,
         "reference": names[0] if names else None,
-        "ranking": rank_policies(records) if len(names) > 1 else None,
+        "ranking": rank_policies(records) if len(names) > 1 or len(tasks) > 2 else None,
         "truth": "success at the end of the video" if at_end else "success after any chunk",
         "config": config,
         "run": provenance(seed=config.get("seed")),
@@ -211,70 +202,3 @@ def gain(before: Sequence[EpisodeRecord], after: Sequence[EpisodeRecord]) -> dic
         "simulator": paired_bootstrap([a.simulator for a, _ in pairs], [b.simulator for _, b in pairs]).as_dict(),
         "dream": paired_bootstrap([a.dream == 1 for a, _ in both], [b.dream == 1 for _, b in both]).as_dict(),
     }
-
-
-def rank_policies(records: Sequence[EpisodeRecord], *, resamples: int = 500, seed: int = 0) -> dict[str, Any]:
-    """Rank correlation of the policies' success rates in the dream and in the simulator.
-
-    Spearman and Kendall over policies, and Spearman over (policy, task) cells, which has more points but also reflects the
-    difficulty of the tasks. Intervals resample *starts* (the same ones for every policy): they hold for these policies, not
-    for policies in general.
-    """
-    policies = list(dict.fromkeys(r.policy for r in records))
-    tasks = list(dict.fromkeys(r.task for r in records))
-    starts = list(dict.fromkeys((r.task, r.index) for r in records))
-    where = {start: i for i, start in enumerate(starts)}
-    shape = (len(policies), len(starts))
-    dream, simulator = np.full(shape, np.nan), np.full(shape, np.nan)
-    for r in records:
-        at = policies.index(r.policy), where[r.task, r.index]
-        simulator[at] = r.simulator
-        if r.trusted:
-            dream[at] = r.dream
-    task_of = np.array([tasks.index(task) for task, _ in starts])
-
-    def rates(table: NDArray[np.float64], rows: NDArray[np.int64], by_task: bool) -> NDArray[np.float64]:
-        part, kinds = table[:, rows], task_of[rows]
-        groups = [kinds == t for t in range(len(tasks))] if by_task else [np.ones(len(rows), bool)]
-        return np.concatenate([_nan_means(part[:, g]) for g in groups])
-
-    def correlate(measure: Any, by_task: bool) -> Estimate:
-        def on(rows: NDArray[np.int64]) -> float:
-            x, y = rates(dream, rows, by_task), rates(simulator, rows, by_task)
-            good = np.isfinite(x) & np.isfinite(y)
-            return float(measure(x[good], y[good]))
-
-        return bootstrap(on, len(starts), resamples=resamples, seed=seed)
-
-    everything = np.arange(len(starts))
-    in_dream, in_simulator = rates(dream, everything, False), rates(simulator, everything, False)
-    return {
-        "policies": [
-            {"name": name, "dream": _number(d), "simulator": _number(s)}
-            for name, d, s in zip(policies, in_dream, in_simulator, strict=True)
-        ],
-        "n_policies": len(policies),
-        "n_starts": len(starts),
-        "spearman": correlate(spearman, False).as_dict(),
-        "kendall": correlate(kendall_tau, False).as_dict(),
-        "spearman_cells": correlate(spearman, True).as_dict() if len(tasks) > 1 else None,
-        "swapped_pairs": _swapped(policies, in_dream, in_simulator),
-    }
-
-
-def _nan_means(table: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Row means over the known entries; NaN where a row has none."""
-    known = np.isfinite(table)
-    count = known.sum(1)
-    means: NDArray[np.float64] = np.where(known, table, 0.0).sum(1) / np.where(count > 0, count, np.nan)
-    return means
-
-
-def _swapped(names: Sequence[str], dream: NDArray[np.float64], simulator: NDArray[np.float64]) -> list[list[str]]:
-    """Pairs of policies that dream and simulator rank in opposite order."""
-    pairs = itertools.combinations(range(len(names)), 2)
-    return [[names[i], names[j]] for i, j in pairs if (dream[i] - dream[j]) * (simulator[i] - simulator[j]) < 0]
-
-
-def _number(x: float) -> float | None:
-    return float(x) if math.isfinite(x) else None

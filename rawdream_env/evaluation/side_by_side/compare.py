@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +11,8 @@ import tyro
 
 from rawdream_env.errors import DatasetError, InvalidOptionError, ProtocolMismatchError, shorten
 from rawdream_env.evaluation.reporting.numbers import aligned, rate_text
+from rawdream_env.evaluation.side_by_side.ranking import rank_policies, ranking_lines
+from rawdream_env.evaluation.side_by_side.records import read_records
 from rawdream_env.files import read_json
 
 
@@ -23,7 +25,8 @@ class CompareConfig:
 
 
 def compare(config: CompareConfig) -> str:
-    """A table of every policy's success rate in the simulator and in the dream, with 95 % intervals.
+    """A table of every policy's success rate in the simulator and in the dream, with 95 % intervals. If all reports have the
+    same starts, also how well the dream ranks the policies (checkpoints) of all of them together.
 
     Raises:
         ProtocolMismatchError: the reports follow different protocols. InvalidOptionError: fewer than two reports.
@@ -42,7 +45,19 @@ def compare(config: CompareConfig) -> str:
                 rows.append((name, policy["name"], *rates))
     except (KeyError, TypeError) as error:
         raise DatasetError(f"{name}/report.json lacks {error}; {advice}.") from error
-    return "\n".join([*protocol_lines(next(iter(found.values()))), *aligned(rows)])
+    return "\n".join([*protocol_lines(next(iter(found.values()))), *aligned(rows), *_ranking(config.reports)])
+
+
+def _ranking(folders: Sequence[Path]) -> list[str]:
+    """How well the dream ranks the policies of all reports together; they need the same starts."""
+    if not all((folder / "episodes.jsonl").is_file() for folder in folders):
+        return []
+    reports = {str(folder): read_records(folder / "episodes.jsonl") for folder in folders}
+    starts = [{(record.task, record.index, record.seed) for record in records} for records in reports.values()]
+    if any(some != starts[0] for some in starts):
+        return ["rank correlation: not measured, because the reports have different starts (tasks, episodes or seed)"]
+    joined = [replace(r, policy=f"{name}: {r.policy}") for name, records in reports.items() for r in records]
+    return ranking_lines(rank_policies(joined))
 
 
 def require_same_protocol(protocols: Mapping[str, Mapping[str, Any] | None]) -> None:

@@ -20,6 +20,8 @@ Both worlds are vector environments that :func:`rawdream_env.envs.episodes.run_e
 after every chunk, and continues to its horizon (options ``max_episode_steps``, ``return_frames``,
 ``end_on_success=False``). A ``protocol`` of the simulator (LIBERO) is recorded, and must be the dream's.
 
+With ``real`` every policy also has trials on the arm (:mod:`rawdream_env.evaluation.side_by_side.trials`).
+
 A world model that imagines a state also tells success by itself, whatever the judge: in 2 and in 4. That splits the world
 model's share from the judge's within the dream (docs/evaluation.md lists every number).
 
@@ -38,7 +40,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from rawdream_env.envs.episodes import Rollout, make_env, run_episodes
@@ -48,13 +49,15 @@ from rawdream_env.evaluation.side_by_side.aggregate import Scores, aggregate
 from rawdream_env.evaluation.side_by_side.compare import require_same_protocol
 from rawdream_env.evaluation.side_by_side.records import Clip, Clips, EpisodeRecord, SideBySide
 from rawdream_env.evaluation.side_by_side.report import write_report
+from rawdream_env.evaluation.side_by_side.tasks import make_starts, task_names
+from rawdream_env.evaluation.side_by_side.trials import add_trials, make_real, run_trials
 from rawdream_env.evaluation.side_by_side.verdicts import judge_recorded, second_verdicts, state_outcome
 from rawdream_env.evaluation.world_model.fidelity import compare_episode
 from rawdream_env.files import check_output
 from rawdream_env.policies import load_policy
 from rawdream_env.robots import find_robot, sim_options
-from rawdream_env.seeding import NoiseKey, mix
-from rawdream_env.types import Outcome, Policy, Start, Trajectory, UInt8Array, Verdict
+from rawdream_env.seeding import NoiseKey
+from rawdream_env.types import Outcome, Policy, Trajectory, UInt8Array, Verdict
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,14 @@ class EvaluateConfig:
     """Start positions of objects in the default simulator: "narrow" (within 3 cm of the usual place) or "wide"."""
     videos: int = 2
     """Videos in the report per policy and per kind of outcome (both succeed, both fail, only one succeeds)."""
+    real: bool = False
+    """Also run trials on the arm, before everything else. Rerun the same command to resume with the next trial."""
+    real_trials: int = 30
+    """Trials per task and policy on the arm."""
+    real_env: str = ""
+    """Environment id of the arm; default: that of the dream's robot."""
+    real_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """Keyword arguments of the arm's environment, as KEY VALUE pairs."""
     seed: int = 0
     """Seed of the starts; the same seed gives every policy the same starts."""
     device: str = "cpu"
@@ -113,6 +124,8 @@ class EvaluateConfig:
         """Check the number of episodes."""
         if self.episodes_per_task < 1:
             raise InvalidOptionError(f"nothing to run: {self.episodes_per_task} episodes per task; use at least 1.")
+        if self.real and (self.out is None or self.real_trials < 1):
+            raise InvalidOptionError("trials on the arm need a folder (--out), and at least one trial per task.")
 
 
 def parse_policies(specs: Sequence[str]) -> dict[str, str]:
@@ -138,6 +151,7 @@ def evaluate(
     policies: Mapping[str, Policy] | None = None,
     dream: Any = None,
     simulator: Any = None,
+    real: Any = None,
     training: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> SideBySide:
@@ -149,6 +163,7 @@ def evaluate(
         dream: a ``DreamVectorEnv`` with a judge, autoreset disabled and ``return_frames=True``, instead of that of
             ``config``.
         simulator: instead of that of ``config``; the module docstring lists the requirements.
+        real: the arm's environment of one row, for ``config.real``; the requirements are those of the simulator.
         training: dreamed success while the last policy was trained, for the report's chart (``report.training_chart``).
         progress: show a progress bar.
 
@@ -174,7 +189,12 @@ def evaluate(
         if simulator is None:
             simulator = opened.enter_context(closing(_make_simulator(config, dream)))
         _check_protocols(dream, simulator)
-        config = replace(config, tasks=_task_names(simulator, config.tasks))
+        config = replace(config, tasks=task_names(simulator, config.tasks))
+        trials = None
+        if config.real:
+            if real is None:
+                real = opened.enter_context(closing(make_real(config.real_env, config.real_kwargs, dream)))
+            trials = run_trials(config, actors, real, progress=progress)
         pairs = [(task, index) for index in range(config.episodes_per_task) for task in config.tasks]
         with tqdm(total=len(pairs) * len(actors), desc="evaluate", unit="episode", disable=not progress) as bar:
             for first in range(0, len(pairs), dream.num_envs):
@@ -192,6 +212,8 @@ def evaluate(
     report = aggregate(records, scores, chunk_len=chunk_len, at_end=at_end, config=config_dict(config))
     report["protocol"] = _protocol(simulator)
     report |= {} if training is None else {"training": dict(training)}
+    if trials is not None:
+        add_trials(report, trials)
     result = SideBySide(report, records, clips)
     if config.out is not None:
         write_report(result, config.out, fps)
@@ -246,39 +268,6 @@ def _check_protocols(dream: Any, simulator: Any) -> None:
     found = {"the dream": _protocol(dream), "the simulator": _protocol(simulator)}
     if all(found.values()):
         require_same_protocol({name: {**(p or {}), "init_states": ""} for name, p in found.items()})
-
-
-def _task_list(simulator: Any) -> tuple[tuple[str, str], ...]:
-    """(name, instruction) of every task, in the order of the task ids."""
-    tasks: tuple[tuple[str, str], ...] = tuple(getattr(simulator.unwrapped, "tasks", ()))
-    if not tasks:
-        raise InvalidOptionError(
-            f"{type(simulator.unwrapped).__name__} does not list its tasks; add an attribute 'tasks' with one "
-            "(name, instruction) pair per task id."
-        )
-    return tasks
-
-
-def _task_names(simulator: Any, chosen: Sequence[str]) -> tuple[str, ...]:
-    """The chosen tasks; default: all."""
-    known = [name for name, _ in _task_list(simulator)]
-    unknown = [name for name in chosen if name not in known]
-    if unknown:
-        raise InvalidOptionError(f"task {unknown[0]!r} does not exist; choose among {', '.join(known)}.")
-    return tuple(chosen or known)
-
-
-def make_starts(simulator: Any, pairs: Sequence[tuple[str, int]], seed: int) -> list[Start]:
-    """One start per (task, index) pair, without its frame: the simulator makes the scene from the task id and the seed
-    ``mix(seed, task id, index)``, or what its ``trial_seed`` returns for these numbers.
-    """
-    trial_seed = getattr(simulator.unwrapped, "trial_seed", mix)
-    tasks = _task_list(simulator)
-    ids = {name: task_id for task_id, (name, _) in enumerate(tasks)}
-    blank = np.zeros(simulator.single_observation_space["image"].shape, np.uint8)
-    return [
-        Start(blank, tasks[ids[task]][1], ids[task], None, trial_seed(seed, ids[task], index)) for task, index in pairs
-    ]
 
 
 def _compare(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from rawdream_env.envs.verification import EpisodeResult, episode_result
+from rawdream_env.errors import DatasetError
 from rawdream_env.types import Float32Array, Outcome, Trajectory, UInt8Array, Verdict
 
 
@@ -50,6 +53,22 @@ class EpisodeRecord:
     def trusted(self) -> bool:
         """Whether the dream's outcome is known: judged, and not flagged."""
         return self.result.valid
+
+
+def read_records(path: Path) -> list[EpisodeRecord]:
+    """The records of an ``episodes.jsonl``.
+
+    Raises:
+        DatasetError: it is missing or damaged.
+    """
+    names = {item.name for item in fields(EpisodeRecord)}
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [EpisodeRecord(**{key: value for key, value in line.items() if key in names}) for line in lines]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise DatasetError(
+            f"{path} cannot be read ({error}); evaluate again with `rawdream policy evaluate`."
+        ) from error
 
 
 _KINDS = {

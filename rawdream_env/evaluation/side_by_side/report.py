@@ -18,8 +18,9 @@ from rawdream_env.evaluation.reporting import html, pictures
 from rawdream_env.evaluation.reporting.charts import Point, Series, line_chart, point
 from rawdream_env.evaluation.reporting.numbers import Json, estimate_text, percent
 from rawdream_env.evaluation.reporting.output import writing_results
+from rawdream_env.evaluation.side_by_side.ranking import RANKINGS
 from rawdream_env.evaluation.side_by_side.records import Clip, SideBySide
-from rawdream_env.evaluation.side_by_side.table import MEASURES, measure_text
+from rawdream_env.evaluation.side_by_side.table import trust_table
 from rawdream_env.files import atomic_write_json, atomic_write_text
 from rawdream_env.media import encode_video
 from rawdream_env.types import UInt8Array
@@ -78,8 +79,8 @@ def render(report: Json, clips: Sequence[Clip], fps: float) -> str:
         charts=[_charts(entry["horizon"]) for entry in report["policies"]],
         films=[_film(clip, fps) for clip in ordered],
         matrices=_MATRICES,
-        measures=MEASURES,
-        measure=measure_text,
+        trust=[_trust(entry) for entry in report["policies"]],
+        rankings=RANKINGS,
         lines=_LINES,
         training_lines=_TRAINING_LINES,
         sources=_SOURCES,
@@ -104,6 +105,16 @@ def _cards(overall: Json) -> list[tuple[str, Json, str]]:
         flagged, wrong = overall["verification"]["flagged"], overall["verification"]["flagged_wrong"]
         cards.append(("Dreamed successes flagged", flagged, f"of these are false: {percent(wrong)}"))
     return cards
+
+
+def _trust(entry: Json) -> list[list[str]]:
+    """The table of how far the dream can be trusted, longer than wide: many tasks are rows, few are columns."""
+    titles, *tasks, overall = trust_table(entry)
+    rows = [
+        ["", *map(str.capitalize, titles[1:])],
+        *([row[0].replace("_", " "), *row[1:]] for row in [overall, *tasks]),
+    ]
+    return rows if len(rows) >= len(rows[0]) else [list(column) for column in zip(*rows, strict=True)]
 
 
 def _charts(horizon: Json) -> list[Markup]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from rawdream_env.evaluation.reporting.numbers import Json, aligned, estimate_text, points_text, rate_text
 from rawdream_env.evaluation.side_by_side.compare import protocol_lines
+from rawdream_env.evaluation.side_by_side.ranking import ranking_lines
 
 MEASURES = (
     ("closed_loop", "kappa", "same start, own actions"),
@@ -25,17 +26,20 @@ _COLUMNS_AT_ONCE = 3
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """Success rates per policy and task in the dream (of trusted episodes) and the simulator, with the dream's INVALID and
-    flagged episodes; where the dream was diagnosed, how far it can be trusted; then the gains, the rank correlation of three
-    policies or more, and the conclusions.
+    """Success rates per policy and task in the dream (of trusted episodes), the simulator and, with trials, on the arm, with
+    the dream's INVALID and flagged episodes; where the dream was diagnosed, how far it can be trusted; then the gains, the rank
+    correlation of three policies or more, and the conclusions.
     """
-    lines: list[tuple[str, ...]] = [("policy", "task", "dream", "INVALID", "flagged", "simulator")]
+    worlds = ("simulator", "real") if "trials" in report else ("simulator",)
+    lines: list[tuple[str, ...]] = [("policy", "task", "dream", "INVALID", "flagged", *worlds)]
     for entry in report["policies"]:
         parts = {"all tasks": entry["all"], **entry["tasks"]}
         for number, (task, part) in enumerate(parts.items()):
             name = "" if number else entry["name"]
             apart = (str(part["verdicts"][kind]) for kind in ("invalid", "flagged"))
-            lines.append((name, task, rate_text(part["dream_trusted"]), *apart, rate_text(part["simulator"])))
+            lines.append(
+                (name, task, rate_text(part["dream_trusted"]), *apart, *(rate_text(part[world]) for world in worlds))
+            )
     diagnoses = [_trust(entry) for entry in report["policies"] if "dreamed_actions" in entry["all"]]
     rest = [*chain.from_iterable(diagnoses), *_gains(report), *_ranking(report), *report["conclusions"]]
     return "\n".join([*_ruled(lines), *protocol_lines(report), *rest])
@@ -52,14 +56,22 @@ def measure_text(part: Json, name: str, number: str) -> str:
     return rate_text(part[name][number] if number else part[name])
 
 
-def _trust(entry: Json) -> list[str]:
-    """``MEASURES`` of a policy, a few columns at a time."""
-    out = ["", f"{entry['name']}: how far the dream can be trusted (kappa, or per cent; docs/evaluation.md)"]
+def trust_table(entry: Json) -> list[list[str]]:
+    """``MEASURES`` of a policy: a row of titles, then a row for every task and one for all; what is measured nowhere is left
+    out.
+    """
     parts = {**entry["tasks"], "all tasks": entry["all"]}
-    for first in range(0, len(MEASURES), _COLUMNS_AT_ONCE):
-        columns = MEASURES[first : first + _COLUMNS_AT_ONCE]
-        rows = [(task, *(measure_text(part, *keys) for *keys, _ in columns)) for task, part in parts.items()]
-        out += ["", *_ruled([("task", *(title for *_, title in columns)), *rows])]
+    measures = [measure for measure in MEASURES if any(measure[0] in part for part in parts.values())]
+    titles = ["task", *(title for *_, title in measures)]
+    return [titles, *([task, *(measure_text(part, *keys) for *keys, _ in measures)] for task, part in parts.items())]
+
+
+def _trust(entry: Json) -> list[str]:
+    """The table of a policy, a few columns at a time."""
+    out = ["", f"{entry['name']}: how far the dream can be trusted (kappa, or per cent; docs/evaluation.md)"]
+    rows = trust_table(entry)
+    for first in range(1, len(rows[0]), _COLUMNS_AT_ONCE):
+        out += ["", *_ruled([(row[0], *row[first : first + _COLUMNS_AT_ONCE]) for row in rows])]
     return [*out, ""]
 
 
@@ -71,10 +83,7 @@ def _ruled(rows: list[tuple[str, ...]]) -> list[str]:
 
 def _ranking(report: Mapping[str, Any]) -> list[str]:
     ranking = report.get("ranking")
-    if ranking is None or ranking["n_policies"] < 3:  # the order of two is in the gain
-        return []
-    numbers = ", ".join(f"{name.capitalize()} {estimate_text(ranking[name])}" for name in ("spearman", "kendall"))
-    return [f"rank correlation of {ranking['n_policies']} policies, n starts: {numbers}"]
+    return [] if ranking is None else ranking_lines(ranking)
 
 
 def _gains(report: Mapping[str, Any]) -> list[str]:

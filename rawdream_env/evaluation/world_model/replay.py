@@ -28,6 +28,7 @@ SOURCES = ("dream", "copy_first", "copy_last")
 
 def background(episodes: Sequence[Recording], samples: int = 200) -> UInt8Array:
     """Median image of a fixed camera over frames spread across the episodes: uint8 (H, W, 3)."""
+    episodes = episodes[:: max(1, len(episodes) // samples)]  # bounds the memory of many episodes
     every = max(1, sum(len(e.actions) + 1 for e in episodes) // samples)
     sample = np.concatenate([e.frames[::every].copy() for e in episodes])  # a view would hold all frames
     return np.asarray(np.median(sample, axis=0).astype(np.uint8))

@@ -30,6 +30,8 @@ BoolArray = NDArray[np.bool_]
 _SHOULDER, _ELBOW, _WRIST = (geo.ARM_POINT_NAMES.index(name) for name in ("shoulder", "elbow", "wrist"))
 _HALVINGS = 6
 """A target that breaks a limit is approached to 1/64 of the way to it."""
+_JOINT_MARGIN = 5e-4
+"""A pose that is rounded to CAN frames (0.001 degree) moves a joint by up to 3e-4 rad where the wrist is bent least."""
 _ROUNDING = 1e-9
 """Tolerance of comparisons between differences of numbers (m, rad)."""
 _STAGES: Final = (slice(0, 3), slice(3, 6), slice(6, 7))
@@ -90,10 +92,10 @@ class Limits:
     """Widest gripper command. Default: opens 0.06995 m; the manufacturer's SDK allows 0 to 0.07 m."""
     gripper_high: float = 1.0
     """Most closed gripper command."""
-    joint_low: FloatArray = field(default_factory=lambda: geo.JOINT_LOW)
-    """Lowest joint angles (rad). Default: the limits of the manufacturer's SDK."""
-    joint_high: FloatArray = field(default_factory=lambda: geo.JOINT_HIGH)
-    """Highest joint angles (rad). Default: the limits of the manufacturer's SDK."""
+    joint_low: FloatArray = field(default_factory=lambda: geo.JOINT_LOW + _JOINT_MARGIN)
+    """Lowest joint angles (rad). Default: just inside the limits of the manufacturer's SDK."""
+    joint_high: FloatArray = field(default_factory=lambda: geo.JOINT_HIGH - _JOINT_MARGIN)
+    """Highest joint angles (rad). Default: just inside the limits of the manufacturer's SDK."""
     max_step: float = geo.DPOS
     """Longest move of one command along each of x, y, z (m). Default: that of action 1."""
     max_turn: float = geo.DROT

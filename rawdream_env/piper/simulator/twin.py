@@ -207,10 +207,7 @@ class PiperTwin:
         for k in range(1, _SERVO_KNOTS + 1):
             data.ctrl[:6] = before + (self._joints - before) * (k / _SERVO_KNOTS)
             mujoco.mj_step(self.model, data, nstep=_SUBSTEPS // _SERVO_KNOTS)
-        self._refresh()
-        if data.warning[mujoco.mjtWarning.mjWARN_BADQACC].number or not np.isfinite(data.qpos).all():
-            raise SimulatorError(f"the physics diverged at t = {data.time:.2f} s; reset with another seed.")
-        np.maximum(self._heights[1], data.xpos[self._bodies, 2], out=self._heights[1])
+        self._after_physics()
         return self.frame() if render and self._renderer else None
 
     def step_chunk(self, actions: Any) -> UInt8Array:
@@ -220,6 +217,21 @@ class PiperTwin:
             raise InvalidActionError(f"a chunk must have shape (K, {ACTION_DIM}), got {acts.shape}.")
         frames = [self.step(action) for action in acts]
         return np.stack([self._blank() if frame is None else frame for frame in frames])
+
+    def drive(self, joints: FloatArray, gripper: float, substeps: int) -> None:
+        """Physics alone, for a fake arm that is sent joint angles: servo targets (6,) in radians and a gripper command, held
+        for ``substeps`` of 4 ms. ``pose`` stays as it is.
+        """
+        self.data.ctrl[:6], self.data.ctrl[6:] = joints, self._finger_target(gripper)
+        mujoco.mj_step(self.model, self.data, nstep=substeps)
+        self._after_physics()
+
+    def _after_physics(self) -> None:
+        data = self.data
+        self._refresh()
+        if data.warning[mujoco.mjtWarning.mjWARN_BADQACC].number or not np.isfinite(data.qpos).all():
+            raise SimulatorError(f"the physics diverged at t = {data.time:.2f} s; reset with another seed.")
+        np.maximum(self._heights[1], data.xpos[self._bodies, 2], out=self._heights[1])
 
     # --- what can be observed ----------------------------------------------------------------------------------------
     def frame(self) -> UInt8Array:
@@ -242,6 +254,10 @@ class PiperTwin:
                 poses[i, :3] = self.data.xpos[self._bodies[i]]
                 poses[i, 3:] = self.data.xquat[self._bodies[i]]
         return poses
+
+    def joint_positions(self) -> FloatArray:
+        """Measured joint angles (6,) in radians."""
+        return np.array(self.data.qpos[self._arm_qpos])
 
     def gripper_opening(self) -> float:
         """Measured distance between the finger faces (m)."""

@@ -7,6 +7,7 @@
 ``vision.py``           DINOv2 and SigLIP towers, projector
 ``language.py``         Llama with bidirectional attention, and its self-test
 ``images.py, jpeg.py``  the image pipeline without TensorFlow
+``augment.py``          random crops and colors of supervised training
 ``prompt.py``           instructions to token ids
 ``statistics.py``       model actions to environment actions and back
 ``adapters.py``         LoRA: add, export, save, load

@@ -58,7 +58,9 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 def merged_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of ``model`` under the names without adapters, each weight with its adapter's product added."""
+    """The tensors of ``model`` under the names without adapters, each weight with its adapter's product added (on the CPU,
+    since a GPU may have no room for a second copy).
+    """
     modules = dict(model.named_modules())
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
@@ -66,7 +68,7 @@ def merged_tensors(model: nn.Module) -> dict[str, Tensor]:
             continue
         if name.endswith(".base_layer.weight"):
             layer: Any = modules[name.removesuffix(".base_layer.weight")]
-            tensor = (tensor.float() + layer.get_delta_weight(ADAPTER).float()).to(tensor.dtype)
+            tensor = (tensor.float() + layer.get_delta_weight(ADAPTER).float()).to("cpu", tensor.dtype)
         tensors[name.replace(".base_layer.", ".")] = tensor.detach()
     return tensors
 

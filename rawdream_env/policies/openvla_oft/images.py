@@ -31,17 +31,24 @@ _MEAN = (0.485, 0.456, 0.406, 0.5, 0.5, 0.5)  # ImageNet's for DINOv2, then SigL
 _STD = (0.229, 0.224, 0.225, 0.5, 0.5, 0.5)
 
 
-def prepare(frames: UInt8Array) -> UInt8Array:
-    """Frames uint8 (B, H, W, 3) of any size -> what the policy sees, uint8 (B, 224, 224, 3)."""
+def prepare(frames: UInt8Array, *, crop: bool = True) -> UInt8Array:
+    """Frames uint8 (B, H, W, 3) of any size -> what the policy sees, uint8 (B, 224, 224, 3); ``crop=False``: before the
+    centre crop, which training replaces by random ones.
+    """
+    function = _prepare if crop else _resized
     workers = min(_MAX_THREADS, len(frames), parse_workers(-1))
     if workers <= 1:
-        return np.stack([_prepare(frame) for frame in frames])
+        return np.stack([function(frame) for frame in frames])
     with ThreadPoolExecutor(workers) as pool:  # numpy computes without the interpreter's lock
-        return np.stack(list(pool.map(_prepare, frames)))
+        return np.stack(list(pool.map(function, frames)))
 
 
 def _prepare(frame: UInt8Array) -> UInt8Array:
-    return centre_crop(lanczos(round_trip(frame)))
+    return centre_crop(_resized(frame))
+
+
+def _resized(frame: UInt8Array) -> UInt8Array:
+    return lanczos(round_trip(frame))
 
 
 def normalise(images: Tensor) -> Tensor:

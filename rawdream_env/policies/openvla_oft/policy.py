@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from rawdream_env.files import atomic_write_bytes, atomic_write_json
 from rawdream_env.policies import action_tokens
 from rawdream_env.policies.base import TokenPolicy
-from rawdream_env.policies.openvla_oft import adapters, checkpoint, images, prompt
+from rawdream_env.policies.openvla_oft import adapters, augment, checkpoint, images, prompt
 from rawdream_env.policies.openvla_oft.config import OpenVLAOFTConfig, read_config
 from rawdream_env.policies.openvla_oft.frame_cache import FrameCache
 from rawdream_env.policies.openvla_oft.language import LanguageModel, check_bidirectional
@@ -89,6 +89,7 @@ class OpenVLAOFT(TokenPolicy):
         self.unused: dict[str, Tensor] = {}  # tensors of the checkpoint that no output depends on
         self.feature_cache = FrameCache(FEATURE_CACHE_BYTES)  # about 1 MB per frame at full size
         self.image_cache = FrameCache(IMAGE_CACHE_BYTES)
+        self.resized_cache = FrameCache(IMAGE_CACHE_BYTES)
         self._prompts: dict[str, list[int]] = {}
         self.vision_backbone = VisionBackbone(config.dinov2, config.siglip)
         self.projector = Projector(config.dinov2.embed_dim + config.siglip.embed_dim, config.hidden_size)
@@ -111,6 +112,14 @@ class OpenVLAOFT(TokenPolicy):
             return self._tower_features(self.image_cache.look_up(frames.cpu(), _prepare))
         return self.feature_cache.look_up(frames.cpu(), self._frozen_features).to(self.device)
 
+    def training_images(self, frames: Tensor, rng: np.random.Generator) -> Tensor:
+        """Frames uint8 (B, H, W, 3) with random crops and colors: images uint8 (B, 224, 224, 3) for ``image_logits``."""
+        return augment.augment(self.resized_cache.look_up(frames.cpu(), _resize).to(self.device), rng)
+
+    def image_logits(self, images: Tensor, instructions: Sequence[str]) -> Tensor:
+        """Token scores (B, L, 256) in float32 of ``training_images``; nothing is kept."""
+        return self.token_logits(self._tower_features(images), instructions)
+
     def token_logits(self, features: Tensor, instructions: Sequence[str]) -> Tensor:
         """Token scores (B, L, 256) of patch features (B, N, D1 + D2) as ``features`` gives them, in float32."""
         prompts = [self.prompt(instruction) for instruction in instructions]
@@ -119,7 +128,8 @@ class OpenVLAOFT(TokenPolicy):
     def action_features(self, frames: Tensor, instructions: Sequence[str]) -> Tensor:
         """The outputs at an action's A placeholders, side by side: (B, K, A * D)."""
         prompts = [self.prompt(instruction) for instruction in instructions]
-        return self._hidden(self.projector(self.features(frames)), prompts).unflatten(1, (CHUNK_LEN, -1)).flatten(2)
+        hidden = self._hidden(self.projector(self.features(frames)), prompts)
+        return hidden.reshape(len(hidden), CHUNK_LEN, -1)
 
     def prompt_logits(self, patches: Tensor, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Token scores (B, L, 256) of projected patches (B, N, D) and prompt ids from BOS to the blank."""
@@ -140,7 +150,8 @@ class OpenVLAOFT(TokenPolicy):
         present = F.pad(place <= self.num_action_tokens, (NUM_PATCHES, 0), value=True)
         hidden = self.language_model(embeddings, present)
         slots = NUM_PATCHES + lengths[:, None] - 1 + torch.arange(self.num_action_tokens, device=patches.device)
-        return hidden.gather(1, slots[..., None].expand(-1, -1, hidden.shape[-1]))  # type: ignore[no-any-return]
+        chosen: Tensor = hidden.gather(1, slots[..., None].expand(-1, -1, hidden.shape[-1]))
+        return chosen
 
     def prompt(self, instruction: str) -> list[int]:
         """Token ids of an instruction, from BOS to the blank."""
@@ -157,7 +168,8 @@ class OpenVLAOFT(TokenPolicy):
     def _frozen_features(self, frames: Tensor) -> Tensor:
         """Features in blocks of exactly ``act_batch`` rows, so that a frame's features depend on it alone."""
         prepared = _prepare(frames)
-        blocks = [self._tower_features(prepared[rows]) for rows in self.blocks(len(frames))]
+        with torch.autocast(self.device.type, enabled=False):
+            blocks = [self._tower_features(prepared[rows]) for rows in self.blocks(len(frames))]
         return torch.cat(blocks)[: len(frames)]
 
     def blocked(
@@ -193,6 +205,12 @@ class OpenVLAOFT(TokenPolicy):
 
     # -- what is trained -------------------------------------------------------------------------------------------
 
+    def set_statistics(self, name: str, statistics: Mapping[str, Any]) -> None:
+        """Scale the actions by the ``statistics`` of a new data set (``measure_statistics``) instead of the present ones."""
+        self.statistics = {name: dict(statistics)}
+        self.upstream["norm_stats"] = self.statistics
+        self.use_statistics(name)
+
     def freeze_vision(self) -> None:
         """Do not train the vision towers; their features are computed once per frame."""
         self.vision_backbone.requires_grad_(False)
@@ -218,9 +236,15 @@ class OpenVLAOFT(TokenPolicy):
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, folder: str | Path, *, shard_bytes: int = checkpoint.SHARD_BYTES) -> None:
-        """Write a folder that this class and upstream load: weights with adapters merged, ``config.json``,
-        ``dataset_statistics.json`` and the tokenizer. The policy itself, its adapters included, stays as it is.
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        shard_bytes: int = checkpoint.SHARD_BYTES,
+    ) -> None:
+        """Write a folder that this class and upstream load: weights with adapters merged, ``config.json`` (with
+        ``metadata``), ``dataset_statistics.json`` and the tokenizer. The policy, its adapters included, stays as it is.
         """
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
@@ -228,7 +252,8 @@ class OpenVLAOFT(TokenPolicy):
         for name, content in self.files.items():
             atomic_write_bytes(path / name, content)
         atomic_write_json(path / STATISTICS, self.statistics)
-        atomic_write_json(path / "config.json", {**self.upstream, "unnorm_key": self.unnorm_key})
+        described = {"metadata": dict(metadata)} if metadata else {}
+        atomic_write_json(path / "config.json", {**self.upstream, "unnorm_key": self.unnorm_key, **described})
 
     @classmethod
     def from_pretrained(
@@ -283,6 +308,10 @@ class OpenVLAOFT(TokenPolicy):
 
 def _prepare(frames: Tensor) -> Tensor:
     return torch.from_numpy(images.prepare(frames.numpy()))
+
+
+def _resize(frames: Tensor) -> Tensor:
+    return torch.from_numpy(images.prepare(frames.numpy(), crop=False))
 
 
 def padded_length(length: int) -> int:

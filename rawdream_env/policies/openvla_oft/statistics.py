@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rawdream_env.errors import CheckpointError, InvalidOptionError
 from rawdream_env.files import read_json
-from rawdream_env.types import ACTION_DIM
+from rawdream_env.types import ACTION_DIM, Float32Array
 
 STATISTICS = "dataset_statistics.json"
 _SUFFIX = "_no_noops"
@@ -64,6 +64,30 @@ def read_statistics(folder: Path) -> dict[str, Any]:
     """
     advice = "without the action statistics of its training data a policy cannot act; copy the file from its checkpoint"
     return read_json(folder / STATISTICS, advice)
+
+
+def measure_statistics(actions: Float32Array, num_trajectories: int) -> dict[str, Any]:
+    """The entry of ``dataset_statistics.json`` for a data set with the environment's ``actions`` (T, A), under upstream's
+    names; all dimensions but the gripper are normalised.
+    """
+    values = actions.astype(np.float64)
+    values[:, -1] = (1 - values[:, -1]) / 2
+    low, high = np.quantile(values, [0.01, 0.99], axis=0)
+    rows = {
+        "mean": values.mean(0),
+        "std": values.std(0),
+        "min": values.min(0),
+        "max": values.max(0),
+        "q01": low,
+        "q99": high,
+    }
+    action = {name: row.tolist() for name, row in rows.items()}
+    mask = [True] * (values.shape[1] - 1) + [False]
+    return {
+        "action": {**action, "mask": mask},
+        "num_transitions": len(values),
+        "num_trajectories": num_trajectories,
+    }
 
 
 def choose_statistics(statistics: Mapping[str, Any], key: str | None, where: str) -> tuple[str, ActionStatistics]:

@@ -1,0 +1,98 @@
+"""The bundled policy on the four tasks through SDK, CAN bus and fake arm, against the twin driven directly; jitter at 10 Hz.
+
+python -m benchmarks.fake_arm --episodes 20 --seconds 60
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rawdream_env.data.reader import LeRobotReader
+from rawdream_env.envs.base import ChunkVectorEnv
+from rawdream_env.envs.episodes import run_episodes
+from rawdream_env.piper.envs import CHUNK_LEN, PiperSimVectorEnv
+from rawdream_env.piper.real import PERIOD, PiperRealVectorEnv
+from rawdream_env.piper.starts import TASK_NAMES, SimStarts
+from rawdream_env.policies import load_policy
+from rawdream_env.seeding import NoiseKey
+from rawdream_env.statistics import wilson_interval
+from rawdream_env.types import Policy, Start
+
+GOAL_MS = 15.0
+
+
+def outcomes(env: ChunkVectorEnv, starts: Sequence[Start], policy: Policy) -> tuple[NDArray[np.bool_], int]:
+    """(N,) whether each greedy episode succeeds, and how many a fault ended."""
+    rollouts = list(run_episodes(env, starts, policy, temperature=0.0))
+    env.close()
+    return np.array([r.reward > 0 for r in rollouts]), sum(not r.valid for r in rollouts)
+
+
+def compare(policy: Policy, tasks: Sequence[str], episodes: int) -> bool:
+    """Print both success rates for every task; whether the intervals overlap everywhere."""
+    source, same = SimStarts(), True
+    for task in tasks:
+        starts = [source.sample(NoiseKey(seed), task) for seed in range(1000, 1000 + episodes)]
+        arm, faults = outcomes(PiperRealVectorEnv(fake=True, record=None), starts, policy)
+        twin, _ = outcomes(PiperSimVectorEnv(1, autoreset_mode="Disabled"), starts, policy)
+        (a, b), (c, d) = (wilson_interval(int(won.sum()), len(won)) for won in (arm, twin))
+        same &= a <= d and c <= b
+        cells = f"arm {arm.mean():.0%} [{a:.0%}, {b:.0%}], twin {twin.mean():.0%} [{c:.0%}, {d:.0%}]"
+        print(
+            f"{task}: {cells}, n = {len(starts)}, equal outcome in {int((arm == twin).sum())}, {faults} faults",
+            flush=True,
+        )
+    source.close()
+    return same
+
+
+def jitter(policy: Policy, seconds: float) -> NDArray[np.float64]:
+    """Times between successive actions of a chunk less 0.1 s, in ms: real time, with camera and policy."""
+    late, source = [], SimStarts()
+    with TemporaryDirectory() as folder:
+        env = PiperRealVectorEnv(fake=True, realtime=True, record=folder, max_frame_age=0.5)
+        episode, end = 0, time.monotonic() + seconds
+        while time.monotonic() < end:
+            list(run_episodes(env, [source.sample(NoiseKey(episode))], policy, temperature=0.0))
+            episode += 1
+        env.close()
+        reader = LeRobotReader(Path(folder))
+        for index in range(len(reader)):
+            sent = reader.episode(index).privileged["time"][:-1, 1].astype(np.float64)
+            gaps = np.diff(sent)
+            inside = np.arange(1, len(sent)) % CHUNK_LEN != 0
+            late.append((gaps[inside] - PERIOD) * 1e3)
+    return np.concatenate(late)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run both; returns 1 when the intervals do not overlap or p99 of the jitter misses its goal."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.fake_arm", description=__doc__.split("\n")[0])
+    parser.add_argument("--episodes", type=int, default=20, help="per task")
+    parser.add_argument("--tasks", nargs="+", choices=TASK_NAMES, default=TASK_NAMES)
+    parser.add_argument("--seconds", type=float, default=60.0, help="of real time")
+    options = parser.parse_args(arguments)
+    policy = load_policy("embedded")
+    same = compare(policy, options.tasks, options.episodes) if options.episodes else True
+    if not options.seconds:
+        return int(not same)
+    late = np.abs(jitter(policy, options.seconds))
+    p50, p99 = np.percentile(late, [50, 99])
+    print(
+        f"jitter of {len(late)} periods: p50 {p50:.2f} ms, p99 {p99:.2f} ms, max {late.max():.2f} ms "
+        f"(goal p99 <= {GOAL_MS} ms); {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+    )
+    return int(not same or p99 > GOAL_MS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

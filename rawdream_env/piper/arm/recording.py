@@ -1,0 +1,123 @@
+"""Every episode of the real arm, as a LeRobotDataset v3.0 folder, written when the episode ends.
+
+Beside the columns of simulated data (frames, commanded pose as state, action as really sent) it has the measured pose, what
+the policy asked for, and times. ``meta/outcomes.jsonl`` has one line per episode: what operator and judge said, each apart,
+and the fault that ended it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from rawdream_env.data import schema
+from rawdream_env.data.lerobot import LeRobotWriter
+from rawdream_env.piper.arm.end_pose import FloatArray
+from rawdream_env.types import ACTION_DIM, Float32Array, UInt8Array
+
+OUTCOMES_PATH = "meta/outcomes.jsonl"
+_POSE = ["x", "y", "z", "roll", "pitch", "yaw", "gripper"]
+_ACTION = ["dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper"]
+FEATURES: schema.Features = {
+    schema.STATE_KEY: schema.numeric_feature(7, _POSE),
+    schema.ACTION_KEY: schema.numeric_feature(ACTION_DIM, _ACTION),
+    "privileged.measured_pose": schema.numeric_feature(7, _POSE),
+    "privileged.asked_action": schema.numeric_feature(ACTION_DIM, _ACTION),
+    "privileged.time": schema.numeric_feature(2, ["frame", "sent"]),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an episode ended. ``operator`` and ``judge``: 1, 0, or -1 not asked or not known; ``judge_probability`` None where
+    there is none; ``fault``: why the episode was cut short, empty otherwise; ``steps`` actions.
+    """
+
+    instruction: str
+    task_id: int
+    steps: int
+    operator: int = -1
+    judge: int = -1
+    judge_probability: float | None = None
+    fault: str = ""
+
+
+@dataclass
+class ArmEpisode:
+    """A running episode: N + 1 of everything but the actions. Times are seconds since the first frame."""
+
+    instruction: str
+    task_id: int
+    frames: list[UInt8Array] = field(default_factory=list)
+    commanded: list[FloatArray] = field(default_factory=list)
+    measured: list[FloatArray] = field(default_factory=list)
+    asked: list[FloatArray] = field(default_factory=list)
+    sent: list[FloatArray] = field(default_factory=list)
+    frame_times: list[float] = field(default_factory=list)
+    sent_times: list[float] = field(default_factory=list)
+
+    def see(self, frame: UInt8Array, at: float, commanded: FloatArray, measured: FloatArray) -> None:
+        """What is seen before an action, or at the end."""
+        self.frames.append(frame)
+        self.frame_times.append(at)
+        self.commanded.append(commanded)
+        self.measured.append(measured)
+
+    def act(self, asked: FloatArray, sent: FloatArray, at: float) -> None:
+        """An action, as asked for and as sent."""
+        self.asked.append(asked)
+        self.sent.append(sent)
+        self.sent_times.append(at)
+
+
+class ArmRecorder:
+    """Appends episodes to a data set folder.
+
+    Raises:
+        DatasetError: the folder holds a data set of another kind.
+    """
+
+    def __init__(self, root: str | Path, fps: float, image_size: int) -> None:
+        shape = (image_size, image_size, 3)
+        self._writer = LeRobotWriter(
+            root, fps=fps, image_shape=shape, features=FEATURES, episodes_per_shard=1, robot_type="piper"
+        )
+        self._outcomes = Path(root) / OUTCOMES_PATH
+
+    def write(self, episode: ArmEpisode, outcome: Outcome) -> None:
+        """Add an episode and its outcome; one without an action is left out."""
+        n = len(episode.sent)
+        if not n:
+            return
+        frames = [
+            *episode.frames,
+            *episode.frames[-1:] * (n + 1 - len(episode.frames)),
+        ]  # a fault came before the frame
+        commanded, measured = (
+            _float32([*rows, *rows[-1:] * (n + 1 - len(rows))]) for rows in (episode.commanded, episode.measured)
+        )
+        times = np.zeros((n + 1, 2), np.float32)
+        times[: len(episode.frame_times), 0] = np.array(episode.frame_times) - episode.frame_times[0]
+        times[:n, 1] = np.array(episode.sent_times) - episode.frame_times[0]
+        index = self._writer.add_episode(
+            np.stack(frames),
+            _float32(episode.sent),
+            commanded,
+            episode.instruction,
+            {
+                "measured_pose": np.nan_to_num(measured),
+                "asked_action": _float32([*episode.asked, np.zeros(ACTION_DIM)]),
+                "time": times,
+            },
+        )
+        self._writer.finalize()
+        with self._outcomes.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"episode_index": index, **asdict(outcome)}) + "\n")
+
+
+def _float32(rows: Sequence[FloatArray]) -> Float32Array:
+    return np.stack(rows).astype(np.float32)

@@ -44,9 +44,9 @@ class TokenPolicy(nn.Module):
     def logits(self, images: Any, instructions: Sequence[str]) -> Tensor:
         """Unnormalised scores (B, L, 256) in token order; differentiable; any B."""
 
-    @abstractmethod
     def action_features(self, frames: Tensor, instructions: Sequence[str]) -> Tensor:
         """What action heads read: (B, K, W) for ``frames`` uint8 (B, H, W, 3) as checked; differentiable; any B."""
+        raise InvalidOptionError(f"{type(self).__name__} has no features for an action head.")
 
     @property
     def device(self) -> torch.device:

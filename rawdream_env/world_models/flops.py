@@ -14,9 +14,9 @@ def block_flops(arch: Any, tokens: int, keys: float, *, keys_only: bool = False)
     """One block over ``tokens`` of a row, each of which sees ``keys`` keys."""
     d = arch.width
     if keys_only:
-        return 4 * d * d * tokens
+        return float(4 * d * d * tokens)
     prompt = 4 * d * d + 4 * arch.text_rows * d if arch.text_dim and arch.text_rows > 1 else 0
-    return tokens * (8 * d * d + 4 * keys * d + 4 * d * arch.ffn_dim + prompt)
+    return float(tokens * (8 * d * d + 4 * keys * d + 4 * d * arch.ffn_dim + prompt))
 
 
 def _ends(arch: Any, frames: int, *, both: bool = True) -> float:
@@ -27,12 +27,12 @@ def _ends(arch: Any, frames: int, *, both: bool = True) -> float:
     per_token = 2 * patch * (arch.latent_shape[0] * (2 if arch.residual else 1) + arch.map_channels)
     if both:
         per_token += 2 * patch * arch.latent_shape[0]
-    return frames * arch.tokens_per_frame * per_token
+    return float(frames * arch.tokens_per_frame * per_token)
 
 
 def _action(arch: Any, frames: int) -> float:
     d = arch.width
-    return frames * 2.0 * d * (arch.condition_dim + d + 7 * d)
+    return float(frames * 2 * d * (arch.condition_dim + d + 7 * d))
 
 
 def denoiser_flops(
@@ -46,11 +46,11 @@ def denoiser_flops(
     n = 1 + r
 
     def causal(first: int, frames: int) -> float:  # mean keys of ``frames`` frames that come after ``first`` others
-        return p * (first + (frames if dense else (frames + 1) / 2))
+        return float(p * (first + (frames if dense else (frames + 1) / 2)))
 
     if context_cache == "none":
         one = layers * block_flops(arch, (n + g) * p, causal(0, n + g)) + _ends(arch, n, both=False) + _ends(arch, g)
-        return evaluations * (one + _action(arch, n)) + _action(arch, g)
+        return float(evaluations * (one + _action(arch, n)) + _action(arch, g))
     if context_cache == "rolling":
         first, fresh = n - g, g
     else:
@@ -61,7 +61,7 @@ def denoiser_flops(
     ends = _ends(arch, fresh, both=False) + _action(arch, fresh)
     anchor += _ends(arch, 1, both=False) + _action(arch, 1)
     new = layers * block_flops(arch, g * p, causal(n, g)) + _ends(arch, g)
-    return anchor / shared + context + ends + evaluations * new + _action(arch, g)
+    return float(anchor / shared + context + ends + evaluations * new + _action(arch, g))
 
 
 def counted(function: Callable[[], object]) -> int:

@@ -368,7 +368,8 @@ def _backward(
 def share_of(values: Tensor, size: int, group: ProcessGroup) -> tuple[Tensor, ...]:
     """This process's share of a minibatch's ``values`` in parts of at most ``size``; every process gets as many parts."""
     if group.size == 1:
-        return values.split(size)
+        parts: tuple[Tensor, ...] = values.split(size)
+        return parts
     return values[group.rank :: group.size].tensor_split(-(-len(values) // (group.size * size)))
 
 

@@ -264,9 +264,9 @@ class GroupCollector:
             except (RolloutInterrupted, JudgeUnavailableError) as error:
                 problem = error
             said = self._group.everyone((problem, counts.dropped.total()))
-            for error, _ in said:  # all processes stop together
-                if error is not None:
-                    raise error
+            for theirs, _ in said:  # all processes stop together
+                if theirs is not None:
+                    raise theirs
             opened, wanted = wanted, min(self.num_groups + sum(dropped for _, dropped in said), self.max_groups)
             wanted = opened if self._group.size == 1 else wanted  # alone, dropped groups are replaced at once
         found = Rollouts(tuple(sorted(kept, key=lambda group: group.index)), counts).everywhere(self._group)

@@ -7,10 +7,13 @@ Element-wise operations, norms and tables of constants are not counted. The oper
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rawdream_env.world_models.wan.config import WanConfig
 
 
-def block_flops(arch: Any, tokens: int, keys: float, *, keys_only: bool = False) -> float:
+def block_flops(arch: WanConfig, tokens: int, keys: float, *, keys_only: bool = False) -> float:
     """One block over ``tokens`` of a row, each of which sees ``keys`` keys."""
     d = arch.width
     if keys_only:
@@ -19,7 +22,7 @@ def block_flops(arch: Any, tokens: int, keys: float, *, keys_only: bool = False)
     return float(tokens * (8 * d * d + 4 * keys * d + 4 * d * arch.ffn_dim + prompt))
 
 
-def _ends(arch: Any, frames: int, *, both: bool = True) -> float:
+def _ends(arch: WanConfig, frames: int, *, both: bool = True) -> float:
     """Patch embedding and action condition of ``frames`` and, with ``both``, the output projection."""
     if arch.stem_channels:
         raise ValueError("operations are counted for models without a convolutional stem")
@@ -30,13 +33,13 @@ def _ends(arch: Any, frames: int, *, both: bool = True) -> float:
     return float(frames * arch.tokens_per_frame * per_token)
 
 
-def _action(arch: Any, frames: int) -> float:
+def _action(arch: WanConfig, frames: int) -> float:
     d = arch.width
     return float(frames * 2 * d * (arch.condition_dim + d + 7 * d))
 
 
 def denoiser_flops(
-    arch: Any, evaluations: int, context_cache: str = "step", *, dense: bool = False, shared: int = 1
+    arch: WanConfig, evaluations: int, context_cache: str = "step", *, dense: bool = False, shared: int = 1
 ) -> float:
     """One autoregressive step of one row whose context is full.
 

@@ -62,8 +62,7 @@ def policy_cost(name: str, lora_rank: int, dtype: torch.dtype) -> PolicyCost:
         from rawdream_env.policies.tiny_vla import TinyVLA
 
         tiny = TinyVLA().requires_grad_(True)
-        height, width = tiny.image_size or (64, 64)
-        frame = torch.zeros(1, height, width, 3, dtype=torch.uint8)
+        frame = torch.zeros(1, tiny.config.image_size, tiny.config.image_size, 3, dtype=torch.uint8)
         forward, train, saved = _measured(tiny, lambda: tiny.logits(frame, ["push"]))
         return _cost(tiny, forward, forward, train, saved)
     config = _sizes(name)

@@ -1,6 +1,6 @@
 """Does reinforcement learning in the dream transfer? The same GRPO in the dream and in the simulator, over several seeds.
 
-    python examples/transfer.py --out runs/transfer                  # about 4 hours on one core
+    python examples/transfer.py --out runs/transfer                  # about 3 hours on one core
     python examples/transfer.py --out runs/transfer --kinds dream    # one kind alone; rerun with others to add them
     python examples/transfer.py --out runs/transfer --report         # only the tables, from what has been measured
 

@@ -6,8 +6,6 @@ import errno
 import json
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -20,6 +18,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from killing import kill_at_random_moments
 from torch import Tensor, nn
 
 from rawdream_env.envs.dream import DreamVectorEnv
@@ -550,56 +549,20 @@ def test_a_checkpoint_of_another_policy_is_refused(tmp_path: Path) -> None:
         train(tmp_path, policy=other, steps=2)
 
 
-KILLED_RUN = """
-import os, random, signal, sys, time
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-import torch
-torch.set_num_threads(1)
-import test_grpo
-run_dir, kills, rng = Path(sys.argv[2]), int(sys.argv[3]), random.Random(0)
-
-def run():
-    env = test_grpo.toy_env(12, hallucinate=0.1, judge_every="chunk")
-    test_grpo.train(run_dir, env, steps=12, save_every=1, epochs=2)
-
-killed = 0
-while True:
-    child = os.fork()
-    if child == 0:
-        run()
-        os._exit(0)
-    if killed < kills:
-        time.sleep(rng.uniform(0.02, 0.3))
-        os.kill(child, signal.SIGKILL)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    killed += status == -9
-    if status != -9:
-        break
-print(killed, status)
-"""
+def train_on_toy(run_dir: Path) -> GRPOResult:
+    env = toy_env(12, hallucinate=0.1, judge_every="chunk")
+    return train(run_dir, env, steps=12, save_every=1, epochs=2)
 
 
 @pytest.mark.slow
 def test_killed_at_random_moments_it_ends_bit_identical(quick_disk: Path) -> None:
-    torch.set_num_threads(1)
-    env = toy_env(12, hallucinate=0.1, judge_every="chunk")
-    unbroken = train(quick_disk / "unbroken", env, steps=12, save_every=1, epochs=2)
-    command = [sys.executable, "-c", KILLED_RUN, str(Path(__file__).parent), str(quick_disk / "killed"), "8"]
-    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-    killed, status = map(int, output.stdout.split())
-    assert killed >= 2 and status == 0, output.stderr
-    # config.json of the two differs in run_dir alone
-    assert (quick_disk / "killed" / "metrics.jsonl").read_bytes() == (
-        quick_disk / "unbroken" / "metrics.jsonl"
-    ).read_bytes()
-    last = "checkpoints/step_00000012"
-    manifests = [
-        json.loads((quick_disk / run / last / "manifest.json").read_text())["files"] for run in ("killed", "unbroken")
-    ]
-    assert manifests[0] == manifests[1]
-    resumed = train(quick_disk / "killed", steps=12, save_every=1, epochs=2)
-    assert torch.equal(weights(resumed), weights(unbroken))
+    unbroken, killed = kill_at_random_moments("test_grpo:train_on_toy", quick_disk)
+    last = "checkpoints/step_00000012/manifest.json"
+    for run in killed:  # config.json differs in run_dir alone
+        assert (run / "metrics.jsonl").read_bytes() == (unbroken / "metrics.jsonl").read_bytes()
+        manifests = [json.loads((folder / last).read_text())["files"] for folder in (run, unbroken)]
+        assert manifests[0] == manifests[1]
+        assert torch.equal(weights(train_on_toy(run)), weights(train_on_toy(unbroken)))
 
 
 def test_ctrl_c_saves_and_says_so(quick_disk: Path, caplog: pytest.LogCaptureFixture) -> None:

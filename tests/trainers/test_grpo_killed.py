@@ -1,23 +1,17 @@
-"""A tiny OpenVLA-OFT's run that is killed, interrupted or left without its judge ends as if nothing had happened.
-
-RAWDREAM_TEST_KILLS=50 sets the number of kills.
-"""
+"""A tiny OpenVLA-OFT's run that is killed, interrupted or left without its judge ends as if nothing had happened."""
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import test_grpo_openvla as toy
-import torch
+from killing import kill_at_random_moments
 
 from rawdream_env import cli
 from rawdream_env.judges.scripted import ScriptedJudge
@@ -28,7 +22,6 @@ from rawdream_env.trainers.grpo.grpo import GRPOResult, train_grpo
 from rawdream_env.types import Outcome, Verdict
 
 pytest.importorskip("peft")
-KILLS = int(os.environ.get("RAWDREAM_TEST_KILLS", "5"))
 STEPS = 4
 
 
@@ -44,22 +37,8 @@ def train(folder: Path, run_dir: Path, env: Any = None, **options: Any) -> GRPOR
     return train_grpo(toy.config(run_dir, **options), env=env or toy.toy_env(8), policy=policy)
 
 
-def killed_until_done(folder: Path, run_dir: Path, kills: int, longest_s: float) -> None:
-    """Run in children that are killed after a random time, ``kills`` times; prints how often that was in time."""
-    rng, killed = random.Random(kills), 0
-    while True:
-        child = os.fork()
-        if child == 0:
-            train(folder, run_dir)
-            os._exit(0)
-        if killed < kills:
-            time.sleep(rng.uniform(0.02, longest_s))
-            os.kill(child, signal.SIGKILL)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        killed += status == -9
-        if status != -9:
-            break
-    print(killed, status)
+def train_from(run_dir: Path, folder: str) -> None:
+    train(Path(folder), run_dir)
 
 
 def files_of(run_dir: Path) -> tuple[bytes, Any, Any]:
@@ -70,20 +49,8 @@ def files_of(run_dir: Path) -> tuple[bytes, Any, Any]:
 
 @pytest.mark.slow
 def test_killed_at_random_moments_it_ends_bit_identical(folder: Path, tmp_path: Path) -> None:
-    torch.set_num_threads(1)
-    begun = time.monotonic()
-    train(folder, tmp_path / "unbroken")
-    spent = time.monotonic() - begun
-    code = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import torch; torch.set_num_threads(1)\n"
-        "import test_grpo_killed as t; from pathlib import Path\n"
-        f"t.killed_until_done(Path({str(folder)!r}), Path({str(tmp_path / 'killed')!r}), {KILLS}, {0.7 * spent})"
-    )
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert output.returncode == 0, output.stderr[-3000:]
-    killed, status = map(int, output.stdout.split())
-    assert killed >= min(2, KILLS) and status == 0, output.stderr
-    assert files_of(tmp_path / "killed") == files_of(tmp_path / "unbroken")
+    unbroken, killed = kill_at_random_moments("test_grpo_killed:train_from", tmp_path, folder)
+    assert all(files_of(run) == files_of(unbroken) for run in killed)
 
 
 def test_ctrl_c_stops_soon_after_the_running_chunk(folder: Path, tmp_path: Path) -> None:

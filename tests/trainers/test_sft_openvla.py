@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from killing import kill_at_random_moments
 from safetensors.torch import load_file
 
 from rawdream_env.data import schema
@@ -169,24 +166,17 @@ def test_resumes_to_identical_weights(tiny: Path, data: Path, tmp_path: Path, mo
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "cut" / file).read_bytes(), file
 
 
-@pytest.mark.slow
-def test_a_killed_run_resumes_to_identical_weights(tiny: Path, data: Path, tmp_path: Path) -> None:
-    def start(run_dir: Path) -> subprocess.Popen[bytes]:
-        words = ["--data", data, "--run-dir", run_dir, "--init", tiny, "--steps", 60, "--batch-size", 2, "--no-bf16"]
-        words += ["--lora-rank", 4, "--demos-per-task", 2, "--log-every", 1, "--save-every", 5, "--warmup", 2]
-        return subprocess.Popen([sys.executable, "-m", "rawdream_env", "policy", "sft", *map(str, words)])
+def train_from(run_dir: Path, tiny: str, data: str) -> None:
+    options: dict[str, Any] = {"steps": 20, "save_every": 5, "lora_rank": 4, "demos_per_task": 2}
+    sft.train_sft(config(run_dir, Path(tiny), Path(data), **options), progress=False)
 
-    assert start(tmp_path / "whole").wait() == 0
-    for after in (1, 7, 18):
-        process = start(tmp_path / "cut")
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and len(read_jsonl(tmp_path / "cut" / "metrics.jsonl")) < after:
-            time.sleep(0.02)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
-    assert start(tmp_path / "cut").wait() == 0
-    for file in ("metrics.jsonl", "policy/model.safetensors"):
-        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "cut" / file).read_bytes(), file
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_bit_identical(tiny: Path, data: Path, tmp_path: Path) -> None:
+    unbroken, killed = kill_at_random_moments("test_sft_openvla:train_from", tmp_path, tiny, data)
+    for run in killed:
+        for file in ("metrics.jsonl", "policy/model.safetensors"):
+            assert (run / file).read_bytes() == (unbroken / file).read_bytes(), file
 
 
 @pytest.mark.slow

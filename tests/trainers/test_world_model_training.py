@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from killing import kill_at_random_moments
 
 from rawdream_env.data import schema
 from rawdream_env.data.lerobot import LeRobotReader, LeRobotWriter
@@ -205,56 +204,21 @@ def test_it_goes_on_from_another_world_model(tmp_path: Path) -> None:
         train_world_model(config(data, tmp_path / "none", init=str(tmp_path)))
 
 
-KILLED_RUN = """
-import os, random, signal, sys, time
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-import torch
-torch.set_num_threads(1)
-import test_world_model_training as t
-data, out, kills, rng = sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), random.Random(0)
-
-killed = []
-while True:
-    child = os.fork()
-    if child == 0:
-        t.train_world_model(t.config(data, out))
-        os._exit(0)
-    if len(killed) < kills:  # after a stage's checkpoint has appeared, at a random moment of the next step
-        before = set(out.glob("*/checkpoints/step_*"))
-        limit = time.monotonic() + 60
-        while set(out.glob("*/checkpoints/step_*")) <= before and time.monotonic() < limit:
-            if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-                break
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0.0, 0.05))
-        os.kill(child, signal.SIGKILL)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if status != -9:
-        break
-    killed.append(sorted(str(p.relative_to(out)) for p in out.glob("*/checkpoints/step_*")))
-print(len(killed), status)
-"""
+def train_on(run_dir: Path, data: str) -> None:
+    train_world_model(config(data, run_dir))
 
 
 @pytest.mark.slow
 def test_killed_at_random_moments_it_ends_bit_identical(tmp_path: Path) -> None:
-    torch.set_num_threads(1)
     data = write_data(tmp_path / "data", (40, 24))
-    unbroken = train_world_model(config(data, tmp_path / "unbroken"))
-    command = [sys.executable, "-c", KILLED_RUN, str(Path(__file__).parent), data, str(tmp_path / "killed"), "4"]
-    output = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert output.returncode == 0, output.stderr
-    killed, status = map(int, output.stdout.split()[-2:])
-    assert killed >= 2 and status == 0, output.stderr
-    for stage in ("autoencoder", "transformer"):
-        hashes = [
-            json.loads((tmp_path / run / stage / "checkpoints/step_00000004/manifest.json").read_text())["files"]
-            for run in ("killed", "unbroken")
-        ]
-        assert hashes[0] == hashes[1], stage
-        weights = [load_safetensors(folder / WEIGHTS[stage]) for folder in (unbroken, tmp_path / "killed/world_model")]
-        assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    unbroken, killed = kill_at_random_moments("test_world_model_training:train_on", tmp_path, data)
+    for run in killed:
+        for stage in ("autoencoder", "transformer"):
+            last = f"{stage}/checkpoints/step_00000004/manifest.json"
+            hashes = [json.loads((folder / last).read_text())["files"] for folder in (run, unbroken)]
+            assert hashes[0] == hashes[1], stage
+            saved = [load_safetensors(folder / "world_model" / WEIGHTS[stage]) for folder in (run, unbroken)]
+            assert all(torch.equal(saved[0][key], saved[1][key]) for key in saved[0])
 
 
 def window_config(tmp_path: Path, **changes: object) -> WorldModelTrainConfig:

@@ -12,6 +12,9 @@ import numpy as np
 
 from benchmarks.common import ROUNDS, Times
 
+NOMINAL = 790e12
+"""Dense bfloat16 operations per second that an H200 reaches in practice, according to published measurements."""
+
 
 def synchronize(device: str) -> None:
     """Wait until all work queued on the device is done."""

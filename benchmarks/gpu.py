@@ -1,6 +1,7 @@
-"""The full-size world model on a GPU, with random weights: speed, memory, and the goals, within ten minutes.
+"""The full-size world model and OpenVLA-OFT on a GPU, with random weights: speed, memory, goals, within ten minutes.
 
 python -m benchmarks.gpu --json out.json                 one H200
+python -m benchmarks.gpu --only openvla                  the policy: acting, and the phases of a GRPO step
 python -m benchmarks.gpu --tiny --device cpu             the same script at a size for a CPU
 
 Every row reports its result, or why it was skipped: no time left, or too little memory. Times are measured with CUDA events

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from benchmarks.common import Times, ratio
-from benchmarks.device import counting_syncs, matmul_rate, peak_memory, synchronize, timed
+from benchmarks.device import NOMINAL, counting_syncs, matmul_rate, peak_memory, synchronize, timed
 from benchmarks.gpu_models import (
     DiffusersBaseline,
     Size,
@@ -21,10 +21,9 @@ from benchmarks.gpu_models import (
     without_decoder,
     world_model,
 )
+from benchmarks.gpu_policy import openvla
 from rawdream_env.world_models import flops
 
-NOMINAL = 790e12
-"""Dense bfloat16 operations per second that an H200 reaches in practice, according to published measurements."""
 Found = tuple[dict[str, Any], list[str]]
 
 
@@ -354,6 +353,7 @@ ROWS: dict[str, tuple[Callable[[Bench], Found], float]] = {
     "options": (options, 30),
     "decode": (decode, 10),
     "environment": (environment, 10),
+    "openvla": (openvla, 120),
     "modes": (modes, 240),
 }
 """Rows in order of importance, with the minimum remaining seconds to start each."""

@@ -15,6 +15,7 @@ from benchmarks.device import counting_syncs, hardware, matmul_rate, peak_memory
 from benchmarks.gpu_models import FULL
 from rawdream_env.errors import NotEnoughMemoryError
 from rawdream_env.seeding import NoiseKey
+from rawdream_env.trainers.grpo.plan_costs import dream_cost
 from rawdream_env.world_models import flops
 from rawdream_env.world_models.autoencoders import AutoencoderConfig, PackedFrameAutoencoder
 from rawdream_env.world_models.wan.config import WanConfig, wan_config
@@ -54,6 +55,15 @@ def test_flops_of_the_full_size() -> None:
         whole = flops.denoiser_flops(replace(arch, text_rows=512), 5, reuse, dense=True)
         assert whole == pytest.approx(expected, rel=0.02), reuse
         assert flops.denoiser_flops(arch, 5, reuse) == pytest.approx(trimmed, rel=0.02), reuse
+    planned = dream_cost("wan2.1-1.3b", torch.bfloat16)
+    assert planned is not None
+    # Wan's decoder per latent frame: 3x3x3 layers of 384 channels at 32 x 32 (10) and 64 x 64 (5.5 in 2 frames), of 192 at
+    # 128 x 128 (6 in 4), of 96 at 256 x 256 (6 in 4), and the layers that double height and width or the frame rate.
+    layers = 27 * 2 * (384**2 * 1024 * (10 + 5.5 * 8) + 192**2 * 65536 * 6 + 96**2 * 262144 * 6)
+    upsampling = 9 * 2 * (384 * 192 * (8192 + 65536) + 192 * 96 * 262144) + 6 * 384 * 768 * (1024 + 8192)
+    assert flops.decode_flops(planned.codec) == pytest.approx(2 * (layers + upsampling), rel=0.01)
+    assert flops.decode_flops(planned.codec) == pytest.approx(4.43e12, rel=0.001)
+    assert planned.chunk == pytest.approx(12.1e12 + 4.43e12, rel=0.002)  # with the empty prompt of two different rows
     with pytest.raises(ValueError, match="without a convolutional stem"):
         flops.denoiser_flops(wan_config("embedded"), 5)
 
@@ -86,6 +96,9 @@ def test_gpu_script_runs_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert all(row["frames_per_s"] > 0 for row in numbers["options"].values())
     assert numbers["naive"]["relative_difference"] < 0.02
     assert numbers["decode"]["largest_difference"] <= 2
+    step = numbers["openvla"]["step"]
+    assert step["acted_chunks"] >= step["kept_chunks"] > 0 and min(step["seconds"].values()) > 0
+    assert numbers["openvla"]["act"]["tokens_per_s"] == pytest.approx(56 * numbers["openvla"]["act"]["chunks_per_s"])
     measured = [goal["goal"] for goal in found["goals"] if goal["found"] is not None]
     assert len(measured) == 6 and not any(goal["met"] for goal in found["goals"])  # B=8, B=64, waiting for a GPU: not
     assert "not judged at this size" in capsys.readouterr().out

@@ -119,6 +119,8 @@ class Plan:
     seconds: dict[str, float]
     videos: int
     policy: PolicyCost
+    imagined: float
+    """Operations to imagine a chunk; 0 with a simulator."""
 
     @property
     def peak(self) -> int:
@@ -152,7 +154,9 @@ class Plan:
             f"Assumed: {c.gpus} x {c.gpu}, {rate / 1e12:g} TFLOP/s {c.dtype} (world model {card.bfloat16 / 1e12:g}, bfloat16), "
             f"{card.bandwidth / 1e12:g} TB/s, link {card.link / 1e9:g} GB/s; {100 * c.policy_utilisation:g} % and "
             f"{100 * c.dream_utilisation:g} % of the peak (policy, world model); {100 * c.kept_groups:g} % of groups kept; "
-            f"{100 * c.replayed:g} % of episodes verified, {c.chunks} chunks an episode; {trained}."
+            f"{100 * c.replayed:g} % of episodes verified, {c.chunks} chunks an episode; {trained}. Operations of a "
+            f"chunk: {self.policy.act / 1e12:.3g} TFLOP to act, {self.policy.train / 1e12:.3g} to learn, "
+            f"{self.imagined / 1e12:.3g} to imagine."
         )
         return "\n".join([*aligned(rows), "", *aligned(times), "", judge, assumed])
 
@@ -182,10 +186,10 @@ def estimate(config: PlanConfig) -> Plan:
     """Memory and time of a step, whether it fits or not."""
     policy, dream = _costs(config.policy, config.lora_rank, config.dtype, config.world_model)
     episodes = config.groups_per_step / config.kept_groups * config.group_size
+    videos = round(episodes * (1 + config.replayed))
+    imagined = 0.0 if dream is None else dream.chunk
     rollout, update = memory(config, policy, dream)
-    return Plan(
-        config, rollout, update, seconds(config, policy, dream), round(episodes * (1 + config.replayed)), policy
-    )
+    return Plan(config, rollout, update, seconds(config, policy, dream), videos, policy, imagined)
 
 
 def memory(config: PlanConfig, policy: PolicyCost, dream: DreamCost | None) -> tuple[dict[str, int], dict[str, int]]:

@@ -65,9 +65,12 @@ def policy_cost(name: str, lora_rank: int, dtype: torch.dtype) -> PolicyCost:
         frame = torch.zeros(1, tiny.config.image_size, tiny.config.image_size, 3, dtype=torch.uint8)
         forward, train, saved = _measured(tiny, lambda: tiny.logits(frame, ["push"]))
         return _cost(tiny, forward, forward, train, saved)
-    config = _sizes(name)
-    # The layers of a transformer cost the same: two are counted, the others added.
-    one, two = (_openvla_cost(replace(config, num_hidden_layers=n), lora_rank, dtype) for n in (1, 2))
+    return openvla_cost(_sizes(name), lora_rank, dtype)
+
+
+def openvla_cost(config: Any, lora_rank: int, dtype: torch.dtype) -> PolicyCost:
+    """An ``OpenVLAOFTConfig``. The layers of a transformer cost the same: two are counted, the others added."""
+    one, two = (_counted_cost(replace(config, num_hidden_layers=n), lora_rank, dtype) for n in (1, 2))
     rest = config.num_hidden_layers - 1
     added = {f.name: getattr(one, f.name) + rest * (getattr(two, f.name) - getattr(one, f.name)) for f in fields(one)}
     layer = replace(one, **added).saved - one.saved
@@ -76,7 +79,7 @@ def policy_cost(name: str, lora_rank: int, dtype: torch.dtype) -> PolicyCost:
     return replace(one, **{**added, "inputs": inputs, "block": two.weight_bytes - one.weight_bytes})
 
 
-def _openvla_cost(config: Any, lora_rank: int, dtype: torch.dtype) -> PolicyCost:
+def _counted_cost(config: Any, lora_rank: int, dtype: torch.dtype) -> PolicyCost:
     policy = _openvla(config, lora_rank, dtype)
     vision = policy.vision_backbone
     with torch.device("meta"):

@@ -36,8 +36,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data") / "arm")
+
+
+def write_data(root: Path) -> Path:
     """Four episodes of each of two tasks, of no known robot: dx tells the episode, dy the task, the rest is constant."""
-    root = tmp_path_factory.mktemp("data") / "arm"
     features = {"action": schema.numeric_feature(7), "observation.state": schema.numeric_feature(7)}
     writer = LeRobotWriter(root, fps=10, image_shape=(48, 64, 3), features=features)
     rng = np.random.default_rng(0)

@@ -46,8 +46,11 @@ class Batch:
 
     def rows(self, first: int, count: int) -> Batch:
         """At most ``count`` rows from ``first`` on."""
-        part = slice(first, first + count)
-        return Batch(self.frames[part], self.instructions[part], self.actions[part], self.readout[part])
+        return self.part(slice(first, first + count))
+
+    def part(self, rows: slice) -> Batch:
+        """The given rows."""
+        return Batch(self.frames[rows], self.instructions[rows], self.actions[rows], self.readout[rows])
 
 
 def load_sources(config: SFTConfig, chunk_len: int) -> tuple[list[Source], Demonstrations]:

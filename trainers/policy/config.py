@@ -88,6 +88,8 @@ class SFTConfig:
     """Train in bfloat16 autocast. The precision of the weights does not change."""
     device: str = "cpu"
     """Device to train on."""
+    parallel: Literal["none", "ddp"] = "none"
+    """"ddp": the processes that torchrun started share every batch. The result is that of one process, but for rounding."""
     seed: int = 0
     """Seed of initialization, batches and augmentation."""
     log_every: int = 25
@@ -105,6 +107,8 @@ class SFTConfig:
             raise InvalidOptionError("steps, batch_size, demos_per_task, log_every and save_every must be at least 1.")
         if min(self.val_demos_per_task, self.microbatch_size, self.lora_rank) < 0:
             raise InvalidOptionError("val_demos_per_task, microbatch_size and lora_rank must be at least 0.")
+        if self.parallel != "none" and self.minutes:
+            raise InvalidOptionError("minutes needs one process, since each has its own clock; give steps alone.")
         if self.stage not in ("pretrain", "fewshot"):
             raise InvalidOptionError(f"stage={self.stage!r} is not known; choose 'pretrain' or 'fewshot'.")
 
@@ -118,7 +122,7 @@ TINY_VLA_DEFAULTS = {"lr": 1e-3, "ema": 0.998, "label_sigma": 2.0}
 OPENVLA_OFT_DEFAULTS = {"lr": 5e-4, "ema": 0.0, "label_sigma": 0.0}
 _LATER = {
     *("demos_seed", "val_demos_per_task", "microbatch_size", "image_aug", "lora_rank", "train_vision", "dtype"),
-    *("unnorm_key", "keep_statistics", "gradient_checkpointing"),
+    *("unnorm_key", "keep_statistics", "gradient_checkpointing", "parallel"),
 }
 ADDED: dict[str, Any] = {option.name: option.default for option in fields(SFTConfig) if option.name in _LATER}
 """Options that did not exist in earlier versions, with the values that their runs were made with."""

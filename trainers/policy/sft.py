@@ -14,6 +14,9 @@ action columns, from which the policy samples, instead of the whole vocabulary. 
 neighbouring bins, an auxiliary position read-out, EMA, and an optional share of play in the few-shot batches to limit
 forgetting.
 
+With ``--parallel ddp`` under torchrun, process r of w computes the rows r, r + w, ... of every batch; process 0 validates
+and writes.
+
 Every batch is a function of (seed, step): an interrupted run resumes to bit-identical weights (CPU, float32, without a
 budget of ``minutes``).
 """
@@ -22,7 +25,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -37,6 +40,7 @@ from rawdream_env.policies.openvla_oft.statistics import measure_statistics
 from rawdream_env.policies.tiny_vla import TinyVLA
 from rawdream_env.robots import find_robot, sim_options
 from rawdream_env.statistics import Rate
+from rawdream_env.trainers.common.distributed import ALONE, ProcessGroup, join
 from rawdream_env.trainers.common.schedule import Schedule
 from rawdream_env.trainers.common.training_loop import TrainingLoop
 from rawdream_env.trainers.policy.batches import Augment, Batch, Source, draw_batch, jitter_and_blur, load_sources
@@ -44,10 +48,16 @@ from rawdream_env.trainers.policy.config import ADDED, OPENVLA_OFT_DEFAULTS, TIN
 from rawdream_env.trainers.policy.losses import readout_loss, token_loss
 from rawdream_env.trainers.policy.validation import simulator_success, validate
 
+_MAY_CHANGE = (
+    "minutes", "sim_episodes", "sim_env", "layout", "microbatch_size", "gradient_checkpointing", "parallel",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class SFTResult:
-    """The trained policy (its average, if there is one), the steps taken, the last validation and the simulator's success."""
+    """The trained policy (its average, if there is one), the steps taken, the last validation and the simulator's success. Of
+    several processes, only process 0 has averages, validation and success.
+    """
 
     policy: TinyVLA | OpenVLAOFT
     steps: int
@@ -62,7 +72,16 @@ def train_sft(config: SFTConfig, *, progress: bool = True) -> SFTResult:
         DatasetError: the data cannot be used.
         CheckpointError: ``init`` is not a policy, or the run's checkpoints are damaged.
         RunDirError: ``run_dir`` holds another run.
+        InvalidOptionError: options that do not fit each other or the number of processes.
     """
+    with join(config.parallel, config.device) as group:
+        return _train(replace(config, device=group.device), progress, group, stored_device=config.device)
+
+
+def _train(config: SFTConfig, progress: bool, group: ProcessGroup, stored_device: str) -> SFTResult:
+    """One process's part of ``train_sft``."""
+    if config.batch_size < group.size:
+        raise InvalidOptionError(f"batch_size={config.batch_size} is too small for {group.size} processes; raise it.")
     policy = _initial_policy(config)
     config = config.filled(OPENVLA_OFT_DEFAULTS if isinstance(policy, OpenVLAOFT) else TINY_VLA_DEFAULTS)
     sources, held_out = load_sources(config, policy.chunk_len)
@@ -72,36 +91,44 @@ def train_sft(config: SFTConfig, *, progress: bool = True) -> SFTResult:
     averaged = copy.deepcopy(policy).eval() if config.ema else None
     with TrainingLoop(
         config.run_dir,
-        asdict(config),
+        {**asdict(config), "device": stored_device},
         policy,
         torch.optim.AdamW(_parameter_groups(policy, config.weight_decay), betas=(0.9, 0.98), fused=True),
         Schedule(config.lr or 0.0, config.steps, config.warmup, config.minutes or 0.0),
         ema=config.ema or None,
         trained_only=True,
         save_every=config.save_every,
-        may_change=("minutes", "sim_episodes", "sim_env", "layout", "microbatch_size", "gradient_checkpointing"),
+        may_change=_MAY_CHANGE,
         added=ADDED,
         timed=True,
         name=config.stage,
+        group=group,
         progress=progress,
     ) as loop:
 
         def evaluated() -> TinyVLA | OpenVLAOFT:
             if averaged is None:
                 return policy.eval()
-            averaged.load_state_dict(loop.averaged())
+            weights = loop.averaged()  # on process 0
+            if group.first:
+                averaged.load_state_dict(weights)
             return averaged
 
         for step in loop:
             policy.train()
-            losses = add_gradients(policy, draw_batch(sources, config, step, augment), config)
+            losses = add_gradients(policy, draw_batch(sources, config, step, augment), config, group)
+            group.sum_gradients(p for p in policy.parameters() if p.requires_grad)
             norm = loop.update()
             if loop.every(config.log_every):
                 loop.log(lr=loop.rate, **losses, grad_norm=norm)
                 loop.log_timings(samples_per_s=loop.steps_per_s * config.batch_size)
             if loop.every(config.save_every):
-                loop.log(**validate(evaluated(), held_out, config))
+                latest = evaluated()
+                loop.log(**(validate(latest, held_out, config) if group.first else {}))
         trained = evaluated()
+        if not group.first:
+            group.wait()
+            return SFTResult(trained, loop.step, {}, {})
         validation = validate(trained, held_out, config)
         success = {}
         if config.sim_episodes:
@@ -113,6 +140,7 @@ def train_sft(config: SFTConfig, *, progress: bool = True) -> SFTResult:
         trained.save_pretrained(Path(config.run_dir) / "policy", metadata=described)
         if isinstance(trained, OpenVLAOFT) and config.lora_rank:
             trained.save_adapters(Path(config.run_dir) / "adapters")
+        group.wait()
     return SFTResult(trained, loop.step, validation, success)
 
 
@@ -158,15 +186,19 @@ def _parameter_groups(policy: nn.Module, weight_decay: float) -> list[dict[str, 
     ]
 
 
-def add_gradients(policy: TinyVLA | OpenVLAOFT, batch: Batch, config: SFTConfig) -> dict[str, Tensor]:
-    """Add the gradients of the batch's loss, one microbatch after another; returns the losses of the whole batch.
+def add_gradients(
+    policy: TinyVLA | OpenVLAOFT, batch: Batch, config: SFTConfig, group: ProcessGroup = ALONE
+) -> dict[str, Tensor]:
+    """Add the gradients of the batch's loss, one microbatch of this process's rows after another; returns the losses of the
+    whole batch.
 
     A mean over the batch is the sum of the microbatches' means, each times its share of what is averaged: rows for the
     tokens, known positions for the read-out.
     """
-    size = config.microbatch_size or len(batch)
+    own = batch.part(slice(group.rank, None, group.size))
+    size = config.microbatch_size or len(own)
     sums: dict[str, Tensor] = {}
-    for part in (batch.rows(first, size) for first in range(0, len(batch), size)):
+    for part in (own.rows(first, size) for first in range(0, len(own), size)):
         losses = compute_losses(policy, part, config)
         losses["loss"] = losses["loss"] * (len(part) / len(batch))
         total = losses["loss"]
@@ -175,7 +207,7 @@ def add_gradients(policy: TinyVLA | OpenVLAOFT, batch: Batch, config: SFTConfig)
             total = total + config.readout_weight * losses["readout_loss"]
         total.backward()
         sums = {name: sums.get(name, 0.0) + loss.detach() for name, loss in losses.items()}
-    return sums
+    return {name: group.total(loss) for name, loss in sums.items()}
 
 
 def _known(batch: Batch) -> Tensor:

@@ -214,11 +214,11 @@ def test_every_wait_for_a_worker_ends():
     workers.reset([0, 1], [0, 1], [None, None])
     pids = [process.pid for process in workers._processes]
     os.kill(pids[1], signal.SIGSTOP)
-    workers._timeout_s = 1.0
+    workers._timeout_s = 3.0  # that of the other worker as well
     begun = time.monotonic()
-    with pytest.raises(SimulatorError, match=r"worker 1 \(rows \[1\], exit code None\) did not answer within 1 s"):
+    with pytest.raises(SimulatorError, match=r"worker 1 \(rows \[1\], exit code None\) did not answer within 3 s"):
         workers.proprio([0, 1])
-    assert time.monotonic() - begun < 15
+    assert time.monotonic() - begun < 60
     assert not any(os.path.exists(f"/proc/{pid}") for pid in pids), "stopped or not, no worker is left"
 
 
@@ -232,7 +232,7 @@ def test_a_request_that_is_not_read_fails():
     begun = time.monotonic()
     with pytest.raises(SimulatorError, match="did not read its request within 2 s"):
         workers.step([0], np.zeros((1, 50_000, 7)))  # more than the pipe holds
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - begun < 60
 
 
 def test_a_program_ends_although_a_worker_is_stopped():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,56 +28,68 @@ from rawdream_env.piper.arm.camera import (
 
 
 class Camera:
-    """Counts up in the picture every ``period`` seconds; ``after`` frames it does ``then``."""
+    """Counts up in the picture every 10 ms; ``after`` frames it does ``then``."""
 
-    def __init__(self, period=0.01, after=10**9, then="stop"):
-        self.period, self.after, self.then = period, after, then
-        self.count, self.closed = 0, False
+    def __init__(self, after=10**9, then="stop"):
+        self.after, self.then = after, then
+        self.count, self.closed, self.go_on, self.times = 0, False, threading.Event(), []
 
     def read(self):
-        time.sleep(self.period)
+        time.sleep(0.01)
         if self.count >= self.after:
             if self.then == "fail":
                 raise CameraError("unplugged.")
             if self.then == "hang":
-                time.sleep(1.0)
+                self.go_on.wait(60)
         else:
             self.count += 1
-        return np.full((4, 6, 3), self.count % 256, np.uint8), time.monotonic()
+        self.times.append(time.monotonic())
+        return np.full((4, 6, 3), self.count % 256, np.uint8), self.times[-1]
 
     def close(self):
         self.closed = True
 
 
+def wait_until(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.01)
+
+
 def test_the_newest_frame_is_returned_at_once_with_its_time():
-    camera = Camera()
-    newest = NewestFrames(camera)
+    camera = Camera(after=5, then="hang")
+    newest = NewestFrames(camera, max_age=600.0)
     frame, taken = newest.read()
-    assert frame[0, 0, 0] == 1 and 0 <= time.monotonic() - taken < 0.2
-    time.sleep(0.1)
-    before = time.monotonic()
-    later, taken = newest.read()
-    assert later[0, 0, 0] >= 3 and time.monotonic() - before < 0.05 and time.monotonic() - taken < 0.2
+    assert taken in camera.times and frame[0, 0, 0] >= 1
+    wait_until(lambda: newest.read()[0][0, 0, 0] == 5)  # the camera gives no further one
+    assert newest.read()[1] == camera.times[4]
+    camera.go_on.set()
     newest.close()
     assert camera.closed
 
 
 @pytest.mark.parametrize(
-    ("then", "error", "said"),
-    [("hang", StaleFrameError, "limit is 0.15"), ("freeze", StaleFrameError, "frozen"), ("fail", CameraError, "unplugged")],
-)  # fmt: skip
-def test_a_camera_that_hangs_freezes_or_fails_is_noticed(then, error, said):
-    newest = NewestFrames(Camera(after=3, then=then), max_age=0.15)
-    newest.read()
-    time.sleep(0.3)
+    ("then", "max_age", "error", "said"),
+    [
+        ("hang", 0.15, StaleFrameError, "limit is 0.15"),
+        ("freeze", 0.15, StaleFrameError, "frozen"),
+        ("fail", 600.0, CameraError, "unplugged"),
+    ],
+)
+def test_a_camera_that_hangs_freezes_or_fails_is_noticed(then, max_age, error, said):
+    camera = Camera(after=3, then=then)
+    newest = NewestFrames(camera, max_age=max_age)
     with pytest.raises(error, match=said):
-        newest.read()
+        wait_until(lambda: newest.read() is None)
+    camera.go_on.set()
     newest.close()
 
 
 def test_a_still_scene_without_noise_may_repeat():
-    newest = NewestFrames(Camera(after=1, then="freeze"), max_age=0.15, repeats_are_old=False)
-    time.sleep(0.3)
+    newest = NewestFrames(Camera(after=1, then="freeze"), max_age=600.0, repeats_are_old=False)
+    _, first = newest.read()
+    wait_until(lambda: newest.read()[1] > first)
     assert newest.read()[0][0, 0, 0] == 1
     newest.close()
 

@@ -147,7 +147,7 @@ def test_the_terminal_shows_the_picture_at_ten_frames_a_second(monkeypatch):
     Screen(live=True).show(picture, "episode 1")
     drawn = terminal.getvalue()
     assert drawn.count("\u2580") == 32 * 64 and drawn.count("\x1b[48;2;255;0;7m") == 16 * 64 and "episode 1" in drawn
-    pace, before = Pace(live=True), time.monotonic()
+    before, pace = time.monotonic(), Pace(live=True)
     for _ in range(3):
         pace.wait()
     assert time.monotonic() - before >= 0.29

@@ -11,6 +11,7 @@ import pytest
 
 from rawdream_env.envs.row_workers import RowGroup, RowWorkers
 from rawdream_env.errors import ClosedEnvironmentError, InvalidOptionError
+from tests.waiting import gone, wait_until
 
 LONG = 300.0
 
@@ -82,7 +83,8 @@ def test_a_lost_worker_is_started_again_and_its_rows_alone_are_void(number, capl
     assert workers("step", [1, 2], 1) == [None, 22], "void until it is reset"
     workers("reset", [1], [5])
     assert workers("step", [0, 1, 2, 3], 1) == [2, 6, 23, None]
-    assert pids(workers)[0] == kept and not os.path.exists(f"/proc/{lost}"), "no zombie"
+    assert pids(workers)[0] == kept
+    wait_until(lambda: gone(lost))
     workers.close()
     with pytest.raises(ClosedEnvironmentError):
         workers("step", [0], 1)
@@ -96,7 +98,7 @@ def test_a_worker_dies_during_a_reset_and_a_close() -> None:
     os.kill(pids(workers)[1], signal.SIGSTOP)
     left = pids(workers)
     workers.close()
-    assert not any(os.path.exists(f"/proc/{pid}") for pid in left)
+    wait_until(lambda: all(map(gone, left)))
 
 
 def test_calls_are_taken_back_also_around_a_lost_worker() -> None:

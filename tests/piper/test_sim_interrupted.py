@@ -19,6 +19,7 @@ from rawdream_env.piper.envs import PiperSimVectorEnv
 from rawdream_env.piper.simulator.twin import PiperTwin
 from rawdream_env.piper.simulator.workers import PiperWorkers
 from rawdream_env.types import Outcome, Verdict
+from tests.waiting import gone, wait_until
 
 WORKERS = pytest.mark.parametrize("workers", [0, 2])
 
@@ -219,7 +220,7 @@ def test_every_wait_for_a_worker_ends():
     with pytest.raises(SimulatorError, match=r"worker 1 \(rows \[1\], exit code None\) did not answer within 3 s"):
         workers.proprio([0, 1])
     assert time.monotonic() - begun < 60
-    assert not any(os.path.exists(f"/proc/{pid}") for pid in pids), "stopped or not, no worker is left"
+    wait_until(lambda: all(map(gone, pids)))  # stopped or not, no worker is left
 
 
 def test_a_request_that_is_not_read_fails():
@@ -246,7 +247,7 @@ def test_a_program_ends_although_a_worker_is_stopped():
         "    print(workers._processes[0].pid)\n"
     )
     assert done.returncode == 0, done.stderr
-    assert not os.path.exists(f"/proc/{int(done.stdout)}")
+    wait_until(lambda: gone(int(done.stdout)))
 
 
 def test_ctrl_c_is_the_parents_alone():

@@ -25,6 +25,7 @@ from rawdream_env.piper.arm.camera import (
     Viewed,
     open_camera,
 )
+from tests.waiting import wait_until
 
 
 class Camera:
@@ -48,13 +49,6 @@ class Camera:
 
     def close(self):
         self.closed = True
-
-
-def wait_until(condition):
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.01)
 
 
 def test_the_newest_frame_is_returned_at_once_with_its_time():

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from killing import kill_at_random_moments
 
 from rawdream_env.data import schema
 from rawdream_env.data.collect import CollectConfig, collect
@@ -337,6 +338,10 @@ class FakeSource(PiperSource):
         raise KeyboardInterrupt
 
 
+def collect_fakes(out: Path) -> None:
+    collect(replace(TestCollect.config, out=str(out)), source=FakeSource)
+
+
 class InterruptedSource(FakeSource):
     fail_at = 5
 
@@ -378,6 +383,11 @@ class TestCollect:
         assert len(LeRobotReader(parts.out)) == 5
         collect(parts, source=FakeSource)
         assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+    @pytest.mark.slow
+    def test_killed_at_random_moments_it_ends_with_the_same_files(self, tmp_path: Path) -> None:
+        unbroken, killed = kill_at_random_moments("test_data:collect_fakes", tmp_path)
+        assert all(contents(folder) == contents(unbroken) for folder in killed)
 
     def test_a_dead_worker_costs_only_its_shard(self, tmp_path: Path) -> None:
         config = replace(self.config, out=str(tmp_path), workers=1)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from killing import kill_at_random_moments
 
 from rawdream_env import cli
 from rawdream_env.data import import_hdf5 as importing
@@ -175,11 +176,22 @@ def test_k_per_task_are_drawn_with_a_seed(config: ImportConfig, tmp_path: Path) 
         import_hdf5(replace(config, per_task=0))
 
 
-def test_an_interrupted_import_goes_on_to_the_same_bytes(config: ImportConfig, monkeypatch) -> None:
-    def files(root: str) -> dict[str, str]:
-        found = [path for path in Path(root).rglob("*") if path.is_file()]
-        return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
+def files(root: str | Path) -> dict[str, str]:
+    found = [path for path in Path(root).rglob("*") if path.is_file()]
+    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
 
+
+def import_from(out: Path, src: str) -> None:
+    import_hdf5(ImportConfig(src=src, out=str(out), workers=1, episodes_per_shard=2, progress=False))
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(config: ImportConfig, tmp_path: Path) -> None:
+    unbroken, killed = kill_at_random_moments("test_hdf5:import_from", tmp_path / "runs", config.src)
+    assert all(files(folder) == files(unbroken) for folder in killed)
+
+
+def test_an_interrupted_import_goes_on_to_the_same_bytes(config: ImportConfig, monkeypatch) -> None:
     whole = import_hdf5(replace(config, out=config.out + "-whole", workers=1))
     real, count = importing.read_demo, iter(range(100))
 

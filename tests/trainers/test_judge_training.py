@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from killing import kill_at_random_moments
 
 from rawdream_env.data import schema
 from rawdream_env.data.lerobot import LeRobotWriter
@@ -352,6 +353,18 @@ def test_a_stopped_run_continues_bit_identically(folder: str, tmp_path: Path, mo
     resumed = train_judge(config(folder, tmp_path / "cut"), progress=False)
     ours, theirs = (load_safetensors(r.folder / "model.safetensors") for r in (whole, resumed))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def train_from(run_dir: Path, folder: str) -> None:
+    train_judge(config(folder, run_dir), progress=False)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_bit_identical(folder: str, tmp_path: Path) -> None:
+    unbroken, killed = kill_at_random_moments("test_judge_training:train_from", tmp_path, folder)
+    last = "checkpoints/step_00000012/manifest.json"
+    hashes = [json.loads((run / last).read_text())["files"]["tensors.safetensors"] for run in (unbroken, *killed)]
+    assert all(found == hashes[0] for found in hashes)
 
 
 def test_imagined_clips_join_the_training_and_the_report(folder: str, tmp_path: Path) -> None:

@@ -86,6 +86,12 @@ def integrate_action(pose: FloatArray, action: FloatArray) -> FloatArray:
     return moved.astype(np.result_type(pose, action), copy=False)
 
 
+def action_between(pose: FloatArray, goal: FloatArray) -> FloatArray:
+    """The action ``(..., 7)``, not clipped, that leads from one commanded pose ``(..., 7)`` to another."""
+    moved = (goal - pose)[..., :6] / np.repeat([DPOS, DROT], 3)
+    return np.concatenate([moved, goal[..., 6:]], axis=-1)
+
+
 def integrate_actions(pose: FloatArray, actions: FloatArray) -> FloatArray:
     """Poses after each of K actions: ``pose`` (..., 7), ``actions`` (..., K, 7) -> (..., K, 7)."""
     poses = []

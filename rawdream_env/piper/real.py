@@ -161,9 +161,10 @@ class PiperRealVectorEnv(ChunkVectorEnv):
         self.clock: Clock = WallClock() if realtime or not fake else LockstepClock()
         self._bus: Any = None
         if fake:
-            from rawdream_env.piper.arm.fake_twin import open_fake_arm
+            from rawdream_env.piper.arm.fake_twin import REAL_TIME, open_fake_arm
 
             self._bus, camera = open_fake_arm(self.clock, size, self.max_frame_age)
+            driver = driver or (REAL_TIME if realtime else None)
             channel, operator = self._bus.channel, operator or TwinOperator(self._bus.arm, TASK_NAMES, self.layout)
         self.operator: Operator = operator or TerminalOperator()
         self.judge: Judge | None = None if judge is None else load_judge(judge, device=device)

@@ -25,7 +25,6 @@ from rawdream_env.errors import (
 from rawdream_env.evaluation.side_by_side.evaluate import EvaluateConfig, evaluate
 from rawdream_env.piper import geometry as geo
 from rawdream_env.piper.arm import frames as fr
-from rawdream_env.piper.arm.faults import DriverConfig
 from rawdream_env.piper.arm.operator import TerminalOperator, TwinOperator
 from rawdream_env.piper.envs import PiperSimVectorEnv
 from rawdream_env.piper.real import PiperRealVectorEnv
@@ -233,9 +232,7 @@ def test_a_fault_ends_the_episode_and_the_operator_clears_it(make, tmp_path):
 
 
 def test_in_real_time_a_camera_thread_draws(make):
-    env = make(
-        realtime=True, max_frame_age=2.0, driver=DriverConfig(feedback_timeout=1.0, frozen_timeout=1.0, max_lag=0.1)
-    )
+    env = make(realtime=True, max_frame_age=2.0)
     _, before = env.reset(seed=0)[0], env.clock.now()
     (first, at), drawn = env.camera.read(), env.clock.now()
     assert drawn - before < 0.5 and first.shape == (64, 64, 3)

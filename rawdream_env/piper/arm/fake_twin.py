@@ -15,6 +15,7 @@ from rawdream_env.piper.arm.clock import Clock
 from rawdream_env.piper.arm.end_pose import FloatArray
 from rawdream_env.piper.arm.fake import FakeArm
 from rawdream_env.piper.arm.fake_bus import FakeArmBus
+from rawdream_env.piper.arm.faults import DriverConfig
 from rawdream_env.piper.arm.frames import ArmStatus
 from rawdream_env.piper.simulator.model import TIMESTEP
 from rawdream_env.piper.simulator.renderer import PiperRenderer
@@ -23,6 +24,8 @@ from rawdream_env.types import UInt8Array
 
 CAMERA_FPS = 30.0
 """Frame rate of the camera in real time (Hz)."""
+REAL_TIME = DriverConfig(feedback_timeout=0.5, frozen_timeout=0.5, max_lag=0.1)
+"""Of the driver of a fake arm in real time: it shares the computer with everything else, and is late when that is busy."""
 _number = count()
 _APPROACH = 1.0 / geo.CONTROL_HZ
 """Time in which the arm goes to a new target (s), in ``SERVO_KNOTS`` equal parts, as in ``PiperTwin.step``."""

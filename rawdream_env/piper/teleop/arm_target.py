@@ -10,7 +10,7 @@ import numpy as np
 from rawdream_env.errors import InvalidOptionError
 from rawdream_env.piper.arm.camera import MAX_AGE, CameraView, FrameSource, Viewed, open_camera
 from rawdream_env.piper.arm.clock import Clock, LockstepClock, WallClock
-from rawdream_env.piper.arm.faults import PERIOD, DriverConfig
+from rawdream_env.piper.arm.faults import PERIOD
 from rawdream_env.piper.geometry import HOME_POSE
 from rawdream_env.types import Float32Array, UInt8Array
 
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 _MARGIN = 0.01
 """Of a control step (s), left for reading the picture and for what the caller does."""
-_BUSY = DriverConfig(feedback_timeout=0.5, frozen_timeout=0.5, max_lag=0.1)
-"""For a fake arm in real time: it shares the computer with everything else, and is late when that is busy."""
 
 
 class ArmTarget:
@@ -106,14 +104,14 @@ def open_arm(channel: str, camera: str, view: CameraView, *, live: bool = True) 
     bus: Any = None
     with ExitStack() as opened:
         if channel == "fake":
-            from rawdream_env.piper.arm.fake_twin import open_fake_arm
+            from rawdream_env.piper.arm.fake_twin import REAL_TIME, open_fake_arm
 
             clock: Clock = WallClock() if live else LockstepClock()
             bus, source = open_fake_arm(clock, view.size, MAX_AGE)
             opened.callback(bus.close)
             opened.callback(source.close)
             link = PiperLink(bus.channel, "virtual")
-            driver = PiperDriver(link, clock=clock, config=_BUSY if live else None)
+            driver = PiperDriver(link, clock=clock, config=REAL_TIME if live else None)
             opened.callback(driver.close)
         else:
             if not camera:

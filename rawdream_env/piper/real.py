@@ -71,6 +71,7 @@ class PiperRealVectorEnv(ChunkVectorEnv):
         *,
         task: TaskLike = None,
         camera: Any = None,
+        crop: str | Sequence[int] | None = None,
         channel: str = "can0",
         fake: bool = False,
         realtime: bool = False,
@@ -100,6 +101,8 @@ class PiperRealVectorEnv(ChunkVectorEnv):
             camera: a name for ``rawdream_env.piper.arm.camera.open_camera``, whose frames are cropped and resized to
                 ``image_size``; or a frame source: ``read() -> (frame (H, W, 3) uint8, time.monotonic() when it was taken)``
                 and ``close()``, with frames of that size. It is closed with the environment.
+            crop: left, top and side in pixels of the square of a named camera's picture, also as "80,0,480"; None: the largest
+                square in the middle.
             channel: CAN interface.
             fake: the twin instead of arm and camera; ``channel`` and ``camera`` are not used.
             realtime: run a fake arm in real time, in a thread.
@@ -169,9 +172,10 @@ class PiperRealVectorEnv(ChunkVectorEnv):
         self.operator: Operator = operator or TerminalOperator()
         self.judge: Judge | None = None if judge is None else load_judge(judge, device=device)
         self._owns_judge = isinstance(judge, str | Path)
+        view = CameraView.of(size, crop)
         self.camera = camera
         if isinstance(camera, str):
-            self.camera = Viewed(open_camera(camera, max_age=self.max_frame_age), CameraView(size))
+            self.camera = Viewed(open_camera(camera, max_age=self.max_frame_age), view)
         with ExitStack() as opened:
             if isinstance(camera, str):
                 opened.callback(self.camera.close)

@@ -12,6 +12,7 @@ the simulator, from the same starts, with 95 % Wilson intervals. With --out the 
 import argparse
 
 import gymnasium as gym
+import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecMonitor
@@ -33,12 +34,43 @@ parser.add_argument(
 )
 parser.add_argument("--steps", type=int, help="the same in action chunks over all environments")
 parser.add_argument("--lr", type=float, default=2e-4)
+parser.add_argument("--average", type=float, default=0.95, help="decay per update of the averaged weights; 0: the last")
 parser.add_argument("--temperature", type=float, default=0.7, help="of sampling in training; evaluation is also greedy")
 parser.add_argument("--episodes", type=int, default=50, help="simulator episodes per task, before and after; 0: none")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--out", help="folder for the model of stable-baselines3 and the policy")
 parser.add_argument("--env-options", nargs="*", default=[], metavar="KEY=VALUE", help="for example world_model=null")
 args = parser.parse_args()
+
+
+class Average(BaseCallback):
+    """The average of the actor's weights over the updates, decaying by ``decay``: what is measured and saved at the end.
+
+    The noise of the last updates averages out, as in the project's own trainer (``rawdream policy grpo --ema``).
+    """
+
+    def __init__(self, decay):
+        super().__init__()
+        self.decay, self.updates = decay, 0
+
+    def _on_training_start(self):
+        self.weights = [weight.detach().clone() for weight in self.model.policy.actor.parameters()]
+
+    def _on_step(self):
+        return True
+
+    @torch.no_grad()
+    def _on_rollout_start(self):  # after every update, and once before the first
+        decay = min(self.decay, (self.updates + 1) / (self.updates + 6))
+        for average, weight in zip(self.weights, self.model.policy.actor.parameters(), strict=True):
+            average.lerp_(weight, 1 - decay)
+        self.updates += 1
+
+    @torch.no_grad()
+    def _on_training_end(self):
+        self._on_rollout_start()
+        for average, weight in zip(self.weights, self.model.policy.actor.parameters(), strict=True):
+            weight.copy_(average)
 
 
 class Progress(BaseCallback):
@@ -99,7 +131,7 @@ model = PPO(
     device="cpu",
 )
 measure("before")
-model.learn(updates * batch, callback=Progress())
+model.learn(updates * batch, callback=[Progress(), Average(args.average)])
 envs.close()
 measure("after")
 if args.out:

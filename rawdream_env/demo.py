@@ -1,7 +1,7 @@
 """``rawdream demo``: train a policy in the dream, then evaluate it in the simulator.
 
-1. Train the bundled few-shot policy with GRPO in the dream (paper section 3): at most 60 updates or 6 minutes; with ``long``
-   120 updates or 20 minutes.
+1. Train the bundled few-shot policy with GRPO in the dream (paper section 3): at most 60 updates or 15 minutes; with ``long``
+   120 updates or 30 minutes.
 2. Evaluate the policy before and after training, from the same starts, in the dream and in the simulator.
 3. Print a table with intervals, and write ``report.html`` (with dreamed success over the updates) and ``dream.gif``.
 
@@ -35,9 +35,9 @@ class DemoConfig:
     out: Path = Path("runs/demo")
     """Folder for report.html, dream.gif, report.json and the training run."""
     long: bool = False
-    """Train longer: at most 120 updates or 20 minutes, whichever ends first, instead of 60 updates or 6 minutes."""
+    """Train longer: at most 120 updates or 30 minutes, whichever ends first, instead of 60 updates or 15 minutes."""
     minutes: float | None = None
-    """Training time in the dream; default: 6, or 20 with --long. Rerunning the command adds this time again."""
+    """Maximum training time in the dream; default: 15, or 30 with --long. Rerunning the command adds this time again."""
     episodes: int = 25
     """Starts per task in the evaluation (four tasks, two policies, dream and simulator)."""
     steps: int | None = None
@@ -77,7 +77,7 @@ class DemoConfig:
     @property
     def budget(self) -> tuple[int, float]:
         """Maximum number of updates and of minutes of training."""
-        steps, minutes = (120, 20.0) if self.long else (60, 6.0)
+        steps, minutes = (120, 30.0) if self.long else (60, 15.0)
         return steps if self.steps is None else self.steps, minutes if self.minutes is None else self.minutes
 
 

@@ -278,8 +278,8 @@ def test_demo_trains_compares_and_leaves_page_and_film(tmp_path, tiny_policy, ca
 def test_demo_budget_is_short_long_or_given():
     from rawdream_env.demo import DemoConfig
 
-    assert DemoConfig().budget == (60, 6.0) and DemoConfig(long=True).budget == (120, 20.0)
-    assert DemoConfig(long=True, steps=7).budget == (7, 20.0) and DemoConfig(minutes=0.5).budget == (60, 0.5)
+    assert DemoConfig().budget == (60, 15.0) and DemoConfig(long=True).budget == (120, 30.0)
+    assert DemoConfig(long=True, steps=7).budget == (7, 30.0) and DemoConfig(minutes=0.5).budget == (60, 0.5)
 
 
 def test_demo_shows_dreamed_success_at_the_beginning_and_the_end():

@@ -88,7 +88,7 @@ TITLES = {
 _TRAINERS, _EVALUATION = "rawdream_env.trainers", "rawdream_env.evaluation"
 COMMANDS: dict[str, Command] = {
     "demo": Command(
-        "train the bundled policy in the world model, then evaluate it in the simulator (10 minutes; --long: 25)",
+        "train the bundled policy in the world model, then evaluate it in the simulator (10 minutes; --long: 20)",
         "rawdream_env.demo", "DemoConfig", "run_demo", _text,
         renamed={"sim_workers": "workers"},
     ),

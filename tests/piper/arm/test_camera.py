@@ -99,6 +99,11 @@ def test_the_view_cuts_a_square_and_resizes():
     for crop in ((60, 0, 8), (0, -1, 8), (0, 0, 0)):
         with pytest.raises(InvalidOptionError, match="not inside the 64x48"):
             CameraView(8, crop=crop)(frame)
+    assert CameraView.of(8, "80,0,480") == CameraView.of(8, [80, 0, 480]) == CameraView(8, crop=(80, 0, 480))
+    assert CameraView.of(8, None) == CameraView(8)
+    for wrong in ("80,0", "a,b,c", (1, 2)):
+        with pytest.raises(InvalidOptionError, match="such as 80,0,480"):
+            CameraView.of(8, wrong)
 
 
 def test_files_and_folders_are_read_in_order_and_end(tmp_path):

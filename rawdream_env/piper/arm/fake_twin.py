@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from copy import copy
 from itertools import count
@@ -91,7 +92,7 @@ class TwinArm(FakeArm):
             return self.twin.success()
 
     def _servo(self) -> FloatArray:
-        part = np.ceil(round(self._elapsed / _APPROACH * SERVO_KNOTS, 6)) / SERVO_KNOTS
+        part = math.ceil(round(self._elapsed / _APPROACH * SERVO_KNOTS, 6)) / SERVO_KNOTS
         return self._from + (self._goal - self._from) * part
 
     def _gripper(self) -> float:

@@ -4,7 +4,7 @@ python -m benchmarks.arm_adversary --targets 1000000 --workers 2
 
 Targets are asked of ``PiperDriver`` one by one; its frames go through the manufacturer's SDK to the fake arm. What arrives
 there is decoded and checked once more against the limits, from forward kinematics, up to the rounding of a frame (0.001 mm,
-0.001 degree).
+0.001 degree). Speeds and accelerations are first and second differences of successive targets, one period apart.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from itertools import count
 from multiprocessing import get_context
 
 import numpy as np
@@ -35,7 +36,10 @@ _PIECE = 10_000
 _BLOCK = 2000
 """Targets between two checks of the frames."""
 _ROUNDING = 4e-5
-"""Of a pose that went through frames (m, rad). Joints are held against the arm's own limits, without tolerance."""
+"""Of a pose that went through frames (m, rad); a difference of two poses has twice this, a second difference four times.
+Joints are held against the arm's own limits, without tolerance."""
+_MOTORS_EVERY = 5
+"""Rounds of feedback from one report of the motors to the next; the driver wants one within 10."""
 _SCALE = np.repeat([geo.DPOS, geo.DROT], 3)
 
 
@@ -83,8 +87,8 @@ def attack(kind: str, pose: FloatArray, before: FloatArray, limits: Limits, rng:
 
 
 def broken_limits(poses: FloatArray, limits: Limits) -> Counter[str]:
-    """How many of successive commanded poses (N, 7), as read from the bus, break each limit; the first is not counted."""
-    last, pose = poses[:-1], poses[1:]
+    """How many of successive commanded poses (N, 7), as read from the bus, break each limit; the first two are not counted."""
+    before, last, pose = poses[:-2], poses[1:-1], poses[2:]
     joints = np.asarray(geo.joint_angles(pose, clip=False))
     tool = geo.forward_kinematics(joints)
     wrist = tool[:, :3, 3] - (geo.TCP_OFFSET + geo.DH_D[5]) * tool[:, :3, 2]
@@ -93,6 +97,8 @@ def broken_limits(poses: FloatArray, limits: Limits) -> Counter[str]:
     tips = tool[:, :3, 3] + geo.FINGER_OVERHANG * tool[:, :3, 2]
     lowest = tips[:, 2] - half * np.abs(tool[:, 2, 1])
     step = np.abs(pose - last)[:, :6]
+    change = np.abs(pose - 2 * last + before)[:, :6]
+    most = np.repeat([limits.max_acceleration, limits.max_turn_acceleration], 3) * limits.period**2
     turned = np.abs(joints - np.asarray(geo.joint_angles(last, clip=False))).max(-1)
     bad = {
         "not finite": ~np.isfinite(pose).all(-1),
@@ -103,6 +109,7 @@ def broken_limits(poses: FloatArray, limits: Limits) -> Counter[str]:
         "kinematics": np.abs(tool[:, :3, 3] - pose[:, :3]).max(-1) > _ROUNDING,
         "step": (step > _SCALE + 2 * _ROUNDING).any(-1),
         "speed": np.linalg.norm(step[:, :3], axis=-1) > limits.max_speed * limits.period + 2 * _ROUNDING,
+        "acceleration": (change > most + 4 * _ROUNDING).any(-1),
         "joint speed": turned > limits.max_joint_speed * limits.period + 10 * _ROUNDING,
         "table": lowest < limits.table_clearance - _ROUNDING,
         "reach": reach > geo.DH_A[2] + geo.FOREARM - limits.min_reach_margin + _ROUNDING,
@@ -115,9 +122,15 @@ def run(targets: int, seed: int = 0) -> tuple[int, Counter[str]]:
     """Ask for ``targets`` targets: how many targets were seen on the bus, and how many frames broke which limit."""
     rng, clock, limits = np.random.default_rng(seed), CoarseClock(), Limits()
     seen, bad = 0, Counter[str]()
-    before = geo.HOME_POSE
+    before, rounds = geo.HOME_POSE, count()
     with (
-        FakeArmBus(f"adversary {seed}", clock=clock) as bus,
+        FakeArmBus(
+            f"adversary {seed}",
+            clock=clock,
+            feedback=lambda frames: (
+                [f for f in frames if f.can_id not in fr.FEEDBACK_MOTOR_IDS] if next(rounds) % _MOTORS_EVERY else frames
+            ),
+        ) as bus,
         PiperDriver(
             PiperLink(f"adversary {seed}", "virtual"), clock=clock, config=DriverConfig(speed_percent=100)
         ) as arm,
@@ -142,7 +155,7 @@ def run(targets: int, seed: int = 0) -> tuple[int, Counter[str]]:
             poses = [*last, *targets_on_bus(bus.arm.received, bad)]
             bus.arm.received.clear()
             bad += broken_limits(np.array(poses), limits)
-            seen, last = seen + len(poses) - len(last), poses[-1:]
+            seen, last = seen + len(poses) - len(last), poses[-2:]
     return seen, bad
 
 

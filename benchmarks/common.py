@@ -74,11 +74,12 @@ def interleave(sides: Mapping[str, Callable[[], Any]], rounds: int = ROUNDS) -> 
 
 
 def ratio(slow: Times, fast: Times) -> dict[str, float]:
-    """Speed-up: of minima, of medians, the range over rounds, and of processor time."""
+    """Speed-up: of minima, of medians, median and range over the rounds, and of processor time."""
     each = slow.seconds / fast.seconds
     return {
         "min": slow.best / fast.best,
         "median": slow.median / fast.median,
+        "median_round": float(np.median(each)),
         "lowest_round": float(each.min()),
         "highest_round": float(each.max()),
         "processor_median": float(np.median(slow.processor) / np.median(fast.processor)),

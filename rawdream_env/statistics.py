@@ -11,7 +11,7 @@ Only numpy and the standard library. What is here, and when to use it:
 No interval claims certainty. Where every unit is equal, resampling returns the same value each time: rates and paired
 differences of outcomes then use a closed form, and other statistics have no interval.
 
-References: Wilson 1927; Agresti and Min 2005 (paired differences); Kendall 1945 (tau-b); Cohen 1960.
+References: Wilson 1927; Agresti and Min 2005 (paired differences); Kendall 1945 (tau-b); Cohen 1960; Li et al. 2024 (MMRV).
 """
 
 from __future__ import annotations
@@ -283,12 +283,13 @@ def kendall_tau(x: ArrayLike, y: ArrayLike) -> float:
 
 
 def mean_maximum_rank_violation(predicted: ArrayLike, actual: ArrayLike) -> float:
-    """MMRV (SIMPLER, Li et al. 2024): how much performance wrong comparisons cost, 0 at best; NaN where ``actual`` is
-    constant, because nothing can be wrong, and for fewer than two values.
+    """MMRV (SIMPLER, Li et al. 2024, arXiv 2405.05941, section III-B, equations 1 and 2): how much performance wrong
+    comparisons cost, 0 at best.
 
-    Two items are in the wrong order when ``predicted`` says that the first is worse than the second and ``actual`` does not,
-    or the other way round; that costs the difference of their actual values. Per item the highest cost counts, and then the
-    mean over the items.
+    Item i violates the order with item j when ``predicted`` says that i is worse than j and ``actual`` does not, or the other
+    way round; that costs the difference of their actual values. Per item the highest cost counts, and then the mean over the
+    items. NaN where ``actual`` is constant, because nothing can be wrong (0 in the paper's equations), and for fewer than two
+    values. At ties the authors' code asks which is better instead of which is worse, so there its value may differ.
     """
     p, a = _pairs(predicted, actual)
     if len(a) < 2 or (a == a[0]).all():

@@ -59,6 +59,20 @@ def test_wilson_interval_of_nothing_and_of_impossible_counts() -> None:
         wilson_interval(1, 2, 95)
 
 
+def test_intervals_are_scipys() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    for successes, n, confidence in ((0, 7, 0.95), (3, 50, 0.9), (11, 11, 0.99)):
+        theirs = stats.binomtest(successes, n).proportion_ci(confidence, method="wilson")
+        assert wilson_interval(successes, n, confidence) == pytest.approx(tuple(theirs), abs=1e-12)
+    values = np.random.default_rng(0).normal(3.0, 2.0, 12)
+    mean = mean_of_runs(values)
+    theirs = stats.t.interval(0.95, 11, values.mean(), stats.sem(values))
+    assert (mean.low, mean.high) == pytest.approx(tuple(theirs), abs=2e-3)  # the table of quantiles has three decimals
+    ours = bootstrap_ratio(values, resamples=20_000)
+    theirs = stats.bootstrap((values,), np.mean, n_resamples=20_000, method="percentile", rng=0).confidence_interval
+    assert (ours.low, ours.high) == pytest.approx(tuple(theirs), abs=0.05)  # the mean's standard error is 0.5
+
+
 def test_rate_reads_well() -> None:
     assert str(Rate.of(108, 200)) == "54.0 % [47.1, 60.8], n=200"
     assert str(Rate.of(0, 0)) == "not measured, n=0"
@@ -136,14 +150,27 @@ def test_correlations_by_hand_and_of_constants() -> None:
 
 
 def test_mmrv_of_a_worked_example() -> None:
-    truth = [0.9, 0.6, 0.3]
-    assert mean_maximum_rank_violation([0.5, 0.7, 0.2], truth) == pytest.approx(0.2)  # 0.3, 0.3 and 0
-    assert mean_maximum_rank_violation([0.1, 0.2, 0.3], truth) == pytest.approx((0.6 + 0.3 + 0.6) / 3)  # reversed
-    assert mean_maximum_rank_violation([9, 6, 3], truth) == 0.0 and math.isnan(
-        mean_maximum_rank_violation([1, 2], [1, 1])
-    )
-    # A tie: "1 is worse than 0" is missed, the other way round nothing is said; so it costs the worse item alone.
-    assert mean_maximum_rank_violation([0.5, 0.5], [0.9, 0.5]) == pytest.approx(0.4 / 2)
+    # Four policies. The dream swaps the first two (0.7 and 0.6) and lifts the last (0.1) above the third (0.4).
+    # Highest cost of each: |0.7 - 0.6|, |0.6 - 0.7|, |0.4 - 0.1|, |0.1 - 0.4|.
+    truth = [0.7, 0.6, 0.4, 0.1]
+    assert mean_maximum_rank_violation([0.5, 0.8, 0.2, 0.3], truth) == pytest.approx((0.1 + 0.1 + 0.3 + 0.3) / 4)
+    # Reversed: every policy's highest cost is the distance to the farther end.
+    assert mean_maximum_rank_violation([1, 2, 3, 4], truth) == pytest.approx((0.6 + 0.5 + 0.3 + 0.6) / 4)
+    assert mean_maximum_rank_violation([9, 6, 3, 1], truth) == 0.0
+    assert math.isnan(mean_maximum_rank_violation([1, 2], [1, 1])) and math.isnan(mean_maximum_rank_violation([1], [1]))
+    # The dream sees no difference: "worse than" is missed by the worse policy of each pair.
+    assert mean_maximum_rank_violation([0.5, 0.5, 0.5], [0.9, 0.8, 0.1]) == pytest.approx((0.0 + 0.1 + 0.8) / 3)
+
+
+def test_mmrv_is_the_papers_equations() -> None:
+    def violation(i: int, j: int) -> float:  # equation 1
+        return abs(actual[i] - actual[j]) if (predicted[i] < predicted[j]) != (actual[i] < actual[j]) else 0.0
+
+    rng = np.random.default_rng(0)
+    for n in (2, 5, 9):
+        predicted, actual = rng.integers(0, 5, n) / 4, np.append(rng.integers(0, 5, n - 1) / 4, 2.0)  # many ties
+        mmrv = sum(max(violation(i, j) for j in range(n)) for i in range(n)) / n  # equation 2
+        assert mean_maximum_rank_violation(predicted, actual) == pytest.approx(mmrv)
 
 
 def test_confusions_are_scikit_learns() -> None:
@@ -155,6 +182,9 @@ def test_confusions_are_scikit_learns() -> None:
     assert ours.precision.value == pytest.approx(metrics.precision_score(actual, predicted))
     assert ours.recall.value == pytest.approx(metrics.recall_score(actual, predicted))
     assert ours.f1 == pytest.approx(metrics.f1_score(actual, predicted))
+    assert ours.agreement.value == pytest.approx(metrics.accuracy_score(actual, predicted))
+    table = [[ours.true_negative, ours.false_positive], [ours.false_negative, ours.true_positive]]
+    assert metrics.confusion_matrix(actual, predicted).tolist() == table
 
 
 def test_kappa_of_a_textbook_table() -> None:

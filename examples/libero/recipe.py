@@ -15,14 +15,13 @@ trained for a few steps, and a judge that tosses coins. Measured: 53 s of CPU ti
 
     rollouts      50 core hours of simulation (4500 episodes of 400 steps at 10 steps/s), the policy's forward passes apart
     world_model   29 GPU hours on H200 (examples/world_model/libero_zero_shot.sh has the arithmetic)
-    sft           not estimated: OpenVLA-OFT is fine-tuned with its own code (150k steps on LIBERO-90, 50k on one
-                  demonstration per task); this script imports the demonstrations
+    sft           22 GPU hours on one H200 (50,000 steps of 64 samples at 1.6 s, docs/openvla_oft.md has the arithmetic)
     grpo          384 GPU hours (the paper: 2 days on 8 H200)
     evaluate      5 core hours of simulation per suite, the policy's forward passes apart
 
-It expects ``models/wan`` (rawdream world-model convert), ``models/openvla_oft_libero_90`` and
-``models/openvla_oft_one_shot`` (the policy before and after the one-shot fine-tuning), ``datasets/libero_goal`` (LIBERO's own
-HDF5 files) and a vLLM server with Qwen3-VL-32B-Instruct. Several GPUs for a stage:
+It expects ``models/wan`` (rawdream world-model convert), ``models/openvla_oft_libero_90`` (OpenVLA-OFT after the paper's
+150,000 steps on LIBERO-90, or the public RLinf/RLinf-OpenVLAOFT-LIBERO-90-Base-Lora), ``datasets/libero_goal`` (LIBERO's own
+HDF5 files) and a vLLM server with Qwen3-VL-32B-Instruct. Several GPUs for a stage, except sft, which uses one:
 ``torchrun --nproc-per-node 8 examples/libero/recipe.py --setting paper --stages world_model``.
 """
 
@@ -61,12 +60,10 @@ class Setting:
     world_model: Mapping[str, Any]
     demos: Mapping[str, Any]
     """Of ``ImportConfig`` if there is ``src``, else of ``CollectConfig``: the scripted expert."""
-    sft: Mapping[str, Any] | None
-    """None: the policy was fine-tuned elsewhere, see ``policy``."""
+    sft: Mapping[str, Any]
     grpo: Mapping[str, Any]
     evaluate: Mapping[str, Any]
     judge: str
-    policy: str = ""
     horizon: int | None = None
     """Chunks of an episode; None: the protocol's."""
     tasks: tuple[str, ...] = ()
@@ -119,14 +116,16 @@ SETTINGS = {
             "save_every": 2000,
         },
         demos={"src": "datasets/libero_goal", "per_task": 1},
-        sft=None,
+        sft={
+            "init": "models/openvla_oft_libero_90", "demos_per_task": 1, "steps": 50_000, "dtype": "bfloat16",
+            "batch_size": 64, "microbatch_size": 8, "save_every": 1000, "device": "cuda",  # the paper gives no batch size
+        },
         grpo={
             "steps": 50, "num_envs": 64, "group_size": 8, "groups_per_step": 64, "max_groups_per_step": 256, "lr": 5e-6,
             "temperature": 1.6, "warmup_steps": 0, "max_kl": None, "ema": 0.0, "microbatch_size": 8, "device": "cuda",
         },
         evaluate={"episodes_per_task": 50, "workers": 16, "device": "cuda"},
         judge="vlm_server:http://localhost:8000/v1",
-        policy="models/openvla_oft_one_shot",
     ),
 }  # fmt: skip
 
@@ -146,7 +145,7 @@ class Options:
 def main(options: Options) -> None:
     """Run the stages; each reads what the ones before it wrote."""
     setting, out = SETTINGS[options.setting], options.out / options.setting
-    policy = setting.policy or f"{out}/sft/policy"
+    policy = f"{out}/sft/policy"
     parts: dict[str, Any] = {"world_model": f"{out}/world_model/world_model", "judge": setting.judge}
     horizon = {} if setting.horizon is None else {"max_episode_steps": setting.horizon}
     for stage in options.stages:
@@ -162,8 +161,7 @@ def main(options: Options) -> None:
                 import_hdf5(ImportConfig(out=demos, **setting.demos))
             else:
                 collect(CollectConfig(demos, robot="libero_goal", kind="expert", **setting.demos))
-            if setting.sft is not None:
-                train_sft(SFTConfig((demos,), f"{out}/sft", stage="fewshot", **setting.sft))
+            train_sft(SFTConfig((demos,), f"{out}/sft", stage="fewshot", **setting.sft))
         elif stage == "grpo":
             dream = {**parts, **horizon}
             train_grpo(GRPOConfig(out / "grpo", env_id=DREAM, env_kwargs=dream, policy=policy, **setting.grpo))

@@ -83,9 +83,12 @@ _PROTOCOLS: dict[str, tuple[_Horizons, dict[str, Any]]] = {
     "raw-dream": ((220, 280, 300, 520, 400), {}),
     # The horizons are a little longer than the longest demonstrations.
     "openvla-oft": ((220, 280, 300, 520, 400), {}),
-    # Trains in the simulator on the very states that it evaluates on.
+    # SimpleVLA-RL, verl/workers/rollout/rob_rollout.py. Trains in the simulator on the very states that it evaluates on.
     "simplevla": ((512, 512, 512, 512, 512), {"train_states": (0, 50)}),
-    "rlinf": ((240, 240, 240, 512, 256), {"settle_steps": 15, "seed": 0, "train_states": (0, 50)}),
+    # RLinf, examples/embodiment/config/env/libero_*.yaml and rlinf/envs/libero/libero_env.py. Its configurations for
+    # OpenVLA-OFT have 512 everywhere, those for pi0 480 on Long.
+    "rlinf": ((240, 240, 320, 512, 512), {"settle_steps": 15, "seed": 0, "train_states": (0, 50)}),
+    # LeRobot, src/lerobot/envs/libero.py and docs/source/libero.mdx; the seed is that of lerobot-eval.
     "lerobot": ((280, 280, 300, 520, 400), {"trials": 10, "seed": 1000}),
 }
 PROTOCOLS = tuple(_PROTOCOLS)

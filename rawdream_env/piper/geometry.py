@@ -86,6 +86,12 @@ def integrate_action(pose: FloatArray, action: FloatArray) -> FloatArray:
     return moved.astype(np.result_type(pose, action), copy=False)
 
 
+def action_between(pose: FloatArray, goal: FloatArray) -> FloatArray:
+    """The action ``(..., 7)``, not clipped, that leads from one commanded pose ``(..., 7)`` to another."""
+    moved = (goal - pose)[..., :6] / np.repeat([DPOS, DROT], 3)
+    return np.concatenate([moved, goal[..., 6:]], axis=-1)
+
+
 def integrate_actions(pose: FloatArray, actions: FloatArray) -> FloatArray:
     """Poses after each of K actions: ``pose`` (..., 7), ``actions`` (..., K, 7) -> (..., K, 7)."""
     poses = []
@@ -97,13 +103,14 @@ def integrate_actions(pose: FloatArray, actions: FloatArray) -> FloatArray:
 
 def rotation_from_rpy(rpy: FloatArray) -> FloatArray:
     """Rotation matrices ``(..., 3, 3)`` = Rz(yaw) Ry(pitch) Rx(roll) of ``rpy`` (..., 3)."""
-    (cr, cp, cy), (sr, sp, sy) = (np.moveaxis(f(rpy), -1, 0) for f in (np.cos, np.sin))
-    rows = [
-        [cy * cp, cy * sp * sr - sy * cr, cy * sp * cr + sy * sr],
-        [sy * cp, sy * sp * sr + cy * cr, sy * sp * cr - cy * sr],
-        [-sp, cp * sr, cp * cr],
-    ]
-    return np.stack([np.stack(row, axis=-1) for row in rows], axis=-2)
+    cos, sin = np.cos(rpy), np.sin(rpy)
+    turns = np.empty((*cos.shape, 3), cos.dtype)
+    cr, cp, cy = cos[..., 0], cos[..., 1], cos[..., 2]
+    sr, sp, sy = sin[..., 0], sin[..., 1], sin[..., 2]
+    turns[..., 0, 0], turns[..., 0, 1], turns[..., 0, 2] = cy * cp, cy * sp * sr - sy * cr, cy * sp * cr + sy * sr
+    turns[..., 1, 0], turns[..., 1, 1], turns[..., 1, 2] = sy * cp, sy * sp * sr + cy * cr, sy * sp * cr - cy * sr
+    turns[..., 2, 0], turns[..., 2, 1], turns[..., 2, 2] = -sp, cp * sr, cp * cr
+    return turns
 
 
 def tool_rotation(pose: FloatArray) -> FloatArray:
@@ -116,9 +123,11 @@ def finger_opening(command: FloatArray) -> FloatArray:
     return np.asarray(np.clip(-0.01 + (1.0 - command) / 2.0 * (MAX_OPENING + 0.01), 0.0, MAX_OPENING))
 
 
-def _arm_plane(pose: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
-    """Yaw of the arm's plane, elevations of upper arm and forearm, and the wrist centre, from the commanded pose."""
-    wrist = pose[..., :3] - _TOOL_LENGTH * tool_rotation(pose)[..., :, 2]
+def _arm_plane(pose: FloatArray, rotation: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
+    """Yaw of the arm's plane, elevations of upper arm and forearm, and the wrist centre, from the commanded pose and its
+    ``tool_rotation``.
+    """
+    wrist = pose[..., :3] - _TOOL_LENGTH * rotation[..., :, 2]
     yaw = np.arctan2(wrist[..., 1], wrist[..., 0])
     r, z = np.hypot(wrist[..., 0], wrist[..., 1]), wrist[..., 2] - _SHOULDER_Z
     reach = np.clip(np.hypot(r, z), abs(_UPPER - FOREARM) + 1e-6, _UPPER + FOREARM - 1e-6)
@@ -134,20 +143,17 @@ def joint_angles(pose: FloatArray, *, clip: bool = True) -> FloatArray:
     Elbow up, joint 5 positive: one continuous branch over the whole workspace (the last three axes meet in a point).
     ``clip`` keeps the result within the joint limits; where that bites the pose is met only approximately.
     """
-    yaw, upper, fore, _ = _arm_plane(pose)
+    rotation = tool_rotation(pose)
+    yaw, upper, fore, _ = _arm_plane(pose, rotation)
     theta23 = np.pi / 2 + _FOREARM_BEND - fore
     q2 = -upper - DH_THETA[1]
     q3 = theta23 + upper - DH_THETA[2]
-    cos1, sin1, c, s, zero = np.cos(yaw), np.sin(yaw), np.cos(theta23), np.sin(theta23), np.zeros_like(yaw)
-    forearm = np.stack(
-        [
-            np.stack([cos1 * c, -cos1 * s, -sin1], axis=-1),
-            np.stack([sin1 * c, -sin1 * s, cos1], axis=-1),
-            np.stack([-s, -c, zero], axis=-1),
-        ],
-        axis=-2,
-    )
-    hand = np.swapaxes(forearm, -1, -2) @ tool_rotation(pose)
+    cos1, sin1, c, s = np.cos(yaw), np.sin(yaw), np.cos(theta23), np.sin(theta23)
+    forearm = np.empty((*yaw.shape, 3, 3), yaw.dtype)
+    forearm[..., 0, 0], forearm[..., 0, 1], forearm[..., 0, 2] = cos1 * c, -cos1 * s, -sin1
+    forearm[..., 1, 0], forearm[..., 1, 1], forearm[..., 1, 2] = sin1 * c, -sin1 * s, cos1
+    forearm[..., 2, 0], forearm[..., 2, 1], forearm[..., 2, 2] = -s, -c, 0.0
+    hand = np.swapaxes(forearm, -1, -2) @ rotation
     # hand @ Rx(-90 deg) = Ry(-q4) Rz(q5) Ry(-q6); the product moves columns 1, 2 of ``hand`` to -2, 1.
     q5 = np.arccos(np.clip(-hand[..., 1, 2], -1.0, 1.0))
     q4 = np.arctan2(hand[..., 2, 2], hand[..., 0, 2])
@@ -164,14 +170,13 @@ def forward_kinematics(joints: FloatArray) -> FloatArray:
     for i in range(6):
         ca, sa = np.cos(DH_ALPHA[i]), np.sin(DH_ALPHA[i])
         t = joints[..., i] + DH_THETA[i]
-        c, s, one = np.cos(t), np.sin(t), np.ones_like(t)
-        link = [
-            [c, -s, 0 * one, DH_A[i] * one],
-            [s * ca, c * ca, -sa * one, -sa * DH_D[i] * one],
-            [s * sa, c * sa, ca * one, ca * DH_D[i] * one],
-            [0 * one, 0 * one, 0 * one, one],
-        ]
-        total = total @ np.stack([np.stack(row, axis=-1) for row in link], axis=-2)
+        c, s = np.cos(t), np.sin(t)
+        link = np.zeros((*c.shape, 4, 4))
+        link[..., 0, 0], link[..., 0, 1], link[..., 0, 3] = c, -s, DH_A[i]
+        link[..., 1, 0], link[..., 1, 1], link[..., 1, 2], link[..., 1, 3] = s * ca, c * ca, -sa, -sa * DH_D[i]
+        link[..., 2, 0], link[..., 2, 1], link[..., 2, 2], link[..., 2, 3] = s * sa, c * sa, ca, ca * DH_D[i]
+        link[..., 3, 3] = 1.0
+        total = total @ link
     tool = np.eye(4)
     tool[2, 3] = TCP_OFFSET
     return total @ tool
@@ -182,8 +187,8 @@ def arm_points(pose: FloatArray) -> FloatArray:
 
     Order: ``ARM_POINT_NAMES``. The fingertips stand where the command sends them; a held object keeps them wider.
     """
-    yaw, upper, _, wrist = _arm_plane(pose)
     rotation = tool_rotation(pose)
+    yaw, upper, _, wrist = _arm_plane(pose, rotation)
     axis, side = rotation[..., :, 2], rotation[..., :, 1]
     tool = pose[..., :3]
     zero = np.zeros_like(yaw)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
     from rawdream_env.piper.arm.guard import Limits
 
 PERIOD = 1.0 / FPS
-_channels = count()
 
 
 class PiperRealVectorEnv(ChunkVectorEnv):
@@ -73,6 +71,7 @@ class PiperRealVectorEnv(ChunkVectorEnv):
         *,
         task: TaskLike = None,
         camera: Any = None,
+        crop: str | Sequence[int] | None = None,
         channel: str = "can0",
         fake: bool = False,
         realtime: bool = False,
@@ -102,6 +101,8 @@ class PiperRealVectorEnv(ChunkVectorEnv):
             camera: a name for ``rawdream_env.piper.arm.camera.open_camera``, whose frames are cropped and resized to
                 ``image_size``; or a frame source: ``read() -> (frame (H, W, 3) uint8, time.monotonic() when it was taken)``
                 and ``close()``, with frames of that size. It is closed with the environment.
+            crop: left, top and side in pixels of the square of a named camera's picture, also as "80,0,480"; None: the largest
+                square in the middle.
             channel: CAN interface.
             fake: the twin instead of arm and camera; ``channel`` and ``camera`` are not used.
             realtime: run a fake arm in real time, in a thread.
@@ -111,7 +112,7 @@ class PiperRealVectorEnv(ChunkVectorEnv):
             judge: a judge, its name or its folder, for "judge" and "both".
             record: folder of the data set that gets every episode; None: nothing is recorded.
             max_episode_steps: time limit in chunks of 0.8 s.
-            max_frame_age: of the camera (s).
+            max_frame_age: age of a frame at which the arm stops (s).
             autoreset_mode: "Disabled"; an arm cannot reset itself.
             image_size: side of the frames in pixels.
             limits: of the guard.
@@ -163,13 +164,18 @@ class PiperRealVectorEnv(ChunkVectorEnv):
         self.clock: Clock = WallClock() if realtime or not fake else LockstepClock()
         self._bus: Any = None
         if fake:
-            channel = f"fake arm {next(_channels)}"
-            self._bus, camera, twin_operator = _fake(channel, self.clock, size, self.layout)
-            operator = operator or twin_operator
+            from rawdream_env.piper.arm.fake_twin import REAL_TIME, open_fake_arm
+
+            self._bus, camera = open_fake_arm(self.clock, size, self.max_frame_age)
+            driver = driver or (REAL_TIME if realtime else None)
+            channel, operator = self._bus.channel, operator or TwinOperator(self._bus.arm, TASK_NAMES, self.layout)
         self.operator: Operator = operator or TerminalOperator()
         self.judge: Judge | None = None if judge is None else load_judge(judge, device=device)
         self._owns_judge = isinstance(judge, str | Path)
-        self.camera = Viewed(open_camera(camera), CameraView(size)) if isinstance(camera, str) else camera
+        view = CameraView.of(size, crop)
+        self.camera = camera
+        if isinstance(camera, str):
+            self.camera = Viewed(open_camera(camera, max_age=self.max_frame_age), view)
         with ExitStack() as opened:
             if isinstance(camera, str):
                 opened.callback(self.camera.close)
@@ -209,13 +215,11 @@ class PiperRealVectorEnv(ChunkVectorEnv):
             self.operator.clear(self.driver.fault.message)
             self.driver.clear_fault()
         home = self._home(seed, task, start)
-        up = np.append(self.driver.pose[:6], home[6])  # out of what stands on the table, then across
-        up[2] = max(up[2], home[2])
-        self._watched(lambda: self.driver.move_to(up))
-        self._watched(lambda: self.driver.move_to(home))
+        self._watched(lambda: self.driver.move_over(home))
         self.operator.arrange(instruction, task, seed)
         self.clock.sleep(PERIOD)
         self._watched(lambda: self.driver.move_to(home))  # confirms that nobody has moved it
+        self.clock.sleep(self.max_frame_age)  # frames from now on show the scene as it was arranged
         self._fault, self._verdicts, self._probability = "", None, None
         self._episode = ArmEpisode(instruction, task)
         frame, self._frame_at = self._see(), None  # nothing is watched until the arm moves again
@@ -251,11 +255,17 @@ class PiperRealVectorEnv(ChunkVectorEnv):
         return ChunkResult(np.stack(frames)[None], np.full(1, verdict, np.int8), np.ones(1, bool), np.zeros(1, bool))
 
     def _control(self, actions: Float32Array) -> list[UInt8Array]:
-        """Send a chunk at 10 Hz; the frame after each action."""
+        """Send a chunk at 10 Hz; the frame after each action.
+
+        Actions add up as in the simulator: what the guard cuts off one of them (a reversal takes it two commands) is asked for
+        again with the next one of the chunk.
+        """
         assert self._episode is not None
         frames, due = [], self.clock.now()
+        wanted = self.driver.pose
         for action in actions:
-            sent = self.driver.send_action(action)
+            wanted = geo.integrate_action(wanted, action)
+            sent = self.driver.send_action(geo.action_between(self.driver.pose, wanted))
             self._episode.act(action, sent.action, self.clock.now())
             due = max(due + PERIOD, self.clock.now() + 0.8 * PERIOD)
             self.clock.sleep(due - self.clock.now())
@@ -355,18 +365,6 @@ class PiperRealVectorEnv(ChunkVectorEnv):
         for part in (getattr(self, "driver", None), self._bus, getattr(self, "camera", None), self.reflector, *owned):
             if isinstance(part, SupportsClose):
                 part.close()
-
-
-def _fake(channel: str, clock: Any, size: int, layout: str) -> tuple[Any, Any, Operator]:
-    """Bus, camera and operator of a fake arm."""
-    from rawdream_env.piper.arm.fake_bus import FakeArmBus
-    from rawdream_env.piper.arm.fake_twin import TwinArm, TwinCamera
-    from rawdream_env.piper.simulator.twin import PiperTwin
-
-    arm = TwinArm(PiperTwin(image_size=size))
-    bus = FakeArmBus(channel, arm, clock=clock)
-    bus.__enter__()
-    return bus, TwinCamera(arm, clock), TwinOperator(arm, TASK_NAMES, layout)
 
 
 class PiperRealEnv(SingleEnv):

@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from killing import kill_at_random_moments
 
 from rawdream_env.data import schema
 from rawdream_env.data.collect import CollectConfig, collect
@@ -25,6 +24,7 @@ from rawdream_env.piper.goals import GOAL_NAMES, phrases
 from rawdream_env.piper.relations import RELATION_NAMES
 from rawdream_env.seeding import NoiseKey, mix
 from rawdream_env.text import MAX_INSTRUCTION_LENGTH, PAD_ID, VOCAB_SIZE, clean_instruction, tokenize, word_id
+from tests.killing import kill_at_random_moments
 
 FEATURES = {
     "action": schema.numeric_feature(7),

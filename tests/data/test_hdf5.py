@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from killing import kill_at_random_moments
 
 from rawdream_env import cli
 from rawdream_env.data import import_hdf5 as importing
@@ -19,6 +18,7 @@ from rawdream_env.data.import_hdf5 import ImportConfig, import_hdf5
 from rawdream_env.data.lerobot import LeRobotReader
 from rawdream_env.errors import DatasetError, MissingDependencyError
 from rawdream_env.files import lock_file
+from tests.killing import kill_at_random_moments
 
 h5py = pytest.importorskip("h5py")
 ROWS = 7

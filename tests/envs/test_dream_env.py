@@ -139,10 +139,10 @@ def test_layer_is_fast():
     env = dream(8)
     run(env, 3)
     actions = actions_for(env)
-    begin = time.perf_counter()
+    begin = time.process_time()  # other programs do not count
     for _ in range(40):
         env.step(actions)
-    assert (time.perf_counter() - begin) / 40 / 8 < 3e-3  # 0.2 ms on an idle core; the target is 0.3
+    assert (time.process_time() - begin) / 40 / 8 < 3e-3  # 0.2 ms; the target is 0.3
 
 
 # ---- verdicts ----------------------------------------------------------------------------------------------------

@@ -11,6 +11,9 @@ import pytest
 
 from rawdream_env.envs.row_workers import RowGroup, RowWorkers
 from rawdream_env.errors import ClosedEnvironmentError, InvalidOptionError
+from tests.waiting import gone, wait_until
+
+LONG = 300.0
 
 
 class Counters(RowGroup):
@@ -49,11 +52,15 @@ class Counting(RowWorkers):
     def _options(self):
         return self.num_envs, self.num_workers, self._timeout_s
 
+    def _replace(self, worker, what):
+        super()._replace(worker, what)
+        self._timeout_s = LONG  # starting takes as long as it takes
+
     def __call__(self, name, rows, *args):
         return self._call(name, self._check_rows(rows), *args)
 
 
-def begun(num_envs=4, num_workers=2, timeout_s=60.0):
+def begun(num_envs=4, num_workers=2, timeout_s=LONG):
     workers = Counting(num_envs, num_workers, timeout_s)
     workers("reset", list(range(num_envs)), [10 * row for row in range(num_envs)])
     return workers
@@ -68,16 +75,16 @@ def test_a_lost_worker_is_started_again_and_its_rows_alone_are_void(number, capl
     workers = begun()
     lost, kept = pids(workers)[1], pids(workers)[0]
     os.kill(lost, number)
-    workers._timeout_s = 1.0
+    workers._timeout_s = LONG if number == signal.SIGKILL else 3.0  # that of the other worker as well
     begin = time.monotonic()
     assert workers("step", [0, 1, 2, 3], 1) == [1, None, 21, None]
-    assert time.monotonic() - begin < 20
+    assert time.monotonic() - begin < LONG / 2
     assert "rows [1, 3]" in caplog.text and "it was started again" in caplog.text
-    workers._timeout_s = 60.0
     assert workers("step", [1, 2], 1) == [None, 22], "void until it is reset"
     workers("reset", [1], [5])
     assert workers("step", [0, 1, 2, 3], 1) == [2, 6, 23, None]
-    assert pids(workers)[0] == kept and not os.path.exists(f"/proc/{lost}"), "no zombie"
+    assert pids(workers)[0] == kept
+    wait_until(lambda: gone(lost))
     workers.close()
     with pytest.raises(ClosedEnvironmentError):
         workers("step", [0], 1)
@@ -91,7 +98,7 @@ def test_a_worker_dies_during_a_reset_and_a_close() -> None:
     os.kill(pids(workers)[1], signal.SIGSTOP)
     left = pids(workers)
     workers.close()
-    assert not any(os.path.exists(f"/proc/{pid}") for pid in left)
+    wait_until(lambda: all(map(gone, left)))
 
 
 def test_calls_are_taken_back_also_around_a_lost_worker() -> None:
@@ -117,7 +124,7 @@ def test_restarts_leak_no_descriptors() -> None:
 
 
 def test_the_deadline_holds_for_an_answer_that_is_late() -> None:
-    workers = begun(2, 2, timeout_s=60.0)
+    workers = begun(2, 2)
     workers._timeout_s = 0.5
     assert workers("sleep", [0], 30.0) == [None]
     assert workers("step", [1], 1) == [11]

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import pickle
+import subprocess
+import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -16,6 +20,7 @@ from rawdream_env.data.recorded import RecordedEpisode
 from rawdream_env.errors import DatasetError
 from rawdream_env.evaluation.reporting import pictures
 from rawdream_env.evaluation.world_model import fidelity, metrics
+from rawdream_env.evaluation.world_model.horizon import HorizonScores
 from rawdream_env.seeding import NoiseKey
 from rawdream_env.wrappers.drawing import COLOURS
 
@@ -181,6 +186,71 @@ def test_the_background_of_many_episodes_reads_some_of_them() -> None:
 
     episodes = [Counted(actions=np.zeros((8, 7))) for _ in range(1000)]
     assert fidelity.background(episodes).mean() == 20 and len(Counted.read) == 200  # type: ignore[arg-type]
+
+
+def test_little_is_kept_of_an_episode() -> None:
+    seen: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+
+    def watched(value: Any) -> Any:
+        seen.append(weakref.ref(value))
+        alive.append(sum(ref() is not None for ref in seen))
+        return value
+
+    class Stored(SimpleNamespace):
+        @property
+        def frames(self) -> Any:
+            return watched(record(8, self.seed).frames)
+
+    class WatchedWorld(SlidingWorld):
+        def imagine(self, *given: Any) -> Any:
+            state, frames = super().imagine(*given)
+            return state, watched(frames)
+
+    episodes = [Stored(seed=s, actions=record(8, s).actions, proprio=None, camera="") for s in range(60)]
+    result = fidelity.evaluate_fidelity(WatchedWorld(), episodes, batch_size=4, samples=2, sensitivity_episodes=2)  # type: ignore[arg-type]
+    assert result.episodes == 60 and len(seen) > 150 and max(alive) <= 2 + 2 * 4
+
+    scores, rng = HorizonScores(8), np.random.default_rng(0)
+    for _ in range(20):  # 21 kB each
+        scores.add({source: rng.random((220, 4)) for source in ("dream", "copy_first", "copy_last")})
+    assert len(pickle.dumps(scores)) < 20 * 1500
+
+
+_PEAK = """
+import resource, sys
+import numpy as np
+from types import SimpleNamespace
+from rawdream_env.evaluation.world_model.fidelity import evaluate_fidelity
+from rawdream_env.world_models.null import NullWorldModel
+
+class Stored(SimpleNamespace):
+    frames = property(lambda self: np.random.default_rng(self.seed).integers(0, 255, (17, 64, 64, 3), np.uint8))
+
+episodes = [Stored(seed=i, actions=np.zeros((16, 7), np.float32), proprio=None, camera="") for i in range(int(sys.argv[1]))]
+evaluate_fidelity(NullWorldModel((64, 64, 3)), episodes)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_the_memory_of_fidelity_does_not_grow_with_the_episodes() -> None:
+    """The recorded frames of 500 episodes take 104 MB, and the imagined ones as much."""
+    few, many = (
+        int(subprocess.run([sys.executable, "-c", _PEAK, str(n)], capture_output=True, check=True).stdout)
+        for n in (50, 500)
+    )
+    assert many < 1.2 * few
+
+
+def test_scores_are_means_over_frames_then_over_episodes() -> None:
+    scores = HorizonScores(2)
+    for values in ([1, 3, 5, np.nan, 9], [3, 5], [np.nan, 7, 7]):
+        scores.add({"dream": np.array(values, float)[:, None]})
+    rows = [*scores.rows(), scores.overall()]
+    assert [row["frames"] for row in rows] == [[0, 2], [2, 4], [4, 5], [0, 5]]
+    found = [(row["dream"]["psnr"]["value"], row["dream"]["psnr"]["n"]) for row in rows]
+    assert found == [((2 + 4 + 7) / 3, 3), ((5 + 7) / 2, 2), (9, 1), ((4.5 + 4 + 7) / 3, 3)]
 
 
 def test_background_region_and_errors() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import html
 import json
 import re
+import tracemalloc
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -265,6 +266,31 @@ def test_rows_do_not_depend_on_the_batch() -> None:
     assert records(8) == records(3)
 
 
+class WatchedPolicy(ToyPolicy):
+    """Notes how much memory is allocated when it is asked."""
+
+    def act(self, *args: Any, **kwargs: Any) -> PolicyOutput:
+        self.held = [*getattr(self, "held", ()), tracemalloc.get_traced_memory()[0]]
+        self.seen_keys.clear()
+        return super().act(*args, **kwargs)
+
+
+def test_little_is_kept_of_a_finished_episode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scores of the frames of an episode take 23 kB: 120 frames of the dream and two baselines, in both worlds."""
+    monkeypatch.setitem(globals(), "CHUNKS", 30)
+    policy = WatchedPolicy(0.5)
+    config = replace(CONFIG, episodes_per_task=7, videos=0)
+    tracemalloc.start()
+    try:
+        evaluate(
+            config, policies={"p": policy}, dream=make_dream(num_envs=2), simulator=ToySimulator(2), progress=False
+        )
+    finally:
+        tracemalloc.stop()
+    third, last = 3 * len(policy.held) // 7 - 1, -1  # the last question of the third batch and of the seventh
+    assert policy.held[last] - policy.held[third] < 8 * 18_000
+
+
 def test_policy_noise_is_the_same_in_both_worlds() -> None:
     policy, dream, simulator = ToyPolicy(0.5), make_dream(), ToySimulator()
     starts = make_starts(simulator, [("place_pot", index) for index in range(3)], 0)
@@ -291,7 +317,7 @@ def test_judged_invalid_and_flagged_episodes_are_apart_and_the_rate_is_of_the_tr
     verified, flagged, unread, failure, invalid = (1, 1), (1, 0), (1, -1), (0, None), (-1, None)
     before = records("before", [verified, failure, failure, failure, failure, failure])
     after = records("after", [verified, flagged, unread, failure, failure, invalid])
-    made = agg.aggregate([*before, *after], {}, chunk_len=8, config={"videos": 0})
+    made = agg.aggregate([*before, *after], {}, config={"videos": 0})
     overall = made["policies"][1]["all"]
     assert overall["verdicts"] == {"episodes": 6, "judged": 4, "invalid": 2, "flagged": 1, "trusted": 3}
     assert (overall["dream_trusted"]["successes"], overall["dream_trusted"]["n"]) == (1, 3)
@@ -425,7 +451,7 @@ def test_the_conclusion_is_in_the_report_and_at_the_top_of_the_page(tmp_path: Pa
     # 20 starts: after training 15 succeed in the dream (5 before), 3 in the simulator (16 before).
     records = [record("before", i, i < 16, i < 5) for i in range(20)]
     records += [record("after", i, i < 3, i < 15) for i in range(20)]
-    written = SideBySide(agg.aggregate(records, {}, chunk_len=K, config={"videos": 1}), records)
+    written = SideBySide(agg.aggregate(records, {}, config={"videos": 1}), records)
     report.write_report(written, tmp_path, 10.0)
     said = "'after' got better in the dream and worse in the simulator: it learned where the dream is wrong."
     assert json.loads((tmp_path / "report.json").read_text())["conclusions"] == [said]
@@ -436,7 +462,7 @@ def test_the_conclusion_is_in_the_report_and_at_the_top_of_the_page(tmp_path: Pa
 
 def test_equal_pairs_conclude_nothing() -> None:
     records = [record(name, i, False, 0) for name in ("before", "after") for i in range(8)]
-    made = agg.aggregate(records, {}, chunk_len=K)
+    made = agg.aggregate(records, {})
     for world in ("dream", "simulator"):
         gain = made["policies"][1]["gain"][world]
         assert (gain["value"], gain["low"], gain["high"]) == pytest.approx((0.0, -0.195996, 0.195996), abs=1e-6)
@@ -464,7 +490,7 @@ def test_tasks_and_policies_are_ranked_with_what_a_wrong_order_costs() -> None:
             for i in range(10)
         ]
 
-    made = agg.aggregate(records("only", (9, 5), (6, 7), (3, 2)), {}, chunk_len=K, config={"videos": 1})
+    made = agg.aggregate(records("only", (9, 5), (6, 7), (3, 2)), {}, config={"videos": 1})
     cells = made["ranking"]["cells"]
     assert cells["n"] == 3 and cells["mmrv"]["value"] == pytest.approx(0.2)  # the first two are swapped, 0.3 apart
     assert cells["mmrv"]["low"] < 0.2 <= cells["mmrv"]["high"]
@@ -474,7 +500,7 @@ def test_tasks_and_policies_are_ranked_with_what_a_wrong_order_costs() -> None:
     assert "rank correlation of 3 tasks, n starts: Pearson 0.60" in table(made) and "of 1 policies" not in table(made)
     page = report.render(made, [], 10.0)
     assert "rank the tasks like" in page and ">3 tasks</th>" in page and "1 policies" not in page
-    assert agg.aggregate(records("only", (9, 5), (6, 7)), {}, chunk_len=K)["ranking"] is None
+    assert agg.aggregate(records("only", (9, 5), (6, 7)), {})["ranking"] is None
 
     both = records("a", (9, 5), (6, 7)) + records("b", (3, 5), (2, 1))
     ranking = rank_policies(both)
@@ -484,7 +510,7 @@ def test_tasks_and_policies_are_ranked_with_what_a_wrong_order_costs() -> None:
 def test_reports_of_checkpoints_are_ranked_together(tmp_path: Path) -> None:
     def write(name: str, sim: int, dream: int, starts: int = 10) -> Path:
         records = [record("policy", i, i < sim, i < dream) for i in range(starts)]
-        made = SideBySide(agg.aggregate(records, {}, chunk_len=K, config={"videos": 1}), records)
+        made = SideBySide(agg.aggregate(records, {}, config={"videos": 1}), records)
         report.write_report(made, tmp_path / name, 10.0)
         return tmp_path / name
 

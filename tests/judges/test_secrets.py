@@ -67,7 +67,7 @@ def raw_server(answer: bytes, tls: ssl.SSLContext | None = None) -> Iterator[Any
 
 
 def get(port: int, scheme: str = "http", host: str = "127.0.0.1") -> http.Response:
-    return request(f"{scheme}://{host}:{port}/v1/models", time.monotonic() + 5)
+    return request(f"{scheme}://{host}:{port}/v1/models", time.monotonic() + 60)
 
 
 # -- where the key goes -----------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def test_other_text_is_returned_as_it_came() -> None:
         assert get(port).body == body
     begin = time.monotonic()
     http._redacted(b"\\" * 2_000_000, KEY)  # one pass, whatever the body looks like
-    assert time.monotonic() - begin < 2
+    assert time.monotonic() - begin < 30  # two passes over each of 2 million characters would take hours
 
 
 def test_an_echoed_key_is_in_no_verdict_error_or_file(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_an_echoed_key_is_in_no_verdict_error_or_file(tmp_path: Path) -> None:
 
     def judged(**options: Any) -> list[str]:
         with FaultServer(**options) as server:
-            config = VLMServerConfig(servers=(server.url,), deadline_s=1.0, min_side=0, cache_dir=str(tmp_path))
+            config = VLMServerConfig(servers=(server.url,), deadline_s=60.0, min_side=0, cache_dir=str(tmp_path))
             verdict = VLMServerJudge(config)([CLIP], ["put the cup down"])[0]
             return [verdict.outcome.name, verdict.reason, *verdict.raw]
 

@@ -109,7 +109,7 @@ def test_killed_and_resumed_equals_unbroken_and_trains_a_dream(group, tmp_path) 
     process = subprocess.Popen(
         [sys.executable, "-m", "rawdream_env", "data", "collect", *words], start_new_session=True
     )
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 1800
     while len(list((tmp_path / "killed").glob("meta/episodes/*/*"))) < 2:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.1)

@@ -170,7 +170,7 @@ def test_the_protocol_is_recorded_with_its_changes() -> None:
     changed = sim(protocol="rlinf", max_episode_steps=2, settle_steps=1).protocol
     assert changed["name"] == "rlinf with horizon 16 with settle_steps 1"
     assert (changed["horizon"], changed["settle_steps"]) == (16, 1)
-    assert sim(protocol="rlinf", max_episode_steps=30).protocol["name"] == "rlinf"
+    assert sim(protocol="rlinf", max_episode_steps=40).protocol["name"] == "rlinf"
 
 
 def test_evaluations_go_through_the_initial_states_in_order() -> None:

@@ -17,8 +17,11 @@ def test_named_protocols() -> None:
     assert [p.horizon for p in official] == [220, 280, 300, 520, 400]
     assert {(p.settle_steps, p.seed, p.trials, p.eval_states) for p in official} == {(10, 7, 50, (0, 50))}
     assert {find_protocol("simplevla", suite).horizon for suite in SUITES} == {512}
-    assert find_protocol("lerobot", "libero_spatial").horizon == 280
-    assert find_protocol("rlinf", "libero_10").settle_steps == 15
+    others = {name: [find_protocol(name, suite) for suite in SUITES] for name in ("rlinf", "lerobot")}
+    assert [p.horizon for p in others["rlinf"]] == [240, 240, 320, 512, 512]
+    assert [p.horizon for p in others["lerobot"]] == [280, 280, 300, 520, 400]
+    assert {(p.settle_steps, p.seed, p.trials) for p in others["rlinf"]} == {(15, 0, 50)}
+    assert {(p.settle_steps, p.seed, p.trials) for p in others["lerobot"]} == {(10, 1000, 10)}
     assert official[0].chunks(8) == 28  # of the last one 4 steps
 
 

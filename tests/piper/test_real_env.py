@@ -28,6 +28,7 @@ from rawdream_env.piper.arm import frames as fr
 from rawdream_env.piper.arm.operator import TerminalOperator, TwinOperator
 from rawdream_env.piper.envs import PiperSimVectorEnv
 from rawdream_env.piper.real import PiperRealVectorEnv
+from rawdream_env.piper.simulator.twin import PiperTwin
 from rawdream_env.piper.starts import SimStarts
 from rawdream_env.seeding import NoiseKey
 from rawdream_env.testing.check_vector_env import check_vector_env
@@ -123,6 +124,19 @@ def test_same_spaces_infos_and_scenes_as_the_simulator(make):
     sim.close()
 
 
+def test_actions_add_up_as_in_the_simulator_where_the_guard_delays_them(make):
+    actions = np.zeros((1, 8, 7), np.float32)
+    actions[0, :, 1] = [1, -1, 1, -1, 1, 0, 0, 0]  # the guard takes two commands for a reversal
+    env, twin = make(task="place_cup"), PiperTwin(render=False)
+    env.reset(seed=3)
+    twin.reset(env.start_of(0).seed, task="place_cup")
+    env.step(actions)
+    for action in actions[0]:
+        twin.step(action)
+    np.testing.assert_allclose(env.driver.pose[:6], twin.pose[:6], atol=1e-6)
+    np.testing.assert_allclose(env._bus.arm.twin.tool_pose()[:3], twin.tool_pose()[:3], atol=1e-3)
+
+
 def test_starts_of_the_simulator(make):
     start = SimStarts().sample(NoiseKey(5), "place_cup")
     env = make()
@@ -215,6 +229,15 @@ def test_a_fault_ends_the_episode_and_the_operator_clears_it(make, tmp_path):
     row = outcomes(tmp_path / "data")[0]
     assert 8 < row["steps"] < 16 and "no complete feedback" in row["fault"]
     assert len(LeRobotReader(tmp_path / "data").episode(0).frames) == row["steps"] + 1
+
+
+def test_in_real_time_a_camera_thread_draws(make):
+    env = make(realtime=True, max_frame_age=2.0)
+    _, before = env.reset(seed=0)[0], env.clock.now()
+    (first, at), drawn = env.camera.read(), env.clock.now()
+    assert drawn - before < 0.5 and first.shape == (64, 64, 3)
+    env.clock.sleep(0.5)
+    assert env.camera.read()[1] > at
 
 
 @pytest.mark.parametrize("gone", [False, True])

@@ -19,6 +19,7 @@ from rawdream_env.piper.envs import PiperSimVectorEnv
 from rawdream_env.piper.simulator.twin import PiperTwin
 from rawdream_env.piper.simulator.workers import PiperWorkers
 from rawdream_env.types import Outcome, Verdict
+from tests.waiting import gone, wait_until
 
 WORKERS = pytest.mark.parametrize("workers", [0, 2])
 
@@ -214,12 +215,12 @@ def test_every_wait_for_a_worker_ends():
     workers.reset([0, 1], [0, 1], [None, None])
     pids = [process.pid for process in workers._processes]
     os.kill(pids[1], signal.SIGSTOP)
-    workers._timeout_s = 1.0
+    workers._timeout_s = 3.0  # that of the other worker as well
     begun = time.monotonic()
-    with pytest.raises(SimulatorError, match=r"worker 1 \(rows \[1\], exit code None\) did not answer within 1 s"):
+    with pytest.raises(SimulatorError, match=r"worker 1 \(rows \[1\], exit code None\) did not answer within 3 s"):
         workers.proprio([0, 1])
-    assert time.monotonic() - begun < 15
-    assert not any(os.path.exists(f"/proc/{pid}") for pid in pids), "stopped or not, no worker is left"
+    assert time.monotonic() - begun < 60
+    wait_until(lambda: all(map(gone, pids)))  # stopped or not, no worker is left
 
 
 def test_a_request_that_is_not_read_fails():
@@ -232,7 +233,7 @@ def test_a_request_that_is_not_read_fails():
     begun = time.monotonic()
     with pytest.raises(SimulatorError, match="did not read its request within 2 s"):
         workers.step([0], np.zeros((1, 50_000, 7)))  # more than the pipe holds
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - begun < 60
 
 
 def test_a_program_ends_although_a_worker_is_stopped():
@@ -246,7 +247,7 @@ def test_a_program_ends_although_a_worker_is_stopped():
         "    print(workers._processes[0].pid)\n"
     )
     assert done.returncode == 0, done.stderr
-    assert not os.path.exists(f"/proc/{int(done.stdout)}")
+    wait_until(lambda: gone(int(done.stdout)))
 
 
 def test_ctrl_c_is_the_parents_alone():

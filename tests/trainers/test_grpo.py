@@ -18,7 +18,6 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from killing import kill_at_random_moments
 from torch import Tensor, nn
 
 from rawdream_env.envs.dream import DreamVectorEnv
@@ -46,6 +45,7 @@ from rawdream_env.trainers.grpo.rollout import (
 from rawdream_env.types import Outcome, PolicyOutput, Start, Verdict, Video
 from rawdream_env.world_models.null import NullState, NullWorldModel
 from rawdream_env.wrappers import DualNoiseVerification
+from tests.killing import kill_at_random_moments
 
 K, A, SIDE, BINS = 2, 7, 8, 5
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import test_grpo_openvla as toy
-from killing import kill_at_random_moments
 
 from rawdream_env import cli
 from rawdream_env.judges.scripted import ScriptedJudge
@@ -20,6 +19,7 @@ from rawdream_env.testing.openvla_oft import write_tiny_openvla
 from rawdream_env.trainers.common.run_dir import read_jsonl
 from rawdream_env.trainers.grpo.grpo import GRPOResult, train_grpo
 from rawdream_env.types import Outcome, Verdict
+from tests.killing import kill_at_random_moments
 
 pytest.importorskip("peft")
 STEPS = 4

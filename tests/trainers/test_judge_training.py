@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from killing import kill_at_random_moments
 
 from rawdream_env.data import schema
 from rawdream_env.data.lerobot import LeRobotWriter
@@ -42,6 +41,7 @@ from rawdream_env.trainers.judge.losses import answer_loss, look_imagined, place
 from rawdream_env.trainers.judge.train import train_judge
 from rawdream_env.types import Judge
 from rawdream_env.world_models.null import NullWorldModel
+from tests.killing import kill_at_random_moments
 
 MODEL = EmbeddedJudgeConfig(frame_size=32, stem=16, mid=16, deep=24, width=32, heads=2, layers=2, text_layers=1)
 COLOURS = np.array(

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from killing import kill_at_random_moments
 from safetensors.torch import load_file
 
 from rawdream_env.data import schema
@@ -24,6 +23,7 @@ from rawdream_env.trainers.common.run_dir import read_jsonl
 from rawdream_env.trainers.policy import demonstrations, sft
 from rawdream_env.trainers.policy.batches import Batch
 from rawdream_env.trainers.policy.config import SFTConfig
+from tests.killing import kill_at_random_moments
 
 pytest.importorskip("peft")
 TASKS = ("lift the cup", "push the pot away")

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from killing import kill_at_random_moments
 
 from rawdream_env.data import schema
 from rawdream_env.data.lerobot import LeRobotReader, LeRobotWriter
@@ -35,6 +34,7 @@ from rawdream_env.world_models.wan.config import wan_config
 from rawdream_env.world_models.wan.rollout import WAN_ROLLOUT, RolloutConfig, WanWorldModel
 from rawdream_env.world_models.wan.transformer import WanConfig, WanWorldModelTransformer
 from rawdream_env.world_models.wan.vae import WanVAE
+from tests.killing import kill_at_random_moments
 
 WEIGHTS = {
     "transformer": "transformer/diffusion_pytorch_model.safetensors",

@@ -8,32 +8,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from rawdream_env.evaluation.reporting.provenance import provenance
 from rawdream_env.evaluation.side_by_side.ranking import rank_policies
 from rawdream_env.evaluation.side_by_side.records import EpisodeRecord
-from rawdream_env.evaluation.world_model.fidelity import summarise
+from rawdream_env.evaluation.world_model.horizon import HorizonScores
 from rawdream_env.statistics import Confusion, Rate, paired_bootstrap
-
-Scores = dict[str, NDArray[np.float64]]
-"""Source ("dream", "copy_first", "copy_last") -> scores (F, 4) of one episode's frames, see ``metrics.METRICS``."""
 
 ALL = "all"
 
 
 def aggregate(
     records: Sequence[EpisodeRecord],
-    scores: Mapping[str, Mapping[str, Sequence[Scores]]],
+    scores: Mapping[str, Mapping[str, HorizonScores]],
     *,
-    chunk_len: int,
     at_end: bool = True,
     config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The report as JSON; :mod:`rawdream_env.evaluation.side_by_side.evaluate` explains the names.
 
-    ``scores``: policy -> "dreamed_actions" or "simulator_actions" -> one entry per episode. ``at_end``: the records' verdicts
+    ``scores``: policy -> "dreamed_actions" or "simulator_actions" -> those of its episodes. ``at_end``: the records' verdicts
     are of the end of the episode, else of any chunk; they are compared with the same. The first policy is the reference.
     """
     names = list(dict.fromkeys(r.policy for r in records))
@@ -41,7 +34,7 @@ def aggregate(
     policies = []
     for name in names:
         own = [r for r in records if r.policy == name]
-        horizon = {source: summarise(list(parts), chunk_len) for source, parts in scores.get(name, {}).items()}
+        horizon = {source: kept.rows() for source, kept in scores.get(name, {}).items()}
         per_task = {task: describe([r for r in own if r.task == task], at_end) for task in tasks}
         entry = {"name": name, ALL: describe(own, at_end), "tasks": per_task, "horizon": horizon}
         if name != names[0]:

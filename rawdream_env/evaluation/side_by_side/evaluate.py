@@ -40,12 +40,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from rawdream_env.envs.episodes import Rollout, make_env, run_episodes
 from rawdream_env.envs.imagination import Replay
 from rawdream_env.errors import InvalidOptionError
-from rawdream_env.evaluation.side_by_side.aggregate import Scores, aggregate
+from rawdream_env.evaluation.side_by_side.aggregate import aggregate
 from rawdream_env.evaluation.side_by_side.compare import require_same_protocol
 from rawdream_env.evaluation.side_by_side.records import Clip, Clips, EpisodeRecord, SideBySide
 from rawdream_env.evaluation.side_by_side.report import write_report
@@ -53,6 +55,7 @@ from rawdream_env.evaluation.side_by_side.tasks import make_starts, task_names
 from rawdream_env.evaluation.side_by_side.trials import add_trials, make_real, run_trials
 from rawdream_env.evaluation.side_by_side.verdicts import judge_recorded, second_verdicts, state_outcome
 from rawdream_env.evaluation.world_model.fidelity import compare_episode
+from rawdream_env.evaluation.world_model.horizon import HorizonScores
 from rawdream_env.files import check_output
 from rawdream_env.policies import load_policy
 from rawdream_env.robots import find_robot, sim_options
@@ -177,7 +180,7 @@ def evaluate(
         check_output(config.out)
     actors = policies or {name: load_policy(folder, device=config.device) for name, folder in named.items()}
     records: list[EpisodeRecord] = []
-    scores: dict[str, dict[str, list[Scores]]] = {}
+    scores: dict[str, dict[str, HorizonScores]] = {}
     clips = Clips(config.videos)
     with ExitStack() as opened:
         if dream is None:
@@ -190,6 +193,7 @@ def evaluate(
             simulator = opened.enter_context(closing(_make_simulator(config, dream)))
         _check_protocols(dream, simulator)
         config = replace(config, tasks=task_names(simulator, config.tasks))
+        chunk_len = dream.single_action_space.shape[0]
         trials = None
         if config.real:
             if real is None:
@@ -204,12 +208,11 @@ def evaluate(
                         records.append(clip.record)
                         clips.add(clip)
                         for source, frames in horizon.items():
-                            scores.setdefault(name, {}).setdefault(source, []).append(frames)
+                            scores.setdefault(name, {}).setdefault(source, HorizonScores(chunk_len)).add(frames)
                     bar.update(len(batch))
                     bar.set_postfix(_rates(name, records))
-    chunk_len, fps = dream.single_action_space.shape[0], float(dream.unwrapped.fps)
-    at_end = dream.unwrapped.judge_every == "episode"
-    report = aggregate(records, scores, chunk_len=chunk_len, at_end=at_end, config=config_dict(config))
+    fps, at_end = float(dream.unwrapped.fps), dream.unwrapped.judge_every == "episode"
+    report = aggregate(records, scores, at_end=at_end, config=config_dict(config))
     report["protocol"] = _protocol(simulator)
     report |= {} if training is None else {"training": dict(training)}
     if trials is not None:
@@ -272,7 +275,7 @@ def _check_protocols(dream: Any, simulator: Any) -> None:
 
 def _compare(
     config: EvaluateConfig, name: str, policy: Policy, pairs: Sequence[tuple[str, int]], dream: Any, simulator: Any
-) -> Iterator[tuple[Clip, dict[str, Scores]]]:
+) -> Iterator[tuple[Clip, dict[str, dict[str, NDArray[np.float64]]]]]:
     """Run one policy from one batch of starts; yields a clip with its record, and the scores of its frames, per start."""
     base, nothing = dream.unwrapped, [None] * len(pairs)
     starts = make_starts(simulator, pairs, config.seed)

@@ -12,7 +12,7 @@ from rawdream_env.errors import DatasetError
 from rawdream_env.types import Float32Array, Outcome, Trajectory, UInt8Array, Verdict
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class EpisodeRecord:
     """Outcomes of one policy at one start. Verdicts are 1, 0 or -1 (INVALID); None: not measured.
 

@@ -21,7 +21,8 @@ ghosting are additions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,8 +33,9 @@ from numpy.typing import NDArray
 from rawdream_env.data.recorded import Recording
 from rawdream_env.errors import DatasetError
 from rawdream_env.evaluation.reporting import pictures
-from rawdream_env.evaluation.world_model.ghosting import Counts, episode_ghosts, summarise_ghosts
-from rawdream_env.evaluation.world_model.metrics import METRICS, PSNR_CAP_DB, buckets, frame_scores, moving_region
+from rawdream_env.evaluation.world_model.ghosting import episode_ghosts, summarise_ghosts
+from rawdream_env.evaluation.world_model.horizon import HorizonScores
+from rawdream_env.evaluation.world_model.metrics import PSNR_CAP_DB, buckets, frame_scores, moving_region
 from rawdream_env.evaluation.world_model.replay import (
     SOURCES,
     action_sensitivity,
@@ -43,7 +45,6 @@ from rawdream_env.evaluation.world_model.replay import (
     dream_episodes,
 )
 from rawdream_env.media import encode_gif, encode_picture
-from rawdream_env.statistics import Estimate, bootstrap_ratio
 from rawdream_env.types import UInt8Array, WorldModel
 
 if TYPE_CHECKING:
@@ -57,13 +58,9 @@ __all__ = [
     "compare_episode",
     "dream_episodes",
     "evaluate_fidelity",
-    "summarise",
 ]
 
 Float64Array = NDArray[np.float64]
-
-ALL_METRICS = (*METRICS, "lpips", "lpips_moving")
-"""Columns of the scores of an episode; the last two need an extractor."""
 
 
 def compare_episode(
@@ -108,39 +105,9 @@ def _lpips_scores(
     return {name: np.concatenate(part) if part else np.empty((0, 2)) for name, part in parts.items()}
 
 
-def _bucket_means(scores: Sequence[Float64Array], lo: int, hi: int) -> Float64Array:
-    """Per-episode means (E, M) over frames lo..hi; NaN where an episode is too short or nothing moves."""
-    rows = []
-    for s in scores:
-        part = s[lo:hi]
-        good = np.isfinite(part)
-        count = good.sum(0)
-        rows.append(np.where(count > 0, np.where(good, part, 0.0).sum(0) / np.maximum(count, 1), np.nan))
-    return np.asarray(rows)
-
-
-def summarise(per_episode: Sequence[dict[str, Float64Array]], chunk_len: int) -> list[dict[str, Any]]:
-    """One row per horizon bucket: ``{"frames": [lo, hi], "dream": {"psnr": {...}, ...}, "copy_first": ...}``."""
-    longest = max((len(p["dream"]) for p in per_episode), default=0)
-    return [_row(per_episode, lo, hi) for lo, hi in buckets(longest, chunk_len)]
-
-
-def _row(per_episode: Sequence[dict[str, Float64Array]], lo: int, hi: int) -> dict[str, Any]:
-    row: dict[str, Any] = {"frames": [lo, hi]}
-    for source in SOURCES:
-        means = _bucket_means([p[source] for p in per_episode], lo, hi)
-        names = ALL_METRICS[: means.shape[1]]
-        row[source] = {metric: _mean_interval(means[:, i]).as_dict() for i, metric in enumerate(names)}
-    return row
-
-
-def _mean_interval(values: Float64Array) -> Estimate:
-    return bootstrap_ratio(values[np.isfinite(values)], resamples=1000)
-
-
 @dataclass(frozen=True)
 class Fidelity:
-    """The result: ``table`` (see :func:`summarise`; with ``ghosting`` and, if measured, ``fvd``), ``sensitivity`` (see
+    """The result: ``table`` (see :class:`HorizonScores`; with ``ghosting`` and, if measured, ``fvd``), ``sensitivity`` (see
     :func:`~rawdream_env.evaluation.world_model.replay.action_sensitivity`), number of episodes, a few (truth, dream) clips
     for the pictures, ``overall`` (one more row, of all frames) and ``notes`` (warnings).
     """
@@ -291,8 +258,8 @@ class _Scores:
     ) -> None:
         self.spans = [*buckets(longest, chunk_len), (0, longest)]
         self.chunk_len, self.region, self.frame_features = chunk_len, region, frame_features
-        self.frames: list[dict[str, Float64Array]] = []
-        self.ghosts: list[dict[str, Counts]] = []
+        self.frames = HorizonScores(chunk_len)
+        self.ghosts: dict[tuple[str, int], array[int]] = {}  # (source, number of the span) -> counts of all episodes
         self.videos: FrechetVideoDistances | None = None
         if video_features is not None:
             from rawdream_env.evaluation.world_model.fvd import FrechetVideoDistances
@@ -302,20 +269,23 @@ class _Scores:
     def add(self, dream: UInt8Array, truth: UInt8Array, behind: UInt8Array) -> None:
         """Score an episode; ``behind`` is the background image of its camera."""
         reference = behind if self.region == "background" else None
-        self.frames.append(compare_episode(dream, truth, self.chunk_len, reference, self.frame_features))
-        self.ghosts.append(episode_ghosts(dream, truth, behind, self.chunk_len))
+        self.frames.add(compare_episode(dream, truth, self.chunk_len, reference, self.frame_features))
+        for source, counts in episode_ghosts(dream, truth, behind, self.chunk_len).items():
+            for i, (lo, hi) in enumerate(self.spans):
+                self.ghosts.setdefault((source, i), array("q")).extend(counts[lo:hi].sum(0))
         if self.videos is not None:
             self.videos.add(dream, truth)
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per horizon bucket, and one of all frames."""
-        rows = []
-        for low, high in self.spans:
-            row = {**_row(self.frames, low, high), "ghosting": summarise_ghosts(self.ghosts, low, high)}
+        rows = [*self.frames.rows(), self.frames.overall()]
+        for i, (row, span) in enumerate(zip(rows, self.spans, strict=True)):
+            row["ghosting"] = summarise_ghosts(
+                {s: np.array(counts) for (s, at), counts in self.ghosts.items() if at == i}
+            )
             if self.videos is not None:
-                for source, distance in self.videos.over(low, high).items():
+                for source, distance in self.videos.over(*span).items():
                     row[source]["fvd"] = distance
-            rows.append(row)
         return rows
 
 

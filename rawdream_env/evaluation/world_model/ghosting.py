@@ -20,7 +20,7 @@ The anchor noise of RAW-Dream (arXiv 2605.12334, section 3.1) is meant to preven
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -89,17 +89,15 @@ def episode_ghosts(
     return {name: ghost_counts(frames, truth, vacated) for name, frames in sources.items()}
 
 
-def summarise_ghosts(per_episode: Sequence[Mapping[str, Counts]], low: int, high: int) -> dict[str, Any]:
-    """Shares over frames [low, high) with bootstrap intervals over the episodes in which a pixel was vacated.
+def summarise_ghosts(counts: Mapping[str, Counts]) -> dict[str, Any]:
+    """Shares with bootstrap intervals over the episodes in which a pixel was vacated. ``counts``: source -> the sums over the
+    frames of E episodes, (E, 4) or flat.
 
     Returns:
         ``{"dream", "alike", "reappeared", "copy_first", "truth": estimate, "pixels": vacated pixels of all frames}``;
         ``alike`` and ``reappeared`` are of the dream.
     """
-    sums = {
-        name: np.array([counts[name][low:high].sum(0) for counts in per_episode]).reshape(-1, 4)
-        for name in ("dream", "copy_first", "truth")
-    }
+    sums = {name: np.reshape(counts[name], (-1, 4)) for name in ("dream", "copy_first", "truth")}
     some = sums["dream"][:, 0] > 0
     vacated = sums["dream"][some, 0]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -61,6 +61,19 @@ class CameraView:
 
     size: int = 64
     crop: tuple[int, int, int] | None = None
+
+    @classmethod
+    def of(cls, size: int, crop: str | Sequence[int] | None) -> CameraView:
+        """With ``crop`` also as "LEFT,TOP,SIDE". Raises ``InvalidOptionError`` where it is not three whole numbers."""
+        if crop is None:
+            return cls(size)
+        try:
+            left, top, side = map(int, crop.split(",") if isinstance(crop, str) else crop)
+        except ValueError as error:
+            raise InvalidOptionError(
+                f"crop={crop!r} must be left, top and side in pixels, such as 80,0,480."
+            ) from error
+        return cls(size, (left, top, side))
 
     def square(self, height: int, width: int) -> tuple[int, int, int]:
         """Left, top and side of the square that is cut from a picture.

@@ -1,10 +1,10 @@
 """The driver of a real Piper: actions of the environments in, guarded end poses out, and a watch over everything else.
 
-An action is sent every 0.1 s while a policy is in control (``send_action``); between chunks the driver holds the last
-commanded pose (``hold``), which it sends again every 0.1 s. A watchdog looks at the feedback every 10 ms. The first fault is
-latched: the driver holds the last commanded pose, and every further action raises ``ArmFaultError`` until an operator has
-looked (``clear_fault``). ``stop`` is the arm's own emergency stop, after which it sinks slowly. The driver never cuts the power
-and never sends the reset, which makes the arm drop.
+An action is sent every 0.1 s while a policy is in control (``send_action``); between chunks, or while a person is late, the
+driver holds the last commanded pose (``hold``), which it sends again every 0.1 s. A watchdog looks at the feedback every
+10 ms. The first fault is latched: the driver holds the last commanded pose, and every further action raises
+``ArmFaultError`` until an operator has looked (``clear_fault``). ``stop`` is the arm's own emergency stop, after which it
+sinks slowly. The driver never cuts the power and never sends the reset, which makes the arm drop.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ WATCH_PERIOD = 0.01
 """Of the watchdog (s)."""
 _AGREE = 0.005
 """End pose and joints of the feedback agree to this (m)."""
+_WATCHDOG_TIMEOUT = 1.0
+"""Longest wait for a late watchdog (s)."""
 _SPACING = 0.8
 """Two targets are at least this many periods apart."""
 
@@ -71,7 +73,7 @@ class PiperDriver:
         self.limits, self.config = limits or Limits(), config or DriverConfig()
         self.fault: Fault | None = None
         self._state: ArmState | None = None
-        self._following = False
+        self._following = self._late_is_fault = False
         self._sent_at = self._watched_at = self.clock.now()
         self._watcher = FeedbackWatch(self.config)
         self._checks: list[tuple[FaultKind, Callable[[], str | None]]] = []
@@ -137,8 +139,13 @@ class PiperDriver:
             self._sent_at = self.clock.now() - PERIOD
             self.hold()
 
-    def send_action(self, action: ArrayLike) -> Sent:
+    def send_action(self, action: ArrayLike, *, late_is_fault: bool = True) -> Sent:
         """Move by one action (7,) in [-1, 1], as far as the guard allows. Call it every 0.1 s until ``hold``.
+
+        Args:
+            action: (7,).
+            late_is_fault: whether it is a fault if the next action does not come within ``policy_timeout``, as for a policy.
+                Otherwise the arm holds until it comes, as for a person.
 
         Returns:
             What was really sent.
@@ -148,9 +155,8 @@ class PiperDriver:
                 shape; the arm holds.
         """
         self.clock.sleep(self._sent_at + _SPACING * PERIOD - self.clock.now())
+        self._await_watchdog()
         with self._lock:
-            if (late := self.clock.now() - self._watched_at) > PERIOD:
-                self.latch(FaultKind.BUS, f"The watchdog has not run for {late * 1e3:.0f} ms.")
             self._require_no_fault()
             state = self._commanded
             target = target_pose(state.pose, action)
@@ -161,11 +167,11 @@ class PiperDriver:
             if not sent.allowed:
                 self.hold()
                 raise ArmFaultError(f"the guard refuses to move ({Reason(int(sent.reasons))}); the arm holds.")
-            self._following = True
+            self._following, self._late_is_fault = True, late_is_fault
             self._send(sent)
             self._require_no_fault()
-            moved = np.clip((sent.pose - state.pose)[:6] / np.repeat([geo.DPOS, geo.DROT], 3), -1.0, 1.0)
-            return Sent(sent.pose.copy(), np.append(moved, sent.pose[6]), Reason(int(sent.reasons)))
+            moved = np.clip(geo.action_between(state.pose, sent.pose), -1.0, 1.0)
+            return Sent(sent.pose.copy(), moved, Reason(int(sent.reasons)))
 
     def hold(self) -> None:
         """Hold the last commanded pose until the next action. No action is missed from now on."""
@@ -180,13 +186,12 @@ class PiperDriver:
                 2 s after the last step.
         """
         goal = np.clip(np.asarray(pose, np.float64), self.limits.pose_low, self.limits.pose_high)
-        scale = np.repeat([geo.DPOS, geo.DROT], 3)
         for _ in range(1000):
-            away = (goal - self.pose)[:6] / scale
+            away = geo.action_between(self.pose, goal)[:6]
             if np.abs(away).max() < 1e-9 and self.pose[6] == goal[6]:
                 break
             before = self.pose
-            self.send_action(np.append(np.clip(away, -speed, speed), goal[6]))
+            self.send_action(np.append(np.clip(away, -speed, speed), goal[6]), late_is_fault=False)
             self.clock.sleep(PERIOD)
             if np.allclose(before, self.pose, rtol=0, atol=1e-12):
                 raise ArmFaultError(f"the guard does not let the arm move from {before.round(3)} to {goal.round(3)}.")
@@ -197,6 +202,14 @@ class PiperDriver:
             self.clock.sleep(PERIOD)
             self._require_no_fault()
         raise ArmFaultError(f"the arm is {miss * 1e3:.1f} mm from its target, allowed are {tolerance * 1e3:.1f} mm.")
+
+    def move_over(self, pose: ArrayLike) -> None:
+        """As ``move_to``, but first straight up to the height of the pose: out of what stands on the table, then across."""
+        goal = np.asarray(pose, np.float64)
+        up = np.append(self.pose[:6], goal[6])
+        up[2] = max(up[2], goal[2])
+        self.move_to(up)
+        self.move_to(goal)
 
     def latch(self, kind: FaultKind, message: str) -> None:
         """Latch a fault, unless there is one, and hold; after ``FaultKind.STOP``, the arm's emergency stop instead."""
@@ -249,6 +262,15 @@ class PiperDriver:
         if self.fault is not None:
             raise ArmFaultError(f"{self.fault.message} The arm holds; look at it, then call clear_fault().")
 
+    def _await_watchdog(self) -> None:
+        """Nothing is sent unwatched. On a busy computer the watchdog may be late; meanwhile the arm holds its last target."""
+        end = self.clock.now() + _WATCHDOG_TIMEOUT
+        while (late := self.clock.now() - self._watched_at) > PERIOD:
+            if self.clock.now() >= end:
+                self.latch(FaultKind.BUS, f"The watchdog has not run for {late * 1e3:.0f} ms.")
+                return
+            self.clock.sleep(WATCH_PERIOD)
+
     def _send(self, sent: Guarded) -> None:
         self._state = self._commanded.after(sent)
         self._sent_at = self.clock.now()
@@ -278,7 +300,9 @@ class PiperDriver:
                 if self.fault is None and (found := self._watcher.find(self.link.feedback, self._state, now)):
                     self.latch(*found)
                 if self._following and (late := now - self._sent_at) > self.config.policy_timeout:
-                    self.latch(FaultKind.POLICY, f"No action came for {late * 1e3:.0f} ms.")
+                    self._following = False
+                    if self._late_is_fault:
+                        self.latch(FaultKind.POLICY, f"No action came for {late * 1e3:.0f} ms.")
                 for kind, check in list(self._checks):
                     if message := check():
                         self.latch(kind, message)

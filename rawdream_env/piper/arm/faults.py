@@ -21,6 +21,8 @@ _MOVED = 0.005
 """Distance (m) from the commanded pose that a moving arm leaves within ``frozen_timeout``."""
 _JUMP = 0.05
 """Change of a joint (rad) between two feedbacks, beyond what the arm can do, that counts as a jump."""
+_GAP = 0.05
+"""Between two looks at the feedback (s); after a longer one on a busy computer, the time of a frozen arm counts anew."""
 _MOTOR_AGE = 1.0
 """Motors report less often than joints (s)."""
 
@@ -93,11 +95,12 @@ class FeedbackWatch:
 
     def __init__(self, config: DriverConfig) -> None:
         self.config = config
-        self._near_at = float("-inf")
+        self._near_at = self._asked_at = float("-inf")
 
     def find(self, feedback: Feedback, commanded: ArmState, now: float) -> tuple[FaultKind, str] | None:
         """The first fault at ``now``, as kind and sentence; None without one. Call it often."""
         config = self.config
+        gap, self._asked_at = now - self._asked_at, now
         if (age := now - feedback.complete_at) > config.feedback_timeout:
             return FaultKind.SILENT, f"The arm has sent no complete feedback for {age * 1e3:.0f} ms."
         if feedback.jump > _JUMP:
@@ -111,7 +114,8 @@ class FeedbackWatch:
                 FaultKind.LAG,
                 f"The tool is {miss * 1e3:.0f} mm from where it was sent: blocked, or feedback is late.",
             )
-        self._near_at = now if miss <= _MOVED else self._near_at
+        if miss <= _MOVED or gap > _GAP:  # what happened in a gap is not known
+            self._near_at = now
         if miss > _MOVED and (still := now - max(feedback.changed_at, self._near_at)) > config.frozen_timeout:
             return (
                 FaultKind.FROZEN,

@@ -29,7 +29,7 @@ from rawdream_env.types import ACTION_DIM, Float32Array, UInt8Array
 FloatArray = NDArray[np.floating[Any]]
 
 _SUBSTEPS = round(1.0 / geo.CONTROL_HZ / TIMESTEP)
-_SERVO_KNOTS = 5
+SERVO_KNOTS = 5
 """The joint target moves in this many equal parts during a control step."""
 _SETTLE_STEPS = 40
 _WHOLE_STATE = mujoco.mjtState.mjSTATE_INTEGRATION
@@ -204,9 +204,9 @@ class PiperTwin:
         before, self._joints = self._joints, self._solve(self._joints)
         data = self.data
         data.ctrl[6:] = self._finger_target(self.pose[6])
-        for k in range(1, _SERVO_KNOTS + 1):
-            data.ctrl[:6] = before + (self._joints - before) * (k / _SERVO_KNOTS)
-            mujoco.mj_step(self.model, data, nstep=_SUBSTEPS // _SERVO_KNOTS)
+        for k in range(1, SERVO_KNOTS + 1):
+            data.ctrl[:6] = before + (self._joints - before) * (k / SERVO_KNOTS)
+            mujoco.mj_step(self.model, data, nstep=_SUBSTEPS // SERVO_KNOTS)
         self._after_physics()
         return self.frame() if render and self._renderer else None
 

@@ -1,86 +1,64 @@
-"""The real arm as a target of tele-operation: its driver and its camera behind the twin's interface."""
+"""The arm as a target of tele-operation: its driver and its camera behind the twin's interface."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from typing import Any, Protocol
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
-from rawdream_env.piper.arm.camera import FrameSource
-from rawdream_env.piper.geometry import CONTROL_HZ, HOME_POSE, FloatArray
+from rawdream_env.errors import InvalidOptionError
+from rawdream_env.piper.arm.camera import MAX_AGE, CameraView, FrameSource, Viewed, open_camera
+from rawdream_env.piper.arm.clock import Clock, LockstepClock, WallClock
+from rawdream_env.piper.arm.faults import PERIOD
+from rawdream_env.piper.geometry import HOME_POSE
 from rawdream_env.types import Float32Array, UInt8Array
+
+if TYPE_CHECKING:
+    from rawdream_env.piper.arm.driver import PiperDriver
 
 _MARGIN = 0.01
 """Of a control step (s), left for reading the picture and for what the caller does."""
 
 
-class Driver(Protocol):
-    """What a target needs of an arm's driver. It holds the arm between actions, and guards them."""
-
-    @property
-    def pose(self) -> FloatArray:
-        """The commanded pose (7,)."""
-        ...
-
-    def send_action(self, action: ArrayLike) -> Any:
-        """Move by one action; returns what was really sent, with its ``action`` (7,)."""
-        ...
-
-    def move_to(self, pose: ArrayLike) -> None:
-        """Move to a pose (7,) and wait."""
-        ...
-
-    def hold(self) -> None:
-        """No action comes for a while."""
-        ...
-
-    def close(self) -> None:
-        """Let go of the arm."""
-        ...
-
-
 class ArmTarget:
     """An enabled arm. A reset moves it home; the person arranges the scene before the first command.
 
-    Owns: the driver and the camera.
+    Owns: the driver, the camera and the fake arm.
 
     Args:
         driver: of the arm, enabled.
         camera: gives what the policy will see, such as ``Viewed(open_camera("/dev/video0"), CameraView(64))``.
-        now: seconds, and ``sleep``: those of the driver's clock, where that is not real time.
+        fake: a ``FakeArmBus`` with a ``TwinArm``, on whose table a reset puts the scene; None: a real arm.
     """
 
-    def __init__(
-        self,
-        driver: Driver,
-        camera: FrameSource,
-        *,
-        now: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
-        self.driver, self.camera = driver, camera
-        self._now, self._sleep = now, sleep
+    def __init__(self, driver: PiperDriver, camera: FrameSource, fake: Any = None) -> None:
+        self.driver, self.camera, self.fake = driver, camera, fake
         self.sent_action: Float32Array = np.zeros(7, np.float32)
 
     def reset(self, seed: int, *, task: str | None = None, layout: str = "narrow") -> UInt8Array:
         """Move home; the scene is the person's."""
-        self.driver.move_to(HOME_POSE)
-        self.driver.hold()
+        if self.fake is None:
+            self.driver.move_over(HOME_POSE)
+        else:
+            home = self.fake.arm.home(seed, task, layout)
+            self.driver.move_over(home)
+            self.fake.arm.begin(seed, task, layout)
+            self.driver.move_to(home)
+            self.driver.clock.sleep(MAX_AGE)  # frames from now on show the new scene
         return self.frame()
 
     def step(self, action: Float32Array) -> UInt8Array:
-        """Send one action; the picture at the end of the control step.
+        """Send one action; the picture at the end of the control step. If the next action is late, the arm holds.
 
         Raises:
             ArmFaultError: the arm holds. StaleFrameError: the camera is frozen or gone; the arm holds.
         """
-        begin = self._now()
-        sent = self.driver.send_action(action)
+        clock = self.driver.clock
+        end = clock.now() + PERIOD - (0.0 if clock.lockstep else _MARGIN)
+        sent = self.driver.send_action(action, late_is_fault=False)
         self.sent_action = np.clip(sent.action, -1.0, 1.0).astype(np.float32)
-        self._sleep(max(0.0, begin + 1.0 / CONTROL_HZ - _MARGIN - self._now()))
+        clock.sleep(end - clock.now())
         return self.frame()
 
     def frame(self) -> UInt8Array:
@@ -103,3 +81,45 @@ class ArmTarget:
         """Let go of arm and camera."""
         self.driver.close()
         self.camera.close()
+        if self.fake is not None:
+            self.fake.close()
+
+
+def open_arm(channel: str, camera: str, view: CameraView, *, live: bool = True) -> ArmTarget:
+    """The arm on a CAN channel, powered, and the camera that ``camera`` names.
+
+    Args:
+        channel: "can0"; "fake": the fake arm, whose camera is the twin's.
+        camera: see ``open_camera``.
+        view: of the camera.
+        live: False: a fake arm runs in lockstep, as fast as the computer.
+
+    Raises:
+        CanBusError: there is no such bus. CameraError: there is no such camera. ArmFaultError: the arm is not ready.
+        InvalidOptionError: no camera is named. MissingDependencyError: the extra ``piper`` is not installed.
+    """
+    from rawdream_env.piper.arm.driver import PiperDriver
+    from rawdream_env.piper.arm.link import PiperLink
+
+    bus: Any = None
+    with ExitStack() as opened:
+        if channel == "fake":
+            from rawdream_env.piper.arm.fake_twin import REAL_TIME, open_fake_arm
+
+            clock: Clock = WallClock() if live else LockstepClock()
+            bus, source = open_fake_arm(clock, view.size, MAX_AGE)
+            opened.callback(bus.close)
+            opened.callback(source.close)
+            link = PiperLink(bus.channel, "virtual")
+            driver = PiperDriver(link, clock=clock, config=REAL_TIME if live else None)
+            opened.callback(driver.close)
+        else:
+            if not camera:
+                raise InvalidOptionError(f"target arm:{channel} needs a camera: add --camera /dev/video0.")
+            driver = PiperDriver(PiperLink(channel))
+            opened.callback(driver.close)
+            source = Viewed(open_camera(camera), view)
+            opened.callback(source.close)
+        driver.enable()
+        opened.pop_all()
+    return ArmTarget(driver, source, bus)

@@ -92,8 +92,7 @@ class MasterArm:
             self._take(frame)
         action = hold(pose)
         if self._pose is not None and self.clock() - self._received <= MAX_AGE:
-            scale = np.repeat([geo.DPOS, geo.DROT], 3)
-            action[:6] = np.clip((self._pose[:6] - pose[:6]) / scale, -1.0, 1.0)
+            action[:6] = np.clip(geo.action_between(pose, self._pose)[:6], -1.0, 1.0)
             action[GRIPPER] = self.gripper
         return Command(action, self.keys.command(pose).event)
 

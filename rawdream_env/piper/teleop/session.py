@@ -21,6 +21,7 @@ from rawdream_env.data import schema
 from rawdream_env.data.lerobot import LeRobotWriter
 from rawdream_env.data.recording import claim_folder, only_writer
 from rawdream_env.errors import InvalidOptionError
+from rawdream_env.piper.arm.camera import CameraView
 from rawdream_env.piper.collect import PLAY_TASK, PiperSource, Recording, knows_objects
 from rawdream_env.piper.geometry import CONTROL_HZ, check_image_size
 from rawdream_env.piper.relations import TASKS, find_task
@@ -45,7 +46,12 @@ class TeleopConfig:
     """"keyboard", "gamepad", "master:can1" (Piper's master arm on that CAN bus; the keyboard ends episodes), or a file of key
     presses: lines such as "12 w r", a number of steps and the keys pressed in each."""
     target: str = "twin"
-    """What is driven: "twin" (the simulator) or module:factory of an object with its reset, step, frame and proprio."""
+    """What is driven: "twin" (the simulator), "arm:can0" (the arm on that CAN bus), "arm:fake" (a fake arm), or module:factory
+    of an object with the twin's reset, step, frame, proprio and close."""
+    camera: str = ""
+    """Camera of the arm: "/dev/video0", "realsense" (or "realsense:SERIAL") or module:factory."""
+    crop: tuple[int, int, int] | None = None
+    """Left, top and side in pixels of the square of the camera's picture; default: the largest in the middle."""
     kind: Literal["play", "demonstrations"] = "play"
     """play: anything goes, without an instruction. demonstrations: the tasks, in turn."""
     tasks: tuple[str, ...] = ()
@@ -109,7 +115,8 @@ def teleoperate(config: TeleopConfig, *, operator: Operator | None = None, targe
 
     Raises:
         InvalidOptionError: an option does not fit. DatasetError: the folder holds other data.
-        MissingDependencyError: the source needs a package that is not installed.
+        MissingDependencyError: source or target needs a package that is not installed.
+        CanBusError, CameraError, ArmFaultError: the arm or its camera does not work.
     """
     parse_positive_int("episodes", config.episodes)
     parse_positive_int("max_steps", config.max_steps)
@@ -124,15 +131,15 @@ def teleoperate(config: TeleopConfig, *, operator: Operator | None = None, targe
     )
     with ExitStack() as opened:
         opened.enter_context(only_writer(config.out))
-        if target is None:
-            target = make_target(config)
-            opened.callback(target.close)
         if operator is None:
             operator = make_operator(config.source)
             opened.callback(operator.close)
+        screen = Screen(live=not isinstance(operator, ScriptedKeys))
+        if target is None:
+            target = make_target(config, live=screen.live)
+            opened.callback(target.close)
         writer = _writer(config, target)
         opened.callback(writer.finalize)
-        screen = Screen(live=not isinstance(operator, ScriptedKeys))
         while writer.num_episodes < config.episodes:
             index = writer.num_episodes
             task = None if config.kind == "play" else tasks[index % len(tasks)]
@@ -187,15 +194,20 @@ def make_operator(source: str) -> Operator:
     )
 
 
-def make_target(config: TeleopConfig) -> Target:
-    """What ``TeleopConfig.target`` names."""
+def make_target(config: TeleopConfig, live: bool) -> Target:
+    """What ``TeleopConfig.target`` names. ``live``: a person drives it, so that it runs in real time."""
+    kind, _, channel = config.target.partition(":")
     if config.target == "twin":
         from rawdream_env.piper.simulator.twin import PiperTwin
 
         return PiperTwin(image_size=config.image_size)
+    if kind == "arm":
+        from rawdream_env.piper.teleop.arm_target import open_arm
+
+        return open_arm(channel, config.camera, CameraView(config.image_size, config.crop), live=live)
     target: Target | Path = resolve(config.target, "target of tele-operation", Target, bundled=Path())
     if isinstance(target, Path):
-        raise InvalidOptionError(f"target {config.target!r} is neither 'twin' nor module:factory.")
+        raise InvalidOptionError(f"target {config.target!r} is none of twin, arm:CHANNEL, arm:fake and module:factory.")
     return target
 
 

@@ -29,6 +29,8 @@ def test_no_frame_leaves_the_limits():
         ({0: 0.28}, {"step"}),
         ({4: 0.31}, {"direction", "step"}),
         ({6: -1.0}, {"gripper"}),
+        ({1: 0.0155}, {"step", "acceleration"}),
+        ({5: 0.152}, {"step", "acceleration"}),
         ({2: 0.0}, {"workspace", "step", "speed", "joint speed", "table"}),
         ({0: np.nan}, {"not finite"}),
     ],
@@ -38,8 +40,15 @@ def test_broken_limits_are_found(change, broken):
     pose[6] = 0.0
     bad = pose.copy()
     bad[list(change)] = list(change.values())
-    assert broken <= set(broken_limits(np.array([pose, bad]), Limits()))
-    assert not broken_limits(np.array([pose, pose]), Limits())
+    assert broken <= set(broken_limits(np.array([pose, pose, bad]), Limits()))
+    assert not broken_limits(np.array([pose, pose, pose]), Limits())
+
+
+def test_a_reversal_at_full_speed_is_too_much_acceleration():
+    pose, step = geo.HOME_POSE.copy(), np.zeros(7)
+    pose[6], step[1] = 0.0, geo.DPOS
+    assert broken_limits(np.array([pose, pose + step, pose]), Limits()) == {"acceleration": 1}
+    assert not broken_limits(np.array([pose, pose + step, pose + step, pose]), Limits())
 
 
 def test_frames_that_are_no_targets_are_found():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+import time
 from collections import deque
 from contextlib import contextmanager
 
@@ -305,9 +306,35 @@ def test_a_policy_that_is_late_is_lost():
         assert r.driver.fault.kind == FaultKind.POLICY and r.driver.fault.at - begin <= 0.15 + 0.1
 
 
+def test_a_person_who_is_late_finds_the_arm_holding():
+    with rig() as r:
+        r.driver.enable()
+        r.driver.send_action(FORTH, late_is_fault=False)
+        begin, pose = r.clock.now(), r.driver.pose
+        r.clock.sleep(1.0)
+        assert r.driver.fault is None and (r.driver.pose == pose).all()
+        held = [at for at, _ in r.targets() if at > begin + 0.1]
+        assert held[0] - begin <= 0.2 and len(held) >= 8
+        r.driver.send_action(BACK, late_is_fault=False)
+        assert (r.driver.pose != pose).any()
+
+
+def test_nothing_is_sent_while_the_watchdog_is_late():
+    patient = DriverConfig(feedback_timeout=1.0, frozen_timeout=1.0, max_lag=0.1)
+    with rig(WallClock(), patient) as r:
+        r.driver.enable()
+        slow = iter([0.4])
+        end = r.driver.add_check(FaultKind.BUS, lambda: time.sleep(next(slow, 0.0)))
+        time.sleep(0.2)
+        before = r.clock.now()
+        r.driver.send_action(FORTH, late_is_fault=False)
+        assert r.clock.now() - before > 0.1 and r.driver.fault is None
+        end()
+
+
 def test_a_policy_process_that_is_killed_leaves_an_arm_that_holds():
     program = "import time\nwhile True:\n    print(0.3, 0, 0, 0, 0, 0, 1, flush=True)\n    time.sleep(0.1)"
-    with rig(WallClock(), DriverConfig(policy_timeout=0.5)) as r:
+    with rig(WallClock(), DriverConfig(policy_timeout=1.5)) as r:
         r.driver.enable()
         policy = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
         for count, line in enumerate(policy.stdout):
@@ -316,6 +343,12 @@ def test_a_policy_process_that_is_killed_leaves_an_arm_that_holds():
                 policy.kill()
                 killed = r.clock.now()
         policy.wait()
-        r.clock.sleep(0.9)
-        assert r.driver.fault.kind == FaultKind.POLICY and r.driver.fault.at - killed <= 0.5 + 0.1
-        assert next(at for at, _ in r.targets() if at > r.driver.fault.at - 1e-3) - killed <= 0.5 + 0.2
+
+        def held():
+            fault = r.driver.fault
+            return fault and any(at > fault.at - 1e-3 for at, _ in r.targets())
+
+        while not held():
+            assert r.clock.now() - killed < 60
+            r.clock.sleep(0.05)
+        assert r.driver.fault.kind == FaultKind.POLICY and r.driver.fault.at - killed > 1.5 - 0.5

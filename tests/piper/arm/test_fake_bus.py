@@ -14,13 +14,7 @@ from rawdream_env.piper import geometry as geo  # noqa: E402
 from rawdream_env.piper.arm import frames  # noqa: E402
 from rawdream_env.piper.arm.end_pose import end_pose_from_pose  # noqa: E402
 from rawdream_env.piper.arm.fake_bus import FakeArmBus  # noqa: E402
-
-
-def wait_until(condition, seconds=10.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.01)
+from tests.waiting import wait_until  # noqa: E402
 
 
 def units(end_pose):

@@ -143,7 +143,7 @@ def test_master_and_fake_arm_on_one_bus():
         master = MasterArm(CanReceiver("two arms", "virtual"), nobody)
         mode = can_frames.encode_mode(can_frames.Mode(True, can_frames.MoveMode.JOINT, 100))
         pose, tick = HOME.copy(), threading.Event()
-        for _ in range(300):
+        for _ in range(3000):
             for frame in (can_frames.encode_power(True), mode, *can_frames.encode_joints(joints)):
                 hand.send(can.Message(arbitration_id=frame.can_id, data=frame.data, is_extended_id=False))
             tick.wait(0.02)

@@ -15,6 +15,7 @@ from rawdream_env import cli
 from rawdream_env.data.lerobot import LeRobotReader
 from rawdream_env.errors import CameraError, DatasetError, InvalidOptionError, RendererError, RunDirError
 from rawdream_env.piper import geometry as geo
+from rawdream_env.piper.arm.clock import LockstepClock
 from rawdream_env.piper.relations import TASKS
 from rawdream_env.piper.starts import SimStarts
 from rawdream_env.piper.teleop.arm_target import ArmTarget
@@ -50,10 +51,10 @@ class Arm:
         pass
 
 
-def run(tmp_path, keys, target=None, **changes):
+def run(tmp_path, keys, driven=None, **changes):
     (tmp_path / "keys.txt").write_text(keys)
     config = TeleopConfig(str(tmp_path / "data"), str(tmp_path / "keys.txt"), episodes=2, image_size=16)
-    return teleoperate(replace(config, **changes), target=target)
+    return teleoperate(replace(config, **changes), target=driven)
 
 
 def test_keep_discard_and_resume(tmp_path):
@@ -87,15 +88,16 @@ class Driver:
     """An arm whose guard halves every motion."""
 
     def __init__(self):
-        self.pose, self.log = geo.HOME_POSE + 0.01, []
+        self.pose, self.log, self.clock = geo.HOME_POSE + 0.01, [], LockstepClock()
 
-    def send_action(self, action):
+    def send_action(self, action, *, late_is_fault=True):
+        assert not late_is_fault
         action = np.append(np.asarray(action)[:6] / 2, action[6])
         self.pose = geo.integrate_action(self.pose, action)
         self.log.append("send")
         return SimpleNamespace(action=action)
 
-    def move_to(self, pose):
+    def move_over(self, pose):
         self.pose = np.array(pose)
         self.log.append("home")
 
@@ -123,7 +125,7 @@ class Camera:
 def test_an_arm_records_what_was_sent_and_holds_while_nobody_commands(tmp_path):
     driver = Driver()
     root = run(tmp_path, "3\n2 s space\n1 enter\n", ArmTarget(driver, Camera()), episodes=1)
-    assert driver.log == ["home", *["hold"] * 4, "send", "send", "hold"]  # nothing is sent before the first command
+    assert driver.log == ["home", *["hold"] * 3, "send", "send", "hold"]  # nothing is sent before the first command
     episode = LeRobotReader(root).episode(0)
     assert episode.actions.tolist() == [[0.5, 0, 0, 0, 0, 0, 1]] * 2
     np.testing.assert_allclose(episode.state[0], geo.HOME_POSE, atol=1e-6)
@@ -138,6 +140,19 @@ def test_without_pictures_the_arm_holds_and_what_was_kept_stays(tmp_path):
     assert driver.log[-2:] == ["send", "hold"] and len(LeRobotReader(tmp_path / "data")) == 1
 
 
+def test_the_fake_arm_is_driven_over_its_bus_and_a_missing_bus_has_a_name(tmp_path, capsys):
+    pytest.importorskip("piper_sdk", reason="needs the extra piper")
+    root = run(tmp_path, "4 s\n2 r space\n1 enter\n", episodes=1, target="arm:fake")
+    episode = LeRobotReader(root).episode(0)
+    assert len(episode) == 6 and not episode.privileged and len(np.unique(episode.frames.reshape(7, -1), axis=0)) > 4
+    np.testing.assert_allclose(episode.state[4, 0] - episode.state[0, 0], 4 * geo.DPOS, atol=1e-6)
+    keys = ["--source", str(tmp_path / "keys.txt"), "--out", str(tmp_path / "other")]
+    assert cli.main(["data", "teleop", "--target", "arm:can7", *keys]) == 2
+    assert "needs a camera: add --camera" in capsys.readouterr().err
+    assert cli.main(["data", "teleop", "--target", "arm:can7", "--camera", "twin", *keys]) == 2
+    assert "CAN bus can7 cannot be opened" in capsys.readouterr().err
+
+
 def test_the_terminal_shows_the_picture_at_ten_frames_a_second(monkeypatch):
     terminal = io.StringIO()
     monkeypatch.setattr(terminal, "isatty", lambda: True)
@@ -147,7 +162,7 @@ def test_the_terminal_shows_the_picture_at_ten_frames_a_second(monkeypatch):
     Screen(live=True).show(picture, "episode 1")
     drawn = terminal.getvalue()
     assert drawn.count("\u2580") == 32 * 64 and drawn.count("\x1b[48;2;255;0;7m") == 16 * 64 and "episode 1" in drawn
-    pace, before = Pace(live=True), time.monotonic()
+    before, pace = time.monotonic(), Pace(live=True)
     for _ in range(3):
         pace.wait()
     assert time.monotonic() - before >= 0.29

@@ -21,8 +21,8 @@ trained for a few steps, and a judge that tosses coins. Measured: 53 s of CPU ti
 
 It expects ``models/wan`` (rawdream world-model convert), ``models/openvla_oft_libero_90`` (OpenVLA-OFT after the paper's
 150,000 steps on LIBERO-90, or the public RLinf/RLinf-OpenVLAOFT-LIBERO-90-Base-Lora), ``datasets/libero_goal`` (LIBERO's own
-HDF5 files) and a vLLM server with Qwen3-VL-32B-Instruct. Several GPUs (sft and grpo also need ``parallel``: "ddp" in their settings):
-``torchrun --nproc-per-node 8 examples/libero/recipe.py --setting paper --stages world_model``.
+HDF5 files) and a vLLM server with Qwen3-VL-32B-Instruct. Several GPUs (sft and grpo also need "parallel": "ddp" in their
+settings): ``torchrun --nproc-per-node 8 examples/libero/recipe.py --setting paper --stages world_model``.
 """
 
 from __future__ import annotations

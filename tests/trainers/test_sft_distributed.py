@@ -19,7 +19,7 @@ from rawdream_env.trainers.policy import sft
 
 WORKER = """
 import sys
-sys.path[:0] = [sys.argv[1], sys.argv[1] + "/.."]
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/../.."]
 import torch
 torch.set_num_threads(1)
 import test_sft_distributed as t

@@ -1,8 +1,9 @@
-"""Settings every test shares: a headless renderer, one thread, reproducible hypothesis runs."""
+"""Settings every test shares: a headless renderer, one thread, reproducible hypothesis runs, Ctrl-C as in a terminal."""
 
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ.setdefault("MUJOCO_GL", "egl")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,6 +17,9 @@ settings.register_profile(
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell's background jobs ignore it, and so do their children
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "rawdream"))
 
 

@@ -55,7 +55,7 @@ def metrics(out: Path) -> list[dict[str, float]]:
 WORKER = """
 import sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/../.."]
 import torch
 torch.set_num_threads(1)
 import test_distributed as t

@@ -23,7 +23,7 @@ IDLE = ("conv1.bias", "conv2.bias", "key_value.bias")
 """Weights of TinyVLA without an effect, before a norm or on all keys alike: AdamW makes steps of their gradients' rounding."""
 WORKER = """
 import sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/../.."]
 import torch
 torch.set_num_threads(1)
 import test_grpo_distributed as t

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import pytest
 import test_grpo_openvla as toy
 import torch
@@ -31,6 +33,15 @@ t.train(*sys.argv[2:5], steps=int(sys.argv[5]), parallel=sys.argv[6])
 """
 
 
+def simulator(num_envs: int, **kwargs: Any) -> Any:
+    """For evaluations, which are process 0's."""
+    assert os.environ.get("RANK", "0") == "0"
+    return toy.toy_env(num_envs)
+
+
+gym.register("test/Shared-v0", vector_entry_point=simulator)
+
+
 def train(base: str, kind: str, out: str, *, steps: int = 2, parallel: Any = "none") -> None:
     """Two steps with replaced groups, uneven minibatches, guard and average; later, rounding may flip a sampled token."""
     policy: Any
@@ -44,7 +55,7 @@ def train(base: str, kind: str, out: str, *, steps: int = 2, parallel: Any = "no
         policy.add_lora(4)
     config = toy.config(
         Path(base) / out, steps=steps, parallel=parallel, lr=lr, groups_per_step=3, microbatch_size=3, max_kl=0.5,
-        ema=0.9, save_every=1, max_groups_per_step=12,
+        ema=0.9, save_every=1, max_groups_per_step=12, eval_every=1, eval_env_id="test/Shared-v0", eval_episodes=5,
     )  # fmt: skip
     train_grpo(config, env=toy.toy_env(8), policy=policy)
 
@@ -62,6 +73,7 @@ def close(one: Path, other: Path) -> None:
     """Equal counts; weights and metrics equal to 1e-5."""
     ours, theirs = (read_jsonl(run / "metrics.jsonl") for run in (one, other))
     assert len(ours) == len(theirs) == 2 and any(line["groups"] > line["groups_kept"] for line in ours)
+    assert all(line["eval_n"] == 5 for line in ours)
     for line, same in zip(ours, theirs, strict=True):
         assert line.keys() == same.keys()
         for name, value in line.items():

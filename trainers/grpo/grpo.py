@@ -212,7 +212,8 @@ def _train(
             metrics |= alarm.look(rollouts.counts.others)
             if simulation.due(step + 1):
                 with learner.averaged(), gathered(learner.policy):
-                    metrics |= simulation.evaluate(learner.policy, step + 1, write=group.first)
+                    if group.first:  # the others wait for it at the next exchange
+                        metrics |= simulation.evaluate(learner.policy, step + 1)
             replayed = sum(group.everyone(replayed_chunks(env) - replayed))
             if run is not None:
                 run.log(step + 1, **rollouts.metrics(), **metrics)

@@ -28,18 +28,15 @@ class Simulation:
         """Whether the policy is evaluated after ``step`` steps."""
         return bool(self.config.eval_every) and step % self.config.eval_every == 0
 
-    def evaluate(self, policy: Any, step: int, *, write: bool = True) -> dict[str, float]:
+    def evaluate(self, policy: Any, step: int) -> dict[str, float]:
         """Metrics of the policy: ``eval_success_rate`` over the ``eval_n`` episodes with a verdict, and its 95 % Wilson
-        interval. With ``write``, ``videos/step_STEP.mp4`` is written into the run folder. Several processes all evaluate,
-        and one of them writes.
+        interval. ``videos/step_STEP.mp4`` is written into the run folder.
         """
         config = self.config
         seeds = [mix(config.seed, number, _STREAM_EVALUATION) for number in range(config.eval_episodes)]
         requests = [EpisodeRequest(None, seed, NoiseKey(seed)) for seed in seeds]
         played = list(run_episodes(self._made(), requests, policy, temperature=config.eval_temperature))
-        if write:
-            path = Path(config.run_dir) / "videos" / f"step_{step:08d}.mp4"
-            self._write(played[: config.eval_videos], path)
+        self._write(played[: config.eval_videos], Path(config.run_dir) / "videos" / f"step_{step:08d}.mp4")
         judged = [rollout for rollout in played if rollout.valid]
         successes = sum(rollout.success_any for rollout in judged)
         low, high = wilson_interval(successes, len(judged))

@@ -267,6 +267,8 @@ class PiperRealVectorEnv(ChunkVectorEnv):
             wanted = geo.integrate_action(wanted, action)
             sent = self.driver.send_action(geo.action_between(self.driver.pose, wanted))
             self._episode.act(action, sent.action, self.clock.now())
+            if not frames and not self.clock.lockstep:
+                due = self.clock.now()  # the first action may have waited for the last hold
             due = max(due + PERIOD, self.clock.now() + 0.8 * PERIOD)
             self.clock.sleep(due - self.clock.now())
             frames.append(self._see())

@@ -261,7 +261,7 @@ class PiperRealVectorEnv(ChunkVectorEnv):
         again with the next one of the chunk.
         """
         assert self._episode is not None
-        frames, due = [], self.clock.now()
+        frames, due = list[UInt8Array](), self.clock.now()
         wanted = self.driver.pose
         for action in actions:
             wanted = geo.integrate_action(wanted, action)

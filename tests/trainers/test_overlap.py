@@ -22,6 +22,7 @@ from rawdream_env.judges.overlap import OverlappedJudge
 from rawdream_env.judges.scripted import ScriptedJudge
 from rawdream_env.policies.tiny_vla import TinyVLA, TinyVLAConfig
 from rawdream_env.testing.faults import FaultServer, free_port, reply
+from rawdream_env.trainers.grpo import rollout
 from rawdream_env.trainers.grpo.grpo import GRPOConfig, train_grpo
 from rawdream_env.trainers.grpo.rollout import GroupCollector, Rollouts, can_overlap
 from rawdream_env.types import Outcome, Verdict, Video
@@ -136,6 +137,23 @@ def test_groups_are_the_same_whatever_the_timing(verify: bool) -> None:
     assert seen[1:] == seen[:1] * 3 and counts[1:] == counts[:1] * 3 and statistics[1:] == statistics[:1] * 3
     if verify:
         assert statistics[0].n_flagged and statistics[0].n_invalid
+
+
+def test_rows_go_on_while_verdicts_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where all rows end with the same chunk: every episode is sent to the judge before the first verdict."""
+    everyone = threading.Barrier(3)  # 3 waves of 4 rows, one call each
+
+    class Late(ScriptedJudge):
+        remote = True
+
+        def __call__(self, videos: Any, instructions: Any) -> list[Verdict]:
+            everyone.wait(timeout=10)
+            return super().__call__(videos, instructions)
+
+    monkeypatch.setattr(rollout, "_POLL_S", 30.0)
+    collector = GroupCollector(dream(Late(), 4, verify=False), policy(), group_size=4, num_groups=3, max_groups=3)
+    assert collector.collect(0).counts.rollouts == 12  # a broken barrier raises
+    collector.close()
 
 
 def test_training_is_bit_identical_with_and_without_and_after_an_interruption(tmp_path: Path) -> None:

@@ -299,7 +299,7 @@ class GroupCollector:
                 break
             if self._should_stop():
                 raise RolloutInterrupted(f"stopped while collecting step {step}, with {len(kept)} groups kept.")
-            for rollout in self._advance():
+            for rollout in self._advance(more=bool(waiting)):
                 self._look_for_outage(rollout)
                 index, member = rollout.request.tag
                 running[index][member] = rollout
@@ -329,14 +329,16 @@ class GroupCollector:
             starts[request.tag[0]] = start
         self._runner.begin([replace(r, start=starts[r.tag[0]]) for r in taken if r.tag[1] > 0])
 
-    def _advance(self) -> list[Rollout]:
-        """Run one chunk on every running row; returns the rollouts whose result is now known."""
+    def _advance(self, more: bool) -> list[Rollout]:
+        """Run one chunk on every running row; returns the rollouts whose result is now known. Verdicts are waited for when
+        nothing runs and there are no ``more`` members to begin.
+        """
         finished = self._runner.step()
         if self._judging is None:
             return finished
         self._judging.submit([rollout for rollout in finished if rollout.valid])
         broken = [rollout for rollout in finished if not rollout.valid]
-        return broken + self._judging.results(wait_s=0.0 if len(self._runner) else _POLL_S)
+        return broken + self._judging.results(wait_s=0.0 if more or len(self._runner) else _POLL_S)
 
     def _look_for_outage(self, rollout: Rollout) -> None:
         """Stop the collection in an outage of the judge, instead of dropping group after group for hours."""

@@ -186,15 +186,8 @@ class PiperDriver:
                 2 s after the last step.
         """
         goal = np.clip(np.asarray(pose, np.float64), self.limits.pose_low, self.limits.pose_high)
-        for _ in range(1000):
-            away = geo.action_between(self.pose, goal)[:6]
-            if np.abs(away).max() < 1e-9 and self.pose[6] == goal[6]:
-                break
-            before = self.pose
-            self.send_action(np.append(np.clip(away, -speed, speed), goal[6]), late_is_fault=False)
-            self.clock.sleep(PERIOD)
-            if np.allclose(before, self.pose, rtol=0, atol=1e-12):
-                raise ArmFaultError(f"the guard does not let the arm move from {before.round(3)} to {goal.round(3)}.")
+        if not self._go(goal, speed):
+            raise ArmFaultError(f"the guard does not let the arm move from {self.pose.round(3)} to {goal.round(3)}.")
         self.hold()
         for _ in range(20):
             if (miss := distance(self.link.feedback, self._commanded)) <= tolerance:
@@ -204,12 +197,29 @@ class PiperDriver:
         raise ArmFaultError(f"the arm is {miss * 1e3:.1f} mm from its target, allowed are {tolerance * 1e3:.1f} mm.")
 
     def move_over(self, pose: ArrayLike) -> None:
-        """As ``move_to``, but first straight up to the height of the pose: out of what stands on the table, then across."""
+        """As ``move_to``, but first straight up to the height of the pose: out of what stands on the table, then across. A
+        tilted tool goes up as far as the joints allow.
+        """
         goal = np.asarray(pose, np.float64)
         up = np.append(self.pose[:6], goal[6])
         up[2] = max(up[2], goal[2])
-        self.move_to(up)
+        self._go(up, 0.4)
         self.move_to(goal)
+
+    def _go(self, goal: FloatArray, speed: float) -> bool:
+        """Steps towards a pose; False if the guard stops them before it."""
+        still = 0
+        for _ in range(1000):
+            away = geo.action_between(self.pose, goal)[:6]
+            if np.abs(away).max() < 1e-9 and self.pose[6] == goal[6]:
+                return True
+            before = self.pose
+            self.send_action(np.append(np.clip(away, -speed, speed), goal[6]), late_is_fault=False)
+            self.clock.sleep(PERIOD)
+            still = still + 1 if np.allclose(before, self.pose, rtol=0, atol=1e-12) else 0
+            if still > 1:  # a reversal stands still for one command
+                break
+        return False
 
     def latch(self, kind: FaultKind, message: str) -> None:
         """Latch a fault, unless there is one, and hold; after ``FaultKind.STOP``, the arm's emergency stop instead."""

@@ -103,6 +103,19 @@ def test_what_is_sent_is_what_is_returned():
         assert [k + 1 for k in modes] == firsts, "the mode comes before every target"
 
 
+def test_a_move_over_reverses_and_goes_up_as_far_as_a_tilted_tool_can():
+    tilted = np.array([0.26, -0.03, 0.12, 0.0, 0.3, 0.0, -0.95])
+    with rig() as r:
+        r.driver.enable()
+        r.driver.move_to(tilted)
+        with pytest.raises(ArmFaultError, match="the guard does not let the arm move from"):
+            r.driver.move_to([*tilted[:2], 0.2, *tilted[3:]])
+        r.driver.move_to(tilted)
+        r.driver.send_action([0, 0, -0.4, 0, 0, 0, -0.95])
+        r.driver.move_over(geo.HOME_POSE)
+        np.testing.assert_allclose(r.driver.pose[:6], geo.HOME_POSE[:6], atol=1e-9)
+
+
 def test_targets_are_a_period_apart_and_a_pause_holds():
     with rig() as r:
         r.driver.enable()

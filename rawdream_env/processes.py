@@ -113,6 +113,22 @@ def follow_parent(pulse: Callable[[], None] = lambda: None) -> None:
     threading.Thread(target=watch, name="follow-parent", daemon=True).start()
 
 
+def stopped_children() -> list[int]:
+    """Process ids of the children of ``multiprocessing`` that a signal has stopped, where Linux tells them: they answer no
+    call.
+    """
+    pids = [child.pid for child in multiprocessing.active_children()]
+    return [pid for pid in pids if pid is not None and _state(pid) == "T"]
+
+
+def _state(pid: int) -> str:
+    """State letter of a process, "" where Linux does not tell it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return ""
+
+
 class WorkerPool:
     """Spawned processes for submitted calls. They never see Ctrl-C and end with this process.
 

@@ -67,6 +67,16 @@ def test_readme_links_exist():
         assert (ROOT / target).exists(), target
 
 
+def test_sections_of_the_paper_exist():
+    """Dual-noise verification is in 3.2 and A.2, the training of the world model in A.1."""
+    folders = [ROOT / name for name in ("rawdream_env", "trainers", "wrappers", "docs", "examples", "benchmarks")]
+    files = [path for folder in folders for ending in ("py", "md") for path in folder.rglob(f"*.{ending}")]
+    texts = [path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *files]]
+    sections = {number for text in texts for number in re.findall(r"(?i)sections? (3\.\d|A\.\d)", text)}
+    appendices = {number for text in texts for number in re.findall(r"(?i)appendix (A\.\d)", text)}
+    assert sections == {"3.1", "3.2"} and appendices <= {f"A.{number}" for number in range(1, 8)}
+
+
 def test_wheel_lists_every_package():
     """A package that is not listed is missing from the wheel."""
     listed = set(PROJECT["tool"]["setuptools"]["packages"])

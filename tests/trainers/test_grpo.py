@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
 import signal
 import tempfile
@@ -26,6 +27,7 @@ from rawdream_env.errors import CheckpointError, InvalidOptionError, RunDirError
 from rawdream_env.judges.scripted import ScriptedJudge
 from rawdream_env.policies import load_policy
 from rawdream_env.policies.tiny_vla import TinyVLA, TinyVLAConfig
+from rawdream_env.processes import stopped_children
 from rawdream_env.seeding import NoiseKey
 from rawdream_env.starts.memory import NullStarts
 from rawdream_env.statistics import wilson_interval
@@ -46,6 +48,7 @@ from rawdream_env.types import Outcome, PolicyOutput, Start, Verdict, Video
 from rawdream_env.world_models.null import NullState, NullWorldModel
 from rawdream_env.wrappers import DualNoiseVerification
 from tests.killing import kill_at_random_moments
+from tests.waiting import wait_until
 
 K, A, SIDE, BINS = 2, 7, 8, 5
 
@@ -586,6 +589,30 @@ def test_ctrl_c_saves_and_says_so(quick_disk: Path, caplog: pytest.LogCaptureFix
     assert again.stopped == "steps" and torch.equal(weights(again), weights(unbroken))
     logs = [(quick_disk / run / "metrics.jsonl").read_bytes() for run in ("run", "unbroken")]
     assert logs[0] == logs[1]
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks into /proc")
+def test_ctrl_c_does_not_wait_for_a_stopped_child(quick_disk: Path) -> None:
+    child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,), daemon=True)
+    child.start()
+    os.kill(child.pid or 0, signal.SIGSTOP)
+    wait_until(lambda: stopped_children() == [child.pid])
+    env = toy_env()
+    step = env.step
+
+    def stepping(actions: Any) -> Any:
+        if len(read_jsonl(quick_disk / "run" / "metrics.jsonl")) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            raise AssertionError("it waits on")
+        return step(actions)
+
+    env.step = stepping  # type: ignore[method-assign]
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(quick_disk / "run", env, steps=4, save_every=100)
+    finally:
+        child.kill()
+    assert torch.equal(weights(train(quick_disk / "run", steps=4)), weights(train(quick_disk / "unbroken", steps=4)))
 
 
 def test_it_stops_when_the_minutes_are_up_and_when_everything_is_solved(tmp_path: Path) -> None:

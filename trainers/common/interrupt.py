@@ -9,12 +9,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from rawdream_env.processes import stopped_children
+
 _logger = logging.getLogger(__name__)
 
 
 @contextmanager
 def deferred_interrupt() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into an event, so that no update is interrupted; a second Ctrl-C interrupts as usual."""
+    """Turn the first Ctrl-C into an event, so that no update is interrupted; a second Ctrl-C interrupts as usual.
+
+    While a child process is stopped by a signal, the first interrupts as well: what the run waits for may never come.
+    """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # Python sets handlers only there
         yield event
@@ -23,6 +28,8 @@ def deferred_interrupt() -> Iterator[threading.Event]:
     def handle(number: int, frame: FrameType | None) -> None:
         event.set()
         signal.signal(signal.SIGINT, previous)
+        if stopped_children():
+            raise KeyboardInterrupt
         _logger.warning("Stopping after the current update or chunk, then saving; press Ctrl-C again to stop at once.")
 
     previous = signal.signal(signal.SIGINT, handle)

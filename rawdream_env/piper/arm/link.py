@@ -71,7 +71,7 @@ class Feedback:
 class PiperLink:
     """One arm on one CAN channel. Not for several threads at once.
 
-    Owns: the SDK's two ends of the bus.
+    Owns: the SDK's end of the bus.
 
     Args:
         channel: "can0", or the name of a virtual bus.
@@ -97,6 +97,8 @@ class PiperLink:
         self._bus: Any = self._sdk.GetCanBus()
         if self._bus.recv_bus is None or self._bus.send_bus is None:
             raise self._failed("cannot be opened")
+        self._bus.send_bus.shutdown()  # nobody reads what it receives: on a virtual bus that piles up
+        self._bus.send_bus = self._bus.recv_bus
         self._send_unchecked = self._bus.SendCanMessage
         self._bus.SendCanMessage = self._send
 
@@ -213,7 +215,7 @@ class PiperLink:
         )
 
     def close(self) -> None:
-        """Close both ends of the bus. The arm stays where it was sent last."""
+        """Let go of the bus. The arm stays where it was sent last."""
         self._bus.Close()
         self._bus.SendCanMessage = self._send_unchecked
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -16,10 +17,15 @@ import numpy as np
 
 from rawdream_env.data import schema
 from rawdream_env.data.lerobot import LeRobotWriter
+from rawdream_env.data.recording import only_writer
+from rawdream_env.errors import DatasetError
+from rawdream_env.files import atomic_write_bytes
 from rawdream_env.piper.arm.end_pose import FloatArray
 from rawdream_env.types import ACTION_DIM, Float32Array, UInt8Array
 
 OUTCOMES_PATH = "meta/outcomes.jsonl"
+_BUFFER = 10_000
+"""Episodes that are kept while they cannot be written."""
 _POSE = ["x", "y", "z", "roll", "pitch", "yaw", "gripper"]
 _ACTION = ["dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper"]
 FEATURES: schema.Features = {
@@ -75,21 +81,32 @@ class ArmEpisode:
 
 
 class ArmRecorder:
-    """Appends episodes to a data set folder.
+    """Appends episodes to a data set folder, which it keeps to itself until ``close``.
+
+    An episode that cannot be written, because the disk is full, stays in memory until it can.
 
     Raises:
-        DatasetError: the folder holds a data set of another kind.
+        DatasetError: the folder holds a data set of another kind, or another recorder writes to it.
     """
 
     def __init__(self, root: str | Path, fps: float, image_size: int) -> None:
         shape = (image_size, image_size, 3)
-        self._writer = LeRobotWriter(
-            root, fps=fps, image_shape=shape, features=FEATURES, episodes_per_shard=1, robot_type="piper"
-        )
+        self._lines: list[str] = []
         self._outcomes = Path(root) / OUTCOMES_PATH
+        Path(root).mkdir(parents=True, exist_ok=True)
+        with ExitStack() as opened:
+            opened.enter_context(only_writer(root))
+            self._writer = LeRobotWriter(
+                root, fps=fps, image_shape=shape, features=FEATURES, episodes_per_shard=_BUFFER, robot_type="piper"
+            )
+            self._lock = opened.pop_all()
 
     def write(self, episode: ArmEpisode, outcome: Outcome) -> None:
-        """Add an episode and its outcome; one without an action is left out."""
+        """Add an episode and its outcome; one without an action is left out.
+
+        Raises:
+            DatasetError: see ``flush``.
+        """
         n = len(episode.sent)
         if not n:
             return
@@ -114,9 +131,32 @@ class ArmRecorder:
                 "time": times,
             },
         )
-        self._writer.finalize()
-        with self._outcomes.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"episode_index": index, **asdict(outcome)}) + "\n")
+        self._lines.append(json.dumps({"episode_index": index, **asdict(outcome)}) + "\n")
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what could not be written before.
+
+        Raises:
+            DatasetError: it still cannot.
+        """
+        if not self._lines:
+            return
+        try:
+            self._writer.finalize()
+            before = self._outcomes.read_bytes() if self._outcomes.exists() else b""
+            atomic_write_bytes(self._outcomes, before + "".join(self._lines).encode())
+        except OSError as error:
+            raise DatasetError(
+                f"{len(self._lines)} episodes cannot be written ({error}). They are kept in memory: free space, then call "
+                "reset() or close()."
+            ) from error
+        self._lines.clear()
+
+    def close(self) -> None:
+        """Write what is left, as ``flush``, and let others write to the folder."""
+        self.flush()
+        self._lock.close()
 
 
 def _float32(rows: Sequence[FloatArray]) -> Float32Array:

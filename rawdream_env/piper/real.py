@@ -292,9 +292,12 @@ class PiperRealVectorEnv(ChunkVectorEnv):
             due = max(due + PERIOD, self.clock.now() + 0.8 * PERIOD)
             self.clock.sleep(due - self.clock.now())
             frames.append(self._see())
-            if self.driver.fault is not None:
-                raise ArmFaultError(self.driver.fault.message)
+            self._raise_fault()
         return frames
+
+    def _raise_fault(self) -> None:
+        if self.driver.fault is not None:
+            raise ArmFaultError(self.driver.fault.message)
 
     def _watched(self, move: Any) -> None:
         """Move while keys and camera are watched; hold afterwards, whatever happens. Keys are watched while it holds, too."""
@@ -310,12 +313,12 @@ class PiperRealVectorEnv(ChunkVectorEnv):
         assert self._episode is not None
         try:
             frame, self._frame_at = read_frame(self.camera, self._images.shape[1:])
+            problem = self._camera_problem()
         except CameraError as error:
-            self.driver.latch(FaultKind.CAMERA, str(error))
-            raise ArmFaultError(str(error)) from error
-        if problem := self._camera_problem():
+            problem = str(error)
+        if problem:
             self.driver.latch(FaultKind.CAMERA, problem)
-            raise ArmFaultError(problem)
+            self._raise_fault()
         self._episode.see(frame, self._frame_at, self.driver.pose, self.driver.measured_pose)
         return frame
 

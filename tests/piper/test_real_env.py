@@ -27,7 +27,7 @@ from rawdream_env.piper import geometry as geo
 from rawdream_env.piper.arm import frames as fr
 from rawdream_env.piper.arm.faults import DriverConfig
 from rawdream_env.piper.arm.operator import TerminalOperator, TwinOperator
-from rawdream_env.piper.envs import PiperSimVectorEnv
+from rawdream_env.piper.envs import PiperDreamVectorEnv, PiperSimVectorEnv
 from rawdream_env.piper.real import PiperRealVectorEnv
 from rawdream_env.piper.simulator.twin import PiperTwin
 from rawdream_env.piper.starts import SimStarts
@@ -124,6 +124,19 @@ def test_same_spaces_infos_and_scenes_as_the_simulator(make):
     tool = real._bus.arm.twin.tool_pose()[:3]
     np.testing.assert_allclose(tool, sim._workers._call("state", [0])[0].pose[:3], atol=0.02)
     sim.close()
+
+
+def test_same_spaces_and_infos_as_the_dream(make):
+    real, dream = make(return_frames=True), PiperDreamVectorEnv(1, return_frames=True)
+    assert real.single_observation_space == dream.single_observation_space
+    assert real.single_action_space == dream.single_action_space
+    for ours, theirs in (
+        (real.reset(seed=3)[1], dream.reset(seed=3)[1]),
+        (e.step(some_actions())[4] for e in (real, dream)),
+    ):
+        assert ours.keys() <= theirs.keys()
+        assert all(value.dtype == theirs[key].dtype and value.shape == theirs[key].shape for key, value in ours.items())
+    dream.close()
 
 
 def test_actions_add_up_as_in_the_simulator_where_the_guard_delays_them(make):

@@ -96,7 +96,7 @@ def test_a_policy_that_died_between_two_chunks_leaves_an_arm_that_holds(make, tm
     env.reset(seed=0)
     env.step(FORTH)
     pose = env.driver.pose
-    env.clock.sleep(10.0)
+    env.clock.sleep(2.0)
     assert env.driver.fault is None and (env.driver.pose == pose).all()
     env.driver.latch("bus", "The cable is out.")
     env.close()

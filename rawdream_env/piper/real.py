@@ -312,14 +312,15 @@ class PiperRealVectorEnv(ChunkVectorEnv):
         """The newest frame, recorded with the poses at its time; ``ArmFaultError`` without one."""
         assert self._episode is not None
         try:
-            frame, self._frame_at = read_frame(self.camera, self._images.shape[1:])
+            frame, taken = read_frame(self.camera, self._images.shape[1:])
+            self._frame_at = taken
             problem = self._camera_problem()
         except CameraError as error:
             problem = str(error)
         if problem:
             self.driver.latch(FaultKind.CAMERA, problem)
             self._raise_fault()
-        self._episode.see(frame, self._frame_at, self.driver.pose, self.driver.measured_pose)
+        self._episode.see(frame, taken, self.driver.pose, self.driver.measured_pose)
         return frame
 
     def _camera_problem(self) -> str | None:

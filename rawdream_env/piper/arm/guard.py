@@ -241,7 +241,8 @@ def guard(state: ArmState, target: ArrayLike, limits: Limits | None = None) -> G
     shape, (goal, here, before) = goal.shape[:-1], (a.reshape(-1, ACTION_DIM) for a in (goal, here, before))
     finite = np.isfinite(goal).all(axis=-1)
     ready, joints_here = _state(here, before, limits)
-    reasons = np.where(finite, 0, int(Reason.NOT_FINITE)) | np.where(ready, 0, int(Reason.STATE))
+    reasons = np.where(finite, 0, int(Reason.NOT_FINITE))
+    reasons |= np.where(ready, 0, int(Reason.STATE))
     pose, joints = np.full_like(here, np.nan), np.full((len(here), 6), np.nan)
     rows = np.flatnonzero(reasons == 0)
     if len(rows):
@@ -253,7 +254,7 @@ def guard(state: ArmState, target: ArrayLike, limits: Limits | None = None) -> G
 
 def _state(here: FloatArray, before: FloatArray, limits: Limits) -> tuple[BoolArray, FloatArray]:
     """(B,) whether the last command was inside the limits, and slow enough to stop in one period; its joint angles (B, 6)."""
-    finite: BoolArray = np.isfinite(here).all(axis=-1) & np.isfinite(before).all(axis=-1)
+    finite: BoolArray = np.asarray(np.isfinite(here).all(axis=-1) & np.isfinite(before).all(axis=-1))
     if not finite.all():
         here, before = (np.where(finite[:, None], a, geo.HOME_POSE) for a in (here, before))
     step = np.abs(here - before)[:, :6] <= np.repeat([limits.max_step, limits.max_turn], 3) + _ROUNDING

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rawdream_env.piper.arm.camera import MAX_AGE, CameraView, FrameSource, Viewed, open_camera
 from rawdream_env.piper.arm.clock import Clock, LockstepClock, WallClock
 from rawdream_env.piper.arm.driver import PiperDriver
-from rawdream_env.piper.arm.fake_bus import FakeArmBus
 from rawdream_env.piper.arm.faults import DriverConfig
 from rawdream_env.piper.arm.link import PiperLink
 
@@ -30,7 +29,7 @@ class Station:
         config: of the driver.
 
     Attributes:
-        bus: of a fake arm, whose ``arm`` is a ``TwinArm``; None without.
+        bus: the ``FakeArmBus`` of a fake arm, whose ``arm`` is a ``TwinArm``; None without.
 
     Raises:
         CanBusError: there is no such bus. CameraError: there is no such camera.
@@ -49,7 +48,7 @@ class Station:
         config: DriverConfig | None = None,
     ) -> None:
         self.clock: Clock = WallClock() if realtime or not fake else LockstepClock()
-        self.bus: FakeArmBus | None = None
+        self.bus: Any = None
         with ExitStack() as opened:
             if fake:
                 from rawdream_env.piper.arm.fake_twin import REAL_TIME, open_fake_arm

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,12 +16,14 @@ pytest.importorskip("piper_sdk", reason="needs the extra piper")
 from rawdream_env.data.reader import LeRobotReader
 from rawdream_env.errors import ArmFaultError, CanBusError, ClosedEnvironmentError, DatasetError, RendererError
 from rawdream_env.piper.arm import frames as fr
+from rawdream_env.piper.arm.faults import DriverConfig
 from rawdream_env.piper.arm.link import PiperLink
 from rawdream_env.piper.arm.operator import TwinOperator
 from rawdream_env.piper.real import PiperRealVectorEnv
 from rawdream_env.piper.starts import SimStarts
 from rawdream_env.seeding import NoiseKey
 from tests.piper.arm import causes
+from tests.waiting import wait_until
 
 FORTH = np.tile(np.float32([0.6, 0.3, -0.3, 0, 0, 0.2, 1.0]), (1, 8, 1))
 BACK = FORTH * np.float32([-1, -1, -1, 1, 1, -1, 1])
@@ -201,6 +204,29 @@ def test_a_call_inside_a_step(make, tmp_path, call, error, said):
     env.close()
     with pytest.raises(ClosedEnvironmentError, match="create a new one"):
         env.step(FORTH)
+
+
+def test_closed_by_another_thread_while_the_arm_moves(make, tmp_path):
+    patient = DriverConfig(feedback_timeout=20.0, frozen_timeout=20.0, policy_timeout=20.0, max_lag=0.2)
+    env, raised = make(realtime=True, max_frame_age=2.0, driver=patient, max_episode_steps=1000), []
+    env.reset(seed=0)
+
+    def move():
+        try:
+            while True:
+                env.step(FORTH)
+                env.step(BACK)
+        except Exception as error:  # noqa: BLE001
+            raised.append(error)
+
+    thread, episode = threading.Thread(target=move), env._episode
+    thread.start()
+    wait_until(lambda: len(episode.sent) > 4 or raised)
+    env.close()
+    thread.join()
+    assert isinstance(raised[0], ClosedEnvironmentError), raised[0]
+    (row,) = outcomes(tmp_path)
+    assert row["steps"] > 3 and len(LeRobotReader(tmp_path / "data").episode(0).frames) == row["steps"] + 1
 
 
 def test_one_driver_on_a_bus_and_one_recorder_in_a_folder(make, tmp_path):

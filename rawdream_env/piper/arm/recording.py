@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -107,31 +108,24 @@ class ArmRecorder:
         Raises:
             DatasetError: see ``flush``.
         """
-        n = len(episode.sent)
+        n = len(episode.sent_times)  # another thread may still add to the episode
         if not n:
             return
-        frames = [
-            *episode.frames,
-            *episode.frames[-1:] * (n + 1 - len(episode.frames)),
-        ]  # a fault came before the frame
-        commanded, measured = (
-            _float32([*rows, *rows[-1:] * (n + 1 - len(rows))]) for rows in (episode.commanded, episode.measured)
-        )
         times = np.zeros((n + 1, 2), np.float32)
-        times[: len(episode.frame_times), 0] = np.array(episode.frame_times) - episode.frame_times[0]
-        times[:n, 1] = np.array(episode.sent_times) - episode.frame_times[0]
+        seen = np.array(episode.frame_times[: n + 1])
+        times[: len(seen), 0], times[:n, 1] = seen - seen[0], np.array(episode.sent_times[:n]) - seen[0]
         index = self._writer.add_episode(
-            np.stack(frames),
-            _float32(episode.sent),
-            commanded,
+            np.stack(_filled(episode.frames, n + 1)),
+            _float32(episode.sent[:n]),
+            _float32(_filled(episode.commanded, n + 1)),
             episode.instruction,
             {
-                "measured_pose": np.nan_to_num(measured),
-                "asked_action": _float32([*episode.asked, np.zeros(ACTION_DIM)]),
+                "measured_pose": np.nan_to_num(_float32(_filled(episode.measured, n + 1))),
+                "asked_action": _float32([*episode.asked[:n], np.zeros(ACTION_DIM)]),
                 "time": times,
             },
         )
-        self._lines.append(json.dumps({"episode_index": index, **asdict(outcome)}) + "\n")
+        self._lines.append(json.dumps({"episode_index": index, **asdict(outcome), "steps": n}) + "\n")
         self.flush()
 
     def flush(self) -> None:
@@ -157,6 +151,11 @@ class ArmRecorder:
         """Write what is left, as ``flush``, and let others write to the folder."""
         self.flush()
         self._lock.close()
+
+
+def _filled(rows: Sequence[Any], count: int) -> list[Any]:
+    """``count`` rows: the last one is repeated where a fault came before the frame."""
+    return [*rows[:count], *rows[-1:] * (count - len(rows))]
 
 
 def _float32(rows: Sequence[FloatArray]) -> Float32Array:

@@ -9,8 +9,8 @@ from gymnasium.vector import VectorEnv
 
 from rawdream_env.envs.episodes import make_env
 from rawdream_env.judges.ensemble import HoldOutJudge
+from rawdream_env.trainers.grpo.batch import Rollouts
 from rawdream_env.trainers.grpo.config import GRPOConfig
-from rawdream_env.trainers.grpo.rollout import Rollouts
 from rawdream_env.wrappers.base import find_wrapper
 from rawdream_env.wrappers.dual_noise import DualNoiseVerification
 

@@ -65,7 +65,7 @@ from rawdream_env.trainers.grpo.alarm import GapAlarm
 from rawdream_env.trainers.grpo.batch import Batch, Rollouts
 from rawdream_env.trainers.grpo.config import ADDED, GRPOConfig, as_begun
 from rawdream_env.trainers.grpo.counts import RolloutCounts, table
-from rawdream_env.trainers.grpo.environment import replayed_chunks, rollout_env, timings, verified, watched
+from rawdream_env.trainers.grpo.environment import offloaded, replayed_chunks, rollout_env, timings, verified, watched
 from rawdream_env.trainers.grpo.gradients import TrainingDivergedError, add_gradients, check_on_policy, distance
 from rawdream_env.trainers.grpo.learner import Learner, loaded_policy
 from rawdream_env.trainers.grpo.losses import merge_metrics
@@ -77,6 +77,7 @@ _MAY_CHANGE = (
     "run_dir", "steps", "minutes", "parallel", "save_every", "tensorboard", "progress", "num_envs",
     "overlap_judge", "held_out_judge", "alarm_margin", "alarm_window", "stop_on_alarm",  # none changes a reward
     "eval_every", "eval_env_id", "eval_episodes", "eval_temperature", "eval_videos", "report_to",
+    "offload_world_model",
 )  # fmt: skip
 _logger = logging.getLogger(__name__)
 
@@ -128,7 +129,7 @@ def _run(config: GRPOConfig, env: Any, policy: Any, group: ProcessGroup, deadlin
     """One process's part of ``train_grpo``."""
     here = replace(config, device=group.device)
     learner = Learner.of(loaded_policy(here, policy), here, group)
-    vector_env = watched(rollout_env(here) if env is None else env)
+    vector_env = watched(rollout_env(here, group.size) if env is None else env)
     if config.dual_noise_verification:
         vector_env = verified(vector_env)
     try:
@@ -200,7 +201,8 @@ def _train(
                 rollouts = collector.collect(step)
             rolled_out = time.perf_counter()
             finished = False
-            metrics = update(config, learner, rollouts, step)
+            with offloaded(env, config):
+                metrics = update(config, learner, rollouts, step)
             learner.follow(config.ema, step)
             metrics |= alarm.look(rollouts.counts.others)
             if simulation.due(step + 1):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rawdream_env.errors import RawDreamError
-from rawdream_env.trainers.common.distributed import ALONE, ProcessGroup
+from rawdream_env.trainers.common.distributed import ALONE, ProcessGroup, share_of
 from rawdream_env.trainers.grpo.batch import Batch
 from rawdream_env.trainers.grpo.config import GRPOConfig
 from rawdream_env.trainers.grpo.losses import approx_kl, clipped_loss
@@ -29,10 +29,9 @@ def add_gradients(
     Returns loss and metrics of all processes.
     """
     total, metrics = 0.0, list[dict[str, Tensor]]()
-    share = group.size if group.parallel == "fsdp2" else 1  # FSDP2 averages gradients over processes
     parts = (share_of(tensor, config.microbatch_size, group) for tensor in (chunks, weights))
     for rows, weight in zip(*parts, strict=True):
-        if not len(rows):  # the others have a chunk more, and FSDP2's processes run together
+        if not len(rows):  # the others have a chunk more
             (0 * policy.logprobs(*batch.inputs(chunks[:1]), temperature=config.temperature)).sum().backward()
             continue
         entropy: Tensor | None = None
@@ -50,19 +49,11 @@ def add_gradients(
             level=config.importance_sampling_level,
             entropy=entropy,
         )
-        (share * loss).backward()
+        (group.loss_factor * loss).backward()
         total += float(loss.detach())
         metrics.append({name: value.cpu() for name, value in part.items()})
     everything = group.everyone((total, metrics))
     return sum(part for part, _ in everything), [piece for _, pieces in everything for piece in pieces]
-
-
-def share_of(values: Tensor, size: int, group: ProcessGroup) -> tuple[Tensor, ...]:
-    """This process's share of a minibatch's ``values`` in parts of at most ``size``; every process gets as many parts."""
-    if group.size == 1:
-        parts: tuple[Tensor, ...] = values.split(size)
-        return parts
-    return values[group.rank :: group.size].tensor_split(-(-len(values) // (group.size * size)))
 
 
 @torch.no_grad()

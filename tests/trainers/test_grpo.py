@@ -31,8 +31,8 @@ from rawdream_env.starts.memory import NullStarts
 from rawdream_env.statistics import wilson_interval
 from rawdream_env.trainers.common.run_dir import read_jsonl
 from rawdream_env.trainers.grpo.batch import Batch, Rollouts
-from rawdream_env.trainers.grpo.gradients import add_gradients
-from rawdream_env.trainers.grpo.grpo import GRPOConfig, GRPOResult, TrainingDivergedError, train_grpo
+from rawdream_env.trainers.grpo.gradients import TrainingDivergedError, add_gradients
+from rawdream_env.trainers.grpo.grpo import GRPOConfig, GRPOResult, train_grpo
 from rawdream_env.trainers.grpo.losses import group_advantages
 from rawdream_env.trainers.grpo.rollout import (
     Group,

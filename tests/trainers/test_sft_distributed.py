@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -37,7 +38,15 @@ SIZES = TinyVLAConfig(
 def train(base: str, kind: str, out: str, **changes: Any) -> None:
     """Two steps of an uneven batch, with a microbatch that one of two processes has not."""
     root = Path(base)
-    options: dict[str, Any] = {"steps": 2, "batch_size": 5, "microbatch_size": 1, "ema": 0.5, "lr": 1e-4, **changes}
+    options: dict[str, Any] = {
+        "steps": 2,
+        "batch_size": 5,
+        "microbatch_size": 1,
+        "ema": 0.5,
+        "lr": 1e-4,
+        "save_every": 1,
+    }
+    options |= changes
     options |= {"tiny": {"init": None, "model": SIZES}, "openvla": {}, "full": {"lora_rank": 0, "ema": 0.0}}[kind]
     config = toy.config(root / out, root / "openvla", root / "arm")
     sft.train_sft(replace(config, **options), progress=False)
@@ -58,12 +67,16 @@ def test_two_processes_train_what_one_trains(tmp_path: Path, kind: str) -> None:
         done = subprocess.run(words, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-5000:]
         close(tmp_path / "none", tmp_path / parallel)
+    assert (tmp_path / "fsdp2/checkpoints/step_00000001").is_dir()
+    shutil.rmtree(tmp_path / "fsdp2/checkpoints/step_00000002")
+    train(str(tmp_path), kind, "fsdp2")  # one step of two processes, one of one
+    close(tmp_path / "none", tmp_path / "fsdp2")
 
 
 def close(one: Path, other: Path) -> None:
     """Metrics, weights and adapters equal to 1e-5."""
     ours, theirs = (read_jsonl(run / "metrics.jsonl") for run in (one, other))
-    assert len(ours) == len(theirs) == 3  # two steps and a validation
+    assert len(ours) == len(theirs) == 4  # two steps, each with a validation
     for line, same in zip(ours, theirs, strict=True):
         assert same == pytest.approx(line, abs=1e-5, rel=1e-4)
     files = [file.relative_to(one) for file in (*one.glob("policy/*.safetensors"), *one.glob("adapters/*.safetensors"))]

@@ -72,7 +72,10 @@ def test_the_critic_learns_how_hard_a_task_is(envs):
     obs, _, instructions = observed(model, envs)
     hard = torch.tensor([float(text == instructions[0]) for text in instructions])
     assert 0 < hard.mean() < 1
-    features, optimizer = model.policy.critic_features(obs), torch.optim.AdamW(model.policy.critic.parameters(), lr=1e-3)
+    features, optimizer = (
+        model.policy.critic_features(obs),
+        torch.optim.AdamW(model.policy.critic.parameters(), lr=1e-3),
+    )
     before = [weight.clone() for weight in model.policy.actor.parameters()]
     assert model.policy.fit_critic(features, 1 - hard, optimizer, 200) < 0.01
     torch.testing.assert_close(model.policy.predict_values(obs)[:, 0], 1 - hard, atol=0.1, rtol=0)

@@ -34,7 +34,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rawdream needs Python 3.11 or newer; make PYTHON=python3.12 install")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install $(PIP_FLAGS) -c constraints.txt torch==2.13.0
-	$(PIP) install $(PIP_FLAGS) -c constraints.txt -e '.[dev,sb3]'
+	$(PIP) install $(PIP_FLAGS) -c constraints.txt -e '.[dev,sb3,piper,trl]'
 	$(PIP) install $(PIP_FLAGS) --no-deps $(RL_LIBRARIES)
 	@ldconfig -p 2>/dev/null | grep -q -e libEGL.so.1 -e libOSMesa \
 		|| echo 'No OpenGL library found. On Debian: apt-get install libegl1 libgles2 libosmesa6 ffmpeg'

@@ -76,8 +76,8 @@ class Loop:
         """Roll out a batch, judge it, keep what is mixed; after enough batches, compute the log-probabilities again."""
         import torch
 
+        from rawdream_env.trainers.grpo.batch import Batch, Rollouts
         from rawdream_env.trainers.grpo.counts import RolloutCounts
-        from rawdream_env.trainers.grpo.rollout import Batch, Rollouts
 
         kept, counts, opened, make = list[Any](), RolloutCounts(), 0, self.collector
         make._runner.clear()

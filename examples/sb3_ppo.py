@@ -10,6 +10,7 @@ the simulator, from the same starts, with 95 % Wilson intervals. With --out the 
 """
 
 import argparse
+from collections import deque
 
 import gymnasium as gym
 import torch
@@ -25,6 +26,7 @@ from rawdream_env.wrappers import InstructionObservation, SB3TokenPolicy, SB3Vec
 
 IDS = {"dream": "rawdream/PiperDream-v0", "sim": "rawdream/PiperSim-v0"}
 HORIZON = 8  # chunks in an episode, and in a rollout of every environment
+CRITIC_FIRST = 4  # rollouts before the actor's first update
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--env", default="dream", help="dream, sim or the id of an environment")
@@ -73,6 +75,29 @@ class Average(BaseCallback):
             weight.copy_(average)
 
 
+class FitCritic(BaseCallback):
+    """After every rollout, fit the critic to the returns of the last rollouts: PPO's own steps are too few for it."""
+
+    def __init__(self, rollouts=6, steps=40):
+        super().__init__()
+        self.steps, self.recent = steps, deque(maxlen=rollouts)
+
+    def _on_training_start(self):
+        self.optimizer = torch.optim.AdamW(self.model.policy.critic.parameters(), lr=1e-3)
+
+    def _on_step(self):
+        return True
+
+    def _on_rollout_end(self):
+        buffer, policy = self.model.rollout_buffer, self.model.policy
+        features = []
+        for step in range(buffer.buffer_size):
+            observations = {name: torch.from_numpy(values[step]) for name, values in buffer.observations.items()}
+            features.append(policy.critic_features(observations))
+        self.recent.append((torch.cat(features), torch.from_numpy(buffer.returns.flatten())))
+        policy.fit_critic(*map(torch.cat, zip(*self.recent, strict=True)), self.optimizer, self.steps)
+
+
 class Progress(BaseCallback):
     """A progress bar with the success rate of the last update's episodes in the training environment."""
 
@@ -106,8 +131,11 @@ def measure(name):
 
 
 def learning_rate(left):
-    """Warm-up over the first 4 updates, then constant; ``left`` falls from 1 to 0. Adam's first steps are too large."""
-    return args.lr * min(1.0, ((1 - left) * updates + 1) / 4)
+    """Zero while the critic learns, in the first 4 updates; warm-up in the next 4, since Adam's first steps are too large.
+
+    ``left`` falls from 1 to 0.
+    """
+    return args.lr * min(1.0, max(0.0, ((1 - left) * updates - CRITIC_FIRST) / 4))
 
 
 options = dict(option.split("=", 1) for option in args.env_options)
@@ -126,12 +154,13 @@ model = PPO(
     gae_lambda=0.95,
     clip_range=0.5,  # of the ratio of a chunk, the product over its 56 tokens
     max_grad_norm=5.0,
+    vf_coef=0.0,  # FitCritic trains the critic
     policy_kwargs={"temperature": args.temperature},
     seed=args.seed,
     device="cpu",
 )
 measure("before")
-model.learn(updates * batch, callback=[Progress(), Average(args.average)])
+model.learn(updates * batch, callback=[Progress(), FitCritic(), Average(args.average)])
 envs.close()
 measure("after")
 if args.out:

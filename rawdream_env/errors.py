@@ -66,6 +66,10 @@ class ClosedEnvironmentError(RawDreamError, RuntimeError):
     """A closed environment was used."""
 
 
+class OffloadedError(RawDreamError, RuntimeError):
+    """A dream was used while its world model is offloaded to host memory."""
+
+
 class CheckpointError(RawDreamError, ValueError):
     """A checkpoint is missing, damaged, of the wrong kind, or does not match its configuration."""
 

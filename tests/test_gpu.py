@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from rawdream_env.envs.dream import DreamVectorEnv
 from rawdream_env.seeding import NoiseKey
+from rawdream_env.starts.memory import NullStarts
 from rawdream_env.world_models.autoencoders import AutoencoderConfig, PackedFrameAutoencoder
 from rawdream_env.world_models.memory import require_memory, rollout_memory
 from rawdream_env.world_models.wan.attention import attend, frame_mask
@@ -157,3 +161,28 @@ def test_memory_stays_within_the_estimate(device: str) -> None:
     dream(model, [0, 1, 2, 3])
     used = torch.cuda.max_memory_allocated(device) - before
     assert used <= 1.1 * sum(parts.values())
+
+
+def test_offloaded_weights_leave_the_device_and_come_back_unchanged(device: str) -> None:
+    model = world_model(device, torch.float32)
+    env = DreamVectorEnv(
+        2, world_model=model, judge="none", starts=NullStarts((256, 256, 3)), max_episode_steps=2,
+        autoreset_mode="Disabled", device=device,
+    )  # fmt: skip
+
+    def allocated() -> int:
+        return torch.cuda.memory_allocated(device) if device.startswith("cuda") else 0
+
+    def last_frames() -> Any:
+        env.reset(seed=0)
+        return [env.step(np.full((2, 8, 7), 0.1, np.float32))[0]["image"] for _ in range(2)]
+
+    first, home, full = last_frames(), model.device, allocated()
+    assert all(np.array_equal(a, b) for a, b in zip(last_frames(), first, strict=True))
+    assert allocated() == full  # the state is freed
+    with env.offload():
+        assert model.device.type == "cpu"
+        if device.startswith("cuda"):
+            assert full - allocated() >= sum(p.nbytes for p in model.transformer.parameters())
+    assert model.device == home and abs(allocated() - full) < 2**20
+    assert all(np.array_equal(a, b) for a, b in zip(last_frames(), first, strict=True))

@@ -22,8 +22,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rawdream_env.errors import InvalidOptionError, MissingDependencyError
 from rawdream_env.seeding import mix
+from rawdream_env.trainers.grpo.batch import Batch, Rollouts
 from rawdream_env.trainers.grpo.losses import Baseline, token_weights
-from rawdream_env.trainers.grpo.rollout import Batch, GroupCollector, Rollouts
+from rawdream_env.trainers.grpo.rollout import GroupCollector
 
 try:
     import trl

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from gymnasium import spaces
 
 from rawdream_env.errors import InvalidOptionError, MissingDependencyError
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 CRITIC_GAIN = 10.0
 """Scale of the critic's output. stable-baselines3 has one learning rate, and one that suits the trained actor is slow for
 the new critic; under Adam the gain multiplies the critic's."""
+_CRITIC_BATCH = 256
 
 
 class SB3TokenPolicy(ActorCriticPolicy):
@@ -112,11 +114,35 @@ class SB3TokenPolicy(ActorCriticPolicy):
         """Values (B, 1)."""
         return self._evaluate(obs)[1]
 
-    def _evaluate(self, obs: Any) -> tuple[MultiCategoricalDistribution, Tensor]:
+    @torch.no_grad()
+    def critic_features(self, obs: Any) -> Tensor:
+        """What the critic reads of a batch of observations: (B, 3 D), detached."""
+        return self._features(obs)[0].flatten(1)
+
+    def fit_critic(self, features: Tensor, returns: Tensor, optimizer: torch.optim.Optimizer, steps: int) -> float:
+        """Regress the critic on returns (B,) with an optimizer of its own, ``steps`` random batches of 256 rows.
+
+        PPO takes a few steps per rollout, which the actor needs to be small; a new critic needs more. An advantage over
+        a critic that does not know how hard a task is makes the policy forget the hard tasks. Returns the last loss.
+        """
+        loss = features.new_zeros(())
+        for _ in range(steps):
+            rows = torch.randint(len(features), (min(_CRITIC_BATCH, len(features)),))
+            loss = nn.functional.mse_loss(CRITIC_GAIN * self.critic(features[rows]).flatten(), returns[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return loss.item()
+
+    def _features(self, obs: Any) -> tuple[Tensor, Tensor]:
         frames = obs["image"]
         if tuple(frames.shape[1:3]) != self.actor.image_size:  # stable-baselines3 puts the channels first
             frames = frames.permute(0, 2, 3, 1)
-        registers, steps = self.actor.features(frames, obs["instruction"])
+        found: tuple[Tensor, Tensor] = self.actor.features(frames, obs["instruction"])
+        return found
+
+    def _evaluate(self, obs: Any) -> tuple[MultiCategoricalDistribution, Tensor]:
+        registers, steps = self._features(obs)
         logits = self.actor.token_logits(steps) / self.temperature
         values: Tensor = CRITIC_GAIN * self.critic(registers.detach().flatten(1))
         return self.action_dist.proba_distribution(action_logits=logits.flatten(1)), values

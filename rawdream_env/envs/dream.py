@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,14 @@ from rawdream_env.envs.imagination import (
     Replay,
     begin_states,
     imagine,
+    on_host,
     scatter,
     select,
     state_lifted,
     state_success,
 )
 from rawdream_env.envs.reflector import Reflector
-from rawdream_env.errors import InvalidActionError, InvalidOptionError
+from rawdream_env.errors import InvalidActionError, InvalidOptionError, OffloadedError
 from rawdream_env.judges import load_judge
 from rawdream_env.judges.base import ask, is_scanning, sees_frames
 from rawdream_env.judges.ensemble import HoldOutJudge
@@ -65,6 +67,9 @@ class DreamVectorEnv(ChunkVectorEnv):
 
     Frames inside a chunk that nobody looks at are not computed where the world model can do without (``imagine_shown``):
     that is so when ``return_frames`` is off, there is no reflector, and the judge sees no frames ("state").
+
+    The world model's state is freed when all episodes are over, and ``offload`` moves its weights to host memory: a policy that
+    is updated between rollouts on the same GPU has the memory of both.
 
     Raises on construction:
         InvalidOptionError: an option is unknown or does not fit the others.
@@ -180,6 +185,26 @@ class DreamVectorEnv(ChunkVectorEnv):
         self._state: Any = None
         self._current: list[Episode | None] = [None] * self.num_envs
         self._finished: list[Episode | None] = [None] * self.num_envs
+        self._offloaded = False
+
+    @contextmanager
+    def offload(self) -> Iterator[None]:
+        """Within the context the world model's weights are in host memory, and the environment cannot be used. Results do not
+        change. The state of episodes that are not over stays on the device.
+
+        Raises ``OffloadedError`` when the environment is used nevertheless.
+        """
+        with on_host(self.world_model):
+            self._offloaded = True
+            try:
+                yield
+            finally:
+                self._offloaded = False
+
+    def _require_open(self, what: str) -> None:
+        super()._require_open(what)
+        if self._offloaded:
+            raise OffloadedError(f"{what}() was called within offload(), without the world model; leave it first.")
 
     # ---- recorded episodes -------------------------------------------------------------------------------------
 
@@ -301,7 +326,7 @@ class DreamVectorEnv(ChunkVectorEnv):
         ]
         state = begin_states(self.world_model, starts, keys)
         whole = len(rows) == self.num_envs
-        self._state = state if whole else scatter(self._state, rows, state)
+        self._state = state if whole else scatter(self._state, self.num_envs, rows, state)
         for row, start, key in zip(rows.tolist(), starts, keys, strict=True):
             self._current[row] = Episode(start, key, [start.frame[None].copy()])
         return starts
@@ -319,7 +344,7 @@ class DreamVectorEnv(ChunkVectorEnv):
             episode.states, episode.lifted = [*episode.states, success], up
         wanted = finite & (last | (self.judge_every == "chunk")) & self._judged[rows]
         verdicts = self._judge(self.judge, episodes, wanted.tolist())
-        self._state = state if whole else scatter(self._state, rows, state)
+        self._state = state if whole else scatter(self._state, self.num_envs, rows, state)
         for i, row in enumerate(rows.tolist()):
             verdict = verdicts[i] if finite[i] else _BROKEN
             if not finite[i]:
@@ -333,6 +358,8 @@ class DreamVectorEnv(ChunkVectorEnv):
     def _finish(self, rows: Rows) -> None:
         for row in rows.tolist():
             self._finished[row] = self._current[row]
+        if (self._terminated | self._truncated).all():
+            self._state = None  # the next episodes begin with their own
 
     def _record_verdicts(self, rows: Rows, verdicts: Sequence[Verdict]) -> None:
         for row, verdict in zip(rows.tolist(), verdicts, strict=True):

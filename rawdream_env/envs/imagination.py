@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from rawdream_env.errors import InvalidOptionError, RawDreamError
 from rawdream_env.seeding import NoiseKey
@@ -138,11 +139,28 @@ def select(state: Any, rows: Sequence[int] | NDArray[np.intp]) -> Any:
     return state[torch.as_tensor(np.asarray(rows, dtype=np.int64))]
 
 
-def scatter(state: Any, rows: NDArray[np.intp], part: Any) -> Any:
-    """``state`` with ``rows`` replaced by ``part`` (one entry per row)."""
-    size = len(state)
+def scatter(state: Any, size: int, rows: NDArray[np.intp], part: Any) -> Any:
+    """``state`` of ``size`` rows with ``rows`` replaced by ``part`` (one entry per row); where ``state`` is None, the other
+    rows are fillers.
+    """
     source = np.zeros(size, dtype=np.int64)
     source[rows] = np.arange(len(rows))
     mask = np.zeros(size, dtype=np.bool_)
     mask[rows] = True
-    return type(state).where(torch.from_numpy(mask), select(part, source), state)
+    filled = select(part, source)
+    return filled if state is None else type(state).where(torch.from_numpy(mask), filled, state)
+
+
+@contextmanager
+def on_host(model: WorldModel) -> Iterator[None]:
+    """Within the context the weights of ``model`` and of its parts are in host memory, with the same values."""
+    parts = [part for part in (model, *vars(model).values()) if isinstance(part, nn.Module)]
+    homes = [{tensor.device for tensor in (*part.parameters(), *part.buffers())} for part in parts]
+    for part in parts:
+        part.to("cpu")
+    try:
+        yield
+    finally:
+        for part, home in zip(parts, homes, strict=True):
+            for device in home:  # a part is on one device
+                part.to(device)

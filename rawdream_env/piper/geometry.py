@@ -66,6 +66,14 @@ _UPPER = DH_A[2]
 FOREARM = float(np.hypot(DH_A[3], DH_D[3]))
 _FOREARM_BEND = float(np.arctan2(-DH_A[3], DH_D[3]))
 _TOOL_LENGTH = DH_D[5] + TCP_OFFSET
+_DH_THETA, _DH_COS, _DH_SIN = np.array(DH_THETA), np.cos(DH_ALPHA), np.sin(DH_ALPHA)
+_LINKS = np.zeros((6, 4, 4))
+"""What a joint's angle does not change of its link's transform."""
+_LINKS[:, 0, 3], _LINKS[:, 3, 3] = DH_A, 1.0
+_LINKS[:, 1, 2], _LINKS[:, 1, 3] = -_DH_SIN, -_DH_SIN * DH_D
+_LINKS[:, 2, 2], _LINKS[:, 2, 3] = _DH_COS, _DH_COS * DH_D
+_BASE, _TOOL = np.eye(4), np.eye(4)
+_BASE[2, 3], _TOOL[2, 3] = BASE_HEIGHT, TCP_OFFSET
 _DOWN = np.diag([-1.0, 1.0, -1.0])  # tool frame at rpy 0; the other choice, diag(1, -1, -1), saturates joint 6
 
 
@@ -144,10 +152,12 @@ def joint_angles(pose: FloatArray, *, clip: bool = True) -> FloatArray:
     ``clip`` keeps the result within the joint limits; where that bites the pose is met only approximately.
     """
     rotation = tool_rotation(pose)
-    yaw, upper, fore, _ = _arm_plane(pose, rotation)
+    joints = _joints(rotation, *_arm_plane(pose, rotation)[:3])
+    return np.clip(joints, JOINT_LOW, JOINT_HIGH) if clip else joints
+
+
+def _joints(rotation: FloatArray, yaw: FloatArray, upper: FloatArray, fore: FloatArray) -> FloatArray:
     theta23 = np.pi / 2 + _FOREARM_BEND - fore
-    q2 = -upper - DH_THETA[1]
-    q3 = theta23 + upper - DH_THETA[2]
     cos1, sin1, c, s = np.cos(yaw), np.sin(yaw), np.cos(theta23), np.sin(theta23)
     forearm = np.empty((*yaw.shape, 3, 3), yaw.dtype)
     forearm[..., 0, 0], forearm[..., 0, 1], forearm[..., 0, 2] = cos1 * c, -cos1 * s, -sin1
@@ -155,31 +165,29 @@ def joint_angles(pose: FloatArray, *, clip: bool = True) -> FloatArray:
     forearm[..., 2, 0], forearm[..., 2, 1], forearm[..., 2, 2] = -s, -c, 0.0
     hand = np.swapaxes(forearm, -1, -2) @ rotation
     # hand @ Rx(-90 deg) = Ry(-q4) Rz(q5) Ry(-q6); the product moves columns 1, 2 of ``hand`` to -2, 1.
-    q5 = np.arccos(np.clip(-hand[..., 1, 2], -1.0, 1.0))
-    q4 = np.arctan2(hand[..., 2, 2], hand[..., 0, 2])
-    q6 = np.arctan2(-hand[..., 1, 1], hand[..., 1, 0])
-    joints = np.stack([yaw, q2, q3, q4, q5, q6], axis=-1)
-    joints = (joints + np.pi) % (2 * np.pi) - np.pi
-    return np.clip(joints, JOINT_LOW, JOINT_HIGH) if clip else joints
+    joints = np.empty((*yaw.shape, 6), hand.dtype)
+    joints[..., 0] = yaw
+    joints[..., 1] = -upper - DH_THETA[1]
+    joints[..., 2] = theta23 + upper - DH_THETA[2]
+    joints[..., 3] = np.arctan2(hand[..., 2, 2], hand[..., 0, 2])
+    joints[..., 4] = np.arccos(np.clip(-hand[..., 1, 2], -1.0, 1.0))
+    joints[..., 5] = np.arctan2(-hand[..., 1, 1], hand[..., 1, 0])
+    return (joints + np.pi) % (2 * np.pi) - np.pi
 
 
 def forward_kinematics(joints: FloatArray) -> FloatArray:
     """Homogeneous world transform ``(..., 4, 4)`` of the tool for joints ``(..., 6)``."""
-    total: FloatArray = np.eye(4)
-    total[2, 3] = BASE_HEIGHT
+    turned = joints + _DH_THETA
+    c, s = np.cos(turned), np.sin(turned)
+    links = np.zeros((*c.shape, 4, 4))
+    links[...] = _LINKS
+    links[..., 0, 0], links[..., 0, 1] = c, -s
+    links[..., 1, 0], links[..., 1, 1] = s * _DH_COS, c * _DH_COS
+    links[..., 2, 0], links[..., 2, 1] = s * _DH_SIN, c * _DH_SIN
+    total: FloatArray = _BASE
     for i in range(6):
-        ca, sa = np.cos(DH_ALPHA[i]), np.sin(DH_ALPHA[i])
-        t = joints[..., i] + DH_THETA[i]
-        c, s = np.cos(t), np.sin(t)
-        link = np.zeros((*c.shape, 4, 4))
-        link[..., 0, 0], link[..., 0, 1], link[..., 0, 3] = c, -s, DH_A[i]
-        link[..., 1, 0], link[..., 1, 1], link[..., 1, 2], link[..., 1, 3] = s * ca, c * ca, -sa, -sa * DH_D[i]
-        link[..., 2, 0], link[..., 2, 1], link[..., 2, 2], link[..., 2, 3] = s * sa, c * sa, ca, ca * DH_D[i]
-        link[..., 3, 3] = 1.0
-        total = total @ link
-    tool = np.eye(4)
-    tool[2, 3] = TCP_OFFSET
-    return total @ tool
+        total = total @ links[..., i, :, :]
+    return total @ _TOOL
 
 
 def arm_points(pose: FloatArray) -> FloatArray:
@@ -189,17 +197,31 @@ def arm_points(pose: FloatArray) -> FloatArray:
     """
     rotation = tool_rotation(pose)
     yaw, upper, _, wrist = _arm_plane(pose, rotation)
+    return _points(pose, rotation, yaw, upper, wrist)
+
+
+def _points(
+    pose: FloatArray, rotation: FloatArray, yaw: FloatArray, upper: FloatArray, wrist: FloatArray
+) -> FloatArray:
     axis, side = rotation[..., :, 2], rotation[..., :, 1]
-    tool = pose[..., :3]
-    zero = np.zeros_like(yaw)
-    base = np.stack([zero, zero, zero], axis=-1)
-    shoulder = np.stack([zero, zero, zero + _SHOULDER_Z], axis=-1)
-    flat = _UPPER * np.cos(upper)
-    elbow = np.stack([flat * np.cos(yaw), flat * np.sin(yaw), _SHOULDER_Z + _UPPER * np.sin(upper)], axis=-1)
-    flange = tool - TCP_OFFSET * axis
-    tip = tool + FINGER_OVERHANG * axis
-    half = finger_opening(pose[..., 6:7]) / 2
-    return np.stack([base, shoulder, elbow, wrist, flange, tool, tip + half * side, tip - half * side], axis=-2)
+    tool, flat = pose[..., :3], _UPPER * np.cos(upper)
+    points = np.zeros((*yaw.shape, 8, 3), np.result_type(pose, rotation))
+    points[..., 1, 2] = _SHOULDER_Z
+    points[..., 2, 0], points[..., 2, 1] = flat * np.cos(yaw), flat * np.sin(yaw)
+    points[..., 2, 2] = _SHOULDER_Z + _UPPER * np.sin(upper)
+    points[..., 3, :] = wrist
+    points[..., 4, :] = tool - TCP_OFFSET * axis
+    points[..., 5, :] = tool
+    tip, half = tool + FINGER_OVERHANG * axis, finger_opening(pose[..., 6:7]) / 2 * side
+    points[..., 6, :], points[..., 7, :] = tip + half, tip - half
+    return points
+
+
+def joints_and_points(pose: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """``joint_angles`` without clipping and ``arm_points``, for little more than one of them."""
+    rotation = tool_rotation(pose)
+    yaw, upper, fore, wrist = _arm_plane(pose, rotation)
+    return _joints(rotation, yaw, upper, fore), _points(pose, rotation, yaw, upper, wrist)
 
 
 def camera_rotation() -> NDArray[np.float64]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,19 +12,18 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
-from rawdream_env.config import parse_autoreset_mode, parse_choice, parse_positive_int
+from rawdream_env.config import SeedLike, parse_autoreset_mode, parse_choice, parse_positive_int
 from rawdream_env.envs.base import _UNSTARTED, ChunkResult, ChunkVectorEnv, Rows
 from rawdream_env.envs.infos import Infos, objects, put
 from rawdream_env.envs.reflector import Reflector
 from rawdream_env.envs.single import SingleEnv
-from rawdream_env.errors import ArmFaultError, InvalidOptionError, RawDreamError
+from rawdream_env.errors import ArmFaultError, CameraError, ClosedEnvironmentError, InvalidOptionError
 from rawdream_env.judges import load_judge
 from rawdream_env.judges.base import ask
 from rawdream_env.piper import geometry as geo
-from rawdream_env.piper.arm.camera import CameraView, Viewed, open_camera
-from rawdream_env.piper.arm.clock import Clock, LockstepClock, WallClock
+from rawdream_env.piper.arm.camera import CameraView, read_frame
 from rawdream_env.piper.arm.faults import DriverConfig, FaultKind
-from rawdream_env.piper.arm.operator import Operator, TerminalOperator, TwinOperator
+from rawdream_env.piper.arm.operator import Operator, TerminalOperator, TwinOperator, ask_operator
 from rawdream_env.piper.arm.recording import ArmEpisode, ArmRecorder, Outcome
 from rawdream_env.piper.envs import CHUNK_LEN, FPS
 from rawdream_env.piper.starts import INSTRUCTIONS, TASK_LIST, TASK_NAMES, piper_task
@@ -158,41 +158,61 @@ class PiperRealVectorEnv(ChunkVectorEnv):
         self.max_frame_age = float(max_frame_age)
         if task is not None:
             piper_task(NoiseKey(0), task)
-        from rawdream_env.piper.arm.driver import PiperDriver
-        from rawdream_env.piper.arm.link import PiperLink
+        from rawdream_env.piper.arm.station import Station
 
-        self.clock: Clock = WallClock() if realtime or not fake else LockstepClock()
-        self._bus: Any = None
-        if fake:
-            from rawdream_env.piper.arm.fake_twin import REAL_TIME, open_fake_arm
-
-            self._bus, camera = open_fake_arm(self.clock, size, self.max_frame_age)
-            driver = driver or (REAL_TIME if realtime else None)
-            channel, operator = self._bus.channel, operator or TwinOperator(self._bus.arm, TASK_NAMES, self.layout)
-        self.operator: Operator = operator or TerminalOperator()
         self.judge: Judge | None = None if judge is None else load_judge(judge, device=device)
         self._owns_judge = isinstance(judge, str | Path)
         view = CameraView.of(size, crop)
-        self.camera = camera
-        if isinstance(camera, str):
-            self.camera = Viewed(open_camera(camera, max_age=self.max_frame_age), view)
         with ExitStack() as opened:
-            if isinstance(camera, str):
-                opened.callback(self.camera.close)
-            link = PiperLink(channel, "virtual" if fake else "socketcan")
-            self.driver = PiperDriver(link, clock=self.clock, limits=limits, config=driver)
+            self._recorder = None if record is None else ArmRecorder(record, FPS, size)
+            if self._recorder is not None:
+                opened.callback(self._recorder.close)
+            self._station = Station(
+                channel, camera, view, fake=fake, realtime=realtime, max_age=self.max_frame_age, limits=limits, config=driver
+            )  # fmt: skip
             opened.pop_all()
+        self.clock, self.driver, self.camera = self._station.clock, self._station.driver, self._station.camera
+        self._bus: Any = self._station.bus
+        if operator is None:
+            operator = TwinOperator(self._bus.arm, TASK_NAMES, self.layout) if fake else TerminalOperator()
+        self.operator: Operator = operator
         self.driver.add_check(FaultKind.CAMERA, self._camera_problem)
         self.driver.add_check(
             FaultKind.STOP, lambda: "An operator pressed the stop key." if self.operator.stop_requested() else None
         )
-        self._recorder = None if record is None else ArmRecorder(record, FPS, size)
         self._episode: ArmEpisode | None = None
         self._frame_at: float | None = None
         self._verdicts: tuple[int, int] | None = None
         self._probability: float | None = None
-        self._enabled = self._moved = False
-        self._fault = ""
+        self._enabled = self._moved = self._closing = False
+        self._fault, self._busy = "", threading.Lock()
+
+    # ---- one call at a time --------------------------------------------------------------------------------------------
+
+    def reset(
+        self, *, seed: SeedLike = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As :meth:`ChunkVectorEnv.reset`; ``ArmFaultError`` while a step or another reset is running."""
+        with self._alone("reset"):
+            return super().reset(seed=seed, options=options)
+
+    def step(self, actions: Any) -> tuple[dict[str, Any], NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
+        """As :meth:`ChunkVectorEnv.step`; ``ArmFaultError`` while a reset or another step is running."""
+        with self._alone("step"):
+            return super().step(actions)
+
+    @contextmanager
+    def _alone(self, what: str) -> Iterator[None]:
+        if not self._busy.acquire(blocking=False):
+            raise ArmFaultError(f"{what}() was called while the arm moves; wait until step() or reset() has returned.")
+        try:
+            yield
+        except Exception as error:
+            if self._closing and not isinstance(error, ClosedEnvironmentError):
+                raise ClosedEnvironmentError(f"the environment was closed during {what}(); the arm holds.") from error
+            raise
+        finally:
+            self._busy.release()
 
     # ---- episodes ------------------------------------------------------------------------------------------------------
 
@@ -206,17 +226,17 @@ class PiperRealVectorEnv(ChunkVectorEnv):
                 )
             seed, task = seed if start.seed is None else start.seed, start.task_id
         instruction = INSTRUCTIONS[task] if start is None else start.instruction
-        self._end_episode("abandoned: reset was called before the episode was over")
+        self._abandon("reset was called")
         self._moved = True
         if not self._enabled:
             self.driver.enable()
             self._enabled = True
         if self.driver.fault is not None:
-            self.operator.clear(self.driver.fault.message)
+            ask_operator(self.operator, "clear", self.driver.fault.message)
             self.driver.clear_fault()
         home = self._home(seed, task, start)
         self._watched(lambda: self.driver.move_over(home))
-        self.operator.arrange(instruction, task, seed)
+        ask_operator(self.operator, "arrange", instruction, task, seed)
         self.clock.sleep(PERIOD)
         self._watched(lambda: self.driver.move_to(home))  # confirms that nobody has moved it
         self.clock.sleep(self.max_frame_age)  # frames from now on show the scene as it was arranged
@@ -234,9 +254,14 @@ class PiperRealVectorEnv(ChunkVectorEnv):
     def _advance(self, rows: Rows, actions: Float32Array, last: NDArray[np.bool_]) -> ChunkResult:
         assert self._episode is not None
         self._moved = True
-        frames = list[UInt8Array]()
+        frames, verdict, judged = list[UInt8Array](), -1, bool(self._judged[0])
         try:
             self._watched(lambda: frames.extend(self._control(actions[0])))
+            done = judged and self.success != "judge" and bool(ask_operator(self.operator, "done"))
+            if judged and (last[0] or (done and self.end_on_success)):
+                verdict = self._ask_success()
+            elif done:
+                verdict = 1
         except ArmFaultError as error:
             self._fault = str(error)
         except BaseException as error:
@@ -247,11 +272,6 @@ class PiperRealVectorEnv(ChunkVectorEnv):
             frames = [*frames, *frames[-1:] * (CHUNK_LEN - len(frames))]
             one = np.ones(1, bool)
             return ChunkResult(np.stack(frames)[None], np.full(1, -1, np.int8), ~one, one)
-        judged = bool(self._judged[0])
-        done = judged and self.success != "judge" and self.operator.done()
-        verdict = 1 if done else -1
-        if judged and (last[0] or (done and self.end_on_success)):
-            verdict = self._ask_success()
         return ChunkResult(np.stack(frames)[None], np.full(1, verdict, np.int8), np.ones(1, bool), np.zeros(1, bool))
 
     def _control(self, actions: Float32Array) -> list[UInt8Array]:
@@ -267,18 +287,21 @@ class PiperRealVectorEnv(ChunkVectorEnv):
             wanted = geo.integrate_action(wanted, action)
             sent = self.driver.send_action(geo.action_between(self.driver.pose, wanted))
             self._episode.act(action, sent.action, self.clock.now())
-            if not frames and not self.clock.lockstep:
+            if not frames:
                 due = self.clock.now()  # the first action may have waited for the last hold
             due = max(due + PERIOD, self.clock.now() + 0.8 * PERIOD)
             self.clock.sleep(due - self.clock.now())
             frames.append(self._see())
-            if self.driver.fault is not None:
-                raise ArmFaultError(self.driver.fault.message)
+            self._raise_fault()
         return frames
+
+    def _raise_fault(self) -> None:
+        if self.driver.fault is not None:
+            raise ArmFaultError(self.driver.fault.message)
 
     def _watched(self, move: Any) -> None:
         """Move while keys and camera are watched; hold afterwards, whatever happens. Keys are watched while it holds, too."""
-        self.operator.watch(True)
+        ask_operator(self.operator, "watch", True)
         try:
             move()
         finally:
@@ -289,25 +312,21 @@ class PiperRealVectorEnv(ChunkVectorEnv):
         """The newest frame, recorded with the poses at its time; ``ArmFaultError`` without one."""
         assert self._episode is not None
         try:
-            frame, taken = self.camera.read()
-            frame = np.asarray(frame)
-            if frame.shape != self._images.shape[1:] or frame.dtype != np.uint8:
-                raise InvalidOptionError(
-                    f"its frames are {frame.dtype} {frame.shape}, not uint8 {self._images.shape[1:]}"
-                )
-        except (RawDreamError, OSError) as error:
-            self.driver.latch(FaultKind.CAMERA, f"The camera gives no frame: {error}")
-            raise ArmFaultError(f"The camera gives no frame: {error}") from error
-        self._frame_at = taken
-        if problem := self._camera_problem():
+            frame, taken = read_frame(self.camera, self._images.shape[1:])
+            self._frame_at = taken
+            problem = self._camera_problem()
+        except CameraError as error:
+            problem = str(error)
+        if problem:
             self.driver.latch(FaultKind.CAMERA, problem)
-            raise ArmFaultError(problem)
+            self._raise_fault()
         self._episode.see(frame, taken, self.driver.pose, self.driver.measured_pose)
         return frame
 
     def _camera_problem(self) -> str | None:
         """What the watchdog says about the camera while the arm moves."""
-        if self._frame_at is None or (age := self.clock.now() - self._frame_at) <= self.max_frame_age:
+        taken = self._frame_at
+        if taken is None or (age := self.clock.now() - taken) <= self.max_frame_age:
             return None
         return f"The newest frame of the camera is {age:.2f} s old: it is frozen or gone."
 
@@ -316,8 +335,9 @@ class PiperRealVectorEnv(ChunkVectorEnv):
         assert self._episode is not None
         operator, judge, instruction = -1, -1, self._episode.instruction
         if self.success != "judge":
-            answer = self.operator.success(instruction)
+            answer = ask_operator(self.operator, "success", instruction)
             operator = -1 if answer is None else int(answer)
+            self._verdicts = operator, judge
         if self.judge is not None:
             [verdict] = ask(self.judge, [Video(np.stack(self._episode.frames), self.fps)], [instruction])
             judge, self._probability = int(verdict.outcome), verdict.probability
@@ -329,12 +349,21 @@ class PiperRealVectorEnv(ChunkVectorEnv):
         episode, self._episode = self._episode, None
         if episode is None:
             return
-        self.operator.watch(False)
+        try:
+            if self._recorder is not None:
+                operator, judge = self._verdicts or (-1, -1)
+                steps, chance = len(episode.sent), self._probability
+                outcome = Outcome(episode.instruction, episode.task_id, steps, operator, judge, chance, fault)
+                self._recorder.write(episode, outcome)
+        finally:
+            ask_operator(self.operator, "watch", False)
+
+    def _abandon(self, how: str) -> None:
+        """Record an episode that will not be finished, and what could not be recorded before."""
+        latched = "" if self.driver.fault is None else f"{self.driver.fault.message} "
+        self._end_episode(f"{latched}abandoned: {how} before the episode was over")
         if self._recorder is not None:
-            operator, judge = self._verdicts or (-1, -1)
-            steps, chance = len(episode.sent), self._probability
-            outcome = Outcome(episode.instruction, episode.task_id, steps, operator, judge, chance, fault)
-            self._recorder.write(episode, outcome)
+            self._recorder.flush()
 
     # ---- the base's hooks ----------------------------------------------------------------------------------------------
 
@@ -361,12 +390,16 @@ class PiperRealVectorEnv(ChunkVectorEnv):
 
     def close_extras(self, **kwargs: Any) -> None:
         """Record an unfinished episode, hold the arm, and let go of bus, camera and judge. The motors keep their power."""
-        if getattr(self, "_episode", None) is not None:
-            self._end_episode("abandoned: the environment was closed before the episode was over")
-        owned = [self.judge] if getattr(self, "_owns_judge", False) else []
-        for part in (getattr(self, "driver", None), self._bus, getattr(self, "camera", None), self.reflector, *owned):
-            if isinstance(part, SupportsClose):
-                part.close()
+        self._closing = True
+        parts = [getattr(self, name, None) for name in ("_recorder", "reflector", "_station")]
+        if getattr(self, "_owns_judge", False):
+            parts.insert(0, self.judge)
+        with ExitStack() as closing:  # each of them, whatever the others raise
+            for part in parts:
+                if isinstance(part, SupportsClose):
+                    closing.callback(part.close)
+            if getattr(self, "_episode", None) is not None:
+                self._abandon("the environment was closed")
 
 
 class PiperRealEnv(SingleEnv):

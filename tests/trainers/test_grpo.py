@@ -32,17 +32,16 @@ from rawdream_env.seeding import NoiseKey
 from rawdream_env.starts.memory import NullStarts
 from rawdream_env.statistics import wilson_interval
 from rawdream_env.trainers.common.run_dir import read_jsonl
-from rawdream_env.trainers.grpo import grpo
-from rawdream_env.trainers.grpo.grpo import GRPOConfig, GRPOResult, TrainingDivergedError, train_grpo
+from rawdream_env.trainers.grpo.batch import Batch, Rollouts
+from rawdream_env.trainers.grpo.gradients import TrainingDivergedError, add_gradients
+from rawdream_env.trainers.grpo.grpo import GRPOConfig, GRPOResult, train_grpo
 from rawdream_env.trainers.grpo.losses import group_advantages
 from rawdream_env.trainers.grpo.rollout import (
-    Batch,
     Group,
     GroupCollector,
     NoUsableGroupError,
     RolloutCounts,
     RolloutInterrupted,
-    Rollouts,
 )
 from rawdream_env.types import Outcome, PolicyOutput, Start, Verdict, Video
 from rawdream_env.world_models.null import NullState, NullWorldModel
@@ -384,7 +383,7 @@ def test_the_update_clips_below_by_low_and_above_by_high() -> None:
         noise = torch.randn(policy.linear.weight.shape, generator=torch.Generator().manual_seed(0))
         policy.linear.weight += 0.5 * noise
     chunks, weight = batch.weights(torch.arange(len(batch.advantages)), "trajectory")
-    loss, (part,) = grpo._backward(config, policy, batch, chunks, weight)
+    loss, (part,) = add_gradients(config, policy, batch, chunks, weight)
     texts = [batch.instructions[i] for i in chunks.tolist()]
     now = policy.logprobs(batch.images[chunks], texts, batch.tokens[chunks], temperature=1.0).detach().double()
     ratio = (now - batch.old_logprobs[chunks].double()).exp()

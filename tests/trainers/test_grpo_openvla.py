@@ -205,23 +205,32 @@ def motion_env(num_envs: int, **kwargs: Any) -> DreamVectorEnv:
 gym.register("test/Motion-v0", entry_point=motion_env, vector_entry_point=motion_env)
 
 
+FULL = "--lr 2e-3 --warmup-steps 1 --groups-per-step 4 --max-groups-per-step 8"
+LORA = "--lora-rank 32 --lr 1e-2 --warmup-steps 4 --groups-per-step 16 --max-groups-per-step 20 --minibatches 1"
+"""Adapters need more rollouts per update than all weights: with 16 they stay at 50 % in 8 steps, for learning rates of 1e-3 and
+5e-3 and ranks of 4 and 32; with 128 at 3e-3 and no warm-up they reach 72 % in 12 steps.
+"""
+
+
 @pytest.mark.slow
-def test_it_learns_the_right_answer_of_a_scripted_world_in_minutes(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [FULL, LORA], ids=["full", "lora"])
+def test_it_learns_the_right_answer_of_a_scripted_world_in_minutes(folder: Path, tmp_path: Path, options: str) -> None:
+    if options is LORA:
+        pytest.importorskip("peft")
     begun = time.process_time()
-    words = [
-        "policy",
-        "grpo",
-        "--run-dir",
-        str(tmp_path / "run"),
-        "--policy",
-        str(folder),
-        "--lr",
-        "2e-3",
+    words = ["policy", "grpo", "--run-dir", str(tmp_path / "run"), "--policy", str(folder), *options.split()]
+    words += [
+        "--env-id",
+        "test/Motion-v0",
         "--steps",
         "12",
+        "--ema",
+        "0.5",
+        "--max-kl",
+        "None",
+        "--no-tensorboard",
+        "--no-progress",
     ]
-    words += ["--env-id", "test/Motion-v0", "--groups-per-step", "4", "--max-groups-per-step", "8", "--ema", "0.5"]
-    words += ["--warmup-steps", "1", "--max-kl", "None", "--no-tensorboard", "--no-progress"]
     assert cli.main(words) == 0
     lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     rates = [round(line["success_rate"], 2) for line in lines]
@@ -241,29 +250,35 @@ def coin_judge() -> ScriptedJudge:
     return ScriptedJudge(lambda video, instruction: coin(video.frames))
 
 
-class CoinSim(PiperSimVectorEnv):
-    """The simulator, where chance decides about success: an untrained policy never has any."""
-
-    def _advance(self, rows: Any, actions: Any, last: Any) -> Any:
-        result = super()._advance(rows, actions, last)
-        verdict = np.array([coin(frames) if done else -1 for frames, done in zip(result.frames, last, strict=True)])
-        return replace(result, verdict=verdict.astype(np.int8))
+def coin_advance(env: PiperSimVectorEnv, rows: Any, actions: Any, last: Any) -> Any:
+    result = advance(env, rows, actions, last)
+    verdict = np.array([coin(frames) if done else -1 for frames, done in zip(result.frames, last, strict=True)])
+    return replace(result, verdict=verdict.astype(np.int8))
 
 
-gym.register("test/CoinSim-v0", entry_point=CoinSim, vector_entry_point=CoinSim)
+advance = PiperSimVectorEnv._advance
 
 
-@pytest.mark.parametrize(
-    ("env_id", "extra"),
-    [
-        ("rawdream/PiperDream-v0", ["judge", "test_grpo_openvla:coin_judge", "max_episode_steps", "2"]),
-        ("test/CoinSim-v0", ["max_episode_steps", "2"]),
-    ],
-)
-def test_the_command_runs_in_dream_and_simulator(folder: Path, tmp_path: Path, env_id: str, extra: list[str]) -> None:
+@pytest.mark.parametrize("env_id", ["rawdream/PiperDream-v0", "rawdream/PiperSim-v0"])
+def test_the_same_command_runs_in_dream_and_simulator(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, env_id: str
+) -> None:
+    """Chance decides about success in both: an untrained policy never has any."""
+    monkeypatch.setattr("rawdream_env.envs.dream.load_judge", lambda spec, device: coin_judge())
+    monkeypatch.setattr(PiperSimVectorEnv, "_advance", coin_advance)
     words = ["policy", "grpo", "--run-dir", str(tmp_path / "run"), "--policy", str(folder), "--env-id", env_id]
-    words += ["--steps", "1", "--group-size", "4", "--groups-per-step", "1", "--num-envs", "4"]
-    words += ["--no-dual-noise-verification", "--no-tensorboard", "--no-progress", "--env-kwargs", *extra]
+    words += [
+        "--steps",
+        "1",
+        "--group-size",
+        "4",
+        "--groups-per-step",
+        "1",
+        "--num-envs",
+        "4",
+        "--no-dual-noise-verification",
+    ]
+    words += ["--no-tensorboard", "--no-progress", "--env-kwargs", "max_episode_steps", "2"]
     assert cli.main(words) == 0
     line = read_jsonl(tmp_path / "run" / "metrics.jsonl")[0]
     assert abs(line["first_ratio_deviation"]) < 1e-5 and 0 < line["success_rate"] < 1

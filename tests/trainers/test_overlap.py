@@ -23,8 +23,9 @@ from rawdream_env.judges.scripted import ScriptedJudge
 from rawdream_env.policies.tiny_vla import TinyVLA, TinyVLAConfig
 from rawdream_env.testing.faults import FaultServer, free_port, reply
 from rawdream_env.trainers.grpo import rollout
+from rawdream_env.trainers.grpo.batch import Rollouts
 from rawdream_env.trainers.grpo.grpo import GRPOConfig, train_grpo
-from rawdream_env.trainers.grpo.rollout import GroupCollector, Rollouts, can_overlap
+from rawdream_env.trainers.grpo.rollout import GroupCollector, can_overlap
 from rawdream_env.types import Outcome, Verdict, Video
 from rawdream_env.wrappers.dual_noise import DualNoiseVerification
 

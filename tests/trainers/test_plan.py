@@ -98,8 +98,13 @@ def test_it_prints_its_assumptions(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_cannot_fit_is_refused_with_the_smallest_change(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("peft")
     pytest.importorskip("diffusers")
-    made = plan(FITS)
+    made, offloaded = plan(FITS), plan(replace(FITS, offload_world_model=True))
     assert made.fits and 30 * GIB < made.peak < 79 * GIB
+    assert made.rollout == offloaded.rollout and made.rollout["imagined rollouts"] > 10 * GIB
+    assert "imagined rollouts" not in made.update  # of episodes that are over
+    moved = made.update.pop("world model")
+    assert made.update == offloaded.update and moved == made.rollout["world model"]
+    assert sum(offloaded.seconds.values()) == pytest.approx(sum(made.seconds.values()) + 2 * moved / 6e9)
     with pytest.raises(
         NotEnoughMemoryError, match=r"rollouts would need .* the h100 has 79\.1\. Smallest .*: --num-envs 32 "
     ):

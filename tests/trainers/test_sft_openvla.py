@@ -39,15 +39,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_data(tmp_path_factory.mktemp("data") / "arm")
 
 
-def write_data(root: Path) -> Path:
+def write_data(root: Path, shape: tuple[int, int, int] = (48, 64, 3)) -> Path:
     """Four episodes of each of two tasks, of no known robot: dx tells the episode, dy the task, the rest is constant."""
     features = {"action": schema.numeric_feature(7), "observation.state": schema.numeric_feature(7)}
-    writer = LeRobotWriter(root, fps=10, image_shape=(48, 64, 3), features=features)
+    writer = LeRobotWriter(root, fps=10, image_shape=shape, features=features)
     rng = np.random.default_rng(0)
     for i in range(8):
         actions = np.zeros((6, 7), np.float32)
         actions[:, 0], actions[:, 1], actions[:, 6] = 0.1 * (i // 2 + 1), 0.5 if i % 2 else -0.5, 1 - 2 * (i % 2)
-        frames = rng.integers(0, 256, (1, 48, 64, 3), dtype=np.uint8).repeat(7, axis=0)
+        frames = rng.integers(0, 256, (1, *shape), dtype=np.uint8).repeat(7, axis=0)
         writer.add_episode(frames, actions, np.zeros((7, 7), np.float32), TASKS[i % 2])
     writer.finalize()
     return root

@@ -15,9 +15,10 @@ from rawdream_env.errors import InvalidOptionError
 from rawdream_env.judges.scripted import ScriptedJudge
 from rawdream_env.policies.tiny_vla import TinyVLA, TinyVLAConfig
 from rawdream_env.seeding import mix
-from rawdream_env.trainers.grpo import GRPOConfig, grpo, train_grpo
+from rawdream_env.trainers.grpo import GRPOConfig, train_grpo
+from rawdream_env.trainers.grpo.batch import Batch
+from rawdream_env.trainers.grpo.gradients import add_gradients
 from rawdream_env.trainers.grpo.losses import LossType, grpo_loss
-from rawdream_env.trainers.grpo.rollout import Batch
 from rawdream_env.types import Video
 from rawdream_env.wrappers import DualNoiseVerification
 
@@ -109,7 +110,7 @@ def test_the_same_rollouts_give_the_same_loss_and_gradients(loss_type: LossType,
     expected = {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
     policy.zero_grad()
     config = GRPOConfig(tmp_path, temperature=1.2, loss_type=loss_type)
-    ours, pieces = grpo._backward(config, policy, batch, *batch.weights(torch.arange(len(batch.advantages)), loss_type))
+    ours, pieces = add_gradients(config, policy, batch, *batch.weights(torch.arange(len(batch.advantages)), loss_type))
     assert abs(ours - theirs.item()) < 1e-6 and pieces[0]["clip_frac"] > 0.01
     gradients = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
     assert gradients.keys() == expected.keys()

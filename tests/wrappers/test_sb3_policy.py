@@ -67,6 +67,21 @@ def test_the_critic_does_not_touch_the_actor(envs):
     assert model.policy.critic[-1].bias.grad.abs() > 0
 
 
+def test_the_critic_learns_how_hard_a_task_is(envs):
+    model = ppo(envs)
+    obs, _, instructions = observed(model, envs)
+    hard = torch.tensor([float(text == instructions[0]) for text in instructions])
+    assert 0 < hard.mean() < 1
+    features, optimizer = (
+        model.policy.critic_features(obs),
+        torch.optim.AdamW(model.policy.critic.parameters(), lr=1e-3),
+    )
+    before = [weight.clone() for weight in model.policy.actor.parameters()]
+    assert model.policy.fit_critic(features, 1 - hard, optimizer, 200) < 0.01
+    torch.testing.assert_close(model.policy.predict_values(obs)[:, 0], 1 - hard, atol=0.1, rtol=0)
+    assert all(map(torch.equal, before, model.policy.actor.parameters()))
+
+
 def test_a_trained_model_is_saved_and_loaded(envs, tmp_path):
     model = ppo(envs, learning_rate=1e-3)
     model.learn(16)

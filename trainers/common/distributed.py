@@ -56,6 +56,11 @@ class ProcessGroup:
         """The rows of a global batch that this process computes."""
         return list(range(self.rank, batch_size, self.size))
 
+    @property
+    def loss_factor(self) -> int:
+        """Factor of a process's part of a loss before the backward pass: FSDP2 averages gradients instead of adding them."""
+        return self.size if self.parallel == "fsdp2" else 1
+
     def wait(self) -> None:
         """Wait until every process has called this."""
         if self.size > 1:
@@ -195,15 +200,21 @@ def spread(model: WanWorldModelTransformer, group: ProcessGroup) -> nn.Module:
     return objective
 
 
-def shard_policy(policy: Any, group: ProcessGroup) -> None:
-    """With ``fsdp2``, shard a policy's weights: each of its ``layers`` is gathered when it runs, the rest together."""
+POLICY_FORWARDS = ("act", "logprobs", "logprobs_and_entropy")
+
+
+def shard_policy(policy: Any, group: ProcessGroup, forwards: Sequence[str] = POLICY_FORWARDS) -> None:
+    """With ``fsdp2``, shard a policy's weights: each of its ``layers`` is gathered when it runs, the rest together.
+
+    ``forwards``: names of the methods that the trainer calls; none may call another.
+    """
     if group.parallel != "fsdp2":
         return
     mesh: DeviceMesh = init_device_mesh(group.device.split(":")[0], (group.size,))
     for layer in getattr(policy, "layers", ()):
         fully_shard(layer, mesh=mesh)
     fully_shard(policy, mesh=mesh)
-    for name in ("act", "logprobs", "logprobs_and_entropy"):
+    for name in forwards:
         register_fsdp_forward_method(policy, name)
 
 
@@ -265,6 +276,16 @@ def spread_like(value: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return value
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def share_of(values: Tensor, size: int, group: ProcessGroup) -> tuple[Tensor, ...]:
+    """This process's share of a minibatch's ``values`` in parts of at most ``size``, some of them empty: every process gets as
+    many parts, since FSDP2's processes run together.
+    """
+    if group.size == 1:
+        parts: tuple[Tensor, ...] = values.split(size)
+        return parts
+    return values[group.rank :: group.size].tensor_split(-(-len(values) // (group.size * size)))
 
 
 def micro_batches(rows: Sequence[int], size: int) -> list[list[int]]:

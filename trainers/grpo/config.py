@@ -51,6 +51,8 @@ class GRPOConfig:
     updates. Each has its own environments and rolls out whole groups. Results do not depend on it, but for rounding."""
     num_envs: int = 64
     """Number of episodes imagined in parallel, per process. Results do not depend on it."""
+    offload_world_model: bool = False
+    """Keep the world model's weights in host memory while the policy is updated, if both share a GPU. Same results."""
 
     steps: int = 50
     """Number of training steps (paper: 50, on LIBERO-Object 20). May be raised when resuming."""
@@ -173,7 +175,7 @@ class GRPOConfig:
 ADDED: dict[str, Any] = {
     "warmup_steps": 0, "max_kl": None, "ema": 0.0, "baseline": "mean", "importance_sampling_level": "token",
     "decayed": "all", "reflector": "", "reflector_threshold": None, "reflector_patience": 1, "lora_rank": 0,
-    "dtype": None, "unnorm_key": None, "gradient_checkpointing": False, "parallel": "none",
+    "dtype": None, "unnorm_key": None, "gradient_checkpointing": False, "parallel": "none", "offload_world_model": False,
 }  # fmt: skip
 """What runs were made with before these options existed."""
 _FORMER = {"trajectory": "grpo", "token": "dapo"}

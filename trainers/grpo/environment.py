@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from gymnasium.vector import VectorEnv
 
 from rawdream_env.envs.episodes import make_env
 from rawdream_env.judges.ensemble import HoldOutJudge
+from rawdream_env.trainers.grpo.batch import Rollouts
 from rawdream_env.trainers.grpo.config import GRPOConfig
-from rawdream_env.trainers.grpo.rollout import Rollouts
 from rawdream_env.wrappers.base import find_wrapper
 from rawdream_env.wrappers.dual_noise import DualNoiseVerification
 
 
-def rollout_env(config: GRPOConfig) -> VectorEnv[Any, Any, Any]:
-    """The environment of ``config``, no wider than one step's rollouts."""
-    num_envs = min(config.num_envs, config.groups_per_step * config.group_size)
+def rollout_env(config: GRPOConfig, processes: int = 1) -> VectorEnv[Any, Any, Any]:
+    """The environment of ``config`` in one of ``processes``, no wider than its rollouts of one step."""
+    num_envs = min(config.num_envs, -(-config.groups_per_step // processes) * config.group_size)
     kwargs: dict[str, Any] = {
         "task": config.task,
         "layout": config.layout,
@@ -45,6 +46,12 @@ def replayed_chunks(env: VectorEnv[Any, Any, Any]) -> int:
     """Number of chunks imagined for verification so far."""
     wrapper = find_wrapper(env, DualNoiseVerification)
     return 0 if wrapper is None else wrapper.statistics.replayed_chunks
+
+
+def offloaded(env: VectorEnv[Any, Any, Any], config: GRPOConfig) -> AbstractContextManager[None]:
+    """A context for the update, with the world model in host memory if ``config`` says so."""
+    offload = getattr(env.unwrapped, "offload", None)
+    return offload() if config.offload_world_model and callable(offload) else nullcontext()
 
 
 def timings(

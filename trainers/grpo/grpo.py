@@ -8,7 +8,8 @@ RAW-Dream section 3.2, Eq. 2 and 3, appendix A.2 and A.4. One step:
 3. *Drop* groups that are all success or all failure, or have more than ``max_flagged`` flagged or invalid members, and
    open others.
 4. *Advantages* relative to the group, over its valid members (``losses.group_advantages``).
-5. *Update* by the clipped objective (``losses.clipped_loss``): mean over each trajectory, then over the group.
+5. *Update* by the clipped objective (``losses.clipped_loss``, ``gradients.py``): mean over each trajectory, then over the
+   group.
 
 Kept from the paper: all of that, and its numbers as defaults (group of 8, T = 1.6, lr 5e-6, 50 steps, no KL term).
 Where the paper leaves a choice, this is the reading taken here:
@@ -55,24 +56,20 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from rawdream_env.errors import InvalidOptionError, JudgeUnavailableError, RawDreamError
+from rawdream_env.errors import InvalidOptionError, JudgeUnavailableError
 from rawdream_env.seeding import mix
-from rawdream_env.trainers.common.distributed import ALONE, ProcessGroup, gathered, join, whole
+from rawdream_env.trainers.common.distributed import ProcessGroup, gathered, join, whole
 from rawdream_env.trainers.common.interrupt import deferred_interrupt
 from rawdream_env.trainers.common.run_dir import RunDir
 from rawdream_env.trainers.grpo.alarm import GapAlarm
+from rawdream_env.trainers.grpo.batch import Batch, Rollouts
 from rawdream_env.trainers.grpo.config import ADDED, GRPOConfig, as_begun
 from rawdream_env.trainers.grpo.counts import RolloutCounts, table
-from rawdream_env.trainers.grpo.environment import replayed_chunks, rollout_env, timings, verified, watched
+from rawdream_env.trainers.grpo.environment import offloaded, replayed_chunks, rollout_env, timings, verified, watched
+from rawdream_env.trainers.grpo.gradients import TrainingDivergedError, add_gradients, check_on_policy, distance
 from rawdream_env.trainers.grpo.learner import Learner, loaded_policy
-from rawdream_env.trainers.grpo.losses import approx_kl, clipped_loss, merge_metrics
-from rawdream_env.trainers.grpo.rollout import (
-    Batch,
-    GroupCollector,
-    NoUsableGroupError,
-    RolloutInterrupted,
-    Rollouts,
-)
+from rawdream_env.trainers.grpo.losses import merge_metrics
+from rawdream_env.trainers.grpo.rollout import GroupCollector, NoUsableGroupError, RolloutInterrupted
 from rawdream_env.trainers.grpo.simulation import Simulation
 
 _STREAM_SHUFFLE = 21
@@ -80,12 +77,9 @@ _MAY_CHANGE = (
     "run_dir", "steps", "minutes", "parallel", "save_every", "tensorboard", "progress", "num_envs",
     "overlap_judge", "held_out_judge", "alarm_margin", "alarm_window", "stop_on_alarm",  # none changes a reward
     "eval_every", "eval_env_id", "eval_episodes", "eval_temperature", "eval_videos", "report_to",
+    "offload_world_model",
 )  # fmt: skip
 _logger = logging.getLogger(__name__)
-
-
-class TrainingDivergedError(RawDreamError, RuntimeError):
-    """The loss or its gradient is not finite, or training and sampling disagree about the log-probabilities."""
 
 
 Stopped = Literal["steps", "minutes", "interrupted", "solved", "alarm"]
@@ -135,7 +129,7 @@ def _run(config: GRPOConfig, env: Any, policy: Any, group: ProcessGroup, deadlin
     """One process's part of ``train_grpo``."""
     here = replace(config, device=group.device)
     learner = Learner.of(loaded_policy(here, policy), here, group)
-    vector_env = watched(rollout_env(here) if env is None else env)
+    vector_env = watched(rollout_env(here, group.size) if env is None else env)
     if config.dual_noise_verification:
         vector_env = verified(vector_env)
     try:
@@ -207,7 +201,8 @@ def _train(
                 rollouts = collector.collect(step)
             rolled_out = time.perf_counter()
             finished = False
-            metrics = update(config, learner, rollouts, step)
+            with offloaded(env, config):
+                metrics = update(config, learner, rollouts, step)
             learner.follow(config.ema, step)
             metrics |= alarm.look(rollouts.counts.others)
             if simulation.due(step + 1):
@@ -291,12 +286,12 @@ def update(config: GRPOConfig, learner: Learner, rollouts: Rollouts, step: int) 
         for trajectories in order.tensor_split(min(config.minibatches, len(order))):
             chunks, weights = batch.weights(trajectories, config.loss_type)
             optimizer.zero_grad(set_to_none=True)
-            loss, pieces = _backward(config, learner.policy, batch, chunks, weights, learner.group)
+            loss, pieces = add_gradients(config, learner.policy, batch, chunks, weights, learner.group)
             learner.group.sum_gradients(parameters.values())
             if not norms:
                 first = merge_metrics(pieces)
                 first_deviation = first["ratio_deviation"]
-                _check_on_policy(first["ratio_error"], learner.policy, step, batch.tokens.is_floating_point())
+                check_on_policy(first["ratio_error"], learner.policy, step, batch.tokens.is_floating_point())
             norm = float(whole(nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)))
             if not (math.isfinite(norm) and math.isfinite(loss)):
                 raise TrainingDivergedError(
@@ -306,7 +301,7 @@ def update(config: GRPOConfig, learner: Learner, rollouts: Rollouts, step: int) 
             before = None if config.max_kl is None else learner.copy()
             optimizer.step()
             if config.max_kl is not None and before is not None:
-                moved.append(_distance(config, learner.policy, batch, chunks, learner.group))
+                moved.append(distance(config, learner.policy, batch, chunks, learner.group))
                 if moved[-1] > config.max_kl:
                     learner.put_back(before)
                     undone.append(moved[-1])
@@ -328,77 +323,6 @@ def update(config: GRPOConfig, learner: Learner, rollouts: Rollouts, step: int) 
         **{name: merged[name] for name in names},
         **({"max_kl_after": max(moved), "updates_undone": len(undone)} if moved else {}),
     }
-
-
-def _backward(
-    config: GRPOConfig, policy: Any, batch: Batch, chunks: Tensor, weights: Tensor, group: ProcessGroup = ALONE
-) -> tuple[float, list[dict[str, Tensor]]]:
-    """Accumulate the gradient of one minibatch, ``microbatch_size`` chunks at a time and per process.
-
-    Returns loss and metrics of all processes.
-    """
-    total, metrics = 0.0, list[dict[str, Tensor]]()
-    share = group.size if group.parallel == "fsdp2" else 1  # FSDP2 averages gradients over processes
-    parts = (share_of(tensor, config.microbatch_size, group) for tensor in (chunks, weights))
-    for rows, weight in zip(*parts, strict=True):
-        if not len(rows):  # the others have a chunk more, and FSDP2's processes run together
-            (0 * policy.logprobs(*batch.inputs(chunks[:1]), temperature=config.temperature)).sum().backward()
-            continue
-        entropy: Tensor | None = None
-        if hasattr(policy, "logprobs_and_entropy"):
-            logprobs, entropy = policy.logprobs_and_entropy(*batch.inputs(rows), temperature=config.temperature)
-        else:
-            logprobs = policy.logprobs(*batch.inputs(rows), temperature=config.temperature)
-        loss, part = clipped_loss(
-            logprobs,
-            batch.old_logprobs[rows].to(logprobs.device),
-            batch.advantages[batch.trajectory[rows]].to(logprobs.device),
-            weight[:, None].expand(-1, logprobs.shape[1]).to(logprobs.device),
-            clip_eps_low=config.clip_eps_low,
-            clip_eps_high=config.clip_eps_high,
-            level=config.importance_sampling_level,
-            entropy=entropy,
-        )
-        (share * loss).backward()
-        total += float(loss.detach())
-        metrics.append({name: value.cpu() for name, value in part.items()})
-    everything = group.everyone((total, metrics))
-    return sum(part for part, _ in everything), [piece for _, pieces in everything for piece in pieces]
-
-
-def share_of(values: Tensor, size: int, group: ProcessGroup) -> tuple[Tensor, ...]:
-    """This process's share of a minibatch's ``values`` in parts of at most ``size``; every process gets as many parts."""
-    if group.size == 1:
-        parts: tuple[Tensor, ...] = values.split(size)
-        return parts
-    return values[group.rank :: group.size].tensor_split(-(-len(values) // (group.size * size)))
-
-
-@torch.no_grad()
-def _distance(config: GRPOConfig, policy: Any, batch: Batch, chunks: Tensor, group: ProcessGroup = ALONE) -> float:
-    """approx_kl of the policy as it is now from the one that sampled, over the tokens of one minibatch."""
-    total = 0.0
-    for rows in share_of(chunks, config.microbatch_size, group):
-        logprobs = policy.logprobs(*batch.inputs(rows if len(rows) else chunks[:1]), temperature=config.temperature)
-        logprobs = logprobs[: len(rows)]
-        total += float(approx_kl(logprobs, batch.old_logprobs[rows].to(logprobs.device)).sum(dtype=torch.float64))
-    total = sum(group.everyone(total))
-    return total / batch.old_logprobs[chunks].numel() if math.isfinite(total) else math.inf
-
-
-def _check_on_policy(error: float, policy: nn.Module, step: int, continuous: bool) -> None:
-    """Before any update the ratio must be 1 up to rounding, on average over the tokens: 1e-5 in float32 on a CPU, or 1e-3 where
-    a narrow density magnifies rounding.
-    """
-    exact = all(p.dtype in (torch.float32, torch.float64) for p in policy.parameters())
-    on_cpu = all(p.device.type == "cpu" for p in policy.parameters())
-    limit = (1e-3 if continuous else 1e-5) if exact and on_cpu else 1e-2 if exact else 0.5
-    if not error <= limit:
-        raise TrainingDivergedError(
-            f"Step {step + 1}: before the first update the probability ratio is off 1 by {error:.3g} (limit "
-            f"{limit:g}): act() and logprobs() disagree. Look for dropout left on, another temperature, or other image "
-            "processing."
-        )
 
 
 def _farewell(stopped: Stopped, step: int, config: GRPOConfig) -> str:

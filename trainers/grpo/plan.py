@@ -44,6 +44,8 @@ CARDS: dict[str, Card] = {
     "h200": Card(139.8, 989e12, 67e12, 4.8e12, 450e9),
 }
 """Of the manufacturer's data sheets, without sparsity."""
+_HOST_LINK = 6e9
+"""Assumed bytes per second of copies between a GPU and pageable host memory."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class PlanConfig:
     """Chunks in a forward pass of the update, per GPU."""
     num_envs: int = 64
     """Episodes imagined in parallel, per GPU."""
+    offload_world_model: bool = False
+    """Keep the world model's weights in host memory during updates."""
     group_size: int = 8
     """Rollouts that share a start."""
     groups_per_step: int = 8
@@ -197,24 +201,23 @@ def memory(config: PlanConfig, policy: PolicyCost, dream: DreamCost | None) -> t
     shards = config.gpus if config.parallel == "fsdp2" else 1
     trained = policy.trained_bytes // shards
     always = {
-        "world model": 0 if dream is None else dream.weight_bytes,
         "optimizer": 2 * trained,
         "averaged weights": trained if config.ema else 0,
     }
-    rollout = {"policy": policy.weight_bytes + (trained if shards > 1 else 0), **always}  # sharded and gathered
-    if dream is not None:
-        parts = rollout_memory(dream.arch, dream.codec, config.num_envs, config.num_envs, torch.bfloat16)
-        rollout["imagined rollouts"] = sum(parts.values())
+    imagining = {} if dream is None else {"world model": dream.weight_bytes}
+    gathered = policy.weight_bytes + (trained if shards > 1 else 0)
+    rollout = {"policy": gathered, **imagining, **always}
+    if dream is not None:  # freed before the update: all episodes are over
+        rollout["imagined rollouts"] = _imagined_bytes(dream, config.num_envs)
     kept = policy.inputs if config.gradient_checkpointing else policy.saved
     update = {
         "policy": policy.weight_bytes // shards + (2 * policy.block if shards > 1 else 0),
+        **({} if config.offload_world_model else imagining),
         **always,
         "gradients": trained,
         "copy for max_kl": 3 * trained if config.max_kl is not None else 0,
         "activations": config.microbatch_size * kept,
     }
-    if dream is not None:
-        update["imagined rollouts"] = parts["states"] + parts["decoder streams"] + parts["frames"]
     return rollout, update
 
 
@@ -232,6 +235,8 @@ def seconds(config: PlanConfig, policy: PolicyCost, dream: DreamCost | None) -> 
     if dream is not None:
         imagined = acted * (1 + config.replayed)
         spent["rollouts, world model"] = imagined * dream.chunk / (card.bfloat16 * config.dream_utilisation)
+        if config.offload_world_model:
+            spent["world model to the host and back"] = 2 * dream.weight_bytes / _HOST_LINK
     passes = max(config.epochs * kept / config.microbatch_size, updates)
     computed = config.epochs * kept * (policy.train + again + guard) / rate
     spent["update"] = max(computed, 3 * passes * policy.weight_bytes / card.bandwidth)
@@ -247,24 +252,30 @@ def changes(config: PlanConfig) -> Iterator[tuple[str, PlanConfig]]:
     """Changes in the order of their price: memory for time first, then other training, then more or larger GPUs."""
     halved = _halved(config.microbatch_size)
     options: list[Mapping[str, object]] = [{"microbatch_size": n} for n in halved]
+    dreamless = config.offload_world_model or config.world_model == "none"
+    offload = {} if dreamless else {"offload_world_model": True}
     checkpointing = (
         {} if config.gradient_checkpointing or config.policy == "tiny-vla" else {"gradient_checkpointing": True}
     )
     if checkpointing:
         options = [o for o in options if int(str(o["microbatch_size"])) >= 4]  # smaller ones leave the GPU idle
+    options += [{**offload, **option} for option in ({}, *options)]
+    if checkpointing:
         options += [checkpointing, *({**checkpointing, "microbatch_size": n} for n in halved)]
     envs = _halved(config.num_envs)
     options += [{"num_envs": n} for n in envs]
     small = {**checkpointing, "microbatch_size": min(config.microbatch_size, 8)}
     options += [{**small, "num_envs": n} for n in envs]
     small["num_envs"] = min(config.num_envs, 16)
+    savings: list[Mapping[str, object]] = [{}, small, {**small, **offload}]
+    options += savings[2:]
     if config.lora_rank == 0 and config.policy != "tiny-vla":
-        options += [{"lora_rank": 32}, {**small, "lora_rank": 32}]
+        options += [{**more, "lora_rank": 32} for more in savings]
     options += [{**more, "gpus": count, "parallel": "fsdp2"} for count in (2, 4, 8, 16) if count > config.gpus
-                for more in ({}, small)]  # fmt: skip
+                for more in savings]  # fmt: skip
     larger = [name for name in CARDS if CARDS[name].memory_gib > CARDS[config.gpu].memory_gib]
     larger.sort(key=lambda name: CARDS[name].memory_gib)
-    options += [{**more, "gpu": name} for name in larger for more in ({}, small)]
+    options += [{**more, "gpu": name} for name in larger for more in savings]
     for option in options:
         words = " ".join(
             f"--{n.replace('_', '-')}" + ("" if v is True else f" {v}")
@@ -276,6 +287,11 @@ def changes(config: PlanConfig) -> Iterator[tuple[str, PlanConfig]]:
 def _halved(value: int) -> list[int]:
     """Powers of two below ``value``, the largest first."""
     return [1 << i for i in reversed(range((value - 1).bit_length()))]
+
+
+@functools.lru_cache(maxsize=64)
+def _imagined_bytes(dream: DreamCost, num_envs: int) -> int:
+    return sum(rollout_memory(dream.arch, dream.codec, num_envs, num_envs, torch.bfloat16).values())
 
 
 @functools.lru_cache(maxsize=8)

@@ -48,9 +48,12 @@ class Batch:
         """At most ``count`` rows from ``first`` on."""
         return self.part(slice(first, first + count))
 
-    def part(self, rows: slice) -> Batch:
-        """The given rows."""
-        return Batch(self.frames[rows], self.instructions[rows], self.actions[rows], self.readout[rows])
+    def part(self, rows: slice | Tensor) -> Batch:
+        """The given rows, as a slice or indices."""
+        chosen = (
+            self.instructions[rows] if isinstance(rows, slice) else [self.instructions[row] for row in rows.tolist()]
+        )
+        return Batch(self.frames[rows], chosen, self.actions[rows], self.readout[rows])
 
 
 def load_sources(config: SFTConfig, chunk_len: int) -> tuple[list[Source], Demonstrations]:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from rawdream_env.errors import InvalidOptionError
 from rawdream_env.policies.tiny_vla import TinyVLAConfig
+from rawdream_env.trainers.common.distributed import Parallel
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,10 @@ class SFTConfig:
     """Train in bfloat16 autocast. The precision of the weights does not change."""
     device: str = "cpu"
     """Device to train on."""
-    parallel: Literal["none", "ddp"] = "none"
-    """"ddp": the processes that torchrun started share every batch. The result is that of one process, but for rounding."""
+    parallel: Parallel = "none"
+    """How the processes that torchrun started share every batch: "ddp" replicates the policy on each, "fsdp2" shards its
+    weights. The result is that of one process, but for rounding.
+    """
     seed: int = 0
     """Seed of initialization, batches and augmentation."""
     log_every: int = 25

@@ -14,8 +14,8 @@ action columns, from which the policy samples, instead of the whole vocabulary. 
 neighbouring bins, an auxiliary position read-out, EMA, and an optional share of play in the few-shot batches to limit
 forgetting.
 
-With ``--parallel ddp`` under torchrun, process r of w computes the rows r, r + w, ... of every batch; process 0 validates
-and writes.
+With ``--parallel ddp`` or ``fsdp2`` under torchrun, process r of w computes the rows r, r + w, ... of every batch; process 0
+validates and writes.
 
 Every batch is a function of (seed, step): an interrupted run resumes to bit-identical weights (CPU, float32, without a
 budget of ``minutes``).
@@ -40,7 +40,7 @@ from rawdream_env.policies.openvla_oft.statistics import measure_statistics
 from rawdream_env.policies.tiny_vla import TinyVLA
 from rawdream_env.robots import find_robot, sim_options
 from rawdream_env.statistics import Rate
-from rawdream_env.trainers.common.distributed import ALONE, ProcessGroup, join
+from rawdream_env.trainers.common.distributed import ALONE, ProcessGroup, gathered, join, shard_policy, share_of, whole
 from rawdream_env.trainers.common.schedule import Schedule
 from rawdream_env.trainers.common.training_loop import TrainingLoop
 from rawdream_env.trainers.policy.batches import Augment, Batch, Source, draw_batch, jitter_and_blur, load_sources
@@ -51,6 +51,9 @@ from rawdream_env.trainers.policy.validation import simulator_success, validate
 _MAY_CHANGE = (
     "minutes", "sim_episodes", "sim_env", "layout", "microbatch_size", "gradient_checkpointing", "parallel",
 )  # fmt: skip
+
+_FORWARDS = {TinyVLA: ("forward_train",), OpenVLAOFT: ("image_logits", "logits")}
+"""Methods that compute scores."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ def _train(config: SFTConfig, progress: bool, group: ProcessGroup, stored_device
         _prepare(policy, sources, config)
     augment = _augmentation(policy, config)
     averaged = copy.deepcopy(policy).eval() if config.ema else None
+    shard_policy(policy, group, _FORWARDS[type(policy)])
     with TrainingLoop(
         config.run_dir,
         {**asdict(config), "device": stored_device},
@@ -120,28 +124,34 @@ def _train(config: SFTConfig, progress: bool, group: ProcessGroup, stored_device
             group.sum_gradients(p for p in policy.parameters() if p.requires_grad)
             norm = loop.update()
             if loop.every(config.log_every):
-                loop.log(lr=loop.rate, **losses, grad_norm=norm)
+                loop.log(lr=loop.rate, **losses, grad_norm=whole(norm))
                 loop.log_timings(samples_per_s=loop.steps_per_s * config.batch_size)
             if loop.every(config.save_every):
                 latest = evaluated()
-                loop.log(**(validate(latest, held_out, config) if group.first else {}))
-        trained = evaluated()
-        if not group.first:
+                with gathered(latest):
+                    loop.log(**(validate(latest, held_out, config) if group.first else {}))
+        trained, validation, success = evaluated(), dict[str, float](), dict[str, Rate]()
+        with gathered(trained):
+            if group.first:
+                validation = validate(trained, held_out, config)
+                success = _simulated(trained, config, loop)
+                described = {"stage": config.stage, "steps": loop.step, "validation": validation}
+                trained.save_pretrained(Path(config.run_dir) / "policy", metadata=described)
+                if isinstance(trained, OpenVLAOFT) and config.lora_rank:
+                    trained.save_adapters(Path(config.run_dir) / "adapters")
             group.wait()
-            return SFTResult(trained, loop.step, {}, {})
-        validation = validate(trained, held_out, config)
-        success = {}
-        if config.sim_episodes:
-            sim_env = config.sim_env or find_robot().sim_env
-            options = sim_options(sim_env, layout=config.layout)
-            success = simulator_success(trained, config.sim_episodes, sim_env=sim_env, **options)
-            loop.log(**{f"sim_success/{name}": rate.value for name, rate in success.items()})
-        described = {"stage": config.stage, "steps": loop.step, "validation": validation}
-        trained.save_pretrained(Path(config.run_dir) / "policy", metadata=described)
-        if isinstance(trained, OpenVLAOFT) and config.lora_rank:
-            trained.save_adapters(Path(config.run_dir) / "adapters")
-        group.wait()
     return SFTResult(trained, loop.step, validation, success)
+
+
+def _simulated(policy: TinyVLA | OpenVLAOFT, config: SFTConfig, loop: TrainingLoop) -> dict[str, Rate]:
+    """Success rates in the simulator by task, logged; {} without ``sim_episodes``."""
+    if not config.sim_episodes:
+        return {}
+    sim_env = config.sim_env or find_robot().sim_env
+    options = sim_options(sim_env, layout=config.layout)
+    success = simulator_success(policy, config.sim_episodes, sim_env=sim_env, **options)
+    loop.log(**{f"sim_success/{name}": rate.value for name, rate in success.items()})
+    return success
 
 
 def _initial_policy(config: SFTConfig) -> TinyVLA | OpenVLAOFT:
@@ -195,17 +205,18 @@ def add_gradients(
     A mean over the batch is the sum of the microbatches' means, each times its share of what is averaged: rows for the
     tokens, known positions for the read-out.
     """
-    own = batch.part(slice(group.rank, None, group.size))
-    size = config.microbatch_size or len(own)
+    every = torch.arange(len(batch))
     sums: dict[str, Tensor] = {}
-    for part in (own.rows(first, size) for first in range(0, len(own), size)):
+    for rows in share_of(every, config.microbatch_size or -(-len(batch) // group.size), group):
+        part = batch.part(rows if len(rows) else every[:1])  # the others have a row more
         losses = compute_losses(policy, part, config)
-        losses["loss"] = losses["loss"] * (len(part) / len(batch))
+        losses["loss"] = losses["loss"] * (len(rows) / len(batch))
         total = losses["loss"]
         if "readout_loss" in losses:
-            losses["readout_loss"] = losses["readout_loss"] * (_known(part) / _known(batch).clamp(min=1))
+            share = _known(part) / _known(batch).clamp(min=1) * (len(rows) > 0)
+            losses["readout_loss"] = losses["readout_loss"] * share
             total = total + config.readout_weight * losses["readout_loss"]
-        total.backward()
+        (group.loss_factor * total).backward()
         sums = {name: sums.get(name, 0.0) + loss.detach() for name, loss in losses.items()}
     return {name: group.total(loss) for name, loss in sums.items()}
 

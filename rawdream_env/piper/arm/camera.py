@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 
 from rawdream_env.data.images import resize_frames
-from rawdream_env.errors import CameraError, InvalidOptionError, MissingDependencyError, StaleFrameError
+from rawdream_env.errors import CameraError, InvalidOptionError, MissingDependencyError, RawDreamError, StaleFrameError
 from rawdream_env.media import read_picture, read_video
 from rawdream_env.resolve import resolve
 from rawdream_env.types import UInt8Array
@@ -49,6 +49,26 @@ class FrameSource(Protocol):
     def close(self) -> None:
         """Free the camera. Closing again does nothing."""
         ...
+
+
+def read_frame(source: FrameSource, shape: tuple[int, ...]) -> tuple[UInt8Array, float]:
+    """The newest frame of a source, uint8 of this ``shape``, and its time.
+
+    Raises:
+        CameraError: there is none, whatever the source raises or returns instead.
+    """
+    try:
+        picture, at = source.read()
+        frame, taken = np.asarray(picture), float(at)
+        if not np.isfinite(taken):
+            raise ValueError(f"its time is {taken}")
+    except (RawDreamError, OSError) as error:
+        raise CameraError(f"The camera gives no frame: {error}") from error
+    except Exception as error:
+        raise CameraError(f"The camera gives no frame ({type(error).__name__}: {error}).") from error
+    if frame.shape != shape or frame.dtype != np.uint8:
+        raise CameraError(f"The camera gives no frame: it is {frame.dtype} {frame.shape}, not uint8 {shape}.")
+    return frame, taken
 
 
 @dataclass(frozen=True)

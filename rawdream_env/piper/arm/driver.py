@@ -252,11 +252,12 @@ class PiperDriver:
             self.fault = None
 
     def close(self) -> None:
-        """Hold, and let go of the bus. The motors keep their power, and the arm stays where it is."""
+        """Hold, and let go of the bus. The motors keep their power, and the arm stays where it is. Again: nothing happens."""
         with self._lock:
             if self._state is not None:
                 self._following = False
                 self._send_hold()
+            self._state = None
         self._end_watch()
         self.link.close()
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntFlag
+from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
@@ -68,6 +69,7 @@ class Reason(IntFlag):
 
 
 REFUSALS: Final = Reason.NOT_FINITE | Reason.STATE
+_OUT_OF_RANGE: Final = np.repeat([int(r) for r in (Reason.WORKSPACE, Reason.DIRECTION, Reason.GRIPPER)], [3, 3, 1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,12 +143,12 @@ class Limits:
                     f"the arm could not stop in one period. Raise {most} or lower {step}."
                 )
 
-    @property
+    @cached_property
     def pose_low(self) -> FloatArray:
         """Lowest commanded pose (7,)."""
         return np.concatenate([self.workspace_low, self.rpy_low, [self.gripper_low]])
 
-    @property
+    @cached_property
     def pose_high(self) -> FloatArray:
         """Highest commanded pose (7,)."""
         return np.concatenate([self.workspace_high, self.rpy_high, [self.gripper_high]])
@@ -238,25 +240,27 @@ def guard(state: ArmState, target: ArrayLike, limits: Limits | None = None) -> G
     )
     shape, (goal, here, before) = goal.shape[:-1], (a.reshape(-1, ACTION_DIM) for a in (goal, here, before))
     finite = np.isfinite(goal).all(axis=-1)
+    ready, joints_here = _state(here, before, limits)
     reasons = np.where(finite, 0, int(Reason.NOT_FINITE))
-    reasons |= np.where(_state_allowed(here, before, limits), 0, int(Reason.STATE))
+    reasons |= np.where(ready, 0, int(Reason.STATE))
     pose, joints = np.full_like(here, np.nan), np.full((len(here), 6), np.nan)
     rows = np.flatnonzero(reasons == 0)
     if len(rows):
         boxed, reasons[rows] = _into_boxes(goal[rows], here[rows], before[rows], limits)
-        pose[rows], joints[rows], more = _nearest(boxed, here[rows], limits)
+        pose[rows], joints[rows], more = _nearest(boxed, here[rows], joints_here[rows], limits)
         reasons[rows] |= more
     return Guarded(pose.reshape(*shape, ACTION_DIM), joints.reshape(*shape, 6), reasons.reshape(shape))
 
 
-def _state_allowed(here: FloatArray, before: FloatArray, limits: Limits) -> BoolArray:
-    """(B,) whether the last command was inside the limits, and slow enough to stop in one period."""
-    finite: BoolArray = np.isfinite(np.stack([here, before])).all(axis=(0, -1))
-    here, before = (np.where(finite[:, None], a, geo.HOME_POSE) for a in (here, before))
+def _state(here: FloatArray, before: FloatArray, limits: Limits) -> tuple[BoolArray, FloatArray]:
+    """(B,) whether the last command was inside the limits, and slow enough to stop in one period; its joint angles (B, 6)."""
+    finite: BoolArray = np.asarray(np.isfinite(here).all(axis=-1) & np.isfinite(before).all(axis=-1))
+    if not finite.all():
+        here, before = (np.where(finite[:, None], a, geo.HOME_POSE) for a in (here, before))
     step = np.abs(here - before)[:, :6] <= np.repeat([limits.max_step, limits.max_turn], 3) + _ROUNDING
     inside = (here >= limits.pose_low) & (here <= limits.pose_high)
-    _, broken = _broken(here, here, None, limits)
-    return np.asarray(finite & step.all(axis=-1) & inside.all(axis=-1) & (broken == 0))
+    joints, broken = _broken(here, None, None, limits)
+    return finite & step.all(axis=-1) & inside.all(axis=-1) & (broken == 0), joints
 
 
 def _into_boxes(
@@ -267,76 +271,91 @@ def _into_boxes(
     change = np.append(np.repeat([limits.max_acceleration, limits.max_turn_acceleration], 3), np.inf) * limits.period**2
     coast = here + (here - before)
     boxes = (
-        (limits.pose_low, limits.pose_high, None),
-        (here - step, here + step, Reason.STEP),
-        (coast - change, coast + change, Reason.ACCELERATION),
+        (limits.pose_low, limits.pose_high, _OUT_OF_RANGE),
+        (here - step, here + step, int(Reason.STEP)),
+        (coast - change, coast + change, int(Reason.ACCELERATION)),
     )
     reasons = np.zeros(len(goal), dtype=np.int64)
     pose = goal
     for low, high, reason in boxes:
         low, high = np.minimum(low, here), np.maximum(high, here)  # against rounding: standing still is inside
         outside = (goal < low) | (goal > high)
-        for reason_of, axes in zip((Reason.WORKSPACE, Reason.DIRECTION, Reason.GRIPPER), _STAGES, strict=True):
-            reasons |= np.where(outside[:, axes].any(axis=-1), int(reason or reason_of), 0)
-        pose = np.clip(pose, low, high)
+        reasons |= np.bitwise_or.reduce(np.where(outside, reason, 0), axis=-1)
+        pose = np.minimum(np.maximum(pose, low), high)
     return pose, reasons
 
 
 def _broken(
-    goal: FloatArray, here: FloatArray, joints_here: FloatArray | None, limits: Limits
+    goal: FloatArray, here: FloatArray | None, joints_here: FloatArray | None, limits: Limits
 ) -> tuple[FloatArray, NDArray[np.int64]]:
     """Joint angles (B, 6) of ``goal`` and the limits it breaks (B,), of those that are not ranges of each axis.
 
-    ``joints_here`` None leaves out the speeds.
+    Without ``here`` and its joints, speeds are left out.
     """
-    joints = np.asarray(geo.joint_angles(goal, clip=False))
-    points = geo.arm_points(goal)
-    wrist = points[:, _WRIST]
-    upper = np.linalg.norm(points[:, _ELBOW] - points[:, _SHOULDER], axis=-1)
-    reach = np.linalg.norm(wrist - points[:, _SHOULDER], axis=-1)
+    joints, points = geo.joints_and_points(goal)
+    shoulder, elbow, wrist = (points[..., k, :] for k in (_SHOULDER, _ELBOW, _WRIST))
+    upper, reach = _length(elbow - shoulder), _length(wrist - shoulder)
     margin = np.minimum(geo.FOREARM + upper - reach, reach - np.abs(geo.FOREARM - upper))
-    singular = (margin < limits.min_reach_margin) | (np.abs(joints[:, 4]) < limits.min_wrist_bend)
-    singular |= np.hypot(wrist[:, 0], wrist[:, 1]) < limits.min_axis_distance
+    singular = (margin < limits.min_reach_margin) | (np.abs(joints[..., 4]) < limits.min_wrist_bend)
+    singular |= np.hypot(wrist[..., 0], wrist[..., 1]) < limits.min_axis_distance
     broken = {
         Reason.JOINT_LIMIT: ((joints < limits.joint_low) | (joints > limits.joint_high)).any(axis=-1),
         Reason.SINGULARITY: singular,
-        Reason.TABLE: points[:, _ELBOW:, 2].min(axis=-1) < limits.table_clearance,
+        Reason.TABLE: points[..., _ELBOW:, 2].min(axis=-1) < limits.table_clearance,
     }
-    if joints_here is not None:
-        reached = np.linalg.norm(goal[:, :3] - here[:, :3], axis=-1)
+    if here is not None and joints_here is not None:
         turned = np.abs(joints - joints_here).max(axis=-1)
-        broken[Reason.SPEED] = reached > limits.max_speed * limits.period + _ROUNDING
+        broken[Reason.SPEED] = _length((goal - here)[..., :3]) > limits.max_speed * limits.period + _ROUNDING
         broken[Reason.JOINT_SPEED] = turned > limits.max_joint_speed * limits.period + _ROUNDING
-    reasons = np.zeros(len(goal), dtype=np.int64)
+    reasons = np.zeros(goal.shape[:-1], dtype=np.int64)
     for reason, rows in broken.items():
-        reasons |= np.where(rows, int(reason), 0)
+        reasons |= rows * np.int64(reason)
     return joints, reasons
 
 
-def _nearest(goal: FloatArray, here: FloatArray, limits: Limits) -> tuple[FloatArray, FloatArray, NDArray[np.int64]]:
+def _nearest(
+    goal: FloatArray, here: FloatArray, joints_here: FloatArray, limits: Limits
+) -> tuple[FloatArray, FloatArray, NDArray[np.int64]]:
     """The goal, or from ``here`` as far towards it as the limits let: pose, joints and reasons.
 
     Position, direction and gripper are approached one after the other, so a wrist at its limit does not stop the hand.
     """
-    joints_here = np.asarray(geo.joint_angles(here, clip=False))
     joints, reasons = _broken(goal, here, joints_here, limits)
     pose, rows = goal.copy(), np.flatnonzero(reasons)
     if not len(rows):
         return pose, joints, reasons
     best, best_joints = here[rows], joints_here[rows]
     for axes in _STAGES:
-        start, end = best[:, axes], goal[rows, axes]
-        low, high = np.zeros(len(rows)), np.ones(len(rows))  # fractions: allowed, and not known to be
-        tried = high
-        for _ in range(_HALVINGS + 1):
-            trial = best.copy()
-            trial[:, axes] = np.where(tried[:, None] == 1.0, end, start + tried[:, None] * (end - start))
-            found, broken = _broken(trial, here[rows], joints_here[rows], limits)
-            good = broken == 0
-            best, best_joints = np.where(good[:, None], trial, best), np.where(good[:, None], found, best_joints)
-            low, high = np.where(good, tried, low), np.where(good, high, tried)
-            tried = (low + high) / 2  # stays 1 where the end is allowed
-            if (low == 1.0).all():
-                break
+        end = best.copy()
+        end[:, axes] = goal[rows, axes]
+        best_joints, broken = _broken(end, here[rows], joints_here[rows], limits)
+        if len(short := np.flatnonzero(broken)):
+            k = rows[short]
+            end[short], best_joints[short] = _part_way(best[short], end[short], here[k], joints_here[k], limits)
+        best = end
     pose[rows], joints[rows] = best, best_joints
     return pose, joints, reasons
+
+
+def _part_way(
+    start: FloatArray, end: FloatArray, here: FloatArray, joints_here: FloatArray, limits: Limits
+) -> tuple[FloatArray, FloatArray]:
+    """By bisection, from ``start``, which is allowed, as far as allowed towards ``end``, which is not: pose and joints.
+
+    All fractions are tried at once: a batch takes little longer than a row.
+    """
+    fractions = np.arange(2**_HALVINGS)[:, None] / 2**_HALVINGS
+    trials = start[:, None] + fractions * (end - start)[:, None]
+    joints, broken = _broken(trials, here[:, None], joints_here[:, None], limits)
+    rows, low, high = np.arange(len(start)), np.zeros(len(start), int), np.full(len(start), 2**_HALVINGS)
+    for _ in range(_HALVINGS):
+        tried = (low + high) // 2
+        good = broken[rows, tried] == 0
+        low, high = np.where(good, tried, low), np.where(good, high, tried)
+    return trials[rows, low], joints[rows, low]
+
+
+def _length(vectors: FloatArray) -> FloatArray:
+    """(B,) of vectors (B, 3)."""
+    x, y, z = vectors[..., 0], vectors[..., 1], vectors[..., 2]
+    return np.asarray(np.sqrt(x * x + y * y + z * z))

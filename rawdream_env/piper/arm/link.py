@@ -7,6 +7,10 @@ is about to send passes ``PiperLink``, and feedback is decoded from whole groups
 
 from __future__ import annotations
 
+import errno
+import os
+import socket
+import sys
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -71,7 +75,7 @@ class Feedback:
 class PiperLink:
     """One arm on one CAN channel. Not for several threads at once.
 
-    Owns: the SDK's two ends of the bus.
+    Owns: the SDK's end of the bus.
 
     Args:
         channel: "can0", or the name of a virtual bus.
@@ -79,7 +83,7 @@ class PiperLink:
         max_joint_speed: that the arm can have (rad/s); joints that change faster have jumped.
 
     Raises:
-        CanBusError: the bus cannot be opened.
+        CanBusError: the bus cannot be opened, or another link has it, in whichever process.
     """
 
     def __init__(self, channel: str, interface: str = "socketcan", max_joint_speed: float = 3.0) -> None:
@@ -89,14 +93,19 @@ class PiperLink:
         self._parts: dict[tuple[int, ...], list[fr.Frame]] = {}
         self._next: dict[tuple[int, ...], int] = {}
         self._losses: deque[int] = deque(maxlen=_LOSS_WINDOW)
+        self._claim = _claim(channel, interface)
         self._sdk: Any = C_PiperInterface_V2(channel, judge_flag=False, can_auto_init=False)
         try:
             self._sdk.CreateCanBus(channel, bustype=interface, judge_flag=False)
         except Exception as error:  # the SDK raises ConnectionError, adapters their own errors
+            self._claim.close()
             raise self._failed(f"cannot be opened ({error})") from error
         self._bus: Any = self._sdk.GetCanBus()
         if self._bus.recv_bus is None or self._bus.send_bus is None:
+            self._claim.close()
             raise self._failed("cannot be opened")
+        self._bus.send_bus.shutdown()  # nobody reads what it receives: on a virtual bus that piles up
+        self._bus.send_bus = self._bus.recv_bus
         self._send_unchecked = self._bus.SendCanMessage
         self._bus.SendCanMessage = self._send
 
@@ -213,9 +222,29 @@ class PiperLink:
         )
 
     def close(self) -> None:
-        """Close both ends of the bus. The arm stays where it was sent last."""
+        """Let go of the bus. The arm stays where it was sent last."""
         self._bus.Close()
         self._bus.SendCanMessage = self._send_unchecked
+        self._claim.close()
+
+
+def _claim(channel: str, interface: str) -> socket.socket:
+    """What this process holds while it drives an arm: two drivers on one bus would pull it to and fro. A name of the kernel,
+    so that it is free again however the process ends.
+    """
+    claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    if sys.platform == "linux":
+        process = f" of {os.getpid()}" if interface == "virtual" else ""  # has virtual buses of its own
+        try:
+            claim.bind(f"\0rawdream-env {interface} {channel}{process}")
+        except OSError as error:
+            claim.close()
+            if error.errno == errno.EADDRINUSE:
+                raise CanBusError(
+                    f"the arm on CAN bus {channel} is driven already: close the other environment, or end its process."
+                ) from error
+            raise CanBusError(f"CAN bus {channel} cannot be claimed ({error}).") from error
+    return claim
 
 
 def _whole(data: bytes, size: int) -> list[int]:

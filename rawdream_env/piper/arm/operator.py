@@ -7,7 +7,9 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any, Protocol
 
-from rawdream_env.errors import ArmFaultError
+import numpy as np
+
+from rawdream_env.errors import ArmFaultError, RawDreamError, shorten
 
 if TYPE_CHECKING:
     from rawdream_env.piper.arm.fake_twin import TwinArm
@@ -43,6 +45,23 @@ class Operator(Protocol):
     def clear(self, fault: str) -> None:
         """The arm holds because of ``fault``: return when it may move again. May raise, which ends the reset."""
         ...
+
+
+def ask_operator(operator: Operator, question: str, *about: Any) -> Any:
+    """What the method ``question`` of an operator answers: True, False or None.
+
+    Raises:
+        ArmFaultError: the operator's code failed, or gave another answer.
+    """
+    try:
+        answer = getattr(operator, question)(*about)
+    except RawDreamError:
+        raise
+    except Exception as error:
+        raise ArmFaultError(f"The operator's {question}() failed ({type(error).__name__}: {error}).") from error
+    if answer is None or isinstance(answer, bool | np.bool_):
+        return answer
+    raise ArmFaultError(f"The operator's {question}() returned {shorten(answer)}, expected True, False or None.")
 
 
 class TerminalOperator:

@@ -9,17 +9,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from rawdream_env.data import schema
 from rawdream_env.data.lerobot import LeRobotWriter
+from rawdream_env.data.recording import only_writer
+from rawdream_env.errors import DatasetError
+from rawdream_env.files import atomic_write_bytes
 from rawdream_env.piper.arm.end_pose import FloatArray
 from rawdream_env.types import ACTION_DIM, Float32Array, UInt8Array
 
 OUTCOMES_PATH = "meta/outcomes.jsonl"
+_BUFFER = 10_000
+"""Episodes that are kept while they cannot be written."""
 _POSE = ["x", "y", "z", "roll", "pitch", "yaw", "gripper"]
 _ACTION = ["dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper"]
 FEATURES: schema.Features = {
@@ -75,48 +82,80 @@ class ArmEpisode:
 
 
 class ArmRecorder:
-    """Appends episodes to a data set folder.
+    """Appends episodes to a data set folder, which it keeps to itself until ``close``.
+
+    An episode that cannot be written, because the disk is full, stays in memory until it can.
 
     Raises:
-        DatasetError: the folder holds a data set of another kind.
+        DatasetError: the folder holds a data set of another kind, or another recorder writes to it.
     """
 
     def __init__(self, root: str | Path, fps: float, image_size: int) -> None:
         shape = (image_size, image_size, 3)
-        self._writer = LeRobotWriter(
-            root, fps=fps, image_shape=shape, features=FEATURES, episodes_per_shard=1, robot_type="piper"
-        )
+        self._lines: list[str] = []
         self._outcomes = Path(root) / OUTCOMES_PATH
+        Path(root).mkdir(parents=True, exist_ok=True)
+        with ExitStack() as opened:
+            opened.enter_context(only_writer(root))
+            self._writer = LeRobotWriter(
+                root, fps=fps, image_shape=shape, features=FEATURES, episodes_per_shard=_BUFFER, robot_type="piper"
+            )
+            self._lock = opened.pop_all()
 
     def write(self, episode: ArmEpisode, outcome: Outcome) -> None:
-        """Add an episode and its outcome; one without an action is left out."""
-        n = len(episode.sent)
+        """Add an episode and its outcome; one without an action is left out.
+
+        Raises:
+            DatasetError: see ``flush``.
+        """
+        n = len(episode.sent_times)  # another thread may still add to the episode
         if not n:
             return
-        frames = [
-            *episode.frames,
-            *episode.frames[-1:] * (n + 1 - len(episode.frames)),
-        ]  # a fault came before the frame
-        commanded, measured = (
-            _float32([*rows, *rows[-1:] * (n + 1 - len(rows))]) for rows in (episode.commanded, episode.measured)
-        )
         times = np.zeros((n + 1, 2), np.float32)
-        times[: len(episode.frame_times), 0] = np.array(episode.frame_times) - episode.frame_times[0]
-        times[:n, 1] = np.array(episode.sent_times) - episode.frame_times[0]
+        seen = np.array(episode.frame_times[: n + 1])
+        times[: len(seen), 0], times[:n, 1] = seen - seen[0], np.array(episode.sent_times[:n]) - seen[0]
         index = self._writer.add_episode(
-            np.stack(frames),
-            _float32(episode.sent),
-            commanded,
+            np.stack(_filled(episode.frames, n + 1)),
+            _float32(episode.sent[:n]),
+            _float32(_filled(episode.commanded, n + 1)),
             episode.instruction,
             {
-                "measured_pose": np.nan_to_num(measured),
-                "asked_action": _float32([*episode.asked, np.zeros(ACTION_DIM)]),
+                "measured_pose": np.nan_to_num(_float32(_filled(episode.measured, n + 1))),
+                "asked_action": _float32([*episode.asked[:n], np.zeros(ACTION_DIM)]),
                 "time": times,
             },
         )
-        self._writer.finalize()
-        with self._outcomes.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"episode_index": index, **asdict(outcome)}) + "\n")
+        self._lines.append(json.dumps({"episode_index": index, **asdict(outcome), "steps": n}) + "\n")
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what could not be written before.
+
+        Raises:
+            DatasetError: it still cannot.
+        """
+        if not self._lines:
+            return
+        try:
+            self._writer.finalize()
+            before = self._outcomes.read_bytes() if self._outcomes.exists() else b""
+            atomic_write_bytes(self._outcomes, before + "".join(self._lines).encode())
+        except OSError as error:
+            raise DatasetError(
+                f"{len(self._lines)} episodes cannot be written ({error}). They are kept in memory: free space, then call "
+                "reset() or close()."
+            ) from error
+        self._lines.clear()
+
+    def close(self) -> None:
+        """Write what is left, as ``flush``, and let others write to the folder."""
+        self.flush()
+        self._lock.close()
+
+
+def _filled(rows: Sequence[Any], count: int) -> list[Any]:
+    """``count`` rows: the last one is repeated where a fault came before the frame."""
+    return [*rows[:count], *rows[-1:] * (count - len(rows))]
 
 
 def _float32(rows: Sequence[FloatArray]) -> Float32Array:

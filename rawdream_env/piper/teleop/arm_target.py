@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rawdream_env.errors import InvalidOptionError
-from rawdream_env.piper.arm.camera import MAX_AGE, CameraView, FrameSource, Viewed, open_camera
-from rawdream_env.piper.arm.clock import Clock, LockstepClock, WallClock
+from rawdream_env.piper.arm.camera import MAX_AGE, CameraView, FrameSource
 from rawdream_env.piper.arm.faults import PERIOD
 from rawdream_env.piper.geometry import HOME_POSE
 from rawdream_env.types import Float32Array, UInt8Array
@@ -98,28 +97,14 @@ def open_arm(channel: str, camera: str, view: CameraView, *, live: bool = True) 
         CanBusError: there is no such bus. CameraError: there is no such camera. ArmFaultError: the arm is not ready.
         InvalidOptionError: no camera is named. MissingDependencyError: the extra ``piper`` is not installed.
     """
-    from rawdream_env.piper.arm.driver import PiperDriver
-    from rawdream_env.piper.arm.link import PiperLink
+    from rawdream_env.piper.arm.station import Station
 
-    bus: Any = None
+    fake = channel == "fake"
+    if not (fake or camera):
+        raise InvalidOptionError(f"target arm:{channel} needs a camera: add --camera /dev/video0.")
+    station = Station(channel, camera, view, fake=fake, realtime=live)
     with ExitStack() as opened:
-        if channel == "fake":
-            from rawdream_env.piper.arm.fake_twin import REAL_TIME, open_fake_arm
-
-            clock: Clock = WallClock() if live else LockstepClock()
-            bus, source = open_fake_arm(clock, view.size, MAX_AGE)
-            opened.callback(bus.close)
-            opened.callback(source.close)
-            link = PiperLink(bus.channel, "virtual")
-            driver = PiperDriver(link, clock=clock, config=REAL_TIME if live else None)
-            opened.callback(driver.close)
-        else:
-            if not camera:
-                raise InvalidOptionError(f"target arm:{channel} needs a camera: add --camera /dev/video0.")
-            driver = PiperDriver(PiperLink(channel))
-            opened.callback(driver.close)
-            source = Viewed(open_camera(camera), view)
-            opened.callback(source.close)
-        driver.enable()
+        opened.callback(station.close)
+        station.driver.enable()
         opened.pop_all()
-    return ArmTarget(driver, source, bus)
+    return ArmTarget(station.driver, station.camera, station.bus)

@@ -142,10 +142,17 @@ def test_without_pictures_the_arm_holds_and_what_was_kept_stays(tmp_path):
 
 def test_the_fake_arm_is_driven_over_its_bus_and_a_missing_bus_has_a_name(tmp_path, capsys):
     pytest.importorskip("piper_sdk", reason="needs the extra piper")
+    from rawdream_env.piper.simulator.twin import PiperTwin
+
     root = run(tmp_path, "4 s\n2 r space\n1 enter\n", episodes=1, target="arm:fake")
     episode = LeRobotReader(root).episode(0)
     assert len(episode) == 6 and not episode.privileged and len(np.unique(episode.frames.reshape(7, -1), axis=0)) > 4
     np.testing.assert_allclose(episode.state[4, 0] - episode.state[0, 0], 4 * geo.DPOS, atol=1e-6)
+    twin = PiperTwin(render=False)
+    twin.reset(scene_seed(0, 0))
+    for action, pose in zip(episode.actions, episode.state[1:], strict=True):
+        twin.step(action, render=False)
+        np.testing.assert_allclose(twin.proprio(), pose, atol=1e-5)
     keys = ["--source", str(tmp_path / "keys.txt"), "--out", str(tmp_path / "other")]
     assert cli.main(["data", "teleop", "--target", "arm:can7", *keys]) == 2
     assert "needs a camera: add --camera" in capsys.readouterr().err

@@ -121,7 +121,7 @@ def stopped_children() -> list[int]:
     return [pid for pid in pids if pid is not None and _state(pid) == "T"]
 
 
-def _state(pid: int) -> str:
+def _state(pid: int | None) -> str:
     """State letter of a process, "" where Linux does not tell it."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -197,7 +197,8 @@ class WorkerPool:
                 )
 
     def close(self) -> None:
-        """End the processes: they have ten seconds to finish the calls under way, then they are killed.
+        """End the processes: they have ten seconds to finish the calls under way, then they are killed; stopped ones at once,
+        which ends the others as well.
 
         ``ProcessPoolExecutor.shutdown`` alone waits without limit for a process that is stopped or stuck.
         """
@@ -205,6 +206,9 @@ class WorkerPool:
         manager: Any = self._pool._executor_manager_thread
         try:
             self._pool.shutdown(wait=False, cancel_futures=True)
+            for process in processes:
+                if _state(process.pid) == "T":
+                    process.kill()
             if manager is not None:
                 manager.join(_GRACE_S)
         finally:

@@ -153,9 +153,9 @@ class ArmRecorder:
         self._lock.close()
 
 
-def _filled(rows: Sequence[Any], count: int) -> list[Any]:
+def _filled(rows: list[Any], count: int) -> list[Any]:
     """``count`` rows: the last one is repeated where a fault came before the frame."""
-    return [*rows[:count], *rows[-1:] * (count - len(rows))]
+    return rows[:count] + rows[-1:] * (count - len(rows))
 
 
 def _float32(rows: Sequence[FloatArray]) -> Float32Array:

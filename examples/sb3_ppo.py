@@ -2,7 +2,7 @@
 
     pip install 'rawdream-env[sb3]'
     python examples/sb3_ppo.py --env dream
-    python examples/sb3_ppo.py --env sim --updates 40 --out runs/sb3
+    python examples/sb3_ppo.py --env sim --updates 20 --out runs/sb3
 
 PPO starts from the bundled policy (``SB3TokenPolicy``). Before and after training, the policy's success rate is measured in
 the simulator, from the same starts, with 95 % Wilson intervals. With --out the policy is saved for
@@ -25,6 +25,8 @@ from rawdream_env.trainers.policy.validation import simulator_success
 from rawdream_env.wrappers import InstructionObservation, SB3TokenPolicy, SB3VecEnv, TokenActions
 
 IDS = {"dream": "rawdream/PiperDream-v0", "sim": "rawdream/PiperSim-v0"}
+# The reward is the state that the world model imagines: a policy learns to exploit the bundled judge of videos.
+OPTIONS = {"dream": {"judge": "state", "judge_every": "chunk", "dtype": "bfloat16"}}
 HORIZON = 8  # chunks in an episode, and in a rollout of every environment
 CRITIC_FIRST = 4  # rollouts before the actor's first update
 
@@ -32,7 +34,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--env", default="dream", help="dream, sim or the id of an environment")
 parser.add_argument("--num-envs", type=int, default=64)
 parser.add_argument(
-    "--updates", type=int, default=40, help="rollouts of 8 chunks in every environment, each with an update"
+    "--updates", type=int, default=60, help="rollouts of 8 chunks in every environment, each with an update"
 )
 parser.add_argument("--steps", type=int, help="the same in action chunks over all environments")
 parser.add_argument("--lr", type=float, default=2e-4)
@@ -41,7 +43,7 @@ parser.add_argument("--temperature", type=float, default=0.7, help="of sampling 
 parser.add_argument("--episodes", type=int, default=50, help="simulator episodes per task, before and after; 0: none")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--out", help="folder for the model of stable-baselines3 and the policy")
-parser.add_argument("--env-options", nargs="*", default=[], metavar="KEY=VALUE", help="for example world_model=null")
+parser.add_argument("--env-options", nargs="*", default=[], metavar="KEY=VALUE", help="instead of the usual ones, for example world_model=null")
 args = parser.parse_args()
 
 
@@ -138,7 +140,7 @@ def learning_rate(left):
     return args.lr * min(1.0, max(0.0, ((1 - left) * updates - CRITIC_FIRST) / 4))
 
 
-options = dict(option.split("=", 1) for option in args.env_options)
+options = dict(option.split("=", 1) for option in args.env_options) or OPTIONS.get(args.env, {})
 envs = gym.make_vec(IDS.get(args.env, args.env), num_envs=args.num_envs, autoreset_mode="SameStep", **options)
 envs = TokenActions(InstructionObservation(envs, words=True))
 batch = HORIZON * args.num_envs

@@ -43,7 +43,13 @@ parser.add_argument("--temperature", type=float, default=0.7, help="of sampling 
 parser.add_argument("--episodes", type=int, default=50, help="simulator episodes per task, before and after; 0: none")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--out", help="folder for the model of stable-baselines3 and the policy")
-parser.add_argument("--env-options", nargs="*", default=[], metavar="KEY=VALUE", help="instead of the usual ones, for example world_model=null")
+parser.add_argument(
+    "--env-options",
+    nargs="*",
+    default=[],
+    metavar="KEY=VALUE",
+    help="instead of the usual ones, for example world_model=null",
+)
 args = parser.parse_args()
 
 
@@ -133,11 +139,12 @@ def measure(name):
 
 
 def learning_rate(left):
-    """Zero while the critic learns, in the first 4 updates; warm-up in the next 4, since Adam's first steps are too large.
+    """Zero while the critic learns, at first; warm-up in the next 4 updates, since Adam's first steps are too large.
 
     ``left`` falls from 1 to 0.
     """
-    return args.lr * min(1.0, max(0.0, ((1 - left) * updates - CRITIC_FIRST) / 4))
+    first = min(CRITIC_FIRST, updates // 4)
+    return args.lr * min(1.0, max(0.0, ((1 - left) * updates - first) / 4))
 
 
 options = dict(option.split("=", 1) for option in args.env_options) or OPTIONS.get(args.env, {})

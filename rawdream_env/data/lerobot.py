@@ -108,7 +108,7 @@ class ShardWriter:
     @staticmethod
     def _replace(path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_bytes(path, content)
+        atomic_write_bytes(_no_folder(path), content)
 
     def _check(self, episode: EpisodeData, index: int) -> None:
         n = len(episode.actions)
@@ -215,7 +215,7 @@ class ShardWriter:
             episodes = pa.concat_tables([schema.read_parquet(self.path(schema.EPISODES_PATH, s)) for s in shards])
             stats = schema.stats_to_json(self._stats(shards, episodes))
         self._replace(self.root / schema.TASKS_PATH, schema.parquet_bytes(schema.tasks_table(tasks)))
-        atomic_write_json(self.root / schema.STATS_PATH, stats)
+        atomic_write_json(_no_folder(self.root / schema.STATS_PATH), stats)
         video = schema.video_feature(self.image_shape, self.fps, "h264", PIX_FMT)
         info = {
             "codebase_version": schema.CODEBASE_VERSION,
@@ -232,7 +232,7 @@ class ShardWriter:
             "video_path": schema.VIDEO_PATH,
             "features": {schema.IMAGE_KEY: video, **self.numeric, **self.default},
         }
-        atomic_write_json(self.root / schema.INFO_PATH, info)
+        atomic_write_json(_no_folder(self.root / schema.INFO_PATH), info)
         return len(episodes)
 
     def _stats(self, shards: Sequence[int], episodes: pa.Table) -> schema.Stats:
@@ -396,3 +396,10 @@ def _is_privileged(name: str) -> bool:
 
 def _short(name: str) -> str:
     return name.removeprefix(schema.PRIVILEGED_PREFIX)
+
+
+def _no_folder(path: Path) -> Path:
+    """``path``, unless a folder is in the place of that file."""
+    if path.is_dir():
+        raise DatasetError(f"{path} is a folder where the data set has a file; remove it, or write to another folder.")
+    return path

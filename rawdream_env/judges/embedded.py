@@ -141,12 +141,12 @@ class EmbeddedJudge:
 
 
 def resize_frames(frames: UInt8Array, size: int) -> Tensor:
-    """Frames (F, H, W, 3) uint8 -> (F, size, size, 3) uint8 by area interpolation."""
+    """Frames (F, H, W, 3) uint8 -> (F, size, size, 3) uint8 by area interpolation, one at a time to save memory."""
     tensor = torch.from_numpy(np.ascontiguousarray(frames))
     if tensor.shape[1:3] == (size, size):
         return tensor
-    scaled = F.interpolate(tensor.permute(0, 3, 1, 2).float(), size=(size, size), mode="area")
-    return scaled.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    scaled = [F.interpolate(frame.permute(2, 0, 1)[None].float(), size=(size, size), mode="area") for frame in tensor]
+    return torch.cat(scaled).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
 def _model_config(content: Any, path: Path) -> EmbeddedJudgeConfig:

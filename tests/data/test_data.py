@@ -278,6 +278,16 @@ class TestBrokenFolders:
             LeRobotReader(dataset[0], image_key="wrist")
 
 
+@pytest.mark.parametrize("name", [schema.STATS_PATH, schema.INFO_PATH, schema.TASKS_PATH])
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path: Path, name: str) -> None:
+    writer = LeRobotWriter(tmp_path, fps=10, image_shape=(64, 64, 3), features=FEATURES)
+    episode = fake_episode(0, 16)
+    writer.add_episode(episode.frames, episode.actions, episode.state, "x", episode.privileged)
+    (tmp_path / name).mkdir(parents=True)
+    with pytest.raises(DatasetError, match=f"{Path(name).name} is a folder"):
+        writer.finalize()
+
+
 def test_reads_other_peoples_folders(broken: Path) -> None:
     """Plain list columns, no privileged columns, no statistics, channel-first shape, another camera name, v3.1."""
     info = json.loads((broken / "meta/info.json").read_text())

@@ -234,7 +234,8 @@ def _safetensors(path: Path, rng: random.Random, decoy: Path) -> str:
         header, body = json.loads(content[8 : 8 + size]), bytearray(content[8 + size :])
     except (ValueError, RecursionError, OverflowError):
         return "no header"
-    names = [name for name in header if name != "__metadata__"] if isinstance(header, dict) else []
+    entries = header.items() if isinstance(header, dict) else ()
+    names = [name for name, entry in entries if name != "__metadata__" and isinstance(entry, dict) and len(entry) == 3]
     if not names:
         return "no tensors"
     name = rng.choice(names)

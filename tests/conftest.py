@@ -29,3 +29,16 @@ def _one_torch_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def opengl():
+    """Skips the test where the simulator cannot be drawn."""
+    from rawdream_env.errors import RendererError
+    from rawdream_env.piper.starts import SimStarts
+    from rawdream_env.seeding import NoiseKey
+
+    try:
+        SimStarts().sample(NoiseKey(0))
+    except RendererError as error:
+        pytest.skip(f"no OpenGL here: {error}")

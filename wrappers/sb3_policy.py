@@ -128,7 +128,7 @@ class SB3TokenPolicy(ActorCriticPolicy):
         loss = features.new_zeros(())
         for _ in range(steps):
             rows = torch.randint(len(features), (min(_CRITIC_BATCH, len(features)),))
-            loss = nn.functional.mse_loss(CRITIC_GAIN * self.critic(features[rows]).flatten(), returns[rows])
+            loss = nn.functional.mse_loss(self._values(features[rows]).flatten(), returns[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -144,8 +144,12 @@ class SB3TokenPolicy(ActorCriticPolicy):
     def _evaluate(self, obs: Any) -> tuple[MultiCategoricalDistribution, Tensor]:
         registers, steps = self._features(obs)
         logits = self.actor.token_logits(steps) / self.temperature
-        values: Tensor = CRITIC_GAIN * self.critic(registers.detach().flatten(1))
+        values = self._values(registers.detach().flatten(1))
         return self.action_dist.proba_distribution(action_logits=logits.flatten(1)), values
+
+    def _values(self, features: Tensor) -> Tensor:
+        values: Tensor = CRITIC_GAIN * self.critic(features)
+        return values
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         own = {"policy": self.start, "temperature": self.temperature, "critic_width": self.critic_width}

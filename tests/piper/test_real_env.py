@@ -19,7 +19,6 @@ from rawdream_env.errors import (
     CameraError,
     CanBusError,
     InvalidOptionError,
-    RendererError,
     ResetNeededError,
 )
 from rawdream_env.evaluation.side_by_side.evaluate import EvaluateConfig, evaluate
@@ -37,13 +36,7 @@ from rawdream_env.types import Outcome, Verdict
 from rawdream_env.wrappers import DualNoiseVerification
 from tests.waiting import wait_until
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _renderer():
-    try:
-        SimStarts().sample(NoiseKey(0))
-    except RendererError as error:
-        pytest.skip(f"no OpenGL here: {error}")
+pytestmark = pytest.mark.usefixtures("opengl")
 
 
 @pytest.fixture

@@ -14,14 +14,12 @@ pytest.importorskip("can", reason="needs the extra piper")
 pytest.importorskip("piper_sdk", reason="needs the extra piper")
 
 from rawdream_env.data.reader import LeRobotReader
-from rawdream_env.errors import ArmFaultError, CanBusError, ClosedEnvironmentError, DatasetError, RendererError
+from rawdream_env.errors import ArmFaultError, CanBusError, ClosedEnvironmentError, DatasetError
 from rawdream_env.piper.arm import frames as fr
 from rawdream_env.piper.arm.faults import DriverConfig
 from rawdream_env.piper.arm.link import PiperLink
 from rawdream_env.piper.arm.operator import TwinOperator
 from rawdream_env.piper.real import PiperRealVectorEnv
-from rawdream_env.piper.starts import SimStarts
-from rawdream_env.seeding import NoiseKey
 from tests.piper.arm import causes
 from tests.waiting import wait_until
 
@@ -29,12 +27,7 @@ FORTH = np.tile(np.float32([0.6, 0.3, -0.3, 0, 0, 0.2, 1.0]), (1, 8, 1))
 BACK = FORTH * np.float32([-1, -1, -1, 1, 1, -1, 1])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _renderer():
-    try:
-        SimStarts().sample(NoiseKey(0))
-    except RendererError as error:
-        pytest.skip(f"no OpenGL here: {error}")
+pytestmark = pytest.mark.usefixtures("opengl")
 
 
 @pytest.fixture

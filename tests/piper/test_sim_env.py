@@ -10,24 +10,17 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from rawdream_env.envs.dream import DreamVectorEnv
-from rawdream_env.errors import ClosedEnvironmentError, InvalidOptionError, RendererError
+from rawdream_env.errors import ClosedEnvironmentError, InvalidOptionError
 from rawdream_env.piper.envs import PiperSimVectorEnv
 from rawdream_env.piper.relations import TASKS
-from rawdream_env.piper.starts import SimStarts, make_start_pack
-from rawdream_env.seeding import NoiseKey
+from rawdream_env.piper.starts import make_start_pack
 from rawdream_env.starts.base import seed_for
 from rawdream_env.starts.export import ExportStartsConfig, export_starts
 from rawdream_env.starts.pack import PackStarts
 from rawdream_env.testing.check_vector_env import check_vector_env
 from rawdream_env.types import Start
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _renderer():
-    try:
-        SimStarts().sample(NoiseKey(0))
-    except RendererError as error:
-        pytest.skip(f"no OpenGL here: {error}")
+pytestmark = pytest.mark.usefixtures("opengl")
 
 
 def dream(num_envs, **kwargs):

@@ -24,12 +24,7 @@ from tests.waiting import gone, wait_until
 WORKERS = pytest.mark.parametrize("workers", [0, 2])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _renderer():
-    try:
-        PiperTwin().reset(0)
-    except RendererError as error:
-        pytest.skip(f"no OpenGL here: {error}")
+pytestmark = pytest.mark.usefixtures("opengl")
 
 
 def chunks(num_envs=2, count=3):

@@ -377,8 +377,21 @@ def test_stages_resume_skip_and_notice_other_settings(tmp_path):
     with pytest.raises(RunDirError, match="stage 'a' .* other settings"):
         run_stages(stages_in(tmp_path, log, first={"steps": 2}), markers)
     (markers / "a.json").unlink()
+    with pytest.raises(RunDirError, match="stage 'b' needs 'a', which is not complete"):
+        run_stages(stages_in(tmp_path, log), markers, only="b")
     with pytest.raises(RunDirError, match="stage 'b' .* builds on"):
         run_stages(stages_in(tmp_path, log, first={"steps": 2}), markers)
+
+
+def test_a_stage_can_run_alone(tmp_path):
+    from rawdream_env.trainers.common.stages import run_stages
+
+    log, markers = [], tmp_path / "stages"
+    assert list(run_stages(stages_in(tmp_path, log), markers, only="c")) == ["c"] == log
+    with pytest.raises(RunDirError, match="run it first"):
+        run_stages(stages_in(tmp_path, log), markers, only="b")
+    run_stages(stages_in(tmp_path, log), markers, only="a")
+    assert list(run_stages(stages_in(tmp_path, log), markers)) == ["a", "b", "c"] and log == ["c", "a", "b"]
 
 
 def test_presets_train_the_world_model_that_they_name(tmp_path):

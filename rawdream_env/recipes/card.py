@@ -85,7 +85,9 @@ def model_card(stages: Mapping[str, Mapping[str, Any]], metrics: Mapping[str, An
 
 def _stage_rows(stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
     rows = []
-    for name in (n for n in _ORDER if n in stages):
+    numbered = sorted(name for name in stages if name.startswith(("dreamer_rollouts_", "dreamer_dreams_")))
+    at = _ORDER.index("judge")
+    for name in (n for n in (*_ORDER[:at], *numbered, *_ORDER[at:]) if n in stages):
         stage = stages[name]
         rows.append(f"| {name.replace('_', ' ')} | {stage['hours']:.2f} | {_what(stage)} |")
     total = sum(stage["hours"] for stage in stages.values())

@@ -20,11 +20,14 @@ class Paths:
         self.first_scene, self.scene = out / "scene_1", out / "scene"
         self.dreamers = out / "dreamers"
         self.world_model = out / "world_model" / "world_model"
-        self.dreams = out / "dreams"
         self.judge = out / "judge" / "judge"
         self.generalist = out / "policy_pretrained" / "policy"
         self.policy = out / "policy" / "policy"
         self.assets = out / "assets"
+
+    def dreamer(self, number: int) -> Path:
+        """A policy that was trained in the first world model."""
+        return self.dreamers / f"{number}" / "policy"
 
 
 def settings_of(config: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@
 
 The stages, in order: collect play -> pre-train the policy on it -> run that policy on instructions that are not
 tasks -> collect 3 demonstrations per task -> fine-tune the policy on them -> train the world model -> imagine clips of other
-play -> train the judge on all of it -> render the starts -> copy the checkpoints -> evaluate everything -> write the model
+play, and of other relations that policies trained in a dream reach for -> train the judge on all of it -> render the starts -> copy the checkpoints -> evaluate everything -> write the model
 card.
 
 The presets cpu and smoke train the scene world model (``scene_stages.py``): collect object states and pictures, in which no
@@ -44,7 +44,7 @@ from rawdream_env.piper.goals import OTHER_RELATIONS
 from rawdream_env.piper.starts import make_start_pack
 from rawdream_env.recipes.card import write_card, write_manifest
 from rawdream_env.recipes.folders import Paths, settings_of
-from rawdream_env.recipes.presets import PRESETS, Scale, VideoScale
+from rawdream_env.recipes.presets import PRESETS, Scale, SceneScale, VideoScale
 from rawdream_env.recipes.scene_stages import scene_stages
 from rawdream_env.trainers.common.stages import Stage, run_stages
 from rawdream_env.trainers.judge.config import JudgeTrainConfig
@@ -74,6 +74,8 @@ class EmbeddedConfig:
     """Seed of all random draws."""
     until: str = ""
     """Stop after this stage; default: run all."""
+    only: str = ""
+    """Run this stage alone; the stages it needs must be complete. Stages that do not need each other can run side by side."""
     install: bool = False
     """Replace the models of the installed package with the finished ones."""
     progress: bool = True
@@ -105,10 +107,15 @@ def train_embedded(config: EmbeddedConfig) -> EmbeddedResult:
         raise InvalidOptionError(f"device {device!r} needs a CUDA build of torch and a GPU; use --preset cpu.")
     stages = recipe(replace(config, device=device), PRESETS[config.preset])
     names = [stage.name for stage in stages]
-    if config.until and config.until not in names:
-        raise InvalidOptionError(f"until={config.until!r} is no stage; choose among {', '.join(names)}.")
-    last = names.index(config.until) if config.until else len(stages) - 1
-    hours = run_stages(stages[: last + 1], config.out / "stages")
+    for option, name in (("until", config.until), ("only", config.only)):
+        if name and name not in names:
+            raise InvalidOptionError(f"{option}={name!r} is no stage; choose among {', '.join(names)}.")
+    if config.until and config.only:
+        raise InvalidOptionError(
+            f"until={config.until!r} and only={config.only!r} exclude each other; give one of them."
+        )
+    last = names.index(config.until or config.only or names[-1])
+    hours = run_stages(stages[: last + 1], config.out / "stages", only=config.only)
     assets = config.out / "assets" if last == len(stages) - 1 else None
     if assets is not None and config.install:
         _install(assets)
@@ -182,19 +189,44 @@ def _world_model_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> l
 
 
 def _judge_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[Stage]:
-    dreams = DreamClipsConfig(
-        data=str(paths.other_play),
-        out=str(paths.dreams),
-        world_model=str(paths.world_model),
-        clips=scale.dream_clips,
-        seed=config.seed,
-        device=config.device,
-        progress=config.progress,
+    """A policy that is trained against a judge looks for its errors, so the judge also sees what policies do that were
+    trained in the first world model, here asked for relations that are no task. That model paints like the last one."""
+    scene = scale.world_model if isinstance(scale.world_model, SceneScale) else None
+    painted, model = (
+        ("first_world_model", paths.first_scene / "world_model") if scene else ("world_model", paths.world_model)
     )
+    stages: list[Stage] = []
+
+    def dreams(name: str, data: Path, clips: int, seed: int) -> Path:
+        folder = paths.out / name
+        wanted = DreamClipsConfig(
+            data=str(data), out=str(folder), world_model=str(model), clips=clips, seed=seed, device=config.device,
+            progress=config.progress,
+        )  # fmt: skip
+
+        def imagine() -> None:
+            make_dream_clips(wanted)
+
+        stages.append(Stage(name, settings_of(wanted), (folder,), imagine, (data.name, painted)))
+        return folder
+
+    imagined = [dreams("dreams", paths.other_play, scale.dream_clips, config.seed)]
+    rollouts = []
+    for i in range(scene.dreamers if scene else 0):
+        name, out = f"dreamer_rollouts_{i}", paths.out / "data" / f"dreamer_rollouts_{i}"
+        collected = CollectConfig(
+            out=str(out), kind="policy", policy=str(paths.dreamer(i)), episodes=scale.dreamer_episodes, temperature=0.7,
+            action_noise=0.05, tasks=OTHER_RELATIONS, workers=config.workers, seed=config.seed + 5 + i,
+            progress=config.progress,
+        )  # fmt: skip
+        stages.append(_collect_stage(name, collected, ("dreamers",)))
+        rollouts.append(out)
+        imagined.append(dreams(f"dreamer_dreams_{i}", out, scale.dreamer_clips, config.seed + 1 + i))
     train = JudgeTrainConfig(
-        data=(str(paths.play), str(paths.rollouts)),
+        data=tuple(map(str, (paths.play, paths.rollouts, *rollouts))),
         run_dir=str(paths.judge.parent),
-        imagined=(str(paths.dreams),) if scale.judge_on_dreams else (),
+        imagined=tuple(map(str, imagined)) if scale.judge_on_dreams else (),
+        imagined_share=scale.imagined_share,
         steps=scale.judge_steps,
         batch_size=scale.judge_batch,
         validation_share=0.5 if config.preset == "smoke" else 0.1,
@@ -202,17 +234,12 @@ def _judge_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[St
         device=config.device,
     )
 
-    def imagine() -> None:
-        make_dream_clips(dreams)
-
     def run() -> dict[str, Any]:
         report = train_judge(train, progress=config.progress).report.as_dict()["groups"]
         return {"validation": report}
 
-    return [
-        Stage("dreams", settings_of(dreams), (paths.dreams,), imagine, ("other_play", "world_model")),
-        Stage("judge", settings_of(train), (paths.judge / "config.json",), run, ("play", "rollouts", "dreams")),
-    ]
+    needs = ("play", "rollouts", *(folder.name for folder in rollouts), *(folder.name for folder in imagined))
+    return [*stages, Stage("judge", settings_of(train), (paths.judge / "config.json",), run, needs)]
 
 
 def _pretrain(config: EmbeddedConfig, scale: Scale, paths: Paths) -> SFTConfig:

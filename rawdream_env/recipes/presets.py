@@ -66,6 +66,12 @@ class Scale:
     """Starts per task in each start pack."""
     episodes: int
     """Episodes per task in the final side-by-side measurement."""
+    dreamer_episodes: int = 0
+    """Rollouts of each policy that was trained in the first world model, on instructions of no task, for the judge."""
+    dreamer_clips: int = 0
+    """Imagined clips of each policy's rollouts."""
+    imagined_share: float = 0.3
+    """Share of each of the judge's batches that is imagined."""
     judge_on_dreams: bool = True
     """Train the judge on imagined clips too. An untrained scene world model imagines no success to learn from."""
 
@@ -88,7 +94,10 @@ CPU = Scale(
     other_play=320,
     held_out=200,
     dream_clips=1200,
-    judge_steps=1600,
+    dreamer_episodes=400,
+    dreamer_clips=1600,
+    imagined_share=0.5,
+    judge_steps=2000,
     judge_batch=32,
     pretrain_steps=4500,
     pretrain_batch=32,

@@ -41,7 +41,7 @@ START_NOISE = 0.65
 def scene_stages(scale: SceneScale, paths: Paths, *, seed: int, workers: int, progress: bool) -> list[Stage]:
     """The stages, in order; they need ``pretrained`` and ``policy``."""
     policies = (str(paths.generalist), str(paths.policy))
-    dreamers = tuple(str(paths.dreamers / f"{i}" / "policy") for i in range(scale.dreamers))
+    dreamers = tuple(str(paths.dreamer(i)) for i in range(scale.dreamers))
 
     def states(folder: Path, shards: int, policies: tuple[str, ...], seed: int) -> Callable[[], dict[str, Any]]:
         def run() -> dict[str, Any]:

@@ -36,8 +36,14 @@ class Stage:
     needs: tuple[str, ...] = ()
 
 
-def run_stages(stages: Sequence[Stage], markers: Path) -> dict[str, float]:
-    """Run stages in order, skipping complete ones; returns the hours each took (earlier runs included)."""
+def run_stages(stages: Sequence[Stage], markers: Path, *, only: str = "") -> dict[str, float]:
+    """Run stages in order, skipping complete ones; returns the hours each took (earlier runs included).
+
+    ``only``: run this stage alone, so that stages that do not need each other can run side by side, in processes of their own.
+
+    Raises:
+        RunDirError: a marker has other settings, or a stage that ``only`` needs is not complete.
+    """
     markers.mkdir(parents=True, exist_ok=True)
     prints: dict[str, str] = {}
     hours: dict[str, float] = {}
@@ -45,6 +51,10 @@ def run_stages(stages: Sequence[Stage], markers: Path) -> dict[str, float]:
         inherited = {name: prints[name] for name in stage.needs}
         text = json.dumps({"settings": stage.settings, "needs": inherited}, sort_keys=True, default=str)
         prints[stage.name] = hashlib.sha256(text.encode()).hexdigest()[:16]
+        if only and stage.name != only:
+            continue
+        if only:
+            _check_needs(stage, prints, markers)
         path = markers / f"{stage.name}.json"
         known = read_json(path, "delete it to run its stage again", RunDirError) if path.is_file() else {}
         if known and known.get("fingerprint") != prints[stage.name]:
@@ -68,3 +78,14 @@ def run_stages(stages: Sequence[Stage], markers: Path) -> dict[str, float]:
             hours[stage.name] = earlier + (time.monotonic() - begun) / 3600
             atomic_write_json(path, {**record, "hours": hours[stage.name], "facts": dict(facts or {})})
     return hours
+
+
+def _check_needs(stage: Stage, prints: Mapping[str, str], markers: Path) -> None:
+    """``RunDirError`` unless the stages that ``stage`` needs are complete, with the settings of now."""
+    for name in stage.needs:
+        path = markers / f"{name}.json"
+        known = read_json(path, "delete it to run its stage again", RunDirError) if path.is_file() else {}
+        if not known.get("complete") or known.get("fingerprint") != prints[name]:
+            raise RunDirError(
+                f"stage {stage.name!r} needs {name!r}, which is not complete in {markers.parent}; run it first."
+            )

@@ -421,6 +421,23 @@ def test_recipe_needs_only_earlier_stages(tmp_path):
             seen.add(stage.name)
 
 
+@pytest.mark.parametrize("kind", ["scene", "video"])
+def test_installed_models_replace_those_of_their_kind(tmp_path, kind):
+    from rawdream_env.recipes.piper_bundled import install_models
+
+    bundled = Path(rawdream_env.__file__).parent / "assets"
+    folder = {"scene": "world_model", "video": "video_world_model"}[kind]
+    shutil.copytree(bundled / folder, tmp_path / "made" / "world_model")
+    target = tmp_path / "package"
+    for name in ("world_model", "video_world_model"):
+        (target / name).mkdir(parents=True)
+        (target / name / "old.json").write_text("{}")
+    install_models(tmp_path / "made", target)
+    replaced = {name for name in ("world_model", "video_world_model") if not (target / name / "old.json").exists()}
+    assert replaced == {folder} and (target / folder / "config.json").is_file()
+    assert f"{folder}/config.json" in json.loads((target / "manifest.json").read_text())["sha256"]
+
+
 @pytest.mark.slow
 def test_policies_of_the_second_round_are_trained_in_the_first_world_model(tmp_path: Path) -> None:
     from rawdream_env.recipes.folders import Paths

@@ -1,10 +1,13 @@
-"""Where a recipe keeps its files, and what the marker of a stage records."""
+"""Where a recipe keeps its files, what the marker of a stage records, and the stage that collects a data set."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from rawdream_env.data.collect import CollectConfig, collect
+from rawdream_env.trainers.common.stages import Stage
 
 
 class Paths:
@@ -34,3 +37,15 @@ def settings_of(config: Any) -> dict[str, Any]:
     """The settings of a stage: its configuration without folders (covered by ``Stage.needs``) and without the progress bar."""
     left_out = ("data", "out", "run_dir", "robot", "world_model", "imagined", "init", "replay", "progress")
     return {key: value for key, value in asdict(config).items() if key not in left_out}
+
+
+def collect_stage(name: str, config: CollectConfig, needs: tuple[str, ...] = ()) -> Stage:
+    """A stage that collects a LeRobotDataset."""
+    free = ("out", "robot", "policy", "workers", "progress")
+    settings = {key: value for key, value in asdict(config).items() if key not in free}
+
+    def run() -> dict[str, Any]:
+        collect(config)
+        return {"episodes": config.episodes, "transitions": config.episodes * config.steps}
+
+    return Stage(name, settings, (Path(config.out) / "meta" / "info.json",), run, needs)

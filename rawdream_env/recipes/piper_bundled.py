@@ -5,8 +5,8 @@
 
 The stages, in order: collect play -> pre-train the policy on it -> run that policy on instructions that are not
 tasks -> collect 3 demonstrations per task -> fine-tune the policy on them -> train the world model -> imagine clips of other
-play, and of other relations that policies trained in a dream reach for -> train the judge on all of it -> render the starts -> copy the checkpoints -> evaluate everything -> write the model
-card.
+play, and of policies that were trained in a dream, on instructions that are not tasks -> train the judge on all of it -> render
+the starts -> copy the checkpoints -> evaluate everything -> write the model card.
 
 The presets cpu and smoke train the scene world model (``scene_stages.py``): collect object states and pictures, in which no
 relation of a task ever comes true, then train reader, dynamics and painter. The preset gpu trains the video world model on
@@ -26,13 +26,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from rawdream_env.data.collect import CollectConfig, collect
+from rawdream_env.data.collect import CollectConfig
 from rawdream_env.data.reader import LeRobotReader
 from rawdream_env.data.recorded import episodes_from_dataset
 from rawdream_env.errors import InvalidOptionError
@@ -43,19 +43,19 @@ from rawdream_env.files import atomic_write_json
 from rawdream_env.piper.goals import OTHER_RELATIONS
 from rawdream_env.piper.starts import make_start_pack
 from rawdream_env.recipes.card import write_card, write_manifest
-from rawdream_env.recipes.folders import Paths, settings_of
-from rawdream_env.recipes.presets import PRESETS, Scale, SceneScale, VideoScale
+from rawdream_env.recipes.folders import Paths, collect_stage, settings_of
+from rawdream_env.recipes.judge_stages import judge_stages
+from rawdream_env.recipes.presets import PRESETS, Scale, VideoScale
 from rawdream_env.recipes.scene_stages import scene_stages
+from rawdream_env.resolve import bundled_folder
 from rawdream_env.trainers.common.stages import Stage, run_stages
-from rawdream_env.trainers.judge.config import JudgeTrainConfig
-from rawdream_env.trainers.judge.dream_clips import DreamClipsConfig, make_dream_clips
-from rawdream_env.trainers.judge.train import train_judge
 from rawdream_env.trainers.policy.config import ADDED, TINY_VLA_DEFAULTS, SFTConfig
 from rawdream_env.trainers.policy.sft import train_sft
 from rawdream_env.trainers.world_model.config import WorldModelTrainConfig
 from rawdream_env.trainers.world_model.train import train_world_model
 from rawdream_env.world_models import load_world_model
 from rawdream_env.world_models.loading import read_world_model, save_world_model
+from rawdream_env.world_models.scene.loading import is_scene_world_model
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ class EmbeddedConfig:
     only: str = ""
     """Run this stage alone; the stages it needs must be complete. Stages that do not need each other can run side by side."""
     install: bool = False
-    """Replace the models of the installed package with the finished ones."""
+    """Replace the models of the installed package with the finished ones; the gpu preset's world model replaces
+    "embedded-video"."""
     progress: bool = True
     """Show progress bars."""
 
@@ -118,7 +119,7 @@ def train_embedded(config: EmbeddedConfig) -> EmbeddedResult:
     hours = run_stages(stages[: last + 1], config.out / "stages", only=config.only)
     assets = config.out / "assets" if last == len(stages) - 1 else None
     if assets is not None and config.install:
-        _install(assets)
+        install_models(assets, bundled_folder("judge").parent)
     return EmbeddedResult(assets, hours)
 
 
@@ -129,17 +130,6 @@ def recipe(config: EmbeddedConfig, scale: Scale) -> list[Stage]:
     """All stages, in order; ``config.device`` is filled in."""
     parts = (_play_stages, _policy_stages, _world_model_stages, _judge_stages, _finish_stages)
     return [stage for part in parts for stage in part(config, scale, Paths(config.out))]
-
-
-def _collect_stage(name: str, config: CollectConfig, needs: tuple[str, ...] = ()) -> Stage:
-    free = ("out", "robot", "policy", "workers", "progress")
-    settings = {key: value for key, value in asdict(config).items() if key not in free}
-
-    def run() -> dict[str, Any]:
-        collect(config)
-        return {"episodes": config.episodes, "transitions": config.episodes * config.steps}
-
-    return Stage(name, settings, (Path(config.out) / "meta" / "info.json",), run, needs)
 
 
 def _play_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[Stage]:
@@ -155,9 +145,9 @@ def _play_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[Sta
     pretrain = _pretrain(config, scale, paths)
     # Different seeds give different scenes: the world model is tested, and imagines clips, on scenes it was not trained on.
     return [
-        _collect_stage("play", play(paths.play, scale.play, config.seed)),
-        _collect_stage("other_play", play(paths.other_play, scale.other_play, config.seed + 1)),
-        _collect_stage("held_out_play", play(paths.held_out, scale.held_out, config.seed + 2)),
+        collect_stage("play", play(paths.play, scale.play, config.seed)),
+        collect_stage("other_play", play(paths.other_play, scale.other_play, config.seed + 1)),
+        collect_stage("held_out_play", play(paths.held_out, scale.held_out, config.seed + 2)),
         Stage(
             "pretrained",
             _sft_settings(pretrain),
@@ -165,7 +155,7 @@ def _play_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[Sta
             _trained(pretrain, config.progress),
             ("play",),
         ),
-        _collect_stage("rollouts", rollouts(paths.rollouts, scale.rollouts, config.seed), ("pretrained",)),
+        collect_stage("rollouts", rollouts(paths.rollouts, scale.rollouts, config.seed), ("pretrained",)),
     ]
 
 
@@ -189,57 +179,8 @@ def _world_model_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> l
 
 
 def _judge_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[Stage]:
-    """A policy that is trained against a judge looks for its errors, so the judge also sees what policies do that were
-    trained in the first world model, here asked for relations that are no task. That model paints like the last one."""
-    scene = scale.world_model if isinstance(scale.world_model, SceneScale) else None
-    painted, model = (
-        ("first_world_model", paths.first_scene / "world_model") if scene else ("world_model", paths.world_model)
-    )
-    stages: list[Stage] = []
-
-    def dreams(name: str, data: Path, clips: int, seed: int) -> Path:
-        folder = paths.out / name
-        wanted = DreamClipsConfig(
-            data=str(data), out=str(folder), world_model=str(model), clips=clips, seed=seed, device=config.device,
-            progress=config.progress,
-        )  # fmt: skip
-
-        def imagine() -> None:
-            make_dream_clips(wanted)
-
-        stages.append(Stage(name, settings_of(wanted), (folder,), imagine, (data.name, painted)))
-        return folder
-
-    imagined = [dreams("dreams", paths.other_play, scale.dream_clips, config.seed)]
-    rollouts = []
-    for i in range(scene.dreamers if scene else 0):
-        name, out = f"dreamer_rollouts_{i}", paths.out / "data" / f"dreamer_rollouts_{i}"
-        collected = CollectConfig(
-            out=str(out), kind="policy", policy=str(paths.dreamer(i)), episodes=scale.dreamer_episodes, temperature=0.7,
-            action_noise=0.05, tasks=OTHER_RELATIONS, workers=config.workers, seed=config.seed + 5 + i,
-            progress=config.progress,
-        )  # fmt: skip
-        stages.append(_collect_stage(name, collected, ("dreamers",)))
-        rollouts.append(out)
-        imagined.append(dreams(f"dreamer_dreams_{i}", out, scale.dreamer_clips, config.seed + 1 + i))
-    train = JudgeTrainConfig(
-        data=tuple(map(str, (paths.play, paths.rollouts, *rollouts))),
-        run_dir=str(paths.judge.parent),
-        imagined=tuple(map(str, imagined)) if scale.judge_on_dreams else (),
-        imagined_share=scale.imagined_share,
-        steps=scale.judge_steps,
-        batch_size=scale.judge_batch,
-        validation_share=0.5 if config.preset == "smoke" else 0.1,
-        seed=config.seed,
-        device=config.device,
-    )
-
-    def run() -> dict[str, Any]:
-        report = train_judge(train, progress=config.progress).report.as_dict()["groups"]
-        return {"validation": report}
-
-    needs = ("play", "rollouts", *(folder.name for folder in rollouts), *(folder.name for folder in imagined))
-    return [*stages, Stage("judge", settings_of(train), (paths.judge / "config.json",), run, needs)]
+    options: Any = {"device": config.device, "workers": config.workers, "progress": config.progress}
+    return judge_stages(scale, paths, seed=config.seed, **options)
 
 
 def _pretrain(config: EmbeddedConfig, scale: Scale, paths: Paths) -> SFTConfig:
@@ -292,7 +233,7 @@ def _policy_stages(config: EmbeddedConfig, scale: Scale, paths: Paths) -> list[S
     )
 
     return [
-        _collect_stage("demonstrations", demonstrations),
+        collect_stage("demonstrations", demonstrations),
         Stage(
             "policy",
             _sft_settings(fewshot),
@@ -378,12 +319,14 @@ def _forget_folders(path: Path) -> None:
     atomic_write_json(path, content)
 
 
-def _install(assets: Path) -> None:
-    from rawdream_env import assets as package
-
-    target = Path(package.__file__).parent
-    for folder in assets.iterdir():
-        if folder.is_dir():  # another kind of world model has other files
-            shutil.rmtree(target / folder.name, ignore_errors=True)
-    shutil.copytree(assets, target, dirs_exist_ok=True)
+def install_models(assets: Path, target: Path) -> None:
+    """Replace the models in ``target``; a video world model replaces the video model there, not the scene world model."""
+    for source in assets.iterdir():
+        video = source.name == "world_model" and not is_scene_world_model(source)
+        made = target / ("video_world_model" if video else source.name)
+        if source.is_dir():
+            shutil.rmtree(made, ignore_errors=True)  # another kind of model has other files
+            shutil.copytree(source, made)
+        else:
+            shutil.copy2(source, made)
     write_manifest(target)  # of all files there

@@ -72,6 +72,8 @@ class Scale:
     """Imagined clips of each policy's rollouts."""
     imagined_share: float = 0.3
     """Share of each of the judge's batches that is imagined."""
+    judge_validation: float = 0.1
+    """Share of the judge's episodes that is kept out of training."""
     judge_on_dreams: bool = True
     """Train the judge on imagined clips too. An untrained scene world model imagines no success to learn from."""
 
@@ -150,6 +152,7 @@ SMOKE = Scale(
     fewshot_steps=2,
     starts=2,
     episodes=1,
+    judge_validation=0.5,
     judge_on_dreams=False,
 )
 PRESETS: dict[str, Scale] = {"cpu": CPU, "gpu": GPU, "smoke": SMOKE}

@@ -1,0 +1,72 @@
+"""The stages that train the judge: imagined clips of other play and of policies in training, then the judge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rawdream_env.data.collect import CollectConfig
+from rawdream_env.piper.goals import OTHER_RELATIONS
+from rawdream_env.recipes.folders import Paths, collect_stage, settings_of
+from rawdream_env.recipes.presets import Scale, SceneScale
+from rawdream_env.trainers.common.stages import Stage
+from rawdream_env.trainers.judge.config import JudgeTrainConfig
+from rawdream_env.trainers.judge.dream_clips import DreamClipsConfig, make_dream_clips
+from rawdream_env.trainers.judge.train import train_judge
+
+
+def judge_stages(scale: Scale, paths: Paths, *, device: str, seed: int, workers: int, progress: bool) -> list[Stage]:
+    """The stages, in order; they need the world model's and the data of play.
+
+    A policy that is trained against a judge looks for its errors, so the judge also sees what policies do that were
+    trained in the first world model, here asked for relations that are no task. That model paints like the last one.
+    """
+    scene = scale.world_model if isinstance(scale.world_model, SceneScale) else None
+    painted, model = (
+        ("first_world_model", paths.first_scene / "world_model") if scene else ("world_model", paths.world_model)
+    )
+    stages: list[Stage] = []
+
+    def dreams(name: str, data: Path, clips: int, seed: int) -> Path:
+        folder = paths.out / name
+        wanted = DreamClipsConfig(
+            data=str(data), out=str(folder), world_model=str(model), clips=clips, seed=seed, device=device,
+            progress=progress,
+        )  # fmt: skip
+
+        def imagine() -> None:
+            make_dream_clips(wanted)
+
+        stages.append(Stage(name, settings_of(wanted), (folder,), imagine, (data.name, painted)))
+        return folder
+
+    imagined = [dreams("dreams", paths.other_play, scale.dream_clips, seed)]
+    rollouts = []
+    for i in range(scene.dreamers if scene else 0):
+        name, out = f"dreamer_rollouts_{i}", paths.out / "data" / f"dreamer_rollouts_{i}"
+        collected = CollectConfig(
+            out=str(out), kind="policy", policy=str(paths.dreamer(i)), episodes=scale.dreamer_episodes, temperature=0.7,
+            action_noise=0.05, tasks=OTHER_RELATIONS, workers=workers, seed=seed + 5 + i,
+            progress=progress,
+        )  # fmt: skip
+        stages.append(collect_stage(name, collected, ("dreamers",)))
+        rollouts.append(out)
+        imagined.append(dreams(f"dreamer_dreams_{i}", out, scale.dreamer_clips, seed + 1 + i))
+    train = JudgeTrainConfig(
+        data=tuple(map(str, (paths.play, paths.rollouts, *rollouts))),
+        run_dir=str(paths.judge.parent),
+        imagined=tuple(map(str, imagined)) if scale.judge_on_dreams else (),
+        imagined_share=scale.imagined_share,
+        steps=scale.judge_steps,
+        batch_size=scale.judge_batch,
+        validation_share=scale.judge_validation,
+        seed=seed,
+        device=device,
+    )
+
+    def run() -> dict[str, Any]:
+        report = train_judge(train, progress=progress).report.as_dict()["groups"]
+        return {"validation": report}
+
+    needs = ("play", "rollouts", *(folder.name for folder in rollouts), *(folder.name for folder in imagined))
+    return [*stages, Stage("judge", settings_of(train), (paths.judge / "config.json",), run, needs)]

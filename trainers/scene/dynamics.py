@@ -45,7 +45,7 @@ class DynamicsTrainConfig:
     """Run folder. Rerun the same command to resume an interrupted run."""
     robot: str = ""
     """Name of the robot, whose scene the states are of; empty: the default robot."""
-    model: DynamicsConfig = field(default_factory=lambda: DynamicsConfig(0))
+    model: DynamicsConfig = field(default_factory=lambda: DynamicsConfig(0, slender_spacing=0.006))
     """Architecture; the number of objects is the robot's."""
     init: str = ""
     """World-model or run folder with trained ``dynamics/`` to start from; empty: from scratch."""

@@ -24,6 +24,10 @@ from rawdream_env.world_models.scene.rotations import apply
 
 _SPACING = 0.015
 """Distance of contact points along an edge (m), about; an edge has 2 to 6."""
+_SLENDER = 0.01
+"""A box is slender if both its half extents across are at most this (m)."""
+_SLENDER_POINTS = 20
+"""At most so many points along the edge of a slender box."""
 _ANGLES = 10
 _REACH = 0.012
 """A contact point counts from this gap on (m), more the smaller it is."""
@@ -37,13 +41,19 @@ _FAR = 1.0
 Shape = Sequence[Box | Ring]
 
 
-def contact_points(shape: Shape) -> FloatArray:
-    """Points (P, 3) on the edges of a shape, and the middles of its faces."""
+def contact_points(shape: Shape, slender_spacing: float = _SPACING) -> FloatArray:
+    """Points (P, 3) on the edges of a shape, and the middles of its faces.
+
+    ``slender_spacing``: distance (m), about, of the points along slender boxes.
+    """
     points = []
     for part in shape:
         if isinstance(part, Box):
             half = np.asarray(part.half)
             counts = [min(6, max(2, round(2 * h / _SPACING) + 1)) for h in half]
+            for axis in range(3):
+                if slender_spacing < _SPACING and np.delete(half, axis).max() <= _SLENDER:
+                    counts[axis] = max(counts[axis], min(_SLENDER_POINTS, round(2 * half[axis] / slender_spacing) + 1))
             axes = [np.linspace(-h, h, n) for h, n in zip(half, counts, strict=True)]
             lattice = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
             edges = lattice[(np.abs(lattice) > half - 1e-9).sum(-1) >= 2]
@@ -67,11 +77,20 @@ class ContactNetwork(nn.Module):
         shapes: of the robot's objects.
         fixed: bool (O,): objects that never move.
         width: D.
+        slender_spacing: see :func:`contact_points`.
     """
 
-    def __init__(self, shapes: Sequence[Shape], fixed: Tensor, width: int, hidden: int = 48) -> None:
+    def __init__(
+        self,
+        shapes: Sequence[Shape],
+        fixed: Tensor,
+        width: int,
+        hidden: int = 48,
+        *,
+        slender_spacing: float = _SPACING,
+    ) -> None:
         super().__init__()
-        clouds = [contact_points(shape) for shape in shapes]
+        clouds = [contact_points(shape, slender_spacing) for shape in shapes]
         most = max(map(len, clouds))
         points = np.zeros((len(shapes), most, 3), np.float32)
         real = np.zeros((len(shapes), most), bool)

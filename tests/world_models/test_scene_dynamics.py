@@ -205,6 +205,19 @@ def test_training_skips_only_what_is_out_of_reach(dynamics: SceneDynamics) -> No
     assert not torch.allclose(dynamics.contact(which, apart, *inputs[2:]), want, atol=1e-6)
 
 
+@pytest.mark.parametrize(("spacing", "seen"), [(0.015, False), (0.006, True)])
+def test_a_wall_between_two_points_of_a_spoon_is_seen(spacing: float, seen: bool) -> None:
+    dynamics = new_dynamics(DynamicsConfig(0, slender_spacing=spacing))
+    spoon, bowl = OBJECTS.index("spoon"), OBJECTS.index("bowl")
+    # The spoon points away from the bowl's axis, at the height of its wall, which is 5 mm thick.
+    own = dynamics.contact.points[spoon][dynamics.contact.real[spoon]]
+    shifts = torch.linspace(0.02, 0.08, 200)
+    along = own + torch.stack([shifts, torch.zeros(200), torch.zeros(200)], -1)[:, None]
+    crossing = (along[..., 0].amin(1) < 0.047) & (along[..., 0].amax(1) > 0.052)
+    nearest = torch.stack([distance(dynamics, bowl, points)[0].min() for points in along[crossing]])
+    assert len(nearest) > 100 and bool((nearest < 0.001).all()) == seen
+
+
 # -- the world model -----------------------------------------------------------------------------------------------------
 
 

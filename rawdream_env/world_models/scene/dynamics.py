@@ -59,8 +59,8 @@ class DynamicsConfig:
     still_angle: float = 3e-3
     """See ``still_distance``."""
     slender_spacing: float = 0.015
-    """Distance (m) of the contact points along thin boxes. A wall that is thinner passes between two points unseen; 0.015 is that
-    of all other edges."""
+    """Distance (m) of the contact points along slender boxes: a wall that is thinner passes between two points unseen. 0.015 is
+    the distance along all other edges."""
 
     def check(self) -> None:
         """Raise ``InvalidOptionError`` for sizes that no layer can have."""

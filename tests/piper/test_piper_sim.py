@@ -209,6 +209,14 @@ def test_missing_opengl_says_what_to_install() -> None:
     assert "libegl1" in done.stderr
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere mujoco chooses OpenGL itself")
+def test_a_library_that_imported_mujoco_earlier_does_not_choose_the_renderer(opengl: None) -> None:
+    code = "import mujoco\nfrom rawdream_env.piper.simulator.twin import PiperTwin\nprint(PiperTwin().reset(0).shape)"
+    env = {name: value for name, value in os.environ.items() if name not in ("MUJOCO_GL", "DISPLAY")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
+    assert done.stdout.strip() == "(64, 64, 3)", done.stderr
+
+
 # --- expert and play -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("task", [*TASK_NAMES, "in:spoon:pot", "on:cup:red_block"])
 def test_expert_succeeds_in_time(blind: PiperTwin, task: str) -> None:

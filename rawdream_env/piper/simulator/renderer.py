@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import importlib
 import os
 import sys
 import threading
@@ -11,8 +12,10 @@ from copy import copy
 from functools import lru_cache
 from typing import Any, ClassVar
 
-if sys.platform.startswith("linux") and not os.environ.get("DISPLAY"):
-    os.environ.setdefault("MUJOCO_GL", "egl")  # read once, when mujoco is imported
+if sys.platform.startswith("linux") and not os.environ.get("DISPLAY") and "MUJOCO_GL" not in os.environ:
+    os.environ["MUJOCO_GL"] = "egl"  # read once, when mujoco is imported
+    if "mujoco" in sys.modules:  # another library was earlier
+        importlib.reload(sys.modules[sys.modules["mujoco"].Renderer.__module__].gl_context)
 
 import mujoco
 

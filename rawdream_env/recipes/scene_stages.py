@@ -36,6 +36,8 @@ SINGLE_FRAMES = 1.0
 """Share of the dynamics' training on single frames: all of it."""
 START_NOISE = 0.65
 """Brings the reader's expected errors, which it overestimates, to the size of its real ones."""
+ALLOWED_OVERLAP = 0.001
+"""Metres that resting objects overlap by in the simulator, whose contacts are soft."""
 
 
 def scene_stages(scale: SceneScale, paths: Paths, *, seed: int, workers: int, progress: bool) -> list[Stage]:
@@ -145,7 +147,7 @@ def _part(name: str, config: Any, folder: Path, train: Callable[[], Any], needs:
 
 def _assembled(name: str, paths: Paths, dynamics: Path, folder: Path, needs: tuple[str, ...]) -> Stage:
     """Reader, painter and the dynamics of a folder as one world model."""
-    rollout = SceneRolloutConfig(start_noise=START_NOISE)
+    rollout = SceneRolloutConfig(start_noise=START_NOISE, allowed_overlap=ALLOWED_OVERLAP)
 
     def assemble() -> None:
         parts = read_reader(paths.scene), read_dynamics(dynamics), read_painter(paths.scene)

@@ -26,7 +26,7 @@ _SPACING = 0.015
 """Distance of contact points along an edge (m), about; an edge has 2 to 6."""
 _SLENDER = 0.01
 """A box is slender if both its half extents across are at most this (m)."""
-_SLENDER_POINTS = 20
+_SLENDER_POINTS = 40
 """At most so many points along the edge of a slender box."""
 _ANGLES = 10
 _REACH = 0.012
@@ -96,7 +96,7 @@ class ContactNetwork(nn.Module):
         real = np.zeros((len(shapes), most), bool)
         for i, cloud in enumerate(clouds):
             points[i, : len(cloud)], real[i, : len(cloud)] = cloud, True
-        boxes, rings = _tables(shapes)
+        boxes, rings = part_tables(shapes)
         radius = np.array([np.linalg.norm(cloud, axis=-1).max() for cloud in clouds], np.float32)
         tables = {"points": points, "real": real, "boxes": boxes, "rings": rings, "radius": radius}
         for name, table in tables.items():
@@ -229,7 +229,7 @@ def _speed(velocity: Tensor, lever: Tensor) -> Tensor:
     return speed
 
 
-def _tables(shapes: Sequence[Shape]) -> tuple[FloatArray, FloatArray]:
+def part_tables(shapes: Sequence[Shape]) -> tuple[FloatArray, FloatArray]:
     """Boxes (O, S, 6): centre, half extents. Rings (O, S', 4): z, inner and outer radius, half height. Fillers are far away."""
     boxes = [[(*part.center, *part.half) for part in shape if isinstance(part, Box)] for shape in shapes]
     rings = [[(p.z, p.inner, p.outer, p.half_height) for p in shape if isinstance(p, Ring)] for shape in shapes]

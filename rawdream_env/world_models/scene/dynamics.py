@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 from rawdream_env.errors import InvalidOptionError
 from rawdream_env.world_models.scene.contact import ContactNetwork, Shape
+from rawdream_env.world_models.scene.overlap import Separation
 from rawdream_env.world_models.scene.rotations import apply, compose, rotate
 
 _LENGTHS = (0.10, 0.04, 0.016)
@@ -146,6 +147,7 @@ class SceneDynamics(nn.Module):
         self.object_noise, self.object_gate = nn.Linear(z, d, bias=False), nn.Linear(z, d, bias=False)
         self.object_mix = nn.Linear(d, d)
         self.contact = ContactNetwork(shapes, fixed, d, slender_spacing=config.slender_spacing)
+        self.separation = Separation(shapes, fixed)
         self.before = nn.ModuleList(_Block(d, 2 * d) for _ in range(config.layers))
         self.exchange_norm = nn.LayerNorm(d)
         # Few numbers, and nothing of the object that feels: pairs that never touched in the data must not look new.
@@ -163,7 +165,14 @@ class SceneDynamics(nn.Module):
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
 
-    def forward(self, which: Tensor, frame: SceneFrame, command: Tensor, noise: Tensor) -> SceneFrame:
+    def forward(
+        self,
+        which: Tensor,
+        frame: SceneFrame,
+        command: Tensor,
+        noise: Tensor,
+        allowed_overlap: float | None = None,
+    ) -> SceneFrame:
         """One frame on.
 
         Args:
@@ -171,6 +180,7 @@ class SceneDynamics(nn.Module):
             frame: the scene now.
             command: (B, 7) the commanded pose that the arm follows in this frame.
             noise: (B, Z) standard normal.
+            allowed_overlap: objects that overlap by more than this (m) are pushed apart; None: they are not.
         """
         arm, n = frame.arm, which.shape[1]
         yaw = arm[:, 5]
@@ -202,7 +212,8 @@ class SceneDynamics(nn.Module):
             x = x + hand[:, None]
             for block in self.after:
                 x = block(x)
-        return self._move(which, frame, command, place, to_tool, self.object_out(x.float()), self.arm_out(hand.float()))
+        objects, hand = self.object_out(x.float()), self.arm_out(hand.float())
+        return self._move(which, frame, command, place, to_tool, objects, hand, allowed_overlap)
 
     # -- what the network sees -------------------------------------------------------------------------------------------
 
@@ -278,6 +289,7 @@ class SceneDynamics(nn.Module):
         to_tool: Tensor,
         objects: Tensor,
         hand: Tensor,
+        allowed_overlap: float | None,
     ) -> SceneFrame:
         """Predictions (B, N, 13) and (B, 8) -> the next frame."""
         arm, to_world = frame.arm, to_tool.transpose(-1, -2)
@@ -296,9 +308,12 @@ class SceneDynamics(nn.Module):
             shift, spin = shift.masked_fill(quiet[..., None], 0.0), spin.masked_fill(quiet[..., None], 0.0)
         linear = apply(to_world[:, None], objects[..., 6:9] * 0.1)
         angular = apply(to_world[:, None], objects[..., 9:12])
+        position, rotation = frame.position + shift, compose(rotate(spin), frame.rotation)
+        if allowed_overlap is not None:
+            position, rotation = self.separation(which, position, rotation, held[..., 0] > 0.5, allowed_overlap)
         return SceneFrame(
-            position=frame.position + shift,
-            rotation=compose(rotate(spin), frame.rotation),
+            position=position,
+            rotation=rotation,
             velocity=torch.cat([linear, angular], -1) * free,
             arm=moved,
             arm_before=arm,

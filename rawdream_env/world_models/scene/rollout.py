@@ -64,6 +64,8 @@ class SceneRolloutConfig:
     """Factor of the dynamics' noise: 1 as trained, less for outcomes nearer to the most likely one, 0 for none."""
     start_noise: float = 0.0
     """The reader's expected errors, times this, are added to the start state as keyed noise."""
+    allowed_overlap: float | None = None
+    """Objects that overlap by more than this (m) are pushed apart after every frame; None: they are not."""
 
     def check(self) -> None:
         """Raise ``InvalidOptionError`` for settings that no rollout can have."""
@@ -75,6 +77,8 @@ class SceneRolloutConfig:
             raise InvalidOptionError(
                 f"noise_scale {self.noise_scale} and start_noise {self.start_noise} must be between 0 and 100."
             )
+        if self.allowed_overlap is not None and not 0 <= self.allowed_overlap <= 1:
+            raise InvalidOptionError(f"allowed_overlap {self.allowed_overlap} must be between 0 and 1 m, or null.")
 
 
 class _Task(NamedTuple):
@@ -241,9 +245,9 @@ class SceneWorldModel:
             here(state.arm_before),
             here(state.command),
         )
-        on_device, real = which.to(device), len(rows)
+        on_device, real, allowed = which.to(device), len(rows), self.config.allowed_overlap
         for k, target in enumerate(frames):
-            frame = self.dynamics(on_device, frame, here(commands[:, k]), here(noise[:, k]))
+            frame = self.dynamics(on_device, frame, here(commands[:, k]), here(noise[:, k]), allowed)
             for whole, value in zip(target[:3], frame[:3], strict=True):
                 whole[rows[:, None], which[:real]] = value[:real].cpu()
             for whole, value in zip(target[3:], frame[3:], strict=True):

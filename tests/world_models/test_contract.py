@@ -21,7 +21,7 @@ from rawdream_env.world_models.scene.loading import new_dynamics
 from rawdream_env.world_models.scene.maps import SceneMaps
 from rawdream_env.world_models.scene.painter import PainterConfig, ScenePainter
 from rawdream_env.world_models.scene.reader import ReaderConfig, SceneReader
-from rawdream_env.world_models.scene.rollout import SceneWorldModel
+from rawdream_env.world_models.scene.rollout import SceneRolloutConfig, SceneWorldModel
 from rawdream_env.world_models.wan.config import WanConfig
 from rawdream_env.world_models.wan.rollout import RolloutConfig, WanWorldModel
 from rawdream_env.world_models.wan.transformer import WanWorldModelTransformer
@@ -53,7 +53,7 @@ def scene() -> SceneWorldModel:
     dynamics = new_dynamics(DynamicsConfig(0, width=16, layers=1))
     for part in (reader, painter, dynamics):
         awake(part)
-    return SceneWorldModel(reader, dynamics, painter)
+    return SceneWorldModel(reader, dynamics, painter, SceneRolloutConfig(allowed_overlap=0.001))
 
 
 @pytest.fixture(scope="module", params=["null", "wan", "scene"])

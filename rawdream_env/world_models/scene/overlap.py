@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rawdream_env.robots import Box
+from rawdream_env.robots import Box, Ring
 from rawdream_env.world_models.scene.contact import Shape, contact_points, part_tables
 from rawdream_env.world_models.scene.rotations import apply, compose, rotate
 
@@ -49,7 +49,7 @@ class Separation(nn.Module):
         for row, cloud in zip(points, clouds, strict=True):
             row[:] = np.resize(cloud, row.shape)  # shapes with fewer points repeat theirs
         boxes, rings = part_tables(shapes)
-        mass = np.array([sum(map(_volume, shape)) for shape in shapes])
+        mass = np.array([sum(_volume(part) for part in shape) for shape in shapes])
         gyration = [2 / 3 * np.square(cloud).sum(-1).mean() for cloud in clouds]  # of a hollow body, about any axis
         radius = [np.linalg.norm(cloud, axis=-1).max() for cloud in clouds]
         tables = {"inverse_mass": mass.min() / mass, "gyration": gyration, "radius": radius}
@@ -161,7 +161,7 @@ def _inside(offset: Tensor, center: Tensor, half: Tensor) -> tuple[Tensor, Tenso
     return torch.where(within, depth, 0.0), axis, sign.gather(-1, axis[..., None])[..., 0]
 
 
-def _volume(part: Shape) -> float:
+def _volume(part: Box | Ring) -> float:
     if isinstance(part, Box):
         return float(8 * np.prod(part.half))
     return float(2 * np.pi * (part.outer**2 - part.inner**2) * part.half_height)

@@ -3,7 +3,7 @@
 The dynamics see contacts, but nothing in a network forbids a spoon to sink into the wall of a bowl, or a state that no
 training data resemble to drift there. Shapes are known, so after each frame overlaps are projected out: the deepest point of
 each pair is moved to the surface by the smallest translation and rotation of both objects, weighted by their masses and
-inertias ("Position based dynamics", Mueller et al. 2007; for rigid bodies Mueller et al. 2020, section 3.3). What the hand
+inertias ("Position based dynamics", Mueller et al. 2007; for rigid bodies Mueller et al. 2020). What the hand
 holds and what never moves stays where it is.
 
 A point inside a thin wall or floor is pushed to the side on which its object's center is, not to the nearest face: an object

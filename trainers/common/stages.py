@@ -56,7 +56,7 @@ def run_stages(stages: Sequence[Stage], markers: Path, *, only: str = "") -> dic
         if only:
             _check_needs(stage, prints, markers)
         path = markers / f"{stage.name}.json"
-        known = read_json(path, "delete it to run its stage again", RunDirError) if path.is_file() else {}
+        known = _marker(path)
         if known and known.get("fingerprint") != prints[stage.name]:
             raise RunDirError(
                 f"stage {stage.name!r} of {markers.parent} was made with other settings (its own or those of a stage "
@@ -80,11 +80,15 @@ def run_stages(stages: Sequence[Stage], markers: Path, *, only: str = "") -> dic
     return hours
 
 
+def _marker(path: Path) -> dict[str, Any]:
+    """What a stage's marker says; empty if there is none."""
+    return read_json(path, "delete it to run its stage again", RunDirError) if path.is_file() else {}
+
+
 def _check_needs(stage: Stage, prints: Mapping[str, str], markers: Path) -> None:
     """``RunDirError`` unless the stages that ``stage`` needs are complete, with the settings of now."""
     for name in stage.needs:
-        path = markers / f"{name}.json"
-        known = read_json(path, "delete it to run its stage again", RunDirError) if path.is_file() else {}
+        known = _marker(markers / f"{name}.json")
         if not known.get("complete") or known.get("fingerprint") != prints[name]:
             raise RunDirError(
                 f"stage {stage.name!r} needs {name!r}, which is not complete in {markers.parent}; run it first."

@@ -200,8 +200,7 @@ class ContactNetwork(nn.Module):
         box_gap, box_normal = _outside(offset.abs() - boxes[..., 3:], offset.sign())
         flat = points[..., None, :2]
         radius = flat.square().sum(-1, keepdim=True).clamp_min(1e-12).sqrt()
-        middle = (rings[..., 1:2] + rings[..., 2:3]) / 2 * (rings[..., 1:2] > 0)
-        half = torch.where(rings[..., 1:2] > 0, (rings[..., 2:3] - rings[..., 1:2]) / 2, rings[..., 2:3])
+        middle, half = wall(rings)
         across, along = radius - middle, points[..., None, 2:] - rings[..., :1]
         beyond = torch.cat([across.abs() - half, along.abs() - rings[..., 3:]], -1)
         ring_gap, normal = _outside(beyond, torch.cat([across.sign(), along.sign()], -1))
@@ -227,6 +226,12 @@ def _speed(velocity: Tensor, lever: Tensor) -> Tensor:
     """Velocity (Q, 3) of points at ``lever`` (Q, 3) of bodies with ``velocity`` (Q, 6)."""
     speed: Tensor = velocity[:, :3] + torch.linalg.cross(velocity[:, 3:], lever)
     return speed
+
+
+def wall(rings: Tensor) -> tuple[Tensor, Tensor]:
+    """Middle radius and half thickness (..., 1) of the walls of rings (..., 4); of a disc: 0 and its radius."""
+    inner, outer = rings[..., 1:2], rings[..., 2:3]
+    return (inner + outer) / 2 * (inner > 0), torch.where(inner > 0, (outer - inner) / 2, outer)
 
 
 def part_tables(shapes: Sequence[Shape]) -> tuple[FloatArray, FloatArray]:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from rawdream_env.robots import Box, Ring
-from rawdream_env.world_models.scene.contact import Shape, contact_points, part_tables
+from rawdream_env.world_models.scene.contact import Shape, contact_points, part_tables, wall
 from rawdream_env.world_models.scene.rotations import apply, compose, rotate
 
 _SLENDER_SPACING = 0.004
@@ -127,14 +127,13 @@ class Separation(nn.Module):
         middle = boxes[..., :3]
         box_depth, axis, sign = _inside(local[..., None, :] - middle, center[..., None, :] - middle, boxes[..., 3:])
         box_push = torch.stack([(axis == k) * sign for k in range(3)], -1)
-        hollow = rings[..., 1] > 0
-        mean = torch.where(hollow, (rings[..., 1] + rings[..., 2]) / 2, 0.0)
-        half = torch.stack([torch.where(hollow, (rings[..., 2] - rings[..., 1]) / 2, rings[..., 2]), rings[..., 3]], -1)
+        mean, thickness = wall(rings)
+        half = torch.cat([thickness, rings[..., 3:]], -1)
 
         def across(x: Tensor) -> tuple[Tensor, Tensor]:
             """(M, ., 3) -> distance from the middle of each ring, radially and along its axis, and radius."""
             radius = (x[..., 0] * x[..., 0] + x[..., 1] * x[..., 1]).clamp_min(1e-12).sqrt()[..., None]
-            return torch.stack([radius - mean, x[..., 2:] - rings[..., 0]], -1), radius
+            return torch.stack([radius - mean[..., 0], x[..., 2:] - rings[..., 0]], -1), radius
 
         offset, radius = across(local)
         ring_depth, axis, sign = _inside(offset, across(center)[0], half)

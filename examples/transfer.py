@@ -15,6 +15,7 @@ task. Everything measured is in ``measured.jsonl``; ``curve.html`` shows success
 
 import argparse
 import json
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -40,6 +41,10 @@ parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
 parser.add_argument("--updates", type=int, default=120)
 parser.add_argument("--every", type=int, default=60)
 parser.add_argument("--episodes", type=int, default=200, help="simulator episodes per task of the last policy")
+parser.add_argument(
+    "--final-updates", type=int, default=0, help="further updates at --final-temperature (docs/grpo.md)"
+)
+parser.add_argument("--final-temperature", type=float, default=0.35)
 parser.add_argument("--lr", type=float, default=2e-4)
 parser.add_argument("--judge", default="state")
 parser.add_argument("--world-model", default="embedded")
@@ -47,6 +52,7 @@ parser.add_argument("--layout", default="narrow", choices=("narrow", "wide"))
 parser.add_argument("--report", action="store_true", help="only print the tables")
 args = parser.parse_args()
 measured = args.out / "measured.jsonl"
+last_step = args.updates + args.final_updates
 
 
 def rows():
@@ -56,7 +62,7 @@ def rows():
 
 def measure(kind, seed, step, policy):
     """Append the success rates of ``policy``, unless they are known."""
-    episodes = args.episodes if step in (0, args.updates) else max(1, args.episodes // 4)
+    episodes = args.episodes if step in (0, args.updates, last_step) else max(1, args.episodes // 4)
     known = {
         (r["kind"], r["seed"], r["step"], r["temperature"], r["layout"]) for r in rows() if r["episodes"] >= episodes
     }
@@ -75,8 +81,9 @@ def measure(kind, seed, step, policy):
 def train(kind, seed):
     """One run, measured every ``--every`` updates."""
     env = {"world_model": args.world_model, "judge": args.judge, "judge_every": "chunk", "dtype": "bfloat16"}
+    run = f"{kind}-{args.layout}-{seed}"
     config = {
-        "run_dir": args.out / f"{kind}-{args.layout}-{seed}",
+        "run_dir": args.out / run,
         "env_id": "rawdream/PiperSim-v0" if kind == "sim" else "rawdream/PiperDream-v0",
         "env_kwargs": {} if kind == "sim" else env,
         "dual_noise_verification": kind == "dream+dnv",
@@ -92,6 +99,11 @@ def train(kind, seed):
             continue
         result = train_grpo(GRPOConfig(steps=steps, **config))
         measure(kind, seed, result.step, result.policy)
+    if args.final_updates:
+        config |= {"policy": str(args.out / run / "policy"), "run_dir": args.out / f"{run}-final"}
+        config["temperature"] = args.final_temperature
+        result = train_grpo(GRPOConfig(steps=args.final_updates, **config))
+        measure(kind, seed, last_step, result.policy)
 
 
 def share(row):
@@ -110,18 +122,16 @@ def report():
     """The tables, and the curve."""
     found = [r for r in rows() if r["layout"] == args.layout]
     latest = {(r["kind"], r["seed"], r["step"], r["temperature"]): r for r in found}  # later lines have more episodes
-    for temperature in (0.0, TEMPERATURE):
+    for step, temperature in product(sorted({args.updates, last_step}), (0.0, TEMPERATURE)):
         before = latest.get(("before", 0, 0, temperature))
         if before is None:
             continue
         tasks, n = list(before["successes"]), before["episodes"]
-        print(
-            f"\ntemperature {temperature:g}, {args.updates} updates, {n} episodes per task and policy, {args.layout} starts"
-        )
+        print(f"\ntemperature {temperature:g}, {step} updates, {n} episodes per task and policy, {args.layout} starts")
         print(f"  {'':18} {'all tasks':34} {'  '.join(f'{task:>11}' for task in tasks)}")
         print(table_line("before", before))
         for kind in KINDS:
-            ends = [latest[key] for seed in args.seeds if (key := (kind, seed, args.updates, temperature)) in latest]
+            ends = [latest[key] for seed in args.seeds if (key := (kind, seed, step, temperature)) in latest]
             for row in ends:
                 print(table_line(f"{kind} seed {row['seed']}", row))
             gains = [share(row) - share(before) for row in ends]

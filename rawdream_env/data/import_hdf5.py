@@ -128,7 +128,7 @@ def plan(config: ImportConfig) -> list[Demo]:
     if not found or not src.exists():
         raise DatasetError(f"{src}: no {' or '.join(_ENDINGS)} file found. Check the path.")
     demos: list[Demo] = []
-    for path in tqdm(found, desc="check", unit="file", disable=not config.progress):
+    for path in tqdm(found, desc="check", unit="file", delay=0.5, disable=not config.progress):
         label = path.relative_to(src).as_posix() if src.is_dir() else path.name
         demos += list_demos(
             path, camera=config.camera, task=config.task, label=label, skip=config.skip, timing=config.timing

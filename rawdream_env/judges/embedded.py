@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rawdream_env.errors import CheckpointError
 from rawdream_env.files import atomic_write_json, load_module, save_safetensors, sealed_folder
 from rawdream_env.judges.base import (
     Timer,
@@ -84,13 +85,21 @@ class EmbeddedJudge:
             if frames is None or reason:
                 verdicts[row] = invalid(reason, timer.seconds())
                 continue
-            clips.append(frames[frame_indices(len(frames))])
-            texts.append(clean_instruction(instruction))
-            rows.append(row)
-        probabilities = self._probabilities(clips, texts)
-        for row, probability in zip(rows, probabilities, strict=True):
+            for length in self._lengths(len(frames)):
+                clips.append(frames[frame_indices(length)])
+                texts.append(clean_instruction(instruction))
+                rows.append(row)
+        lowest: dict[int, float] = {}
+        for row, probability in zip(rows, self._probabilities(clips, texts), strict=True):
+            lowest[row] = float(np.minimum(lowest.get(row, 1.0), probability))  # NaN stays NaN
+        for row, probability in lowest.items():
             verdicts[row] = self._verdict(probability, timer.seconds())
         return [verdict if verdict is not None else invalid("not judged") for verdict in verdicts]
+
+    def _lengths(self, frames: int) -> list[int]:
+        """Numbers of leading frames of a video that must look like a success."""
+        hold = self.network.config.hold
+        return [frames, frames - hold] if hold and frames - hold >= 2 else [frames]
 
     @torch.inference_mode()
     def _probabilities(self, clips: Sequence[UInt8Array], texts: Sequence[str]) -> list[float]:
@@ -150,6 +159,10 @@ def resize_frames(frames: UInt8Array, size: int) -> Tensor:
 
 
 def _model_config(content: Any, path: Path) -> EmbeddedJudgeConfig:
-    if isinstance(content, dict) and content.get("pointers") is False:  # folders of an early version
-        content = {name: value for name, value in content.items() if name != "pointers"}
-    return EmbeddedJudgeConfig(**checked_fields(content, EmbeddedJudgeConfig, path))
+    if isinstance(content, dict):
+        if content.get("pointers") is False:  # folders of an early version
+            content = {name: value for name, value in content.items() if name != "pointers"}
+        content = {"hold": 0} | content  # folders of earlier versions lack it
+        if type(content["hold"]) is not int or not 0 <= content["hold"] <= 4096:
+            raise CheckpointError(f"{path}: hold is {content['hold']!r}, expected a number of frames, at most 4096")
+    return EmbeddedJudgeConfig(**checked_fields(content, EmbeddedJudgeConfig, path, but=("hold",)))

@@ -61,16 +61,19 @@ class EmbeddedJudgeConfig:
     """Slots per instruction."""
     threshold: float = 0.5
     """Success probability from which a clip is a success; calibrated for precision on validation clips."""
+    hold: int = 0
+    """Frames for which a success must have lasted: the lower one of the probabilities at the end of a video and this many
+    frames before counts. 0: only the end. Videos of fewer than ``hold`` + 2 frames are judged at their end."""
 
     def __post_init__(self) -> None:
         sizes = (self.frame_size, self.stem, self.mid, self.deep, self.width, self.heads, self.layers, self.text_layers)
         parts = [(self.width, self.heads), (self.frame_size, 8), (self.mid, 8), (self.deep, 8)]
-        positive = min(*sizes, self.text_len) > 0
+        positive = min(*sizes, self.text_len) > 0 and self.hold >= 0
         if not (positive and all(a % b == 0 for a, b in parts) and self.slots >= 2 and 0 < self.threshold < 1):
             raise CheckpointError(
                 f"The judge's sizes do not fit: width {self.width} must be a multiple of heads {self.heads}; frame_size "
                 f"{self.frame_size}, mid {self.mid} and deep {self.deep} multiples of 8; slots {self.slots} at least 2; "
-                f"threshold {self.threshold} in (0, 1); the others positive."
+                f"threshold {self.threshold} in (0, 1); hold {self.hold} at least 0; the others positive."
             )
 
 

@@ -112,6 +112,8 @@ TASKS: Final = (
 )
 """The four tasks; ``task_id`` is the index."""
 TASK_NAMES: Final = tuple(task.name for task in TASKS)
+NON_TASK_RELATIONS: Final = tuple(name for name in PLACE_RELATIONS if name not in {task.relation for task in TASKS})
+"""The placing relations that are no task's."""
 
 
 def words(name: str) -> str:

@@ -30,6 +30,8 @@ _ORDER = (
     "dynamics",
     "world_model",
     "dreams",
+    "placed",
+    "placed_dreams",
     "judge",
     "starts",
     "assets",

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rawdream_env.data.collect import CollectConfig
-from rawdream_env.piper.goals import OTHER_RELATIONS
+from rawdream_env.piper.relations import NON_TASK_RELATIONS
 from rawdream_env.recipes.folders import Paths, collect_stage, settings_of
 from rawdream_env.recipes.presets import Scale, SceneScale
 from rawdream_env.trainers.common.stages import Stage
@@ -19,7 +19,8 @@ def judge_stages(scale: Scale, paths: Paths, *, device: str, seed: int, workers:
     """The stages, in order; they need the world model's and the data of play.
 
     A policy that is trained against a judge looks for its errors, so the judge also sees what policies do that were
-    trained in the first world model, here asked for relations that are no task. That model paints like the last one.
+    trained in the first world model, here asked for relations that are no task. That model paints like the last one. Such
+    policies seldom succeed at what they were not trained on, so a scripted expert shows the same relations done.
     """
     scene = scale.world_model if isinstance(scale.world_model, SceneScale) else None
     painted, model = (
@@ -41,17 +42,24 @@ def judge_stages(scale: Scale, paths: Paths, *, device: str, seed: int, workers:
         return folder
 
     imagined = [dreams("dreams", paths.other_play, scale.dream_clips, seed)]
-    rollouts = []
+    placed = paths.out / "data" / "placed"
+    expert = CollectConfig(
+        out=str(placed), kind="expert", episodes=scale.expert_episodes, action_noise=0.2, tasks=NON_TASK_RELATIONS,
+        workers=workers, seed=seed + 4, progress=progress,
+    )  # fmt: skip
+    stages.append(collect_stage("placed", expert))
+    imagined.append(dreams("placed_dreams", placed, scale.expert_clips, seed + 1))
+    rollouts = [placed]
     for i in range(scene.dreamers if scene else 0):
         name, out = f"dreamer_rollouts_{i}", paths.out / "data" / f"dreamer_rollouts_{i}"
         collected = CollectConfig(
             out=str(out), kind="policy", policy=str(paths.dreamer(i)), episodes=scale.dreamer_episodes, temperature=0.7,
-            action_noise=0.05, tasks=OTHER_RELATIONS, workers=workers, seed=seed + 5 + i,
+            action_noise=0.05, tasks=NON_TASK_RELATIONS, workers=workers, seed=seed + 5 + i,
             progress=progress,
         )  # fmt: skip
         stages.append(collect_stage(name, collected, ("dreamers",)))
         rollouts.append(out)
-        imagined.append(dreams(f"dreamer_dreams_{i}", out, scale.dreamer_clips, seed + 1 + i))
+        imagined.append(dreams(f"dreamer_dreams_{i}", out, scale.dreamer_clips, seed + 2 + i))
     train = JudgeTrainConfig(
         data=tuple(map(str, (paths.play, paths.rollouts, *rollouts))),
         run_dir=str(paths.judge.parent),

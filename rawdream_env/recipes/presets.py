@@ -66,6 +66,10 @@ class Scale:
     """Starts per task in each start pack."""
     episodes: int
     """Episodes per task in the final side-by-side measurement."""
+    expert_episodes: int
+    """Scripted episodes of relations that are no task, for the judge."""
+    expert_clips: int
+    """Imagined clips of them."""
     dreamer_episodes: int = 0
     """Rollouts of each policy that was trained in the first world model, on instructions of no task, for the judge."""
     dreamer_clips: int = 0
@@ -106,6 +110,8 @@ CPU = Scale(
     fewshot_steps=500,
     starts=64,
     episodes=100,
+    expert_episodes=320,
+    expert_clips=700,
 )
 GPU = Scale(
     world_model=VideoScale(
@@ -124,6 +130,8 @@ GPU = Scale(
     fewshot_steps=2000,
     starts=64,
     episodes=200,
+    expert_episodes=1000,
+    expert_clips=2000,
 )
 SMOKE = Scale(
     world_model=SceneScale(
@@ -152,6 +160,8 @@ SMOKE = Scale(
     fewshot_steps=2,
     starts=2,
     episodes=1,
+    expert_episodes=4,
+    expert_clips=8,
     judge_validation=0.5,
     judge_on_dreams=False,
 )

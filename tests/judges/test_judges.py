@@ -227,6 +227,16 @@ def test_threshold_decides(judge: EmbeddedJudge) -> None:
         assert verdict.outcome is expected and "threshold" in verdict.reason
 
 
+def test_a_success_must_have_lasted(judge: EmbeddedJudge) -> None:
+    clip, short = video(17), video(9, seed=1)
+    at_end, earlier = judge([clip, Video(clip.frames[:9], 10.0)], ["stack"] * 2)
+    alone = judge([short], ["stack"])[0]
+    judge.network.config = replace(SMALL, hold=8)
+    lasting, too_short = judge([clip, short], ["stack"] * 2)
+    assert lasting.probability == min(at_end.probability, earlier.probability) and at_end != earlier
+    assert too_short.probability == alone.probability
+
+
 def test_a_verdict_does_not_depend_on_what_else_is_judged() -> None:
     torch.manual_seed(0)
     judge = EmbeddedJudge(JudgeNetwork(EmbeddedJudgeConfig()))
@@ -301,6 +311,18 @@ def _edit(folder: Path, **changes: object) -> None:
 
 def _model(folder: Path, **changes: object) -> dict[str, object]:
     return {**json.loads((folder / "config.json").read_text())["model"], **changes}
+
+
+def test_folders_of_earlier_versions_ask_only_about_the_end(judge: EmbeddedJudge, tmp_path: Path) -> None:
+    path = judge.save_pretrained(tmp_path / "judge") / "config.json"
+    content = json.loads(path.read_text())
+    del content["model"]["hold"]
+    path.write_text(json.dumps(content))
+    assert EmbeddedJudge.from_pretrained(path.parent).network.config == SMALL
+    for wrong in (-1, 2.0, True):
+        path.write_text(json.dumps(content | {"model": content["model"] | {"hold": wrong}}))
+        with pytest.raises(CheckpointError, match="hold"):
+            EmbeddedJudge.from_pretrained(path.parent)
 
 
 def test_damaged_checkpoints_are_named(judge: EmbeddedJudge, tmp_path: Path) -> None:

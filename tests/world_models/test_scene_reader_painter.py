@@ -275,7 +275,7 @@ def test_no_picture_shows_a_task_done(data: Path):
 
 
 def test_an_episode_ends_before_a_task_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(practice, "_OTHER_RELATIONS", ["on:blue_block:red_block"])
+    monkeypatch.setattr(practice, "NON_TASK_RELATIONS", ["on:blue_block:red_block"])
     for name, cut in (("cut", scene_pictures.TASK_RELATIONS), ("uncut", [])):
         monkeypatch.setattr(scene_pictures, "TASK_RELATIONS", cut)
         monkeypatch.setattr(practice, "_KINDS", {"expert": 1.0})

@@ -84,9 +84,11 @@ def train_judge(config: JudgeTrainConfig, *, progress: bool = True) -> JudgeResu
         "data": [Path(folder).name for folder in config.data],
     }
     judge = EmbeddedJudge(network, metadata=facts, device=config.device)
+    hold, network.config = network.config.hold, replace(network.config, hold=0)  # labels are those of the last frame
     threshold = calibrate(judge, calibration, config.target_precision, config.calibrate_on)
     network.config = replace(network.config, threshold=threshold)
     report = evaluate(judge, test)
+    network.config = replace(network.config, hold=hold)
     overall = report.rows["all"].as_dict()
     judge.metadata["validation"] = {key: overall[key] for key in ("precision", "recall", "false_positive_rate", "n")}
     folder = judge.save_pretrained(Path(config.run_dir) / "judge")

@@ -115,7 +115,7 @@ def evaluate_judge(config: EvaluateJudgeConfig, *, judge: Judge | None = None) -
     begun = perf_counter()
     total = None if config.data else config.episodes
     try:
-        bar = tqdm(_source(config), total=total, desc="judge", unit="ep", disable=not config.progress)
+        bar = tqdm(_source(config), total=total, desc="judge", unit="ep", delay=0.5, disable=not config.progress)
         report = evaluate(asked, bar, batch_size=config.batch_size, worst=config.mistakes)
     finally:
         if judge is None and isinstance(asked, SupportsClose):

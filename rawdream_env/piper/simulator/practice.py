@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from rawdream_env.piper.relations import MOVABLE, PLACE_RELATIONS, TASKS, Task, find_task, relation_index
+from rawdream_env.piper.relations import MOVABLE, NON_TASK_RELATIONS, TASKS, Task, find_task, relation_index
 from rawdream_env.piper.simulator import layouts
 from rawdream_env.piper.simulator.motions import CLOSE, OPEN, Waypoint, follow, pick_waypoints, place_waypoints
 from rawdream_env.piper.simulator.skills import NOISE_SCALE, PlayPolicy, ScriptedExpert
@@ -19,7 +19,6 @@ from rawdream_env.types import Float32Array
 
 TASK_RELATIONS: Final = [relation_index(task.relation) for task in TASKS]
 """Columns of the tasks' relations."""
-_OTHER_RELATIONS: Final = [name for name in PLACE_RELATIONS if name not in {task.relation for task in TASKS}]
 _KINDS: Final = {"play": 0.35, "practice": 0.4, "expert": 0.25}
 """Shares of the drivers."""
 _HARD: Final = {"pot": 3.0, "spoon": 3.0}
@@ -28,7 +27,7 @@ _HARD: Final = {"pot": 3.0, "spoon": 3.0}
 
 def sample_other_task(rng: np.random.Generator) -> Task:
     """A placing relation that is no task's, as a task."""
-    return find_task(_OTHER_RELATIONS[int(rng.integers(len(_OTHER_RELATIONS)))])
+    return find_task(NON_TASK_RELATIONS[int(rng.integers(len(NON_TASK_RELATIONS)))])
 
 
 def sample_scene(rng: np.random.Generator) -> dict[str, layouts.Pose2D]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rawdream_env.data.collect import CollectConfig
+from rawdream_env.judges.embedded_network import EmbeddedJudgeConfig
 from rawdream_env.piper.relations import NON_TASK_RELATIONS
 from rawdream_env.recipes.folders import Paths, collect_stage, settings_of
 from rawdream_env.recipes.presets import Scale, SceneScale
@@ -70,6 +71,7 @@ def judge_stages(scale: Scale, paths: Paths, *, device: str, seed: int, workers:
         validation_share=scale.judge_validation,
         seed=seed,
         device=device,
+        model=EmbeddedJudgeConfig(hold=4),
     )
 
     def run() -> dict[str, Any]:

@@ -244,7 +244,7 @@ def _examinations(config: JudgeTrainConfig, held: list[ClipSet]) -> tuple[list[J
 
 
 def calibrate(judge: EmbeddedJudge, clips: list[JudgeClip], target_precision: float, kinds: tuple[str, ...]) -> float:
-    """The lowest threshold in [0.05, 0.99] whose precision on ``clips`` reaches the target.
+    """The lowest threshold in [0.5, 0.99] whose precision on ``clips`` reaches the target.
 
     If none does: the one with the best F0.5, which weighs precision twice as much as recall. Only goals of ``kinds``
     count (all goals, if there are none of these kinds); held-out pairs are excluded.
@@ -255,7 +255,7 @@ def calibrate(judge: EmbeddedJudge, clips: list[JudgeClip], target_precision: fl
     chances = np.array([math.nan if v.probability is None else v.probability for v in verdicts])
     labels = np.array([clip.label for clip in trained])
     scores = []
-    for threshold in np.round(np.arange(0.05, 0.995, 0.01), 2):
+    for threshold in np.round(np.arange(0.5, 0.995, 0.01), 2):
         yes = chances >= threshold
         hits, wrong, missed = (yes & labels).sum(), (yes & ~labels).sum(), (~yes & labels).sum()
         if hits and hits / (hits + wrong) >= target_precision:

@@ -13,7 +13,6 @@ import argparse
 from collections import deque
 
 import gymnasium as gym
-import numpy as np
 import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
@@ -107,24 +106,6 @@ class FitCritic(BaseCallback):
         policy.fit_critic(*map(torch.cat, zip(*self.recent, strict=True)), self.optimizer, self.steps)
 
 
-class CenterTasks(BaseCallback):
-    """Subtract each task's mean advantage in the rollout: an error of the critic about a whole task, such as a hard one whose
-    failures it did not expect, must not teach the policy to act differently there.
-    """
-
-    def _on_step(self):
-        return True
-
-    def _on_rollout_end(self):
-        buffer = self.model.rollout_buffer
-        _, task = np.unique(
-            buffer.observations["instruction"].reshape(buffer.advantages.size, -1), axis=0, return_inverse=True
-        )
-        task = task.reshape(buffer.advantages.shape)
-        for one in np.unique(task):
-            buffer.advantages[task == one] -= buffer.advantages[task == one].mean()
-
-
 class Progress(BaseCallback):
     """A progress bar with the success rate of the last update's episodes in the training environment."""
 
@@ -188,7 +169,7 @@ model = PPO(
     device="cpu",
 )
 measure("before")
-model.learn(updates * batch, callback=[Progress(), FitCritic(), CenterTasks(), Average(args.average)])
+model.learn(updates * batch, callback=[Progress(), FitCritic(), Average(args.average)])
 envs.close()
 measure("after")
 if args.out:

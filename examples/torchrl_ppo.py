@@ -95,17 +95,6 @@ class Critic(nn.Module):
             self.optimizer.step()
 
 
-def center_tasks(data):
-    """Subtract each task's mean advantage: an error of the critic about a whole task must not teach the policy to act
-    differently there.
-    """
-    _, task = data["instruction"].flatten(0, -2).unique(dim=0, return_inverse=True)
-    centered = data["advantage"].flatten()
-    for one in task.unique():
-        centered[task == one] -= centered[task == one].mean()
-    data["advantage"] = centered.view_as(data["advantage"])
-
-
 def measure(name):
     """Print the success rates of the policy in the simulator."""
     for temperature in (0.0, args.temperature) if args.episodes else ():
@@ -151,7 +140,6 @@ for _ in bar:
         data = env.rollout(8, actor, break_when_any_done=False)
         data["next", "terminated"] = data["next", "done"]  # an episode without success at the horizon has failed
         advantage(data)
-        center_tasks(data)
     chunks = data.exclude("logits").reshape(-1)
     value.fit(chunks["image"], chunks["instruction"], chunks["value_target"][:, 0])
     for part in chunks[torch.randperm(len(chunks))].split(max(2, len(chunks) // 2)):

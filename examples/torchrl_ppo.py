@@ -29,7 +29,7 @@ from rawdream_env.trainers.policy.validation import simulator_success
 from rawdream_env.wrappers import InstructionObservation, TokenActions
 
 IDS = {"dream": "rawdream/PiperDream-v0", "sim": "rawdream/PiperSim-v0"}
-# The reward is the state that the world model imagines: a policy learns to exploit the bundled judge of videos.
+# The reward is the task's relation in the state that the world model imagines; the bundled judge of videos is slower.
 OPTIONS = {"dream": {"judge": "state", "judge_every": "chunk", "dtype": "bfloat16"}}
 CRITIC_FIRST = 4  # rollouts before the actor's first update
 

@@ -32,6 +32,8 @@ _ORDER = (
     "dreams",
     "placed",
     "placed_dreams",
+    "fumbled",
+    "fumbled_dreams",
     "judge",
     "starts",
     "assets",

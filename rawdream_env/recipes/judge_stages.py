@@ -21,7 +21,8 @@ def judge_stages(scale: Scale, paths: Paths, *, device: str, seed: int, workers:
 
     A policy that is trained against a judge looks for its errors, so the judge also sees what policies do that were
     trained in the first world model, here asked for relations that are no task. That model paints like the last one. Such
-    policies seldom succeed at what they were not trained on, so a scripted expert shows the same relations done.
+    policies seldom succeed at what they were not trained on, so a scripted expert shows the same relations done, and a shaky
+    one nearly done.
     """
     scene = scale.world_model if isinstance(scale.world_model, SceneScale) else None
     painted, model = (
@@ -43,14 +44,16 @@ def judge_stages(scale: Scale, paths: Paths, *, device: str, seed: int, workers:
         return folder
 
     imagined = [dreams("dreams", paths.other_play, scale.dream_clips, seed)]
-    placed = paths.out / "data" / "placed"
-    expert = CollectConfig(
-        out=str(placed), kind="expert", episodes=scale.expert_episodes, action_noise=0.2, tasks=NON_TASK_RELATIONS,
-        workers=workers, seed=seed + 4, progress=progress,
-    )  # fmt: skip
-    stages.append(collect_stage("placed", expert))
-    imagined.append(dreams("placed_dreams", placed, scale.expert_clips, seed + 1))
-    rollouts = [placed]
+    rollouts = []
+    for i, (name, noise) in enumerate((("placed", 0.2), ("fumbled", 0.7))):  # with much noise it often never lets go
+        out = paths.out / "data" / name
+        expert = CollectConfig(
+            out=str(out), kind="expert", episodes=scale.expert_episodes, action_noise=noise, tasks=NON_TASK_RELATIONS,
+            workers=workers, seed=seed + 20 + i, progress=progress,
+        )  # fmt: skip
+        stages.append(collect_stage(name, expert))
+        rollouts.append(out)
+        imagined.append(dreams(f"{name}_dreams", out, scale.expert_clips, seed + 20 + i))
     for i in range(scene.dreamers if scene else 0):
         name, out = f"dreamer_rollouts_{i}", paths.out / "data" / f"dreamer_rollouts_{i}"
         collected = CollectConfig(
@@ -60,7 +63,7 @@ def judge_stages(scale: Scale, paths: Paths, *, device: str, seed: int, workers:
         )  # fmt: skip
         stages.append(collect_stage(name, collected, ("dreamers",)))
         rollouts.append(out)
-        imagined.append(dreams(f"dreamer_dreams_{i}", out, scale.dreamer_clips, seed + 2 + i))
+        imagined.append(dreams(f"dreamer_dreams_{i}", out, scale.dreamer_clips, seed + 1 + i))
     train = JudgeTrainConfig(
         data=tuple(map(str, (paths.play, paths.rollouts, *rollouts))),
         run_dir=str(paths.judge.parent),

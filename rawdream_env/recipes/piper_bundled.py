@@ -5,8 +5,8 @@
 
 The stages, in order: collect play -> pre-train the policy on it -> run that policy on instructions that are not
 tasks -> collect 3 demonstrations per task -> fine-tune the policy on them -> train the world model -> imagine clips of other
-play, and of policies that were trained in a dream, on instructions that are not tasks -> train the judge on all of it -> render
-the starts -> copy the checkpoints -> evaluate everything -> write the model card.
+play, and of scripted experts and policies that were trained in a dream, on instructions that are not tasks -> train the judge
+on all of it -> render the starts -> copy the checkpoints -> evaluate everything -> write the model card.
 
 The presets cpu and smoke train the scene world model (``scene_stages.py``): collect object states and pictures, in which no
 relation of a task ever comes true, then train reader, dynamics and painter. The preset gpu trains the video world model on

@@ -67,9 +67,9 @@ class Scale:
     episodes: int
     """Episodes per task in the final side-by-side measurement."""
     expert_episodes: int
-    """Scripted episodes of relations that are no task, for the judge."""
+    """Scripted episodes of relations that are no task, for the judge; as many by a shaky expert."""
     expert_clips: int
-    """Imagined clips of them."""
+    """Imagined clips of either."""
     dreamer_episodes: int = 0
     """Rollouts of each policy that was trained in the first world model, on instructions of no task, for the judge."""
     dreamer_clips: int = 0

@@ -78,6 +78,14 @@ def measure(kind, seed, step, policy):
             file.write(json.dumps({**row, "episodes": episodes, "successes": found}) + "\n")
 
 
+def trained(config):
+    """The finished run; Ctrl-C ends the script, so that nothing is measured as what it is not."""
+    result = train_grpo(config)
+    if result.stopped == "interrupted":
+        raise KeyboardInterrupt
+    return result
+
+
 def train(kind, seed):
     """One run, measured every ``--every`` updates."""
     env = {"world_model": args.world_model, "judge": args.judge, "judge_every": "chunk", "dtype": "bfloat16"}
@@ -97,12 +105,12 @@ def train(kind, seed):
     for steps in range(args.every, args.updates + 1, args.every):
         if any((r["kind"], r["seed"], r["step"]) == (kind, seed, steps) for r in rows()) and steps < args.updates:
             continue
-        result = train_grpo(GRPOConfig(steps=steps, **config))
+        result = trained(GRPOConfig(steps=steps, **config))
         measure(kind, seed, result.step, result.policy)
     if args.final_updates:
         config |= {"policy": str(args.out / run / "policy"), "run_dir": args.out / f"{run}-final"}
         config["temperature"] = args.final_temperature
-        result = train_grpo(GRPOConfig(steps=args.final_updates, **config))
+        result = trained(GRPOConfig(steps=args.final_updates, **config))
         measure(kind, seed, last_step, result.policy)
 
 

@@ -85,9 +85,10 @@ class EmbeddedJudge:
             if frames is None or reason:
                 verdicts[row] = invalid(reason, timer.seconds())
                 continue
+            text = clean_instruction(instruction)
             for length in self._lengths(len(frames)):
                 clips.append(frames[frame_indices(length)])
-                texts.append(clean_instruction(instruction))
+                texts.append(text)
                 rows.append(row)
         lowest: dict[int, float] = {}
         for row, probability in zip(rows, self._probabilities(clips, texts), strict=True):

@@ -31,7 +31,9 @@ def rank_policies(records: Sequence[EpisodeRecord], *, resamples: int = 500, see
     success rates of every policy at every task, which are more points but also reflect the difficulty of the tasks.
 
     The dream's rates are over trusted episodes. Intervals resample *starts* (the same ones for every policy): they hold for
-    these policies and tasks, not for others. MMRV is never negative, so noise alone raises it.
+    these policies and tasks, not for others. Resampled rates scatter more than the rates themselves, which weakens the
+    correlations: near 1 their intervals lie too low, and may not reach the estimate. MMRV is never negative, so noise alone
+    raises it.
     """
     policies = list(dict.fromkeys(r.policy for r in records))
     tasks = list(dict.fromkeys(r.task for r in records))

@@ -27,6 +27,7 @@ NAMES = (
     "dual_noise",
     "memory",
     "embedded_vs_twin",
+    "scene_vs_twin",
     "judge_client",
     "judge_overlap",
     "instant_reflector",

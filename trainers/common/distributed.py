@@ -161,6 +161,7 @@ def join(parallel: Parallel, device: str) -> Iterator[ProcessGroup]:
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=PATIENCE)
     try:
         yield ProcessGroup(parallel, rank, size, device)
+        dist.barrier()  # process 0 writes last, and torchrun ends it if another one fails on its way out
     finally:
         dist.destroy_process_group()
 

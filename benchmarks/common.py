@@ -86,6 +86,17 @@ def ratio(slow: Times, fast: Times) -> dict[str, float]:
     }
 
 
+def twin_starts(twin: Any, count: int) -> list[Any]:
+    """Starts of the Piper's tasks in turn, scene seeds 0, 1, ..., on the first ``count`` rows of ``twin``, which is reset."""
+    from rawdream_env.piper.relations import TASKS
+    from rawdream_env.types import Start
+
+    rows, tasks = range(count), [i % len(TASKS) for i in range(count)]
+    frames = twin.reset(rows, list(rows), [TASKS[task].name for task in tasks])
+    proprio = twin.proprio(rows)
+    return [Start(frames[i], TASKS[task].instruction, task, proprio[i], i) for i, task in enumerate(tasks)]
+
+
 def milliseconds(times: Times) -> str:
     """Minimum and median as "12.3 / 12.9 ms"."""
     return f"{1e3 * times.best:.2f} / {1e3 * times.median:.2f} ms"

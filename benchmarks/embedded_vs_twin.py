@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from benchmarks.common import ROUNDS, Result, embedded_models, interleave
+from benchmarks.common import ROUNDS, Result, embedded_models, interleave, twin_starts
 
 BATCH, CHUNKS = 8, 8
 
@@ -43,17 +43,13 @@ def run(quick: bool = False) -> Result:
     from rawdream_env.evaluation.reporting.provenance import usable_cores
     from rawdream_env.piper.relations import TASKS
     from rawdream_env.piper.simulator.workers import PiperWorkers
-    from rawdream_env.types import Start
 
     model, judge, policy, trained = embedded_models()
     watch, workers = Stopwatch(), usable_cores()
     twin = PiperWorkers(BATCH, 0 if workers == 1 else workers, image_size=model.frame_shape[0])
     tasks = [TASKS[i % len(TASKS)].name for i in range(BATCH)]
     seeds = list(range(BATCH))
-    frames, proprio = twin.reset(range(BATCH), seeds, tasks), twin.proprio(range(BATCH))
-    starts = [
-        Start(frames[i], TASKS[i % len(TASKS)].instruction, i % len(TASKS), proprio[i], seeds[i]) for i in range(BATCH)
-    ]
+    starts = twin_starts(twin, BATCH)
     env = DreamVectorEnv(
         BATCH, world_model=model, judge=watch.wrap("judge", judge), starts="null", autoreset_mode="Disabled"
     )

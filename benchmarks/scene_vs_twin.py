@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import ROUNDS, Result, interleave
+from benchmarks.common import ROUNDS, Result, interleave, ratio, twin_starts
 
 BATCH, CHUNKS, HORIZON = 64, 2, 8
 
@@ -24,32 +24,26 @@ def run(quick: bool = False) -> Result:
     from rawdream_env.envs.episodes import run_episodes
     from rawdream_env.envs.imagination import begin_states, imagine
     from rawdream_env.evaluation.reporting.provenance import usable_cores
-    from rawdream_env.judges import load_judge
     from rawdream_env.piper.envs import PiperSimVectorEnv
     from rawdream_env.piper.relations import TASKS
     from rawdream_env.piper.simulator.workers import PiperWorkers
     from rawdream_env.policies import load_policy
     from rawdream_env.seeding import NoiseKey
-    from rawdream_env.types import ShownFrames, Start
+    from rawdream_env.types import ShownFrames
     from rawdream_env.world_models import load_world_model
 
     batch = 16 if quick else BATCH
     cores = usable_cores()
     workers = 0 if cores == 1 else cores
     model, policy = load_world_model("embedded", dtype="bfloat16"), load_policy("embedded")
-    tasks, seeds = [i % len(TASKS) for i in range(batch)], list(range(batch))
     twin = PiperWorkers(batch, workers, image_size=model.frame_shape[0])
-    frames = twin.reset(range(batch), seeds, [TASKS[task].name for task in tasks])
-    proprio = twin.proprio(range(batch))
-    starts = [
-        Start(frames[i], TASKS[tasks[i]].instruction, tasks[i], np.asarray(proprio[i], np.float32), seeds[i])
-        for i in range(batch)
-    ]
+    starts = twin_starts(twin, batch)
+    seeds, tasks = list(range(batch)), [TASKS[start.task_id].name for start in starts]
     keys = [NoiseKey(seed) for seed in seeds]
     actions = np.random.default_rng(0).uniform(-0.5, 0.5, (CHUNKS, batch, model.chunk_len, 7)).astype(np.float32)
     options: dict[str, Any] = {"autoreset_mode": "Disabled", "judge_every": "episode"}
     by_state = DreamVectorEnv(batch, world_model=model, judge="state", starts="null", **options)
-    by_judge = DreamVectorEnv(batch, world_model=model, judge=load_judge("embedded"), starts="null", **options)
+    by_judge = DreamVectorEnv(batch, world_model=model, judge="embedded", starts="null", **options)
     simulator = PiperSimVectorEnv(batch, num_workers=workers, **options)
 
     def dream(shown: ShownFrames) -> None:
@@ -58,7 +52,7 @@ def run(quick: bool = False) -> Result:
             state, _, _ = imagine(model, state, chunk, shown)
 
     def simulate(every_frame: bool) -> None:
-        twin.reset(range(batch), seeds, [TASKS[task].name for task in tasks])
+        twin.reset(range(batch), seeds, tasks)
         for chunk in actions:
             twin.step(range(batch), chunk, every_frame=every_frame)
 
@@ -87,20 +81,12 @@ def run(quick: bool = False) -> Result:
         "dream, every frame": "twin, every frame", "dream, last frames": "twin, last frames",
         "dream, policy": "twin, policy", "dream, policy and judge": "twin, policy",
     }  # fmt: skip
-    ratios = {
-        name: float(np.median(_rate(times, count, name) / _rate(times, count, other)))
-        for name, other in against.items()
-    }
+    ratios = {name: ratio(times[other], times[name]) for name, other in against.items()}  # sides of as many frames
     lines = [
-        f"{name}: {rates[name]['median']:.0f} frames/s, {other}: {rates[other]['median']:.0f} ({ratios[name]:.2f}x)"
+        f"{name}: {rates[name]['median']:.0f} frames/s, {other}: {rates[other]['median']:.0f} "
+        f"({ratios[name]['median_round']:.2f}x)"
         for name, other in against.items()
     ]
     numbers = {"frames_per_s": rates, "ratios": ratios, "batch": batch, "workers": workers,
                "threads": torch.get_num_threads()}  # fmt: skip
     return Result("scene_vs_twin", "report", None, lines, numbers)
-
-
-def _rate(times: Any, count: dict[str, int], name: str) -> np.ndarray:
-    """Frames per second of every round."""
-    rate: np.ndarray = count[name] / times[name].seconds
-    return rate

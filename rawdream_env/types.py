@@ -6,10 +6,10 @@ H W height and width, C channels, L tokens, D width, A action dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -134,8 +134,7 @@ class Judge(Protocol):
     """Decides whether an instruction is carried out in a video.
 
     Optional: ``remote`` (bool, default False): the verdicts come from a server, so that calls may wait in
-    threads; ``sees_frames`` (bool, default True): False where only ``Video.state_success`` counts, so that frames need not
-    be computed for it; and :class:`SupportsClose`.
+    threads; :class:`SupportsFramesSeen`; and :class:`SupportsClose`.
     """
 
     def __call__(self, videos: Sequence[Video], instructions: Sequence[str]) -> list[Verdict]:
@@ -183,16 +182,25 @@ class SupportsPrepare(Protocol):
         ...
 
 
-ShownFrames = Literal["all", "last", "none"]
-"""Which frames of a chunk somebody looks at."""
-
-
 @runtime_checkable
 class SupportsShownFrames(Protocol):
     """A world model that need not compute every frame of a chunk to go on."""
 
-    def imagine_shown(self, state: Any, actions: Tensor, shown: ShownFrames) -> tuple[Any, Tensor]:
-        """As ``WorldModel.imagine``, with only the ``shown`` frames: uint8 (B, K or 1 or 0, H, W, 3), each as among all."""
+    def imagine_shown(self, state: Any, actions: Tensor, shown: Tensor) -> tuple[Any, Tensor]:
+        """As ``WorldModel.imagine``, with only the frames where ``shown``, bool (B, K), is True: uint8 (M, H, W, 3), row by
+        row and in the order of time, each as among all.
+        """
+        ...
+
+
+@runtime_checkable
+class SupportsFramesSeen(Protocol):
+    """A judge that looks at some frames of a video and not at others, which need not be computed for it."""
+
+    def frames_seen(self, total: int, fps: float) -> Collection[int]:
+        """Indices of the frames that decide about a video of ``total`` frames at ``fps`` Hz. The verdict must not depend on
+        any other frame. Empty where only ``Video.state_success`` counts.
+        """
         ...
 
 

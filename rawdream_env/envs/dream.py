@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from rawdream_env.envs.imagination import (
 from rawdream_env.envs.reflector import Reflector
 from rawdream_env.errors import InvalidActionError, InvalidOptionError, OffloadedError
 from rawdream_env.judges import load_judge
-from rawdream_env.judges.base import ask, is_scanning, sees_frames
+from rawdream_env.judges.base import ask, frames_seen, is_scanning
 from rawdream_env.judges.ensemble import HoldOutJudge
 from rawdream_env.robots import DEFAULT_ROBOT
 from rawdream_env.seeding import NoiseKey
@@ -37,10 +38,10 @@ from rawdream_env.types import (
     Float32Array,
     Judge,
     Outcome,
-    ShownFrames,
     Start,
     SupportsClose,
     SupportsPrepare,
+    SupportsShownFrames,
     Trajectory,
     UInt8Array,
     Verdict,
@@ -65,8 +66,9 @@ class DreamVectorEnv(ChunkVectorEnv):
     False; at the horizon it truncates. Frames that are not finite are never shown to the judge and truncate at once. When
     a judge raises, the environment is as it was before the step, which can be tried again.
 
-    Frames inside a chunk that nobody looks at are not computed where the world model can do without (``imagine_shown``):
-    that is so when ``return_frames`` is off, there is no reflector, and the judge sees no frames ("state").
+    Frames that nobody looks at are not computed where the world model can do without (``SupportsShownFrames``): with
+    ``return_frames`` off, only the last one of every chunk and those that the judge will look at (``SupportsFramesSeen``).
+    :meth:`videos` computes the others when it is asked for them.
 
     The world model's state is freed when all episodes are over, and ``offload`` moves its weights to host memory: a policy that
     is updated between rollouts on the same GPU has the memory of both.
@@ -182,6 +184,7 @@ class DreamVectorEnv(ChunkVectorEnv):
         )
         if isinstance(self.world_model, SupportsPrepare):
             self.world_model.prepare(self.num_envs)
+        self._every = np.ones(self.chunk_len, np.bool_)
         self._state: Any = None
         self._current: list[Episode | None] = [None] * self.num_envs
         self._finished: list[Episode | None] = [None] * self.num_envs
@@ -224,10 +227,24 @@ class DreamVectorEnv(ChunkVectorEnv):
         return [None if e is None else e.trajectory(shape) for e in self._episodes_of(rows, which)]
 
     def videos(self, rows: Sequence[int] | None = None, *, which: str = "finished") -> list[Video | None]:
-        """The videos that the judge is shown: recorded frames of ``rows``, as in :meth:`trajectories`. Where nobody looks at
-        the frames inside a chunk (the class docstring), they have the last frame of every chunk alone.
+        """The videos of ``rows``, as in :meth:`trajectories`. Frames that were not computed (the class docstring) are
+        computed now, by imagining the recorded episodes once more.
+
+        Raises ``OffloadedError`` or ``ClosedEnvironmentError`` where that is needed and cannot be done.
         """
-        return [None if e is None else e.video(self.fps) for e in self._episodes_of(rows, which)]
+        episodes = self._episodes_of(rows, which)
+        missing = [episode for episode in episodes if episode is not None and not episode.complete]
+        if missing:
+            self._require_open("videos")
+            self._complete(missing)
+        return [None if episode is None else episode.video(self.fps) for episode in episodes]
+
+    def _complete(self, episodes: Sequence[Episode]) -> None:
+        """Compute the frames that recorded episodes lack."""
+        shape = (self.chunk_len, self.single_action_space.shape[1])  # type: ignore[index]
+        again = self._imagine_again([episode.trajectory(shape) for episode in episodes], None)
+        for episode, whole in zip(episodes, again, strict=True):
+            episode.frames, episode.shown = whole.frames, whole.shown
 
     def _episodes_of(self, rows: Sequence[int] | None, which: str) -> list[Episode | None]:
         parse_choice("which", which, ("finished", "current"))
@@ -270,9 +287,9 @@ class DreamVectorEnv(ChunkVectorEnv):
         replays: list[Replay] = []
         for first in range(0, len(trajectories), max(size, 1)):
             asked = self.judge if judge is True else (judge or None)
-            unseen = asked is None or not sees_frames(asked)
-            shown: ShownFrames = "none" if unseen and not return_frames else "all"
-            episodes = self._imagine_again(trajectories[first : first + size], draw, shown)
+            some = [replace(t, noise_key=t.noise_key.at(draw=draw)) for t in trajectories[first : first + size]]
+            seen = None if return_frames else [self._seen(asked, [len(t.actions)]) for t in some]
+            episodes = self._imagine_again(some, seen)
             verdicts = self._judge(asked, episodes, [e.valid for e in episodes])
             for episode, verdict in zip(episodes, verdicts, strict=True):
                 frames = np.concatenate(episode.frames) if return_frames else None
@@ -293,10 +310,12 @@ class DreamVectorEnv(ChunkVectorEnv):
                 f"expected finite float32 (T, {', '.join(map(str, shape or ()))})."
             )
 
-    def _imagine_again(self, trajectories: Sequence[Trajectory], draw: int, shown: ShownFrames) -> list[Episode]:
-        keys = [t.noise_key.at(draw=draw) for t in trajectories]
-        episodes = [Episode(t.start, key, [t.start.frame[None]]) for t, key in zip(trajectories, keys, strict=True)]
-        state = begin_states(self.world_model, [t.start for t in trajectories], keys)
+    def _imagine_again(
+        self, trajectories: Sequence[Trajectory], seen: Sequence[NDArray[np.bool_]] | None
+    ) -> list[Episode]:
+        """Recorded episodes under their noise; ``seen`` as of ``_seen``, per trajectory, None: all frames."""
+        episodes = [Episode.begin(t.start, t.noise_key) for t in trajectories]
+        state = begin_states(self.world_model, [t.start for t in trajectories], [t.noise_key for t in trajectories])
         rows = list(range(len(trajectories)))
         for chunk in range(max(len(t.actions) for t in trajectories)):
             keep = [i for i, row in enumerate(rows) if chunk < len(trajectories[row].actions) and episodes[row].valid]
@@ -305,6 +324,7 @@ class DreamVectorEnv(ChunkVectorEnv):
             if len(keep) < len(rows):
                 state, rows = select(state, keep), [rows[i] for i in keep]
             actions = np.stack([trajectories[row].actions[chunk] for row in rows]).astype(np.float32)
+            shown = self._shown(None if seen is None else [seen[row][chunk] for row in rows])
             state, frames, finite = imagine(self.world_model, state, actions, shown)
             starts = [episodes[row].start for row in rows]
             done, lifted = state_success(self.world_model, state, starts), state_lifted(self.world_model, state, starts)
@@ -314,8 +334,29 @@ class DreamVectorEnv(ChunkVectorEnv):
                 episodes[row].lifted = int(lifted[i])
                 episodes[row].valid = bool(finite[i])
                 if finite[i]:
-                    episodes[row].frames.append(frames[i].copy())
+                    episodes[row].frames.append(frames[i])
+                    episodes[row].shown.append(self._every if shown is None else shown[i])
         return episodes
+
+    def _seen(self, judge: Judge | None, lengths: Sequence[int]) -> NDArray[np.bool_]:
+        """The frames that ``judge`` looks at in episodes of ``lengths`` chunks: bool (longest, K), without the start."""
+        k, longest = self.chunk_len, max(lengths)
+        seen = np.zeros(1 + longest * k, np.bool_)
+        for length in lengths if judge is not None else ():
+            total = 1 + length * k
+            seen[[index for index in frames_seen(judge, total, self.fps) if 0 <= index < total]] = True
+        return seen[1:].reshape(longest, k)
+
+    def _enough(self, episode: Episode, judge: Judge) -> bool:
+        """Whether the episode has the frames that ``judge`` looks at."""
+        if episode.complete:
+            return True
+        seen = self._seen(judge, [len(episode.actions)])
+        return not (seen & ~np.stack(episode.shown[1:])).any()
+
+    def _shown(self, wanted: Sequence[NDArray[np.bool_]] | None) -> NDArray[np.bool_] | None:
+        """The frames to compute of a chunk, bool (n, K); None, all, also for a world model that cannot leave any out."""
+        return None if wanted is None or not isinstance(self.world_model, SupportsShownFrames) else np.stack(wanted)
 
     # ---- hooks of the base class -------------------------------------------------------------------------------
 
@@ -328,16 +369,18 @@ class DreamVectorEnv(ChunkVectorEnv):
         whole = len(rows) == self.num_envs
         self._state = state if whole else scatter(self._state, self.num_envs, rows, state)
         for row, start, key in zip(rows.tolist(), starts, keys, strict=True):
-            self._current[row] = Episode(start, key, [start.frame[None].copy()])
+            self._current[row] = Episode.begin(start, key)
         return starts
 
     def _advance(self, rows: Rows, actions: Float32Array, last: NDArray[np.bool_]) -> ChunkResult:
         whole = len(rows) == self.num_envs
         state = self._state if whole else select(self._state, rows)
-        unseen = not (self.return_frames or self.reflector or sees_frames(self.judge)) and self._judged[rows].all()
-        shown: ShownFrames = "last" if unseen else "all"
+        shown = self._shown(None if self.return_frames else [self._looked_at(row) for row in rows.tolist()])
         state, frames, finite = imagine(self.world_model, state, actions, shown)
-        episodes = [self._extended(row, actions[i], frames[i], bool(finite[i])) for i, row in enumerate(rows.tolist())]
+        episodes = [
+            self._extended(row, actions[i], frames[i], self._every if shown is None else shown[i], bool(finite[i]))
+            for i, row in enumerate(rows.tolist())
+        ]
         starts = [episode.start for episode in episodes]
         done, lifted = state_success(self.world_model, state, starts), state_lifted(self.world_model, state, starts)
         for episode, success, up in zip(episodes, done.tolist(), lifted.tolist(), strict=True):
@@ -348,12 +391,28 @@ class DreamVectorEnv(ChunkVectorEnv):
         for i, row in enumerate(rows.tolist()):
             verdict = verdicts[i] if finite[i] else _BROKEN
             if not finite[i]:
-                frames[i] = episodes[i].frames[-1][-1]
+                frames[i][:] = episodes[i].frames[-1][-1]
             if verdict is not None:
                 episodes[i].verdict = verdict
             episodes[i].valid = verdict is None or verdict.outcome != Outcome.INVALID
             self._current[row] = episodes[i]
-        return self._result(frames, episodes, verdicts, ~finite)
+        returned = np.stack(frames if self.return_frames else [piece[-1:] for piece in frames])
+        return self._result(returned, episodes, verdicts, ~finite)
+
+    def _looked_at(self, row: int) -> NDArray[np.bool_]:
+        """The frames that somebody looks at in the row's next chunk, bool (K,): the last one, which is observed, and the
+        judge's; all in episodes that the caller judges.
+        """
+        episode = self._current[row]
+        assert episode is not None
+        if not self._judged[row]:
+            return self._every
+        done = len(episode.actions)
+        horizon = max(self.max_episode_steps, done + 1)
+        asked = range(done + 1, horizon + 1) if self.judge_every == "chunk" else [horizon]
+        seen: NDArray[np.bool_] = self._seen(self.judge, asked)[done]
+        seen[-1] = True
+        return seen
 
     def _finish(self, rows: Rows) -> None:
         for row in rows.tolist():
@@ -367,12 +426,16 @@ class DreamVectorEnv(ChunkVectorEnv):
             assert episode is not None
             episode.verdict, episode.valid = verdict, verdict.outcome != Outcome.INVALID
 
-    def _extended(self, row: int, actions: Float32Array, frames: UInt8Array, finite: bool) -> Episode:
+    def _extended(
+        self, row: int, actions: Float32Array, frames: UInt8Array, shown: NDArray[np.bool_], finite: bool
+    ) -> Episode:
         """A copy of the row's episode with one more chunk; the recorded episode does not change."""
         old = self._current[row]
         assert old is not None
-        new_frames = [*old.frames, frames.copy()] if finite else old.frames
-        return Episode(old.start, old.key, new_frames, [*old.actions, actions.copy()], old.verdict, states=old.states)
+        more = ([frames.copy()], [shown]) if finite else ([], [])
+        return replace(
+            old, frames=old.frames + more[0], shown=old.shown + more[1], actions=[*old.actions, actions.copy()]
+        )
 
     def _judge(self, judge: Judge | None, episodes: Sequence[Episode], wanted: Sequence[bool]) -> list[Verdict | None]:
         """Verdicts of the episodes that are ``wanted``, None for the others."""
@@ -380,6 +443,9 @@ class DreamVectorEnv(ChunkVectorEnv):
         chosen = [i for i, asked in enumerate(wanted) if asked]
         if judge is None or not chosen:
             return verdicts
+        lacking = [episodes[i] for i in chosen if not self._enough(episodes[i], judge)]
+        if lacking:  # the judge or the horizon was changed during the episode
+            self._complete(lacking)
         videos, texts = [episodes[i].video(self.fps) for i in chosen], [episodes[i].start.instruction for i in chosen]
         for i, answer in zip(chosen, ask(judge, videos, texts), strict=True):
             verdicts[i] = answer

@@ -16,10 +16,8 @@ from rawdream_env.errors import InvalidOptionError, RawDreamError
 from rawdream_env.seeding import NoiseKey
 from rawdream_env.types import (
     Float32Array,
-    ShownFrames,
     Start,
     SupportsLift,
-    SupportsShownFrames,
     SupportsState,
     Trajectory,
     UInt8Array,
@@ -31,11 +29,15 @@ from rawdream_env.types import (
 
 @dataclass
 class Episode:
-    """The record of one imagined episode; ``frames`` uint8 (F, H, W, 3) pieces, the start frame first."""
+    """The record of one imagined episode; ``frames`` uint8 (F, H, W, 3) pieces, the start frame first.
+
+    ``shown``: for every piece, which frames it has of the start or its chunk, bool (1,) or (K,). The others were not computed.
+    """
 
     start: Start
     key: NoiseKey
     frames: list[UInt8Array]
+    shown: list[NDArray[np.bool_]]
     actions: list[Float32Array] = field(default_factory=list)
     verdict: Verdict | None = None
     valid: bool = True
@@ -44,9 +46,22 @@ class Episode:
     lifted: int = -1
     """Whether the task's object has been picked up in that state: 1, 0, or -1 where it is not known."""
 
+    @classmethod
+    def begin(cls, start: Start, key: NoiseKey) -> Episode:
+        """The record of an episode that has not moved yet."""
+        return cls(start, key, [start.frame[None].copy()], [np.ones(1, np.bool_)])
+
+    @property
+    def complete(self) -> bool:
+        """Whether every frame was computed."""
+        return all(shown.all() for shown in self.shown)
+
     def video(self, fps: float) -> Video:
-        """All frames so far."""
-        return Video(np.concatenate(self.frames), fps, self.states[-1] if self.states else -1)
+        """The episode so far; a frame that was not computed repeats the one before it."""
+        frames = np.concatenate(self.frames)
+        if not self.complete:
+            frames = frames[np.concatenate(self.shown).cumsum() - 1]
+        return Video(frames, fps, self.states[-1] if self.states else -1)
 
     def trajectory(self, action_shape: tuple[int, int]) -> Trajectory:
         """The episode as a trajectory for ``replay``; ``extra`` has ``verdict`` (or None) and ``valid``."""
@@ -91,33 +106,38 @@ def begin_states(model: WorldModel, starts: Sequence[Start], keys: Sequence[Nois
 
 
 def imagine(
-    model: WorldModel, state: Any, actions: Float32Array, shown: ShownFrames = "all"
-) -> tuple[Any, UInt8Array, NDArray[np.bool_]]:
-    """One chunk: (next state, frames uint8 (n, K, H, W, 3), finite (n,)); with ``shown`` "last" or "none" there is only the
-    last frame, or none, of a model that can do without the others.
+    model: WorldModel, state: Any, actions: Float32Array, shown: NDArray[np.bool_] | None = None
+) -> tuple[Any, list[UInt8Array], NDArray[np.bool_]]:
+    """One chunk: (next state, per row the frames uint8 (K, H, W, 3), finite (n,)). With ``shown``, bool (n, K), a row has
+    only the frames where it is True; the model must be one that ``SupportsShownFrames``.
 
     A row is not finite when the model returns floating frames with NaN or infinity, or when the attribute
     ``finite`` (n,) of the next state is False. Finite floating frames are taken as 0 to 255.
     """
-    count = model.chunk_len
     with torch.no_grad():
-        if shown != "all" and isinstance(model, SupportsShownFrames):
-            count = int(shown == "last")
-            state, frames = model.imagine_shown(state, torch.from_numpy(actions), shown)
-        else:
+        if shown is None:
+            name, counts = "imagine", np.full(len(actions), model.chunk_len)
+            expected: tuple[int, ...] = (len(actions), model.chunk_len, *model.frame_shape)
             state, frames = model.imagine(state, torch.from_numpy(actions))
-    expected = (len(actions), count, *model.frame_shape)
+        else:
+            name, counts = "imagine_shown", shown.sum(1)
+            expected = (int(counts.sum()), *model.frame_shape)
+            sparing: Any = model
+            state, frames = sparing.imagine_shown(state, torch.from_numpy(actions), torch.from_numpy(shown))
     if not isinstance(frames, Tensor) or tuple(frames.shape) != expected:
         got = tuple(frames.shape) if hasattr(frames, "shape") else type(frames).__name__
-        raise RawDreamError(f"{type(model).__name__}.imagine returned frames {got}, expected {expected}.")
-    finite = torch.ones(len(frames), dtype=torch.bool)
+        raise RawDreamError(f"{type(model).__name__}.{name} returned frames {got}, expected {expected}.")
+    frames = frames.detach().reshape(-1, *model.frame_shape)
+    row = torch.from_numpy(np.arange(len(actions)).repeat(counts))
+    finite = torch.ones(len(actions), dtype=torch.bool)
     flag = getattr(state, "finite", None)
     if isinstance(flag, Tensor):
         finite &= flag.detach().cpu().bool()
     if frames.dtype.is_floating_point:
-        finite &= torch.isfinite(frames).flatten(1).all(dim=1).cpu()
+        finite[row[~torch.isfinite(frames).flatten(1).all(dim=1).cpu()]] = False
         frames = torch.nan_to_num(frames).round().clamp(0, 255)
-    return state, frames.detach().to(device="cpu", dtype=torch.uint8).numpy().copy(), finite.numpy()
+    host = frames.to(device="cpu", dtype=torch.uint8).numpy()
+    return state, [piece.copy() for piece in np.split(host, counts.cumsum()[:-1])], finite.numpy()
 
 
 def state_success(model: WorldModel, state: Any, starts: Sequence[Start]) -> NDArray[np.int8]:

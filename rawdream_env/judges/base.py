@@ -6,7 +6,7 @@ A judge never raises because of one bad item. ``checked_frames`` returns the rea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
 from time import perf_counter
@@ -16,7 +16,7 @@ import numpy as np
 
 from rawdream_env.errors import CheckpointError, JudgeError
 from rawdream_env.files import read_json
-from rawdream_env.types import Judge, Outcome, UInt8Array, Verdict, Video
+from rawdream_env.types import Judge, Outcome, SupportsFramesSeen, UInt8Array, Verdict, Video
 
 MIN_FRAMES = 2
 """The start frame and one more."""
@@ -58,9 +58,9 @@ def is_scanning(judge: object) -> bool:
     return bool(getattr(judge, "scanning", False))
 
 
-def sees_frames(judge: object) -> bool:
-    """Whether a judge looks at the frames of a video (attribute ``sees_frames``, default True)."""
-    return bool(getattr(judge, "sees_frames", True))
+def frames_seen(judge: object, total: int, fps: float) -> Collection[int]:
+    """Indices of the frames that ``judge`` looks at in a video of ``total`` frames: all, unless it says which."""
+    return judge.frames_seen(total, fps) if isinstance(judge, SupportsFramesSeen) else range(total)
 
 
 def ask(judge: Judge, videos: Sequence[Video], instructions: Sequence[str]) -> list[Verdict]:

@@ -97,6 +97,10 @@ class EmbeddedJudge:
             verdicts[row] = self._verdict(probability, timer.seconds())
         return [verdict if verdict is not None else invalid("not judged") for verdict in verdicts]
 
+    def frames_seen(self, total: int, fps: float) -> set[int]:
+        """Six frames (``embedded_network``), and six of the video that ends ``hold`` frames earlier."""
+        return {index for length in self._lengths(total) for index in frame_indices(length)}
+
     def _lengths(self, frames: int) -> list[int]:
         """Numbers of leading frames of a video that must look like a success."""
         hold = self.network.config.hold

@@ -14,7 +14,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import astuple, dataclass, replace
 
 from rawdream_env.errors import InvalidOptionError, JudgeError
-from rawdream_env.judges.base import ask, check_pairs, invalid, is_scanning, sees_frames
+from rawdream_env.judges.base import ask, check_pairs, frames_seen, invalid, is_scanning
 from rawdream_env.judges.overlap import is_remote
 from rawdream_env.judges.verdict import combine_votes
 from rawdream_env.statistics import paired_interval
@@ -45,13 +45,16 @@ class EnsembleJudge:
         self.need = {"all": len(judges), "any": 1, "majority": len(judges) // 2 + 1}[rule]
         self.remote = all(is_remote(judge) for judge in judges)
         self.scanning = all(is_scanning(judge) for judge in judges)
-        self.sees_frames = any(sees_frames(judge) for judge in judges)
 
     def __call__(self, videos: Sequence[Video], instructions: Sequence[str]) -> list[Verdict]:
         """One verdict per video, in order."""
         check_pairs(videos, instructions)
         answers = [_answers(judge, videos, instructions) for judge in self.judges]
         return [self._combined(verdicts) for verdicts in zip(*answers, strict=True)]
+
+    def frames_seen(self, total: int, fps: float) -> set[int]:
+        """Those that any of the judges looks at."""
+        return {index for judge in self.judges for index in frames_seen(judge, total, fps)}
 
     def _combined(self, verdicts: tuple[Verdict, ...]) -> Verdict:
         combined = combine_votes([verdict.outcome for verdict in verdicts], self.need)
@@ -156,7 +159,6 @@ class HoldOutJudge:
         self.rewarding, self.held_out, self.alarm, self.window = rewarding, held_out, alarm, window
         self.remote = is_remote(rewarding) and is_remote(held_out)
         self.scanning = is_scanning(rewarding)
-        self.sees_frames = sees_frames(rewarding) or sees_frames(held_out)
         self.alarmed = False
         self._pairs: list[tuple[bool, bool]] = []
         self._lock = threading.Lock()
@@ -177,6 +179,10 @@ class HoldOutJudge:
                 gap, self.alarm, self.alarmed, "the hold-out judge", f"over the last {gap.n} videos"
             )
         return [replace(ours, held_out=theirs.outcome) for ours, theirs in zip(verdicts, others, strict=True)]
+
+    def frames_seen(self, total: int, fps: float) -> set[int]:
+        """Those that either judge looks at."""
+        return {*frames_seen(self.rewarding, total, fps), *frames_seen(self.held_out, total, fps)}
 
     @property
     def gap(self) -> JudgeGap:

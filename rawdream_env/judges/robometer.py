@@ -96,6 +96,10 @@ class RobometerJudge:
         with ThreadPoolExecutor(min(self.concurrency, len(videos)), thread_name_prefix="robometer") as pool:
             return list(pool.map(self._one, videos, instructions, [deadline] * len(videos)))
 
+    def frames_seen(self, total: int, fps: float) -> list[int]:
+        """The start frame, the last frame of every chunk, and the last frame."""
+        return sorted({*range(0, total, self.chunk_len), total - 1})
+
     def _one(self, video: Video, instruction: str, deadline: float) -> Verdict:
         timer = Timer()
         try:
@@ -103,10 +107,12 @@ class RobometerJudge:
             reason = reason or checked_instruction(instruction)
             if frames is None or reason:
                 return invalid(reason, timer.seconds())
-            ends = sorted({*range(self.chunk_len, len(frames), self.chunk_len), len(frames) - 1})
-            sent = np.ascontiguousarray(frames[[0, *ends]])
+            seen = self.frames_seen(len(frames), video.fps)
+            sent = np.ascontiguousarray(frames[seen])
             answer = self._ask(*form(sent, clean_instruction(instruction)), deadline)
-            return self._verdict(success_probabilities(answer.body, len(sent))[1:], ends, timer.seconds(), answer.body)
+            return self._verdict(
+                success_probabilities(answer.body, len(sent))[1:], seen[1:], timer.seconds(), answer.body
+            )
         except (_RefusedError, TransportError) as error:
             return invalid(str(error), timer.seconds())
         except Exception as error:  # noqa: BLE001 (a judge never raises for one video)

@@ -17,7 +17,10 @@ class StateJudge:
     """
 
     scanning = True
-    sees_frames = False
+
+    def frames_seen(self, total: int, fps: float) -> tuple[int, ...]:
+        """None."""
+        return ()
 
     def __call__(self, videos: Sequence[Video], instructions: Sequence[str]) -> list[Verdict]:
         """One verdict per video."""

@@ -8,13 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from torch import Tensor
 
 from rawdream_env.envs.dream import DreamVectorEnv
 from rawdream_env.envs.verification import Verifier
-from rawdream_env.judges.ensemble import HoldOutJudge
 from rawdream_env.judges.state import StateJudge
-from rawdream_env.types import Outcome, ShownFrames, SupportsState, Trajectory, Verdict, Video
+from rawdream_env.types import Outcome, SupportsState, Trajectory, Verdict, Video
 from rawdream_env.world_models.null import NullState, NullWorldModel
 
 ACTIONS = np.zeros((4, 8, 7), np.float32)
@@ -111,51 +109,3 @@ def test_a_second_dream_has_its_own_state() -> None:
                for trajectory, replay in zip(trajectories, again, strict=True)]  # fmt: skip
     assert [result.verified for result in results] == even
     assert [result.flagged for result in results] == [not verified for verified in even]
-
-
-class Frugal(Knowing):
-    """Computes the frames that are looked at, and counts them."""
-
-    frames = 0
-
-    def imagine_shown(self, state: NullState, actions: Tensor, shown: ShownFrames) -> tuple[NullState, Tensor]:
-        after, frames = NullWorldModel.imagine(self, state, actions)
-        kept = frames[:, {"all": 0, "last": 7, "none": 8}[shown] :]
-        self.frames += kept.shape[0] * kept.shape[1]
-        return after, kept
-
-    def imagine(self, state: NullState, actions: Tensor) -> tuple[NullState, Tensor]:
-        return self.imagine_shown(state, actions, "all")
-
-
-def test_frames_that_nobody_looks_at_are_not_computed() -> None:
-    def run(judge: Any, **options: Any) -> tuple[int, Any]:
-        model = Frugal()
-        env = dream(judge, model, judge_every="chunk", **options)
-        env.reset(seed=0)
-        env.step(ACTIONS)
-        image = env.step(ACTIONS)[0]["image"]
-        first, model.frames = model.frames, 0
-        replays = env.replay([t for t in env.trajectories(which="current") if t is not None])
-        assert [r.verdict.outcome for r in replays if r.verdict] == [
-            int(judge is not never and i % 2 == 0) for i in range(4)
-        ]
-        return first + 1000 * model.frames, image
-
-    few, image = run("state")
-    assert few == 4 * 2
-    for judge, options in (
-        ("state", {"return_frames": True}),
-        (never, {}),
-        (HoldOutJudge(StateJudge(), never, alarm=None), {}),
-    ):
-        count, same = run(judge, **options)
-        assert count == 4 * 16 + (0 if "return_frames" in options else 1000 * 4 * 16)
-        assert np.array_equal(same, image)
-
-
-def test_episodes_left_unjudged_have_all_their_frames() -> None:
-    env = dream("state", Frugal())
-    env.reset(seed=0, options={"judge": False})
-    env.step(ACTIONS)
-    assert [len(video.frames) for video in env.videos(which="current") if video is not None] == [9] * 4

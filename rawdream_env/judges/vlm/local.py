@@ -101,6 +101,10 @@ class VLMLocalJudge:
         check_pairs(videos, instructions)
         return [self._judge(video, text) for video, text in zip(videos, instructions, strict=True)]
 
+    def frames_seen(self, total: int, fps: float) -> tuple[int, ...]:
+        """``sample_fps`` a second, at most ``max_frames``."""
+        return prompt.choose_indices(total, fps, self.config.sample_fps, self.config.max_frames)
+
     def _judge(self, video: Video, instruction: str) -> Verdict:
         timer = Timer()
         if reason := prompt.why_not_askable(instruction):

@@ -126,6 +126,10 @@ class VLMServerJudge:
         late = invalid(f"no answer within {self.config.deadline_s:g} s", self.config.deadline_s)
         return [late if verdict is None else verdict for verdict in list(call.verdicts)]
 
+    def frames_seen(self, total: int, fps: float) -> tuple[int, ...]:
+        """``sample_fps`` a second, at most ``max_frames``."""
+        return prompt.choose_indices(total, fps, self.config.sample_fps, self.config.max_frames)
+
     def _limit(self, call: _Call) -> float:
         """The time to give up, because no server has given a usable answer for ``deadline_s``."""
         return max(call.began, self.servers.heard_at) + self.config.deadline_s

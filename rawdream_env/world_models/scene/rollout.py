@@ -35,7 +35,6 @@ from rawdream_env.robots import (
     find_robot,
 )
 from rawdream_env.seeding import NoiseKey, keyed_normal
-from rawdream_env.types import ShownFrames
 from rawdream_env.world_models.row_state import check_start, checked_actions
 from rawdream_env.world_models.scene.dynamics import SceneDynamics, SceneFrame
 from rawdream_env.world_models.scene.maps import SceneMaps
@@ -177,16 +176,21 @@ class SceneWorldModel:
     @torch.no_grad()
     def imagine(self, state: SceneState, actions: Tensor) -> tuple[SceneState, Tensor]:
         """One chunk for every row: ``actions`` (B, K, A) in [-1, 1] -> next state, frames uint8 (B, K, H, W, 3)."""
-        return self.imagine_shown(state, actions, "all")
+        states = self.trace(state, actions)
+        pictures = self._paint(state, states, torch.ones(len(state), self.chunk_len, dtype=torch.bool))
+        return states[-1], pictures.unflatten(0, (len(state), self.chunk_len))
 
     @torch.no_grad()
-    def imagine_shown(self, state: SceneState, actions: Tensor, shown: ShownFrames) -> tuple[SceneState, Tensor]:
-        """As :meth:`imagine`; only the ``shown`` frames are painted: all K of a chunk, the last one, or none."""
+    def imagine_shown(self, state: SceneState, actions: Tensor, shown: Tensor) -> tuple[SceneState, Tensor]:
+        """As :meth:`imagine`, but only the frames where ``shown``, bool (B, K), is True are painted: uint8 (M, H, W, 3), row
+        by row and in the order of time.
+        """
+        if shown.dtype != torch.bool or tuple(shown.shape) != (len(state), self.chunk_len):
+            raise ValueError(
+                f"shown must be bool ({len(state)}, {self.chunk_len}), got {shown.dtype} {tuple(shown.shape)}"
+            )
         states = self.trace(state, actions)
-        painted = {"all": states, "last": states[-1:], "none": []}[shown]
-        return states[-1], self._paint(state, painted) if painted else torch.empty(
-            len(state), 0, *self.frame_shape, dtype=torch.uint8
-        )
+        return states[-1], self._paint(state, states, shown)
 
     @torch.no_grad()
     def trace(self, state: SceneState, actions: Tensor) -> list[SceneState]:
@@ -253,20 +257,18 @@ class SceneWorldModel:
             for whole, value in zip(target[3:], frame[3:], strict=True):
                 whole[rows] = value[:real].cpu()
 
-    def _paint(self, state: SceneState, frames: list[SceneState]) -> Tensor:
-        """uint8 (B, K, H, W, 3)."""
-        b, k = len(state), len(frames)
-        position = torch.nan_to_num(torch.stack([frame.position for frame in frames], 1))
-        rotation = torch.nan_to_num(torch.stack([frame.rotation for frame in frames], 1))
-        arm = torch.nan_to_num(torch.stack([frame.arm for frame in frames], 1))
-        present = state.present[:, None].expand(-1, k, -1)
-        out = torch.empty(b * k, *self.frame_shape, dtype=torch.uint8)
-        row = torch.arange(b).repeat_interleave(k)
-        for some in torch.arange(b * k).split(self.micro_batch_size or _PAINTED_AT_ONCE):
-            flat = (x.flatten(0, 1)[some] for x in (position, rotation, present, arm))
-            out[some] = self.painter.paint(state.canvas[row[some].to(self.device)], self._maps(*flat)).cpu()
-        pictures: Tensor = out.unflatten(0, (b, k))
-        return pictures
+    def _paint(self, state: SceneState, frames: list[SceneState], shown: Tensor) -> Tensor:
+        """The ``shown`` (B, K) of the frames, uint8 (M, H, W, 3)."""
+        position, rotation, arm = (
+            torch.nan_to_num(torch.stack([getattr(frame, name) for frame in frames], 1)[shown])
+            for name in ("position", "rotation", "arm")
+        )
+        row = shown.nonzero()[:, 0]
+        out = torch.empty(len(row), *self.frame_shape, dtype=torch.uint8)
+        for some in torch.arange(len(row)).split(self.micro_batch_size or _PAINTED_AT_ONCE):
+            maps = self._maps(position[some], rotation[some], state.present[row[some]], arm[some])
+            out[some] = self.painter.paint(state.canvas[row[some].to(self.device)], maps).cpu()
+        return out
 
     def _maps(self, position: Tensor, rotation: Tensor, present: Tensor, arm: Tensor) -> Tensor:
         opening = arm[:, 6:].sum(-1, keepdim=True)

@@ -92,7 +92,8 @@ class _KeyValue(nn.Module):
 
     def forward(self, context: Tensor) -> tuple[Tensor, Tensor]:
         n, m, _ = context.shape
-        keys, values = self.project(context).view(n, m, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        # Contiguous: else every attention that uses them copies them.
+        keys, values = self.project(context).view(n, m, 2, self.heads, -1).permute(2, 0, 3, 1, 4).contiguous()
         return keys, values
 
 
@@ -240,11 +241,16 @@ class JudgeNetwork(nn.Module):
         out: Tensor = self.trunk(pixels.contiguous(memory_format=torch.channels_last))
         return out
 
-    def answer(self, features: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (B*F, P, D) and tokens (B, Q, L) -> what ``forward`` returns."""
+    def answer(self, features: Tensor, tokens: Tensor, which: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Features (B*F, P, D) and tokens (B, Q, L) -> what ``forward`` returns.
+
+        ``which`` int64 (B, F): the clips' frames among any number of features, for clips that have frames in common.
+        """
         b, q = tokens.shape[:2]
         f, s = NUM_FRAMES, self.config.slots
         keys, values = self.place_context(features)
+        if which is not None:
+            keys, values = keys[which.flatten()], values[which.flatten()]
         text = self.read_text(tokens.flatten(0, 1))  # (B*Q, S+1, D)
         summary = text[:, s:]
         seekers = text[:, None, :s] + self.frame_position[:, None]  # (B*Q, F, S, D)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -35,6 +36,10 @@ Parallel = Literal["none", "ddp", "fsdp2"]
 PATIENCE = timedelta(hours=24)
 """How long processes wait for process 0, which trains the autoencoder, encodes the data and validates. torchrun ends all
 processes when one fails.
+"""
+_GLOO_DRAIN_S = 0.1
+"""Gloo's threads outlive the process group, which the mesh of sharded weights keeps. A thread that drops the tensors of the
+last collectives while the interpreter ends aborts the process; it needs a moment in which this thread does nothing.
 """
 
 
@@ -158,12 +163,15 @@ def join(parallel: Parallel, device: str) -> Iterator[ProcessGroup]:
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=PATIENCE)
+    backend = "nccl" if device.startswith("cuda") else "gloo"
+    dist.init_process_group(backend, timeout=PATIENCE)
     try:
         yield ProcessGroup(parallel, rank, size, device)
         dist.barrier()  # process 0 writes last, and torchrun ends it if another one fails on its way out
     finally:
         dist.destroy_process_group()
+        if backend == "gloo":
+            time.sleep(_GLOO_DRAIN_S)
 
 
 class Objective(nn.Module):

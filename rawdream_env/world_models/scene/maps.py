@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from rawdream_env.robots import ArmMapConfig, FloatArray, Kinematics, Scene, find_robot
 
 FOLD = 2
-"""Maps are drawn at picture size and folded by this into channels."""
+"""Maps are drawn at picture size and folded by this into channels; indices are computed for 2."""
 _PER_OBJECT = 2 * FOLD**2
 _HEIGHT_SCALE = 8.0
 """A height of 0.125 m is 1 in the map."""
@@ -66,19 +66,27 @@ class SceneMaps:
         row, which = present.nonzero(as_tuple=True)  # (M,)
         u, v, depth, height = self._project(position[row, which], rotation[row, which], self._surface[which])
         left, top = (u - 0.5).floor(), (v - 0.5).floor()
-        right_share, low_share = u - 0.5 - left, v - 0.5 - top
-        side, height = self.image_size // FOLD, height * _HEIGHT_SCALE
-        cells, weights = [], []
-        for dy, in_y in ((0, 1 - low_share), (1, low_share)):
-            for dx, in_x in ((0, 1 - right_share), (1, right_share)):
-                x, y = left + dx, top + dy
-                seen = (x >= 0) & (x < self.image_size) & (y >= 0) & (y < self.image_size) & (depth > 0)
-                xi, yi = torch.where(seen, x, 0).long(), torch.where(seen, y, 0).long()
-                pixel = (row[:, None] * side + yi // FOLD) * side + xi // FOLD
-                cells.append(pixel * self.channels + which[:, None] * _PER_OBJECT + (yi % FOLD) * FOLD + xi % FOLD)
-                weights.append(torch.where(seen, in_x * in_y, 0))
-        height = torch.where(depth > 0, height, 0).expand(4, -1, -1)
-        return torch.stack(cells).flatten(), torch.stack(weights).flatten(), height.flatten()
+        front, side = depth > 0, self.image_size // FOLD
+        columns = self._share(left, u - 0.5 - left, front, self.channels, 1)
+        rows = self._share(top, v - 0.5 - top, front, side * self.channels, FOLD)
+        first = (row * (side * side * self.channels) + which * _PER_OBJECT)[:, None]
+        cells = torch.stack([first + y + x for y, _ in rows for x, _ in columns])
+        weights = torch.stack([in_y * in_x for _, in_y in rows for _, in_x in columns])
+        height = torch.where(front, height * _HEIGHT_SCALE, 0).expand(4, -1, -1)
+        return cells.flatten(), weights.flatten(), height.flatten()
+
+    def _share(
+        self, near: Tensor, share: Tensor, front: Tensor, stride: int, step: int
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Along one axis, for pixels ``near`` and ``near + 1``: what they add to the index in memory, where the folded map
+        has ``stride`` and a channel ``step``, and the weight, 0 outside the picture.
+        """
+        shares = []
+        for pixel, weight in ((near, 1 - share), (near + 1, share)):
+            seen = (pixel >= 0) & (pixel < self.image_size) & front
+            at = torch.where(seen, pixel, 0).long()
+            shares.append(((at >> 1) * stride + (at & 1) * step, torch.where(seen, weight, 0)))
+        return shares
 
     def _project(self, position: Tensor, rotation: Tensor, points: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Points (M, 3, P) of objects at (M, 3), (M, 3, 3) -> pixels u and v, depth and height in metres, each (M, P).

@@ -83,6 +83,10 @@ class ScenePainter(nn.Module):
         """Canvas (B, W + 12, S/2, S/2) and the maps (B, C, S/2, S/2) of the state to paint -> pictures (B, 3, S, S), float,
         nominally in [-1, 1].
         """
+        return F.pixel_shuffle(self._folded(canvas, maps), FOLD)
+
+    def _folded(self, canvas: Tensor, maps: Tensor) -> Tensor:
+        """The pictures of ``forward``, folded: (B, 12, S/2, S/2)."""
         return exact_rows(self._forward, self.place, canvas, self._checked(maps, len(canvas)))[0]
 
     def _start(self, frames: Tensor, maps: Tensor) -> tuple[Tensor]:
@@ -102,15 +106,16 @@ class ScenePainter(nn.Module):
         x = x + F.interpolate(self.up(y), scale_factor=2.0)
         for block in self.after:
             x = block(x)
-        painted = F.pixel_shuffle(self.out(x).float(), FOLD)
-        background, kept = self.background.float(), painted[:, 3:].sigmoid()
-        return (background + kept * (F.pixel_shuffle(still.float(), FOLD) - background) + painted[:, :3],)
+        # Colours and the share of the start picture that is kept, for each of the FOLD x FOLD pixels.
+        *colours, kept = self.out(x).float().split(FOLD**2, 1)
+        background = F.pixel_unshuffle(self.background.float(), FOLD)
+        kept = kept.sigmoid().repeat(1, 3, 1, 1)
+        return (background + kept * (still.float() - background) + torch.cat(colours, 1),)
 
     def paint(self, canvas: Tensor, maps: Tensor) -> Tensor:
         """``forward`` as pictures uint8 (B, S, S, 3)."""
-        pictures = self(canvas, maps).clamp(-1, 1)
-        painted: Tensor = ((pictures + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
-        return painted
+        folded = ((self._folded(canvas, maps).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        return F.pixel_shuffle(folded, FOLD).permute(0, 2, 3, 1)
 
     def _checked(self, maps: Tensor, rows: int) -> Tensor:
         side = self.config.image_size // FOLD

@@ -1,9 +1,9 @@
 """Imagined frames per second of the bundled scene world model and of its MuJoCo twin, 64 environments, on the same cores.
 
-Episodes of 8 chunks from other starts each, begun by reading the start picture or by resetting the simulator. Each world is timed
-drawing every camera frame (64x64), and drawing only the last frame of a chunk, as a policy sees it. Then episodes with the
-policy: rewarded by the imagined state, rewarded by the bundled judge of videos, and in the simulator. The dream is bfloat16. No
-goal: the dream's advantage is that it needs no simulator of the task.
+Episodes of 8 chunks from different starts, begun by reading the start picture or by resetting the simulator. Each world is
+timed drawing every camera frame (64x64), and drawing only the last frame of a chunk, as a policy sees it. Then episodes with
+the policy: rewarded by the imagined state, rewarded by the bundled judge of videos, and in the simulator. The dream is
+bfloat16. No goal: the dream's advantage is that it needs no simulator of the task.
 """
 
 from __future__ import annotations

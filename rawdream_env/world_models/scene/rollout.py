@@ -221,6 +221,7 @@ class SceneWorldModel:
                 self._unroll_block(state, block, n, size, commands, noise, frames)
         return frames
 
+    @torch.inference_mode()
     def _unroll_block(
         self,
         state: SceneState,
@@ -268,8 +269,9 @@ class SceneWorldModel:
         out = torch.empty(len(row), *self.frame_shape, dtype=torch.uint8)
         at_once = self.micro_batch_size or (_PAINTED_AT_ONCE if self.device.type == "cpu" else 1024)
         for some in torch.arange(len(row)).split(at_once):
-            maps = self._maps(position[some], rotation[some], state.present[row[some]], arm[some])
-            out[some] = self.painter.paint(state.canvas[row[some].to(self.device)], maps).cpu()
+            with torch.inference_mode():
+                maps = self._maps(position[some], rotation[some], state.present[row[some]], arm[some])
+                out[some] = self.painter.paint(state.canvas[row[some].to(self.device)], maps).cpu()
         return out
 
     def _maps(self, position: Tensor, rotation: Tensor, present: Tensor, arm: Tensor) -> Tensor:

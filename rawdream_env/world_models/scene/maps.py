@@ -75,9 +75,7 @@ class SceneMaps:
         height = torch.where(front, height * _HEIGHT_SCALE, 0).expand(4, -1, -1)
         return cells.flatten(), weights.flatten(), height.flatten()
 
-    def _share(
-        self, near: Tensor, share: Tensor, front: Tensor, stride: int, step: int
-    ) -> list[tuple[Tensor, Tensor]]:
+    def _share(self, near: Tensor, share: Tensor, front: Tensor, stride: int, step: int) -> list[tuple[Tensor, Tensor]]:
         """Along one axis, for pixels ``near`` and ``near + 1``: what they add to the index in memory, where the folded map
         has ``stride`` and a channel ``step``, and the weight, 0 outside the picture.
         """

@@ -188,7 +188,8 @@ class SupportsShownFrames(Protocol):
 
     def imagine_shown(self, state: Any, actions: Tensor, shown: Tensor) -> tuple[Any, Tensor]:
         """As ``WorldModel.imagine``, with only the frames where ``shown``, bool (B, K), is True: uint8 (M, H, W, 3), row by
-        row and in the order of time, each as among all.
+        row and in the order of time, each as among all. Where the frames are floats, the state has ``finite``, and it tells of
+        the frames that are left out too.
         """
         ...
 
@@ -198,8 +199,8 @@ class SupportsFramesSeen(Protocol):
     """A judge that looks at some frames of a video and not at others, which need not be computed for it."""
 
     def frames_seen(self, total: int, fps: float) -> Collection[int]:
-        """Indices of the frames that decide about a video of ``total`` frames at ``fps`` Hz. The verdict must not depend on
-        any other frame. Empty where only ``Video.state_success`` counts.
+        """Indices of the frames that decide about a video of ``total`` frames at ``fps`` Hz, negative ones from its end. The
+        verdict must not depend on any other frame. Empty where only ``Video.state_success`` counts.
         """
         ...
 

@@ -26,9 +26,9 @@ from rawdream_env.envs.imagination import (
     state_success,
 )
 from rawdream_env.envs.reflector import Reflector
-from rawdream_env.errors import InvalidActionError, InvalidOptionError, OffloadedError
+from rawdream_env.errors import InvalidActionError, InvalidOptionError, OffloadedError, RawDreamError
 from rawdream_env.judges import load_judge
-from rawdream_env.judges.base import ask, frames_seen, is_scanning
+from rawdream_env.judges.base import ask, frames_seen, is_scanning, says_what_it_sees
 from rawdream_env.judges.ensemble import HoldOutJudge
 from rawdream_env.robots import DEFAULT_ROBOT
 from rawdream_env.seeding import NoiseKey
@@ -67,8 +67,8 @@ class DreamVectorEnv(ChunkVectorEnv):
     a judge raises, the environment is as it was before the step, which can be tried again.
 
     Frames that nobody looks at are not computed where the world model can do without (``SupportsShownFrames``): with
-    ``return_frames`` off, only the last one of every chunk and those that the judge will look at (``SupportsFramesSeen``).
-    :meth:`videos` computes the others when it is asked for them.
+    ``return_frames`` off, only the last one of every chunk and those that the judge will look at (``SupportsFramesSeen``). In
+    episodes that the caller judges (``options={"judge": False}``) all are. :meth:`videos` computes the others when it is asked.
 
     The world model's state is freed when all episodes are over, and ``offload`` moves its weights to host memory: a policy that
     is updated between rollouts on the same GPU has the memory of both.
@@ -131,8 +131,8 @@ class DreamVectorEnv(ChunkVectorEnv):
             num_inference_steps: denoising steps; None: the model's own.
             approximations: faster, less accurate variants of the world model: "rolling_cache", "tiny_decoder",
                 "fp8".
-            micro_batch_size: rows the world model computes at once, to bound its memory (docs/world_model.md); 0: as many
-                as fit.
+            micro_batch_size: rows, or frames of a scene model, that the world model computes at once, to bound its memory
+                (docs/world_model.md); 0: its own choice.
             end_on_success: False continues episodes to their horizon.
             reflector: options of a ``Reflector`` (rewards at every chunk, predicted ends), or one; None: none.
             micro_batch: deprecated name of ``micro_batch_size``.
@@ -228,9 +228,10 @@ class DreamVectorEnv(ChunkVectorEnv):
 
     def videos(self, rows: Sequence[int] | None = None, *, which: str = "finished") -> list[Video | None]:
         """The videos of ``rows``, as in :meth:`trajectories`. Frames that were not computed (the class docstring) are
-        computed now, by imagining the recorded episodes once more.
+        computed now, by imagining the recorded episodes once more, with the world model as it is now. To see every frame as it
+        comes, ``return_frames=True`` costs less.
 
-        Raises ``OffloadedError`` or ``ClosedEnvironmentError`` where that is needed and cannot be done.
+        Raises ``OffloadedError``, ``ClosedEnvironmentError`` or ``RawDreamError`` where that is needed and cannot be done.
         """
         episodes = self._episodes_of(rows, which)
         missing = [episode for episode in episodes if episode is not None and not episode.complete]
@@ -240,11 +241,22 @@ class DreamVectorEnv(ChunkVectorEnv):
         return [None if episode is None else episode.video(self.fps) for episode in episodes]
 
     def _complete(self, episodes: Sequence[Episode]) -> None:
-        """Compute the frames that recorded episodes lack."""
+        """Compute the frames that recorded episodes lack; those that they have stay as they are."""
         shape = (self.chunk_len, self.single_action_space.shape[1])  # type: ignore[index]
-        again = self._imagine_again([episode.trajectory(shape) for episode in episodes], None)
-        for episode, whole in zip(episodes, again, strict=True):
-            episode.frames, episode.shown = whole.frames, whole.shown
+        for none in {episode.start.proprio is None for episode in episodes}:  # a batch has poses or it has none
+            group = [episode for episode in episodes if (episode.start.proprio is None) == none]
+            recorded = [episode.trajectory(shape) for episode in group]
+            starts = [replace(t.start, frame=e.frames[0][0]) for t, e in zip(recorded, group, strict=True)]
+            again = self._imagine_again([replace(t, start=s) for t, s in zip(recorded, starts, strict=True)], None)
+            for episode, whole in zip(group, again, strict=True):
+                if len(whole.frames) != len(episode.frames):
+                    raise RawDreamError(
+                        f"{type(self.world_model).__name__} gave frames that are not finite when a recorded episode was "
+                        "imagined again to show all of them; its state must have `finite`, and it must not have changed."
+                    )
+                for frames, kept, shown in zip(whole.frames, episode.frames, episode.shown, strict=True):
+                    frames[shown] = kept
+                episode.frames, episode.shown = whole.frames, whole.shown
 
     def _episodes_of(self, rows: Sequence[int] | None, which: str) -> list[Episode | None]:
         parse_choice("which", which, ("finished", "current"))
@@ -288,7 +300,8 @@ class DreamVectorEnv(ChunkVectorEnv):
         for first in range(0, len(trajectories), max(size, 1)):
             asked = self.judge if judge is True else (judge or None)
             some = [replace(t, noise_key=t.noise_key.at(draw=draw)) for t in trajectories[first : first + size]]
-            seen = None if return_frames else [self._seen(asked, [len(t.actions)]) for t in some]
+            sparing = isinstance(self.world_model, SupportsShownFrames) and not return_frames
+            seen = [self._seen(asked, [len(t.actions)]) for t in some] if sparing else None
             episodes = self._imagine_again(some, seen)
             verdicts = self._judge(asked, episodes, [e.valid for e in episodes])
             for episode, verdict in zip(episodes, verdicts, strict=True):
@@ -324,7 +337,7 @@ class DreamVectorEnv(ChunkVectorEnv):
             if len(keep) < len(rows):
                 state, rows = select(state, keep), [rows[i] for i in keep]
             actions = np.stack([trajectories[row].actions[chunk] for row in rows]).astype(np.float32)
-            shown = self._shown(None if seen is None else [seen[row][chunk] for row in rows])
+            shown = None if seen is None else np.stack([seen[row][chunk] for row in rows])
             state, frames, finite = imagine(self.world_model, state, actions, shown)
             starts = [episodes[row].start for row in rows]
             done, lifted = state_success(self.world_model, state, starts), state_lifted(self.world_model, state, starts)
@@ -343,8 +356,7 @@ class DreamVectorEnv(ChunkVectorEnv):
         k, longest = self.chunk_len, max(lengths)
         seen = np.zeros(1 + longest * k, np.bool_)
         for length in lengths if judge is not None else ():
-            total = 1 + length * k
-            seen[[index for index in frames_seen(judge, total, self.fps) if 0 <= index < total]] = True
+            seen[list(frames_seen(judge, 1 + length * k, self.fps))] = True
         return seen[1:].reshape(longest, k)
 
     def _enough(self, episode: Episode, judge: Judge) -> bool:
@@ -353,10 +365,6 @@ class DreamVectorEnv(ChunkVectorEnv):
             return True
         seen = self._seen(judge, [len(episode.actions)])
         return not (seen & ~np.stack(episode.shown[1:])).any()
-
-    def _shown(self, wanted: Sequence[NDArray[np.bool_]] | None) -> NDArray[np.bool_] | None:
-        """The frames to compute of a chunk, bool (n, K); None, all, also for a world model that cannot leave any out."""
-        return None if wanted is None or not isinstance(self.world_model, SupportsShownFrames) else np.stack(wanted)
 
     # ---- hooks of the base class -------------------------------------------------------------------------------
 
@@ -375,7 +383,8 @@ class DreamVectorEnv(ChunkVectorEnv):
     def _advance(self, rows: Rows, actions: Float32Array, last: NDArray[np.bool_]) -> ChunkResult:
         whole = len(rows) == self.num_envs
         state = self._state if whole else select(self._state, rows)
-        shown = self._shown(None if self.return_frames else [self._looked_at(row) for row in rows.tolist()])
+        sparing = isinstance(self.world_model, SupportsShownFrames) and not self.return_frames
+        shown = self._looked_at(rows) if sparing else None
         state, frames, finite = imagine(self.world_model, state, actions, shown)
         episodes = [
             self._extended(row, actions[i], frames[i], self._every if shown is None else shown[i], bool(finite[i]))
@@ -399,20 +408,26 @@ class DreamVectorEnv(ChunkVectorEnv):
         returned = np.stack(frames if self.return_frames else [piece[-1:] for piece in frames])
         return self._result(returned, episodes, verdicts, ~finite)
 
-    def _looked_at(self, row: int) -> NDArray[np.bool_]:
-        """The frames that somebody looks at in the row's next chunk, bool (K,): the last one, which is observed, and the
+    def _looked_at(self, rows: Rows) -> NDArray[np.bool_]:
+        """The frames that somebody looks at in the rows' next chunk, bool (n, K): the last one, which is observed, and the
         judge's; all in episodes that the caller judges.
         """
-        episode = self._current[row]
-        assert episode is not None
-        if not self._judged[row]:
-            return self._every
-        done = len(episode.actions)
-        horizon = max(self.max_episode_steps, done + 1)
-        asked = range(done + 1, horizon + 1) if self.judge_every == "chunk" else [horizon]
-        seen: NDArray[np.bool_] = self._seen(self.judge, asked)[done]
-        seen[-1] = True
-        return seen
+        shown = np.ones((len(rows), self.chunk_len), np.bool_)
+        if self.judge is not None and not says_what_it_sees(self.judge):
+            return shown
+        known: dict[int, NDArray[np.bool_]] = {}
+        for i, row in enumerate(rows.tolist()):
+            episode = self._current[row]
+            assert episode is not None
+            done = len(episode.actions)
+            if self._judged[row] and done not in known:
+                horizon = max(self.max_episode_steps, done + 1)
+                asked = range(done + 1, horizon + 1) if self.judge_every == "chunk" else [horizon]
+                known[done] = self._seen(self.judge, asked)[done]
+                known[done][-1] = True
+            if self._judged[row]:
+                shown[i] = known[done]
+        return shown
 
     def _finish(self, rows: Rows) -> None:
         for row in rows.tolist():
@@ -432,7 +447,7 @@ class DreamVectorEnv(ChunkVectorEnv):
         """A copy of the row's episode with one more chunk; the recorded episode does not change."""
         old = self._current[row]
         assert old is not None
-        more = ([frames.copy()], [shown]) if finite else ([], [])
+        more = ([frames], [shown]) if finite else ([], [])
         return replace(
             old, frames=old.frames + more[0], shown=old.shown + more[1], actions=[*old.actions, actions.copy()]
         )

@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -58,9 +58,32 @@ def is_scanning(judge: object) -> bool:
     return bool(getattr(judge, "scanning", False))
 
 
+def says_what_it_sees(judge: object) -> TypeGuard[SupportsFramesSeen]:
+    """Whether a judge has ``frames_seen``. A subclass that judges in another way, with its own ``__call__``, does not have its
+    parent's.
+    """
+    order = type(judge).__mro__
+    said, judges = (
+        next((i for i, c in enumerate(order) if name in vars(c)), len(order)) for name in ("frames_seen", "__call__")
+    )
+    return said <= judges and callable(getattr(judge, "frames_seen", None))
+
+
 def frames_seen(judge: object, total: int, fps: float) -> Collection[int]:
-    """Indices of the frames that ``judge`` looks at in a video of ``total`` frames: all, unless it says which."""
-    return judge.frames_seen(total, fps) if isinstance(judge, SupportsFramesSeen) else range(total)
+    """Indices of the frames that ``judge`` looks at in a video of ``total`` frames: all, unless it says which.
+
+    Raises ``JudgeError`` for indices that no such video has; negative ones count from its end.
+    """
+    every = range(total)
+    if not says_what_it_sees(judge):
+        return every
+    said = judge.frames_seen(total, fps)
+    try:
+        return {every[index] for index in said}
+    except (IndexError, TypeError) as error:
+        raise JudgeError(
+            f"{type(judge).__name__}.frames_seen({total}, {fps:g}) must give indices of a video of {total} frames: {error}."
+        ) from None
 
 
 def ask(judge: Judge, videos: Sequence[Video], instructions: Sequence[str]) -> list[Verdict]:

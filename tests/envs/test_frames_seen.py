@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rawdream_env.envs.dream import DreamVectorEnv
-from rawdream_env.errors import ClosedEnvironmentError, OffloadedError
+from rawdream_env.errors import ClosedEnvironmentError, JudgeError, OffloadedError, RawDreamError
+from rawdream_env.judges.base import says_what_it_sees
 from rawdream_env.judges.embedded import EmbeddedJudge
 from rawdream_env.judges.embedded_network import EmbeddedJudgeConfig, JudgeNetwork
 from rawdream_env.judges.ensemble import EnsembleJudge, HoldOutJudge
@@ -31,12 +33,12 @@ ROWS, HORIZON, K = 4, 3, 8
 class Frugal(NullWorldModel):
     """Computes the frames that are looked at, and counts them. A task is done after the second chunk."""
 
-    frames = 0
+    frames = brighter = 0
 
     def imagine_shown(self, state: NullState, actions: Tensor, shown: Tensor) -> tuple[NullState, Tensor]:
         after, frames = NullWorldModel.imagine(self, state, actions)
         self.frames += int(shown.sum())
-        return after, frames[shown]
+        return after, frames[shown] + self.brighter
 
     def imagine(self, state: NullState, actions: Tensor) -> tuple[NullState, Tensor]:
         after, frames = self.imagine_shown(state, actions, torch.ones(len(state), K, dtype=torch.bool))
@@ -191,6 +193,99 @@ def test_episodes_left_unjudged_have_all_their_frames() -> None:
     assert env.world_model.frames == ROWS * K
     assert [len(video.frames) for video in env.videos(which="current") if video is not None] == [9] * ROWS
     assert env.world_model.frames == ROWS * K
+
+
+@pytest.mark.parametrize("said", [[0, -13, -1], np.array([0, 12, 24]), (i for i in (24, 12, 0)), range(0, 25, 12)])
+def test_indices_as_a_judge_may_give_them(said: Any) -> None:
+    class Saying(Looking):
+        def frames_seen(self, total: int, fps: float) -> Any:
+            return indices
+
+        def __call__(self, videos: Sequence[Video], instructions: Sequence[str]) -> list[Verdict]:
+            return [by_hash(video.frames[indices]) for video in videos]
+
+    indices = list(said)
+    told = []
+    for return_frames in (False, True):
+        env = dream(Saying(), judge_every="episode", return_frames=return_frames)
+        env.reset(seed=0)
+        for step in range(HORIZON):
+            infos = env.step(actions_of(step))[4]
+        recorded = [t for t in env.trajectories() if t is not None]
+        second = [r.verdict.probability for r in env.replay(recorded, return_frames=return_frames) if r.verdict]
+        told.append([(infos["success_probability"], second)])
+    assert same(*told)
+
+
+@pytest.mark.parametrize("said", [[25], [-26], [0.5], [None]])
+def test_indices_that_no_video_has(said: Any) -> None:
+    class Saying(Looking):
+        def frames_seen(self, total: int, fps: float) -> Any:
+            return said
+
+    env = dream(Saying(), judge_every="episode")
+    env.reset(seed=0)
+    with pytest.raises(JudgeError, match=r"Saying.frames_seen\(25, 10\) must give indices of a video of 25 frames"):
+        env.step(actions_of(0))
+    env.judge = Looking()
+    env.step(actions_of(0))
+
+
+def test_a_subclass_that_judges_in_another_way_is_given_every_frame() -> None:
+    class Whole(Looking):
+        def __call__(self, videos: Sequence[Video], instructions: Sequence[str]) -> list[Verdict]:
+            return [by_hash(video.frames) for video in videos]
+
+    class Counting(Watching):
+        frames_seen = 0
+
+    class Renamed(Looking):
+        pass
+
+    assert [says_what_it_sees(kind()) for kind in (Whole, Counting, Renamed)] == [False, False, True]
+    told = [run(dream(Whole(), judge_every="episode", return_frames=frames), 3) for frames in (False, True)]
+    assert same(*told)
+
+
+def test_frames_that_were_handed_out_stay() -> None:
+    """Whatever happens to the start's array and to the world model after the step."""
+    env = dream("state")
+    env.reset(seed=0)
+    frames = [start.frame.copy() for start in map(env.start_of, range(ROWS))]
+    image = env.step(actions_of(0))[0]["image"].copy()
+    env.start_of(0).frame[:] = 0
+    assert isinstance(env.world_model, Frugal)
+    env.world_model.brighter = 9
+    videos = [video for video in env.videos(which="current") if video is not None]
+    for video, start, last in zip(videos, frames, image, strict=True):
+        assert np.array_equal(video.frames[0], start) and np.array_equal(video.frames[-1], last)
+
+
+def test_videos_of_starts_with_and_without_a_pose() -> None:
+    env = dream("state")
+    env.reset(seed=0)
+    bare = [replace(start, proprio=None) for start in map(env.start_of, range(ROWS))]
+    env.reset(seed=0, options={"starts": [start and replace(start, proprio=np.zeros(7, np.float32)) for start in bare]})
+    env.reset(options={"reset_mask": np.arange(ROWS) == 1, "starts": bare})
+    env.step(actions_of(0))
+    assert [len(video.frames) for video in env.videos(which="current") if video is not None] == [9] * ROWS
+
+
+def test_a_model_that_breaks_in_frames_left_out_is_told_of() -> None:
+    class Broken(Frugal):
+        def imagine_shown(self, state: NullState, actions: Tensor, shown: Tensor) -> tuple[NullState, Tensor]:
+            after, frames = super().imagine_shown(state, actions, shown)
+            frames = frames.float()
+            if shown.all():
+                frames[2] = torch.nan
+            return after, frames
+
+    env = dream("state", Broken())
+    env.reset(seed=0)
+    env.step(actions_of(0))
+    with pytest.raises(RawDreamError, match="Broken gave frames that are not finite"):
+        env.videos(which="current")
+    env.step(actions_of(1))
 
 
 def test_the_bundled_dream_with_the_bundled_judge() -> None:

@@ -46,8 +46,8 @@ DYNAMICS_STREAM, START_STREAM = 0, 1
 _BLOCK = 32
 """Rows that the dynamics compute at once on a CPU, fillers included. Always the same number, so that matrix products round a
 row alike; a multiple of 32, so that elementwise kernels leave no rest, which they would compute in another way."""
-_PAINTED_AT_ONCE = 32
-"""On a CPU, whose caches do not hold the features of more frames."""
+_PAINTED_AT_ONCE = {"cpu": 32}
+"""Frames, by the type of the device; a CPU's caches do not hold the features of more. Elsewhere 128."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class SceneWorldModel:
         painter: states to pictures.
         config: rollout settings.
         robot: name of the robot whose scene it is; empty: the default robot.
-        micro_batch_size: frames painted at once, to bound memory; 0: 32 on a CPU, 1,024 on a GPU.
+        micro_batch_size: frames painted at once, to bound memory; 0: 32 on a CPU, 128 on a GPU.
     """
 
     def __init__(
@@ -267,7 +267,7 @@ class SceneWorldModel:
         )
         row = shown.nonzero()[:, 0]
         out = torch.empty(len(row), *self.frame_shape, dtype=torch.uint8)
-        at_once = self.micro_batch_size or (_PAINTED_AT_ONCE if self.device.type == "cpu" else 1024)
+        at_once = self.micro_batch_size or _PAINTED_AT_ONCE.get(self.device.type, 128)
         for some in torch.arange(len(row)).split(at_once):
             with torch.inference_mode():
                 maps = self._maps(position[some], rotation[some], state.present[row[some]], arm[some])

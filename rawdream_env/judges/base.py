@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
 from time import perf_counter
-from typing import Any, TypeGuard
+from typing import Any, cast
 
 import numpy as np
 
@@ -58,7 +58,7 @@ def is_scanning(judge: object) -> bool:
     return bool(getattr(judge, "scanning", False))
 
 
-def says_what_it_sees(judge: object) -> TypeGuard[SupportsFramesSeen]:
+def says_what_it_sees(judge: object) -> bool:
     """Whether a judge has ``frames_seen``. A subclass that judges in another way, with its own ``__call__``, does not have its
     parent's.
     """
@@ -77,7 +77,7 @@ def frames_seen(judge: object, total: int, fps: float) -> Collection[int]:
     every = range(total)
     if not says_what_it_sees(judge):
         return every
-    said = judge.frames_seen(total, fps)
+    said = cast(SupportsFramesSeen, judge).frames_seen(total, fps)
     try:
         return {every[index] for index in said}
     except (IndexError, TypeError) as error:

@@ -120,9 +120,10 @@ class EmbeddedJudge:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             features = self.network.look_at(torch.cat(pictures)[None].to(self.device))
             logits, _ = self.network.answer(features, *(torch.as_tensor(x).to(self.device) for x in (tokens, which)))
-        lowest = np.ones(len(videos))
-        np.minimum.at(lowest, owner, torch.sigmoid(logits[:, 0].double()).cpu().numpy())  # NaN stays NaN
-        return [float(value) for value in lowest]
+        lowest = [1.0] * len(videos)
+        for number, chance in zip(owner, torch.sigmoid(logits[:, 0].double()).tolist(), strict=True):
+            lowest[number] = float(np.minimum(lowest[number], chance))  # NaN stays NaN
+        return lowest
 
     def _verdict(self, probability: float, latency_s: float) -> Verdict:
         if not np.isfinite(probability):

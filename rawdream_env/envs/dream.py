@@ -245,9 +245,8 @@ class DreamVectorEnv(ChunkVectorEnv):
         shape = (self.chunk_len, self.single_action_space.shape[1])  # type: ignore[index]
         for none in {episode.start.proprio is None for episode in episodes}:  # a batch has poses or it has none
             group = [episode for episode in episodes if (episode.start.proprio is None) == none]
-            recorded = [episode.trajectory(shape) for episode in group]
-            starts = [replace(t.start, frame=e.frames[0][0]) for t, e in zip(recorded, group, strict=True)]
-            again = self._imagine_again([replace(t, start=s) for t, s in zip(recorded, starts, strict=True)], None)
+            recorded = [replace(e, start=replace(e.start, frame=e.frames[0][0])).trajectory(shape) for e in group]
+            again = self._imagine_again(recorded, None)
             for episode, whole in zip(group, again, strict=True):
                 if len(whole.frames) != len(episode.frames):
                     raise RawDreamError(

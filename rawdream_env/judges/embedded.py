@@ -94,12 +94,13 @@ class EmbeddedJudge:
 
     def frames_seen(self, total: int, fps: float) -> set[int]:
         """Six frames (``embedded_network``), and six of the video that ends ``hold`` frames earlier."""
-        return {index for length in self._lengths(total) for index in frame_indices(length)}
+        return {index for clip in self._clips(total) for index in clip}
 
-    def _lengths(self, frames: int) -> list[int]:
-        """Numbers of leading frames of a video that must look like a success."""
+    def _clips(self, total: int) -> list[list[int]]:
+        """The frames of the clips that must look like a success: at the end of a video, and ``hold`` frames earlier."""
         hold = self.network.config.hold
-        return [frames, frames - hold] if hold and frames - hold >= 2 else [frames]
+        lengths = [total, total - hold] if hold and total - hold >= 2 else [total]
+        return [frame_indices(length) for length in lengths]
 
     @torch.inference_mode()
     def _probabilities(self, videos: Sequence[UInt8Array], texts: Sequence[str]) -> list[float]:
@@ -110,7 +111,7 @@ class EmbeddedJudge:
         owner: list[int] = []
         count = 0
         for number, video in enumerate(videos):
-            clips = [frame_indices(length) for length in self._lengths(len(video))]
+            clips = self._clips(len(video))
             seen = sorted({index for clip in clips for index in clip})
             which += [[count + seen.index(index) for index in clip] for clip in clips]
             owner += [number] * len(clips)

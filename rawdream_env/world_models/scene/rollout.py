@@ -46,8 +46,8 @@ DYNAMICS_STREAM, START_STREAM = 0, 1
 _BLOCK = 32
 """Rows that the dynamics compute at once on a CPU, fillers included. Always the same number, so that matrix products round a
 row alike; a multiple of 32, so that elementwise kernels leave no rest, which they would compute in another way."""
-_PAINTED_AT_ONCE = {"cpu": 32}
-"""Frames, by the type of the device; a CPU's caches do not hold the features of more. Elsewhere 128."""
+_PAINTED_AT_ONCE, _PAINTED_AT_ONCE_ON_CPU = 128, 32
+"""Frames; a CPU's caches do not hold the features of more."""
 
 
 @dataclass(frozen=True)
@@ -267,8 +267,8 @@ class SceneWorldModel:
         )
         row = shown.nonzero()[:, 0]
         out = torch.empty(len(row), *self.frame_shape, dtype=torch.uint8)
-        at_once = self.micro_batch_size or _PAINTED_AT_ONCE.get(self.device.type, 128)
-        for some in torch.arange(len(row)).split(at_once):
+        most = _PAINTED_AT_ONCE_ON_CPU if self.device.type == "cpu" else _PAINTED_AT_ONCE
+        for some in torch.arange(len(row)).split(self.micro_batch_size or most):
             with torch.inference_mode():
                 maps = self._maps(position[some], rotation[some], state.present[row[some]], arm[some])
                 out[some] = self.painter.paint(state.canvas[row[some].to(self.device)], maps).cpu()
